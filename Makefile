@@ -1,0 +1,79 @@
+# One command per job; each sets up `.venv` first. Needs a Python 3.11 or later and a C++ compiler, nothing else:
+# cmake and ninja come from the package index.
+#
+#   make demo PYTHON=python3.12       another interpreter for the environment
+#   make test TORCH='torch==2.11.0'   another torch (the extension is rebuilt against it after `make clean-venv`)
+#   make test ARGS='-k record -x'     arguments for pytest
+#   make demo ARGS='--out out/second'  arguments for the demo
+
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+# A CPU build by default where the index offers the choice, e.g.
+#   TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.stamp
+NATIVE := $(wildcard setup.py CMakeLists.txt) $(shell find csrc proto -type f 2>/dev/null)
+CLANG_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+# The environment's tools (cmake, ninja, protoc, clang-format) come before those of the machine.
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test bench lint format sanitize proto clean clean-venv
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+$(STAMP)/venv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMP) && touch $@
+
+# torch first and by itself: everything else is then resolved, and the extension compiled, against it.
+$(STAMP)/torch: $(STAMP)/venv
+	$(PIP) install $(TORCH_INDEX) '$(TORCH)'
+	touch $@
+
+# What the build needs is listed once, in pyproject.toml.
+$(STAMP)/build-deps: pyproject.toml $(STAMP)/torch
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $@.txt
+	$(PIP) install -r $@.txt
+	touch $@
+
+$(STAMP)/installed: pyproject.toml $(NATIVE) $(STAMP)/build-deps
+	$(PIP) install --no-build-isolation -e '.[dev,demo]'
+	touch $@
+
+venv: $(STAMP)/installed ## the environment with amct_ext built into it (editable)
+
+demo: venv ## compress, train, lose the process, restore, go on, export - on real data
+	$(BIN)/python examples/digits/demo.py $(ARGS)
+
+test: venv ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: venv ## fused against eager: every op, then one whole training step
+	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/bench_retrain_step.py
+
+lint: venv ## ruff, clang-format, mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CLANG_FILES),$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES))
+	$(BIN)/mypy
+
+format: venv ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(CLANG_FILES),$(BIN)/clang-format -i $(CLANG_FILES))
+
+clean: ## build products and outputs; the environment stays
+	rm -rf build out dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis $(STAMP)/installed
+	find amct_ext -name '*.so' -delete 2>/dev/null || true
+
+clean-venv: clean ## the environment too
+	rm -rf $(VENV)
