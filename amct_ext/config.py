@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 Path = tuple[str | int, ...]
 
@@ -75,4 +74,4 @@ class RetrainConfig:
     fp16: bool = False
     write_shift_bit: bool = False
     source: str = field(default="<config>", compare=False)
-    lines: Mapping[Path, int] = field(default=MappingProxyType({}), compare=False, repr=False)
+    lines: Mapping[Path, int] = field(default_factory=dict, compare=False, repr=False)
