@@ -1,0 +1,24 @@
+"""amct_ext: compression retraining for INT8 devices on fused custom ops; a drop-in for AMCT's retraining flows."""
+
+from amct_ext._library import build_info
+from amct_ext.dialect import from_amct_state_dict, to_amct_state_dict
+from amct_ext.errors import AmctError
+from amct_ext.retrain import (
+    create_compressed_retrain_model,
+    restore_compressed_retrain_model,
+    save_compressed_retrain_model,
+)
+from amct_ext.settings import configure, shift_bits, update_record
+
+__all__ = [
+    "AmctError",
+    "build_info",
+    "configure",
+    "create_compressed_retrain_model",
+    "from_amct_state_dict",
+    "restore_compressed_retrain_model",
+    "save_compressed_retrain_model",
+    "shift_bits",
+    "to_amct_state_dict",
+    "update_record",
+]

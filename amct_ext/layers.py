@@ -1,0 +1,240 @@
+"""Compressed layers: subclasses of the float layers that mask and quantise on the way to the same computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amct_ext.calibrate import ShiftSearch
+from amct_ext.plan import LayerPlan, SparsePrune
+from amct_ext.quant import ActivationQuantizer, WeightQuantizer
+from amct_ext.sparsity import Sparsity
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+class CompressedLayer(nn.Module):
+    """What every compressed layer adds to its float class; each child is None where the plan does not ask for it.
+
+    Children: ``sparsity``, ``weight_quant``, ``act_quant`` (None also at a layer that shares another layer's), ``search_n``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    in_axis = 1  # of the weight: the axis that 2:4 sparsity works along
+    channel_axis_out = 1  # of the output
+
+    sparsity: Sparsity | None
+    weight_quant: WeightQuantizer | None
+    act_quant: ActivationQuantizer | None
+    search_n: ShiftSearch | None
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, plan: LayerPlan, batch_num: int, fixed_min: bool) -> CompressedLayer:
+        """Take over the float layer's parameters, hooks and settings (the float object must not be used afterwards)."""
+        new = cls.__new__(cls)
+        new.__dict__ = dict(layer.__dict__)
+        new._modules = dict(layer._modules)
+        new.layer_name = plan.name
+        device, weight = layer.weight.device, layer.weight
+        # Plain references, not children: the state belongs to the module that holds it.
+        new._links = {"act_quant": None, "norm": None}
+        new.sparsity = new.weight_quant = new.act_quant = new.search_n = None
+        if isinstance(plan.prune, SparsePrune):
+            new.sparsity = Sparsity(weight, cls.in_axis, plan.prune.update_freq)
+        if plan.quant is not None:
+            wts = plan.quant.weight
+            new.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, device)
+            masked = weight if new.sparsity is None else weight.detach() * new.sparsity.mask
+            new.weight_quant = WeightQuantizer(wts, new._to_rows(masked), 0, new._grad_factor(wts.num_bits, wts.channel_wise))
+            new.search_n = ShiftSearch(new.weight_quant.scale.numel(), batch_num, device)
+        return new.train(layer.training)
+
+    # -- links -------------------------------------------------------------------------------------------------------------
+
+    def share_activation(self, owner: CompressedLayer) -> None:
+        """Use the quantiser of ``owner``, which runs first on the same tensor."""
+        assert owner.act_quant is not None
+        self.act_quant = None
+        self._links["act_quant"] = owner.act_quant
+        owner.act_quant.num_readers += 1
+
+    def link_norm(self, norm: nn.Module) -> None:
+        """Remember the BatchNorm that follows: its factor belongs to the recorded weight scales."""
+        self._links["norm"] = norm
+        if self.search_n is not None:
+            channels = norm.running_var.numel()
+            self.search_n = ShiftSearch(channels, self.search_n.batch_num, norm.running_var.device).train(self.training)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return self._links["norm"]
+
+    @property
+    def activation(self) -> ActivationQuantizer | None:
+        """The activation quantiser in use: its own or the shared one."""
+        return self.act_quant if self.act_quant is not None else self._links["act_quant"]
+
+    # -- the forward -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: object) -> Tensor:
+        if self.act_quant is not None:
+            x = self.act_quant(x)
+        elif (shared := self._links["act_quant"]) is not None:
+            x = shared.reuse(x)
+        y = self._compute(x, self._compressed_weight(), *args)
+        if self.search_n is not None:
+            if self.training:
+                self.search_n.forget()
+            elif self.search_n.wants_data:
+                self._search_shift(y.detach())
+        return y
+
+    def _compute(self, x: Tensor, weight: Tensor, *args: object) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+    def _compressed_weight(self) -> Tensor:
+        weight = self.weight
+        if self.sparsity is not None:
+            weight = self.sparsity(weight)
+        if self.weight_quant is not None:
+            weight = self._from_rows(self.weight_quant(self._to_rows(weight)))
+        return weight
+
+    def _search_shift(self, y: Tensor) -> None:
+        norm = self.norm
+        if norm is not None:
+            y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        axis = self.channel_axis_out if y.dim() > 1 else 0
+        self.search_n.observe(y, self.deq_scale(), axis % y.dim())
+
+    # -- what is recorded and saved ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def masked_weight(self) -> Tensor:
+        """The float weight with the present 2:4 mask folded in."""
+        weight = self.weight.detach()
+        return weight if self.sparsity is None else weight * self.sparsity.mask
+
+    @torch.no_grad()
+    def recorded_scale_w(self) -> Tensor:
+        """scale_w as recorded: present scales, at least FLT_EPSILON or 1, times the BatchNorm factor where one follows."""
+        scale = self.weight_quant.present_scale(self._to_rows(self.masked_weight()))
+        scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
+        norm = self.norm
+        if norm is None:
+            return scale
+        factor = norm.running_var.add(norm.eps).rsqrt()
+        if norm.weight is not None:
+            factor = factor * norm.weight.detach()
+        return scale.abs() * factor.abs()
+
+    @torch.no_grad()
+    def deq_scale(self) -> Tensor:
+        """scale_d * scale_w of the present state, on the device."""
+        return self.activation._quantize(self.weight.new_zeros(0))[1] * self.recorded_scale_w()
+
+    # -- layouts -----------------------------------------------------------------------------------------------------------
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The weight with its output channels on axis 0."""
+        return weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _grad_factor(self, num_bits: int, channel_wise: bool) -> float:
+        rows = self._to_rows(self.weight)
+        # AMCT counts one filter for 2-D and 4-D weights also per tensor, but only the input channels for other ranks.
+        count = rows[0].numel() if channel_wise or rows.dim() in (2, 4) else rows.shape[1]
+        return 1.0 / math.sqrt(count * (2 ** (num_bits - 1) - 1))
+
+
+class CompressedConv1d(CompressedLayer, nn.Conv1d):
+    pass
+
+
+class CompressedConv2d(CompressedLayer, nn.Conv2d):
+    pass
+
+
+class CompressedConv3d(CompressedLayer, nn.Conv3d):
+    pass
+
+
+class CompressedLinear(CompressedLayer, nn.Linear):
+    channel_axis_out = -1
+
+    def _compute(self, x: Tensor, weight: Tensor, *args: object) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class _CompressedConvTranspose(CompressedLayer):
+    in_axis = 0
+    groups: int
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return weight.transpose(0, 1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        if self.groups == 1:
+            return rows.transpose(0, 1)
+        return rows.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _compute(self, x: Tensor, weight: Tensor, *args: object) -> Tensor:
+        dims = len(self.kernel_size)
+        output_size: Sequence[int] | None = args[0] if args else None  # type: ignore[assignment]
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation  # type: ignore[arg-type]
+        )
+        conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return conv(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
+
+
+class CompressedConvTranspose1d(_CompressedConvTranspose, nn.ConvTranspose1d):
+    pass
+
+
+class CompressedConvTranspose2d(_CompressedConvTranspose, nn.ConvTranspose2d):
+    pass
+
+
+_CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
+    nn.Conv1d: CompressedConv1d,
+    nn.Conv2d: CompressedConv2d,
+    nn.Conv3d: CompressedConv3d,
+    nn.Linear: CompressedLinear,
+    nn.ConvTranspose1d: CompressedConvTranspose1d,
+    nn.ConvTranspose2d: CompressedConvTranspose2d,
+}
+
+
+def compressed_class(layer: nn.Module) -> type[CompressedLayer] | None:
+    """The compressed class for a float layer, or None where there is none.
+
+    A subclass that keeps its parent's forward counts as the parent; one with a forward of its own is not touched.
+    """
+    for parent, cls in _CLASSES.items():
+        if isinstance(layer, parent) and type(layer).forward is parent.forward:
+            return cls
+    return None
+
+
+def to_float(layer: CompressedLayer) -> nn.Module:
+    """The plain float layer again: same parameters, 2:4 mask folded into the weight (the compressed object is used up)."""
+    parent = next(parent for parent, cls in _CLASSES.items() if isinstance(layer, cls))
+    plain = parent.__new__(parent)
+    own = {"_links", "layer_name"}
+    plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in own}
+    plain._modules = {
+        k: v for k, v in layer._modules.items() if k not in ("sparsity", "weight_quant", "act_quant", "search_n")
+    }
+    if layer.sparsity is not None:
+        plain.weight = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
+    return plain

@@ -1,0 +1,200 @@
+"""The quantisers of one layer: activation (learned clips) and weight (adaptive range or learned scale)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext import ops
+from amct_ext.errors import InvalidDataError
+from amct_ext.plan import DataQuant, WeightQuant
+
+_NAN = float("nan")
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake quantisation of an activation with learned clips (ULQ), started by a range search (IFMR).
+
+    Without configured clips the first ``batch_num`` forwards calibrate: each but the last uses the range of its own batch, the last
+    one searches the clips on all data gathered. Parameters: ``clip_max``, ``clip_min`` (0-dim). Buffers: ``prev_clip_max``,
+    ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky: NaN/Inf was seen), ``batches_seen``,
+    ``calibration_data`` (empty outside a calibration of several batches). The effective clips are written back to the
+    parameters by every forward, as AMCT does. Source: AMCT's activation ULQ and IFMR.
+    """
+
+    clip_max: nn.Parameter
+    clip_min: nn.Parameter
+
+    def __init__(self, plan: DataQuant, fixed_min: bool, batch_num: int, layer: str, device: torch.device) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_bits = plan.num_bits
+        self.fixed_min = fixed_min
+        self.batch_num = 0 if plan.clip_max is not None else batch_num
+        start_max = 1.0 if plan.clip_max is None else plan.clip_max
+        start_min = 1.0 if plan.clip_min is None else plan.clip_min
+        self.clip_max = nn.Parameter(torch.tensor(start_max, device=device))
+        self.clip_min = nn.Parameter(torch.tensor(start_min, device=device))
+        for name in ("prev_clip_max", "prev_clip_min", "scale", "offset"):
+            self.register_buffer(name, torch.tensor(_NAN, device=device))
+        self.register_buffer("invalid", torch.zeros((), dtype=torch.bool, device=device))
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("calibration_data", torch.zeros(0, device=device))
+        self.validate_now = False
+        self.num_readers = 1
+        # Host mirror of batches_seen: the branch must not read a tensor.
+        self._seen = 0
+        self._last: tuple[Tensor, Tensor, int] | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        return self._seen >= self.batch_num
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input."""
+        if not self.calibrated:
+            self._calibrate(x.detach())
+        y, scale, offset, clip_max, clip_min, invalid = self._quantize(x)
+        with torch.no_grad():
+            torch._foreach_copy_(
+                [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
+                [clip_max, clip_min, clip_max, clip_min, scale, offset],
+            )
+            self.invalid.logical_or_(invalid)
+        if self.validate_now:
+            self.raise_if_invalid()
+        if self.num_readers > 1:
+            self._last = (x, y, self.num_readers - 1)
+        return y
+
+    def reuse(self, x: Tensor) -> Tensor:
+        """Quantised ``x`` for a further reader: the tensor made by ``forward`` where it is the same input, else computed anew."""
+        if self._last is None or self._last[0] is not x:
+            return self._quantize(x)[0]
+        y, left = self._last[1], self._last[2] - 1
+        # The last reader lets go, so that no activation outlives the forward.
+        self._last = (x, y, left) if left else None
+        return y
+
+    def factors(self) -> tuple[float, int]:
+        """scale_d and offset_d that the present clips give (host values). Errors: InvalidDataError where they give none."""
+        with torch.no_grad():
+            out = self._quantize(self.clip_max.new_zeros(0))
+        scale, offset = float(out[1]), float(out[2])
+        if not (scale > 0 and scale < float("inf")):
+            raise InvalidDataError(f"layer '{self.layer}': the activation clips give no valid scale ({scale})")
+        return scale, int(offset)
+
+    def raise_if_invalid(self) -> None:
+        """Raise InvalidDataError, once, if a forward since the last check met NaN or Inf."""
+        if bool(self.invalid):
+            self.invalid.zero_()
+            raise InvalidDataError(
+                f"layer '{self.layer}': its input held NaN or Inf in a forward since the last check; "
+                "look at the data, the learning rate and loss scaling, and restore the last good checkpoint"
+            )
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
+        return ops.ulq_fake_quantize(
+            x, self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.num_bits, self.fixed_min
+        )
+
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor) -> None:
+        data = x.flatten()
+        data = data if data.dtype == torch.float64 else data.float()
+        last = self._seen + 1 >= self.batch_num
+        if last:
+            if self.calibration_data.numel():
+                data = torch.cat([self.calibration_data.to(data), data])
+            _, _, clip_max, clip_min = ops.search_clip_range(data, self.num_bits)
+            gathered = data.new_zeros(0)
+        else:
+            gathered = torch.cat([self.calibration_data.to(data), data])
+            clip_max, clip_min = data.max(), data.min()
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
+            raise InvalidDataError(f"layer '{self.layer}': its input holds NaN or Inf, no clip range can be found")
+        self.calibration_data = gathered
+        self.clip_max.copy_(clip_max)
+        self.clip_min.copy_(clip_min)
+        if last:
+            self.prev_clip_max.copy_(clip_max)
+            self.prev_clip_min.copy_(clip_min)
+        self._seen += 1
+        self.batches_seen.add_(1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        data = state_dict.get(prefix + "calibration_data")
+        if isinstance(data, Tensor) and data.shape != self.calibration_data.shape:
+            self.calibration_data = self.calibration_data.new_zeros(data.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._seen = int(self.batches_seen)
+        self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tensor kept for a further reader is not part of the quantiser: copies and pickles go without.
+        return {**self.__dict__, "_last": None}
+
+    def extra_repr(self) -> str:
+        text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
+        return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
+
+
+class WeightQuantizer(nn.Module):
+    """Fake quantisation of a weight: range of the present weight (ARQ) or a learned scale (weight ULQ).
+
+    ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the first), and a
+    Parameter for learned scales, set from the weight's range by the first forward. Sources: AMCT's ARQ and weight ULQ; Esser et
+    al. 2020 (learned step size).
+    """
+
+    scale: Tensor
+
+    def __init__(self, plan: WeightQuant, weight: Tensor, channel_axis: int, grad_factor: float) -> None:
+        super().__init__()
+        self.num_bits = plan.num_bits
+        self.channel_axis = channel_axis if plan.channel_wise else None
+        self.learned = plan.algo == "ulq_retrain"
+        self.grad_factor = grad_factor
+        start = ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
+        self._initialised = False
+        if self.learned:
+            self.scale = nn.Parameter(start.clone())
+            self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=weight.device))
+        else:
+            self.register_buffer("scale", torch.full_like(start, _NAN))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the fake-quantised weight (same shape, dtype and layout)."""
+        if not self.learned:
+            y, scale = ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)
+            with torch.no_grad():
+                self.scale.copy_(scale)
+            return y
+        if not self._initialised:
+            self._initialise(weight.detach())
+        return ops.lsq_fake_quantize(weight, self.scale, self.num_bits, self.channel_axis, self.grad_factor)
+
+    @torch.no_grad()
+    def present_scale(self, weight: Tensor) -> Tensor:
+        """The scale that a forward on ``weight`` would use now; nothing is changed."""
+        if self.learned and self._initialised:
+            return self.scale.detach().clamp_min(torch.finfo(torch.float32).eps)
+        return ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
+
+    @torch.no_grad()
+    def _initialise(self, weight: Tensor) -> None:
+        self.scale.copy_(ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)[1])
+        self.initialised.fill_(True)
+        self._initialised = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.learned:
+            self._initialised = bool(self.initialised)
+
+    def extra_repr(self) -> str:
+        algo = "learned scale" if self.learned else "ARQ"
+        return f"{algo}, num_bits={self.num_bits}, channel_axis={self.channel_axis}"

@@ -1,0 +1,171 @@
+"""The verbs of the compressed flow: create, restore, save."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext import export, ops, prune
+from amct_ext.arguments import check_model, check_record_name, check_types, unwrap, wrap_like
+from amct_ext.checkpoint import load_checkpoint
+from amct_ext.config import parse_config
+from amct_ext.errors import RecordError
+from amct_ext.graph import trace
+from amct_ext.plan import Plan, resolve
+from amct_ext.record import Record
+from amct_ext.session import Session, attach, check_record, raise_if_invalid, session_of, write_record
+from amct_ext.surgery import compressed_layers, fold_layers, insert_layers
+
+logger = logging.getLogger(__name__)
+
+
+def create_compressed_retrain_model(model: nn.Module, input_data: Any, config_defination: str, record_file: str) -> nn.Module:
+    """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
+
+    ``input_data``: a tensor or tuple that ``model`` accepts, used to trace it. ``config_defination``: configuration text file.
+    ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks; the eval phases of the
+    returned model add the quantisation factors. The caller's model is not changed; the copy keeps its train/eval mode and,
+    where it was wrapped, its DistributedDataParallel wrapper. Errors: TypeError (argument types), ValueError (configuration,
+    record name, nothing to compress), RuntimeError (the model rejects the input, or is compressed already).
+    Source: AMCT's function of the same name.
+    """
+    check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
+    check_record_name(record_file)
+    inner = _own_copy(model)
+    config = parse_config(config_defination)
+    graph = trace(inner, input_data)
+    plan = resolve(config, graph.traits(inner))
+    channel: tuple[Any, ...] = ()
+    if plan.prune_active:
+        records = prune.plan_channels(graph, plan, inner)
+        channel = prune.apply_channels(inner, graph, records, input_data)
+    inner = _compress(inner, input_data, plan, channel, record_file)
+    write_record(inner)
+    return wrap_like(model, inner)
+
+
+def restore_compressed_retrain_model(
+    model: nn.Module,
+    input_data: Any,
+    config_defination: str,
+    record_file: str,
+    pth_file: str,
+    state_dict_name: str | None = None,
+) -> nn.Module:
+    """Rebuild a compressed model from the float model, its configuration and record, and load a checkpoint into it.
+
+    Arguments as for ``create_compressed_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT, ``state_dict_name`` the
+    entry that holds the state dict. Nothing is written. The result equals the saved model bit for bit; learned clips are not
+    searched anew. Errors: those of create; FileNotFoundError; RecordError (a RuntimeError) where the record is damaged or of another model; those
+    of ``amct_ext.checkpoint.load_checkpoint``. Source: AMCT's function of the same name.
+    """
+    check_types(
+        model=(model, nn.Module),
+        config_defination=(config_defination, str),
+        record_file=(record_file, str),
+        pth_file=(pth_file, str),
+        state_dict_name=(state_dict_name, str, type(None)),
+    )
+    check_record_name(record_file)
+    inner = _own_copy(model)
+    config = parse_config(config_defination)
+    record = Record.read(record_file)
+    graph = trace(inner, input_data)
+    # Eligibility is judged on the unpruned model, as it was at create.
+    plan = resolve(config, graph.traits(inner))
+    channel = prune.apply_channels(inner, graph, record.channel, input_data, strict=True)
+    inner = _compress(inner, input_data, plan, channel, record_file)
+    _take_masks(inner, record, record_file)
+    load_checkpoint(inner, pth_file, state_dict_name)
+    return wrap_like(model, inner)
+
+
+def save_compressed_retrain_model(
+    model: nn.Module,
+    record_file: str,
+    save_path: str,
+    input_data: Any,
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+    dynamic_axes: dict[str, Any] | None = None,
+) -> None:
+    """Write ``<save_path>_fake_quant_model.onnx`` and ``<save_path>_deploy_model.onnx`` of a retrained model.
+
+    The factors come from ``record_file``, which must hold those of the model's present state (run a forward in eval mode first).
+    A model without quantisation gives the plain graph in both files. The model is not changed and is exported in eval mode
+    whatever its mode. Errors: TypeError, ValueError (names), RuntimeError (not a compressed model, record empty or stale, export).
+    Source: AMCT's function of the same name.
+    """
+    check_types(
+        model=(model, nn.Module),
+        record_file=(record_file, str),
+        save_path=(save_path, str),
+        input_names=(input_names, list, type(None)),
+        output_names=(output_names, list, type(None)),
+        dynamic_axes=(dynamic_axes, dict, type(None)),
+    )
+    check_record_name(record_file)
+    inner = unwrap(model)
+    session = session_of(inner)
+    raise_if_invalid(inner)
+    names = {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
+    record = Record.read(record_file)
+    quantised = any(layer.weight_quant is not None for _, layer in compressed_layers(inner))
+    if quantised and not record.quant:
+        raise RecordError(
+            f"{os.fspath(record_file)}: no quantisation factors recorded; run one forward of the model in eval mode first"
+        )
+    if quantised:
+        check_record(inner, record, record_file)
+    plain = fold_layers(copy.deepcopy(inner)).eval()
+    if quantised:
+        export.export_quantized(
+            plain, input_data, record.quant, session.conv_bn, save_path, **names, write_shift=session.plan.write_shift_bit
+        )
+    else:
+        export.export_plain(plain, input_data, save_path, **names)
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    check_model(inner)
+    try:
+        return copy.deepcopy(inner)
+    except Exception as error:
+        raise RuntimeError(f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}") from error
+
+
+def _compress(model: nn.Module, input_data: Any, plan: Plan, channel: tuple[Any, ...], record_file: str) -> nn.Module:
+    """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
+    graph = trace(model, input_data)
+    model, conv_bn = insert_layers(model, graph, plan)
+    compressed = dict(compressed_layers(model))
+    order = tuple(node.name for node in graph.nodes if node.name in compressed and node.module is not None)
+    session = Session(plan, os.path.abspath(record_file), channel, conv_bn, tuple(dict.fromkeys(order)))
+    attach(model, session)
+    return model
+
+
+def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:
+    """Set the 2:4 masks from the record, for checkpoints that do not carry them. Errors: RecordError, all mismatches listed."""
+    recorded = {entry.name: entry for entry in record.sparse}
+    layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
+    problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]
+    problems += [f"2:4 entry for '{name}', which the configuration does not make sparse" for name in recorded if name not in layers]
+    problems += [
+        f"mask_shape {recorded[name].mask_shape} of '{name}', whose weight is {tuple(layer.weight.shape)}"
+        for name, layer in layers.items()
+        if name in recorded and recorded[name].mask_shape != tuple(layer.weight.shape)
+    ]
+    if problems:
+        raise RecordError(f"{record_file}: not the record of this model and configuration:\n  " + "\n  ".join(problems))
+    for name, layer in layers.items():
+        words = recorded[name].mask
+        if words is not None:
+            assert layer.sparsity is not None
+            layer.sparsity.mask.copy_(ops.unpack_mask(torch.tensor(words, dtype=torch.int64), list(layer.weight.shape)))

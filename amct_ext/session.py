@@ -1,0 +1,159 @@
+"""What a compressed model knows about itself, and the hook that records its factors when it is evaluated."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext import ops
+from amct_ext.errors import ModelError, StaleStateError
+from amct_ext.layers import CompressedLayer
+from amct_ext.plan import Plan
+from amct_ext.record import ChannelRecord, QuantRecord, Record, SparseRecord
+from amct_ext.surgery import compressed_layers
+
+logger = logging.getLogger(__name__)
+_ATTRIBUTE = "amct_ext_session"
+_SMALLEST_FP16, _LARGEST_FP16 = 2.0**-14, 65504.0
+
+
+@dataclass
+class Session:
+    """Facts of one compressed model; plain data, copied and pickled with the model."""
+
+    plan: Plan
+    record_file: str
+    channel: tuple[ChannelRecord, ...] = ()
+    conv_bn: dict[str, str] = field(default_factory=dict)
+    order: tuple[str, ...] = ()  # compressed layers in execution order
+    dirty: bool = True  # the record does not hold the factors of the present parameters
+
+
+def attach(model: nn.Module, session: Session) -> None:
+    """Give the model its session and the hooks that keep the record file up to date."""
+    setattr(model, _ATTRIBUTE, session)
+    model.register_forward_hook(_after_forward)
+    model.register_state_dict_pre_hook(_before_state_dict)
+    model.register_load_state_dict_post_hook(_after_load)
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session of a compressed model. Errors: ModelError (a RuntimeError) for any other model."""
+    session = getattr(model, _ATTRIBUTE, None)
+    if session is None:
+        raise ModelError(
+            f"{type(model).__name__} was not made by create_* or restore_* of amct_ext; pass the model that they returned"
+        )
+    return session
+
+
+def build_record(model: nn.Module) -> Record:
+    """The whole record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
+    session = session_of(model)
+    layers = dict(compressed_layers(model))
+    for conv, norm in session.conv_bn.items():
+        # BatchNorm modules may have been exchanged (SyncBatchNorm): link the present one.
+        layers[conv]._links["norm"] = model.get_submodule(norm)
+    sparse = tuple(_sparse_record(name, layer) for name, layer in layers.items() if layer.sparsity is not None)
+    quantised = [name for name in session.order if layers[name].weight_quant is not None]
+    if not all(layers[name].activation.calibrated for name in quantised):
+        quantised = []
+    quant = tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
+    return Record(quant=quant, channel=session.channel, sparse=sparse)
+
+
+def write_record(model: nn.Module, record_file: str | None = None) -> None:
+    """Write the record (rank 0 of a distributed job only). Errors: InvalidDataError where activations held NaN/Inf."""
+    session = session_of(model)
+    raise_if_invalid(model)
+    record = build_record(model)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        record.write(record_file or session.record_file)
+    session.dirty = not record.quant and session.plan.quant_active
+
+
+def check_record(model: nn.Module, record: Record, source: str) -> None:
+    """Raise StaleStateError, naming the layers, where the record's factors are not those of the model's present state."""
+    present = {entry.key: entry for entry in build_record(model).quant}
+    recorded = {entry.key: entry for entry in record.quant}
+    wrong = [key for key in present if key not in recorded] + [key for key in recorded if key not in present]
+    for key in present.keys() & recorded.keys():
+        ours, theirs = present[key], recorded[key]
+        same = ours.offset_d == theirs.offset_d and _close([ours.scale_d], [theirs.scale_d])
+        if not (same and _close(ours.scale_w, theirs.scale_w)):
+            wrong.append(key)
+    if wrong:
+        raise StaleStateError(
+            f"{source}: the recorded factors of {len(wrong)} layer(s) are not those of the model "
+            f"({', '.join(sorted(wrong)[:5])}{', ...' if len(wrong) > 5 else ''}); it was trained on or loaded since. "
+            "Run one forward in eval mode, or call amct_ext.update_record(model), before saving"
+        )
+
+
+def raise_if_invalid(model: nn.Module) -> None:
+    """Raise InvalidDataError for the first layer whose input held NaN/Inf since the last check (one host read when all is well)."""
+    quantisers = [layer.act_quant for _, layer in compressed_layers(model) if layer.act_quant is not None]
+    if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
+        for quantiser in quantisers:
+            quantiser.raise_if_invalid()
+
+
+def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+    session = getattr(model, _ATTRIBUTE)
+    if model.training:
+        session.dirty = True
+    elif session.dirty and not torch.compiler.is_compiling():
+        write_record(model)
+
+
+def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise_if_invalid(model)
+
+
+def _after_load(model: nn.Module, incompatible: Any) -> None:
+    getattr(model, _ATTRIBUTE).dirty = True
+
+
+def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:
+    assert layer.sparsity is not None
+    mask = layer.sparsity.mask
+    return SparseRecord(name=name, mask_shape=tuple(mask.shape), mask=tuple(ops.pack_mask(mask).tolist()))
+
+
+def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
+    activation, weight = layer.activation, layer.weight_quant
+    assert activation is not None and weight is not None
+    scale_d, offset_d = activation.factors()
+    scale_w = tuple(layer.recorded_scale_w().float().tolist())
+    entry = QuantRecord(
+        key=name,
+        scale_d=_through_fp16(scale_d) if plan.fp16 else scale_d,
+        offset_d=offset_d,
+        scale_w=scale_w,
+        offset_w=(0,) * len(scale_w),
+        act_type=f"INT{activation.num_bits}",
+        wts_type=f"INT{weight.num_bits}",
+        fakequant_precision_mode="FORCE_FP16_QUANT" if plan.fp16 else None,
+    )
+    if plan.write_shift_bit and layer.search_n is not None:
+        entry = replace(entry, shift_bit=tuple(layer.search_n.result(name, layer.deq_scale())))
+    return entry
+
+
+def _through_fp16(value: float) -> float:
+    """Round a scale to half precision; outside half's normal range its square root is rounded instead (AMCT's rule)."""
+    if _SMALLEST_FP16 <= value <= _LARGEST_FP16:
+        return float(torch.tensor(value).half().float())
+    root = torch.tensor(math.sqrt(value)).half().float()
+    return float(root * root)
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    """Equal as float32 up to the last digits that another device's reduction order may change."""
+    a, b = torch.tensor(list(ours), dtype=torch.float32), torch.tensor(list(theirs), dtype=torch.float32)
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=0.0))
