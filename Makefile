@@ -60,16 +60,20 @@ bench: venv ## fused against eager: every op, then one whole training step
 	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_retrain_step.py
 
-lint: venv ## ruff, clang-format, mypy; changes nothing
+lint: venv ## ruff, clang-format, mypy, generated files up to date; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(if $(CLANG_FILES),$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES))
 	$(BIN)/mypy
+	$(BIN)/python tools/generate_proto.py --check
 
 format: venv ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(if $(CLANG_FILES),$(BIN)/clang-format -i $(CLANG_FILES))
+
+proto: venv ## compile proto/ after a change of a .proto file; the result is carried in git
+	$(BIN)/python tools/generate_proto.py
 
 clean: ## build products and outputs; the environment stays
 	rm -rf build out dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis $(STAMP)/installed
