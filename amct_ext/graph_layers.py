@@ -1,0 +1,73 @@
+"""Layer classes: which modules are recorded as one node, and what class a subclass stands for."""
+from __future__ import annotations
+
+from torch import nn
+
+# The names are the type strings used in plans, traits and messages.
+LAYER_CLASSES: dict[str, type[nn.Module]] = {
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+    "ConvTranspose1d": nn.ConvTranspose1d,
+    "ConvTranspose2d": nn.ConvTranspose2d,
+    "ConvTranspose3d": nn.ConvTranspose3d,
+    "Linear": nn.Linear,
+    "LSTM": nn.LSTM,
+    "GRU": nn.GRU,
+    "RNN": nn.RNN,
+    "BatchNorm1d": nn.BatchNorm1d,
+    "BatchNorm2d": nn.BatchNorm2d,
+    "BatchNorm3d": nn.BatchNorm3d,
+    "SyncBatchNorm": nn.SyncBatchNorm,
+}
+
+CONVS = ("Conv1d", "Conv2d", "Conv3d")
+TRANSPOSED_CONVS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+RNNS = ("LSTM", "GRU")
+# Layers whose activations and weights can be quantised, and (all of them among those) whose weights can be pruned.
+QUANTIZABLE = ("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose1d", "ConvTranspose2d", "LSTM", "GRU")
+FILTER_PRUNABLE = ("Conv2d", "Linear")
+SPARSE_PRUNABLE = ("Conv2d", "Linear", "ConvTranspose2d")
+
+# Dimensions of a batched input; one less is the un-batched form that these classes also take.
+BATCHED_DIMS = {
+    "Conv1d": 3, "Conv2d": 4, "Conv3d": 5,
+    "ConvTranspose1d": 3, "ConvTranspose2d": 4, "ConvTranspose3d": 5,
+    "LSTM": 3, "GRU": 3,
+}
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """Name of the standard layer class that `module` is an instance of, or None."""
+    for name, standard in LAYER_CLASSES.items():
+        if isinstance(module, standard):
+            return name
+    return None
+
+
+def keeps_forward(module: nn.Module) -> bool:
+    """Whether a layer computes what its standard class does: no forward of its own, in its class or on the instance."""
+    name = layer_type(module)
+    if name is None:
+        return False
+    standard = LAYER_CLASSES[name]
+    overridden = any(
+        getattr(type(module), method, None) is not getattr(standard, method, None)
+        for method in ("forward", "_conv_forward", "__call__")
+    )
+    return not overridden and "forward" not in vars(module)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution works on each input channel alone. A plain convolution of one channel does not count."""
+    groups = getattr(module, "groups", 1)
+    return groups > 1 and groups == getattr(module, "in_channels", None)
+
+
+def owns_weight(module: nn.Module) -> bool:
+    """Whether the weight is a plain parameter of the module (a parametrised or weight-normed layer computes it)."""
+    names = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
+    return any(name.startswith("weight") for name in names) and not hasattr(module, "parametrizations") and not any(
+        name.endswith(("_orig", "_g", "_v")) for name in names
+    )
