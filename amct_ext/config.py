@@ -1,4 +1,5 @@
 """Configuration of a retraining job: protobuf text -> frozen dataclasses. Nothing else in the project sees protobuf."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ class DataQuant:
 
 @dataclass(frozen=True)
 class WeightSettings:
-    """What the configuration says on weights; channel_wise None: the layer type's default (plan.WeightQuant decides)."""
+    """What the file says on weights; channel_wise None: the layer type's default, which the plan fills in."""
 
     algo: str = "arq_retrain"
     num_bits: int = 8

@@ -4,6 +4,7 @@ Each derives from the type AMCT raises in the same situation, so the `except` cl
 a message says what was wrong, where, and what would be right. Failures that Python names well (a missing file, a wrong
 argument type) stay FileNotFoundError, TypeError, ... .
 """
+
 from __future__ import annotations
 
 import pickle

@@ -1,4 +1,5 @@
 """Writing files so that nobody ever sees half of one."""
+
 from __future__ import annotations
 
 import os
@@ -21,8 +22,8 @@ def make_folder(folder: Path) -> None:
 def write_atomic(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Replace the file at `path` by `data` in one step; mode 640, missing folders are made with mode 750.
 
-    The bytes go to a temporary file in the same folder, reach the disk, and only then take the name: a crash leaves the old
-    file or the new one. A symbolic link stays a link, its target is replaced. Errors: OSError.
+    The bytes go to a temporary file in the same folder, reach the disk, and only then take the name: a crash leaves the
+    old file or the new one. A symbolic link stays a link, its target is replaced. Errors: OSError.
     """
     target = Path(os.path.realpath(path))
     make_folder(target.parent)

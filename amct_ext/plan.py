@@ -1,4 +1,5 @@
 """One plan per layer: the configuration's settings, resolved against the layers of a model."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ __all__ = ["DataQuant", "FilterPrune", "LayerPlan", "LayerTraits", "Plan", "Quan
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """What a layer of the model can take. `type` is the torch class name; int4_weights: its Cin is even and it has one group."""
+    """What a layer of the model can take.
+
+    `type` is the torch class name; int4_weights: its Cin is even and it has one group.
+    """
 
     type: str
     quantizable: bool

@@ -2,6 +2,7 @@
 
 Frozen dataclasses on one side, AMCT's text format on the other (record_text.py); nothing else touches that text.
 """
+
 from __future__ import annotations
 
 import os
@@ -17,8 +18,8 @@ class QuantRecord:
     """Factors of one quantised layer: x_int = round(x / scale_d) + offset_d, w_int = round(w / scale_w).
 
     Floats are float32 values. scale_w holds one value, or one per output channel (with the BatchNorm factor in it);
-    scale_h / scale_r are the hidden state's and the recurrence weight's factors of an LSTM or GRU. dst_type, shift_bit and
-    fakequant_precision_mode are written only where set.
+    scale_h / scale_r are the hidden state's and the recurrence weight's factors of an LSTM or GRU. dst_type, shift_bit
+    and fakequant_precision_mode are written only where set.
     """
 
     key: str
@@ -40,7 +41,7 @@ class QuantRecord:
 
 @dataclass(frozen=True)
 class PruneNode:
-    """A graph node of a channel group. `type` is its ONNX operator, begin..end the group's channels in this node's own count.
+    """A graph node of a channel group: its ONNX operator, and the group's channels begin..end in this node's own count.
 
     prune_index lists the removed channels in ascending order, already shifted by `begin`; empty means none.
     """
@@ -86,7 +87,7 @@ class Record:
             text = Path(path).read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise RecordError(
-                f"{path}: not a record file (byte {error.start} is not UTF-8 text): give the text file that create wrote"
+                f"{path}: not a record file (byte {error.start} is not UTF-8): give the text file that create wrote"
             ) from None
         return Record.loads(text, source=str(path))
 
@@ -98,7 +99,7 @@ class Record:
         return loads(text, source)
 
     def dumps(self) -> str:
-        """The text of the file, byte for byte as AMCT writes it. Errors: RecordError where it could not be read back."""
+        """The text of the file, byte for byte as AMCT prints it. Errors: RecordError if it is inconsistent."""
         from amct_ext.record_text import dumps
 
         return dumps(self)

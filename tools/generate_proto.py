@@ -2,9 +2,10 @@
 
     pip install grpcio-tools && python tools/generate_proto.py
 
-The result is carried in git, so neither a build nor a run needs a protobuf compiler; run this after a change of a .proto
-file. `--check` only compares (exit status 1 if the carried file is stale).
+The result is carried in git, so neither a build nor a run needs a protobuf compiler; run this after a change of a
+.proto file. `--check` only compares (exit status 1 if the carried file is stale).
 """
+
 import argparse
 import subprocess
 import sys

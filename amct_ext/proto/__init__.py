@@ -1,10 +1,11 @@
 """Message classes of the two text files (proto/retrain_config.proto, proto/record.proto).
 
-The classes are built at run time from carried descriptors instead of from generated *_pb2 modules: generated modules are
-tied to the protobuf versions next to their compiler's (newer ones check it on import), while descriptors are plain data
-that every runtime reads. The pool is our own, so nothing of ours enters the process-wide pool: AMCT's own modules, or a second copy
-of this package, can be imported next to it.
+The classes are built at run time from carried descriptors instead of from generated *_pb2 modules. Generated ones are
+tied to protobuf versions near their compiler's (newer ones check it on import); descriptors are plain data that every
+runtime reads, and a build needs no compiler. The pool is our own, so nothing of ours enters the process-wide pool:
+AMCT's own modules, or a second copy of this package, can be imported next to it.
 """
+
 from functools import cache
 from typing import Any
 
