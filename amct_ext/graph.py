@@ -39,8 +39,8 @@ class Graph:
         """Groups of two or more layers that read the same value at input 0, each group in execution order."""
         readers: dict[int, list[str]] = {}
         for node in self.nodes:
-            if node.op in QUANTIZABLE and len(self.calls.get(node.module, [])) == 1 and node.inputs:
-                readers.setdefault(id(node.inputs[0]), []).append(node.module)
+            if node.op in QUANTIZABLE and len(self.calls.get(node.name, [])) == 1 and node.inputs:
+                readers.setdefault(id(node.inputs[0]), []).append(node.name)
         return [tuple(names) for names in readers.values() if len(names) > 1]
 
     def conv_bn(self) -> dict[str, str]:
@@ -53,8 +53,8 @@ class Graph:
             readers = node.outputs[0].consumers
             if len(readers) != 1 or readers[0].op not in BATCH_NORMS or node.outputs[0] in self.outputs:
                 continue
-            if len(self.calls[readers[0].module]) == 1:
-                pairs[name] = readers[0].module
+            if len(self.calls[readers[0].name]) == 1:
+                pairs[name] = readers[0].name
         return pairs
 
     def fed_by_relu(self, layer: str) -> bool:
@@ -81,7 +81,7 @@ def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph
     """Run the model once on `input_data` (a tensor, or a tuple of arguments) and return what ran.
 
     The run is eager, in eval mode, without gradients; modes, buffers and random state are as before afterwards.
-    Errors: InputDataError: input_data has another type, or the model rejects it. ModelError: the model cannot be traced.
+    Errors: InputDataError where input_data has another type or the model rejects it; ModelError where tracing is impossible.
     """
     recording = record(model, input_data)
     return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)

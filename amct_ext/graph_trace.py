@@ -187,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         results = results + [tensor for tensor in written if not any(tensor is result for result in results)]
         outputs = tuple(_value_of(tensor) for tensor in results)
         pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
-        self.nodes.append(Node(op, self._unique_name(op), "", inputs, outputs, named, pointwise))
+        self.nodes.append(Node(op, self._unique_name(op), None, inputs, outputs, named, pointwise))
         for tensor, value in zip(results, outputs, strict=True):
             if any(tensor is target for target in written):
                 self._overwrite(tensor, value)
@@ -229,7 +229,7 @@ class _Recorder(TorchDispatchMode):
     def _related(self, op: str, sources: tuple[Value, ...], tensor: torch.Tensor) -> Value:
         """A value that depends on others through shared memory, in a way that no op describes."""
         value = _value_of(tensor)
-        self.nodes.append(Node(op, self._unique_name(op), "", sources, (value,)))
+        self.nodes.append(Node(op, self._unique_name(op), None, sources, (value,)))
         return value
 
     def _replaced(self, given: Any) -> Any:

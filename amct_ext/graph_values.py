@@ -31,14 +31,14 @@ class Node:
     op: the standard layer class ('Conv2d') or the op's name without namespace 'aten', overload and in-place
     underscore ('relu', 'add'; other namespaces stay: 'mylib::op').
     name: the layer's qualified name, or the name that the TorchScript ONNX exporter would give ('/block1/Add').
-    module: qualified name of the layer, '' for ops.
+    module: qualified name of the layer, None for ops.
     args: an op's arguments by schema name, defaults filled in, tensors replaced by their values; empty for layers.
     pointwise: each output element depends on the input elements at its place alone (torch's tag).
     """
 
     op: str
     name: str
-    module: str = ""
+    module: str | None = None
     inputs: tuple[Value | None, ...] = ()
     outputs: tuple[Value, ...] = ()
     args: Mapping[str, Any] = field(default_factory=dict, repr=False)
