@@ -1,0 +1,78 @@
+"""A torch model as an ONNX graph: one capture with torch.export, translated by the onnxscript exporter."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import onnx_ir as ir
+import torch
+
+from amct_ext.errors import ExportError
+from amct_ext.onnx_axes import Axes, apply_axes, rename_sizes
+
+OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's notices (missing torchvision, deprecations inside torch) away from the user."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> torch.onnx.ONNXProgram:
+    """Translate `model`, called with `arguments`, into an ONNX program that is not optimised yet.
+
+    Initialisers carry the qualified names of parameters and buffers. ExportError when the model cannot be captured,
+    with torch's own first lines: they name the operator or the size that is in the way.
+    """
+    arguments, shapes, _ = apply_axes(model, arguments, axes)
+    with quiet(), torch.no_grad():
+        try:
+            exported = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise ExportError(f"the model cannot be captured for ONNX: {_head(error)}") from error
+        try:
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=axes.input_names,
+                output_names=axes.output_names,
+            )
+        except Exception as error:
+            raise ExportError(f"the model cannot be translated to ONNX: {_head(error)}") from error
+    program = cast(torch.onnx.ONNXProgram, program)
+    graph = cast(ir.Model, program.model).graph
+    if axes.output_names is not None and len(axes.output_names) != len(graph.outputs):
+        raise ExportError(f"output_names has {len(axes.output_names)} names, the model returns {len(graph.outputs)} tensors")
+    rename_sizes(cast(ir.Model, program.model), axes)
+    return program
+
+
+def optimise(program: torch.onnx.ONNXProgram) -> ir.Model:
+    """Fold constants and remove what is redundant; nodes of foreign domains are left as they are."""
+    with quiet():
+        program.optimize()
+    return cast(ir.Model, program.model)
+
+
+def _head(error: Exception) -> str:
+    """The first lines of a message; torch appends pages of advice."""
+    return "\n".join(str(error).strip().splitlines()[:12]) or type(error).__name__

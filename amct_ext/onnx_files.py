@@ -1,0 +1,65 @@
+"""Where the two ONNX files go, and writing them: all or none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import onnx_ir as ir
+
+from amct_ext.files import write_atomic
+
+SIZE_LIMIT = 2_000_000_000  # bytes of a protobuf message, less than 2^31 so that the graph itself still fits
+LONGEST_PREFIX = 241
+
+logger = logging.getLogger("amct_ext")
+
+
+def onnx_paths(save_path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The fake-quant and the deploy file of `save_path` = [folder/][prefix] (amct-behaviour 8.1).
+
+    ValueError for a prefix of more than 241 characters.
+    """
+    folder, prefix = os.path.split(os.fspath(save_path))
+    if len(prefix) > LONGEST_PREFIX:
+        raise ValueError(f"save_path: the prefix has {len(prefix)} characters, at most {LONGEST_PREFIX} are possible")
+    stem = f"{prefix}_" if prefix else ""
+    fake_quant, deploy = (Path(folder) / f"{stem}{kind}_model.onnx" for kind in ("fake_quant", "deploy"))
+    for path in (fake_quant, deploy):
+        if path.is_dir():
+            raise ValueError(f"save_path: {path} is a folder; choose another prefix")
+    return fake_quant, deploy
+
+
+def encode(model: ir.Model, path: Path, suffix: str, limit: int = SIZE_LIMIT) -> dict[Path, bytes]:
+    """The files that hold `model`: one, or with tensors of their own where `limit` bytes are reached.
+
+    Then the largest initialisers move out, one file each, named `<file prefix><initialiser>_<suffix>.external`; the
+    prefix keeps two exports in one folder apart. `model` is changed to refer to them.
+    """
+    files: dict[Path, bytes] = {}
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    prefix = path.name.removesuffix("_model.onnx").removesuffix("fake_quant").removesuffix("deploy")
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
+        if size < limit:
+            break
+        location = re.sub(r"[^\w.-]", "_", f"{prefix}{name}_{suffix}.external")
+        data = tensor.tobytes()
+        files[path.with_name(location)] = data
+        size -= tensor.nbytes
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            location, 0, len(data), tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=path.parent
+        )
+    files[path] = ir.to_proto(model).SerializeToString()
+    return files
+
+
+def write_files(files: dict[Path, bytes]) -> None:
+    """Write every file atomically, in order: a model comes after the tensors that it refers to. Errors: OSError."""
+    for path, data in files.items():
+        if path.exists():
+            logger.warning("%s exists and is overwritten", path)
+        write_atomic(path, data)
