@@ -35,9 +35,9 @@ def loads(text: str, source: str) -> Record:
     places = Places(source, text)
     quant = []
     for index, item in enumerate(message.record):
-        record = _read_quant(item, lambda index=index: places.at("record", index))  # type: ignore[misc]
-        if record is not None:
-            quant.append(record)
+        factors = _read_quant(item, lambda index=index: places.at("record", index))  # type: ignore[misc]
+        if factors is not None:
+            quant.append(factors)
     channel, sparse = [], []
     for index, item in enumerate(message.prune_record):
         where: Where = lambda index=index: places.at("prune_record", index)  # type: ignore[misc]  # noqa: E731
