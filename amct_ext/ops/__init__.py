@@ -1,0 +1,38 @@
+"""The ops, each a documented function over `torch.ops.amct_ext`.
+
+Schemas stand in `csrc/ops.cpp`. Every op has a plain-torch reference here, registered for all devices: it specifies the op,
+serves devices without a kernel and checks the kernels.
+"""
+
+from amct_ext import _library
+
+_library.load()
+
+from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
+from amct_ext.ops.norms import filter_norms  # noqa: E402
+from amct_ext.ops.search import search_clip_range  # noqa: E402
+from amct_ext.ops.shift import best_shift, shift_error_  # noqa: E402
+from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_backward  # noqa: E402
+from amct_ext.ops.weights import (  # noqa: E402
+    arq_fake_quantize,
+    lsq_fake_quantize,
+    lsq_fake_quantize_backward,
+    quantize_weight,
+)
+
+__all__ = [
+    "arq_fake_quantize",
+    "best_shift",
+    "filter_norms",
+    "lsq_fake_quantize",
+    "lsq_fake_quantize_backward",
+    "mask_2to4",
+    "pack_mask",
+    "quantize_weight",
+    "refresh_mask_",
+    "search_clip_range",
+    "shift_error_",
+    "ulq_fake_quantize",
+    "ulq_fake_quantize_backward",
+    "unpack_mask",
+]

@@ -1,0 +1,36 @@
+"""Channel importance for filter pruning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amct_ext.ops._common import accumulate_type, check_axis, check_floating, other_axes, reference
+
+
+def filter_norms(w: Tensor, axis: int = 0) -> Tensor:
+    """L2 norm of every slice of a weight along an axis.
+
+    Args:
+        w: float32, float64, float16 or bfloat16.
+        axis: the channel axis.
+
+    Returns: one value per channel, float32 (float64 for float64 weights); squares are summed in float64.
+
+    Errors: TypeError for a dtype that is not floating, IndexError for the axis.
+
+    Source: AMCT's balanced channel pruning (importance before its normalisation).
+
+        >>> filter_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist()
+        [5.0, 2.0]
+    """
+    return torch.ops.amct_ext.filter_norms(w, axis)
+
+
+@reference("filter_norms")
+def _reference(w: Tensor, axis: int = 0) -> Tensor:
+    check_floating("filter_norms", "w", w)
+    check_axis("filter_norms", "axis", w, axis)
+    squares = w.to(torch.float64).square()
+    axes = other_axes(w, axis)
+    return (squares.sum(axes) if axes else squares).sqrt().to(accumulate_type(w))

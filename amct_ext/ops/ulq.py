@@ -1,0 +1,175 @@
+"""Activation quantisation with learned clips (ULQ: universal linear quantisation)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amct_ext.ops._common import (
+    FLT_EPSILON,
+    accumulate_type,
+    check_bits,
+    check_floating,
+    check_scalar,
+    code_range,
+    reference,
+)
+
+
+def ulq_fake_quantize(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fake-quantise an activation between two learned clips.
+
+    Args:
+        x: any shape, float32, float64, float16 or bfloat16.
+        clip_max, clip_min: one value each, floating; the clips that are trained.
+        prev_clip_max, prev_clip_min: one value each; the clips of the previous forward, used where the new ones have
+            collapsed or changed sign. NaN stands for "none yet".
+        num_bits: 2 to 16.
+        fixed_min: take clip_min as 0 whatever it holds (an activation behind a ReLU).
+
+    Returns:
+        `(y, scale, offset, clip_max, clip_min, invalid)`: y like x; four 0-dim tensors of the clips' dtype with the
+        values that were used; `invalid`, a 0-dim bool, true when x holds NaN or Inf or the scale is not finite. Nothing
+        is read on the host.
+
+    Gradients: straight through inside the clips, zero outside; `clip_max` and `clip_min` each receive the sum of the
+    rounding error over the levels plus what was cut off at their side. The other outputs are not differentiable.
+
+    Errors: TypeError for a dtype that is not floating, ValueError for num_bits out of range or clips of more than one
+    value.
+
+    Source: the ULQ retraining rule of AMCT (LSQ+ with the clips as parameters instead of scale and offset).
+
+        >>> x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
+        >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
+        >>> y, scale, offset, *_ = ulq_fake_quantize(x, one, -one, none, none)
+        >>> [round(v, 4) for v in y.tolist()], round(scale.item(), 6), offset.item()
+        ([-0.9961, -0.502, 0.0, 0.502, 1.0039], 0.007843, -1.0)
+    """
+    return torch.ops.amct_ext.ulq_fake_quantize(
+        x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min
+    )
+
+
+def ulq_fake_quantize_backward(
+    grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `ulq_fake_quantize`: `(dx, d_clip_max, d_clip_min)`.
+
+    Args:
+        grad: gradient of y, shape of x.
+        x: the input of the forward.
+        clip_max, clip_min: the *effective* clips that the forward returned.
+        num_bits: as in the forward.
+
+    Returns: dx with the dtype of grad, the two clip gradients 0-dim with the clips' dtype. The sums run in float64 over
+    fixed blocks: the same bits for any number of threads.
+
+    Errors: ValueError where grad and x differ in shape; else as the forward.
+
+    Source: AMCT's ULQ backward.
+
+        >>> x, one = torch.tensor([-2.0, 0.0, 2.0]), torch.tensor(1.0)
+        >>> dx, d_max, d_min = ulq_fake_quantize_backward(torch.ones(3), x, one, -one)
+        >>> dx.tolist()
+        [0.0, 1.0, 0.0]
+    """
+    return torch.ops.amct_ext.ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits)
+
+
+def _effective_clips(
+    clip_max: Tensor, clip_min: Tensor, prev_max: Tensor, prev_min: Tensor, fixed_min: bool
+) -> tuple[Tensor, Tensor]:
+    if fixed_min:
+        clip_min = torch.zeros_like(clip_min)
+    collapsed = clip_max - clip_min <= FLT_EPSILON
+    take_max = torch.isfinite(prev_max) & (collapsed | (clip_max < 0))
+    clip_max = torch.where(take_max, prev_max, clip_max)
+    if not fixed_min:
+        take_min = torch.isfinite(prev_min) & (collapsed | (clip_min > 0))
+        clip_min = torch.where(take_min, prev_min, clip_min)
+    return clip_max.clamp_min(0), clip_min.clamp_max(0)
+
+
+def affine(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and integer offset (as a float) of an asymmetric range that contains zero."""
+    lowest, _ = code_range(num_bits)
+    scale = (clip_max - clip_min) / torch.full_like(clip_max, 2**num_bits - 1)
+    offset = torch.round(lowest - clip_min / scale)
+    small = scale < FLT_EPSILON
+    return torch.where(small, torch.ones_like(scale), scale), torch.where(
+        small, torch.full_like(offset, lowest), offset
+    )
+
+
+@reference("ulq_fake_quantize")
+def _reference(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "ulq_fake_quantize"
+    check_floating(op, "x", x)
+    check_bits(op, num_bits)
+    named = zip(
+        ("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"),
+        (clip_max, clip_min, prev_clip_max, prev_clip_min),
+        strict=True,
+    )
+    for name, value in named:
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+    acc = accumulate_type(x)
+    high, low = _effective_clips(
+        *(value.reshape(()).to(acc) for value in (clip_max, clip_min, prev_clip_max, prev_clip_min)), fixed_min
+    )
+    scale, offset = affine(high, low, num_bits)
+    wide = x.to(acc)
+    code = torch.clamp(torch.round(wide / scale + offset), *code_range(num_bits))
+    y = ((code - offset) * scale).to(x.dtype)
+    valid = torch.isfinite(wide).all() & torch.isfinite(scale) & (scale > 0)
+    out = clip_max.dtype
+    # copy=True: an output must never share storage with an input
+    return y, scale.to(out), offset.to(out), high.to(out, copy=True), low.to(out, copy=True), ~valid
+
+
+@reference("ulq_fake_quantize_backward")
+def _reference_backward(
+    grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "ulq_fake_quantize_backward"
+    check_floating(op, "grad", grad)
+    check_floating(op, "x", x)
+    check_bits(op, num_bits)
+    check_scalar(op, "clip_max", clip_max)
+    check_scalar(op, "clip_min", clip_min)
+    torch._check_value(
+        grad.shape == x.shape,
+        lambda: f"{op}: grad must have the shape of x, {tuple(x.shape)}, not {tuple(grad.shape)}",
+    )
+    acc = accumulate_type(x)
+    high, low = clip_max.reshape(()).to(acc), clip_min.reshape(()).to(acc)
+    scale, offset = affine(high, low, num_bits)
+    lowest, highest = code_range(num_bits)
+    wide, upstream = x.to(acc), grad.to(acc)
+    above = wide > scale * (highest - offset)
+    below = wide < scale * (lowest - offset)
+    z = torch.where(above, high, torch.where(below, low, wide)) / scale
+    zero = torch.zeros((), dtype=acc, device=x.device)
+    error = ((torch.round(z) - z) * upstream).sum(dtype=torch.float64) / (2**num_bits - 1)
+    cut_above = torch.where(above, upstream, zero).sum(dtype=torch.float64)
+    cut_below = torch.where(below, upstream, zero).sum(dtype=torch.float64)
+    dx = torch.where(above | below, torch.zeros_like(grad), grad)
+    return dx, (error + cut_above).to(clip_max.dtype), (cut_below - error).to(clip_min.dtype)

@@ -1,0 +1,44 @@
+// Every schema of the library, once. Kernels and autograd rules register themselves where they are defined.
+#include <torch/library.h>
+
+TORCH_LIBRARY(amct_ext, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+
+  // activations
+  m.def(
+      "ulq_fake_quantize(Tensor x, Tensor clip_max, Tensor clip_min, Tensor prev_clip_max, Tensor prev_clip_min, "
+      "int num_bits=8, bool fixed_min=False) "
+      "-> (Tensor y, Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor invalid)",
+      tags);
+  m.def(
+      "ulq_fake_quantize_backward(Tensor grad, Tensor x, Tensor clip_max, Tensor clip_min, int num_bits=8) "
+      "-> (Tensor dx, Tensor d_clip_max, Tensor d_clip_min)",
+      tags);
+  m.def(
+      "search_clip_range(Tensor x, int num_bits=8, bool with_offset=False) "
+      "-> (Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min)",
+      tags);
+
+  // weights
+  m.def("arq_fake_quantize(Tensor w, int num_bits=8, int? channel_axis=None) -> (Tensor y, Tensor scale)", tags);
+  m.def(
+      "lsq_fake_quantize(Tensor w, Tensor scale, int num_bits=8, int? channel_axis=None, float? grad_factor=None) "
+      "-> Tensor",
+      tags);
+  m.def(
+      "lsq_fake_quantize_backward(Tensor grad, Tensor w, Tensor scale, int num_bits=8, int? channel_axis=None, "
+      "float? grad_factor=None) -> Tensor",
+      tags);
+  m.def("quantize_weight(Tensor w, Tensor scale, int num_bits=8, int? channel_axis=None) -> Tensor", tags);
+
+  // sparsity and pruning
+  m.def("mask_2to4(Tensor w, int axis=1) -> Tensor", tags);
+  m.def("refresh_mask_(Tensor w, Tensor(a!) mask, Tensor(b!) step, int update_freq, int axis=1) -> ()", tags);
+  m.def("pack_mask(Tensor mask) -> Tensor", tags);
+  m.def("unpack_mask(Tensor words, SymInt[] shape) -> Tensor", tags);
+  m.def("filter_norms(Tensor w, int axis=0) -> Tensor", tags);
+
+  // shift search
+  m.def("shift_error_(Tensor x, Tensor deq_scale, Tensor(a!) errors, int channel_axis=1) -> ()", tags);
+  m.def("best_shift(Tensor errors) -> Tensor", tags);
+}

@@ -1,0 +1,2 @@
+// Declared once the kernels stand.
+#pragma once
