@@ -43,6 +43,10 @@ class ShiftSearch(nn.Module):
     def wants_data(self) -> bool:
         return self._stale or self._gathered < self.batch_num
 
+    @property
+    def has_result(self) -> bool:
+        return self._gathered > 0 and not self._stale
+
     @torch.no_grad()
     def observe(self, output: Tensor, deq_scale: Tensor, channel_axis: int) -> None:
         """Add one batch: ``output`` is the layer's result after a folded BatchNorm, ``deq_scale`` is scale_d * scale_w."""
@@ -69,12 +73,14 @@ class ShiftSearch(nn.Module):
 
     def result(self, layer: str, deq_scale: Tensor) -> list[int]:
         """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation with the present scales was seen."""
-        if int(self.batches) == 0 or self._stale:
+        if not self.has_result:
             raise StaleStateError(f"layer '{layer}': no shift yet; run an evaluation forward (model.eval()) first")
         if not bool(torch.isfinite(deq_scale).all() and (deq_scale > 0).all()):
             raise StaleStateError(f"layer '{layer}': dequantisation scales must be positive and finite")
         if not torch.equal(self.deq_scale, deq_scale.to(self.deq_scale)):
-            raise StaleStateError(f"layer '{layer}': scales changed since the shift search; run an evaluation forward again")
+            raise StaleStateError(
+                f"layer '{layer}': scales changed since the shift search; run an evaluation forward again"
+            )
         return ops.best_shift(self.errors).tolist()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

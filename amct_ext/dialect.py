@@ -58,7 +58,11 @@ def to_amct_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
             state.update(_write_layer(holder, layers, owners))
             if norm is not None:
                 start = norm + "."
-                state.update((f"{holder}.bn_module.{k[len(start) :]}", v.detach().clone()) for k, v in own.items() if k.startswith(start))
+                state.update(
+                    (f"{holder}.bn_module.{k[len(start) :]}", v.detach().clone())
+                    for k, v in own.items()
+                    if k.startswith(start)
+                )
     return state
 
 
@@ -110,7 +114,8 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
         return {f"{name}.{key}": value for key, value in _write_comp(layer, False).items()}
     calibrated = layer.activation is not None and layer.activation.calibrated
     ran = _ran(layer)
-    recorded = layer.recorded_scale_w().float() if ran else torch.ones_like(layer.search_n.deq_scale)
+    present = layer.recorded_scale_w().float()
+    recorded = present if ran else torch.ones_like(present)
     out = {f"{name}.scale_w": recorded.clone(), f"{name}.offset_w": torch.zeros_like(recorded)}
     owner = owners.get(name, name)
     out.update({f"{name}.quant_module.{key}": value for key, value in _write_comp(layer, owner == name).items()})
@@ -174,7 +179,9 @@ def _read_layer(
         for theirs, key in (_ACT_PARAMS | _ACT_BUFFERS).items():
             if pre + theirs in taken:
                 out[ours + key] = taken[pre + theirs]
-        finite = all(bool(torch.isfinite(taken.get(pre + k, torch.tensor(float("nan"))))) for k in list(_ACT_BUFFERS)[:2])
+        finite = all(
+            bool(torch.isfinite(taken.get(pre + k, torch.tensor(float("nan"))))) for k in list(_ACT_BUFFERS)[:2]
+        )
         out[ours + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
         out[ours + "invalid"] = torch.tensor(False)
         out[ours + "calibration_data"] = torch.zeros(0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,24 @@ from amct_ext.sparsity import Sparsity
 _EPS = torch.finfo(torch.float32).eps
 
 
+@dataclass
+class Links:
+    """Modules that a layer refers to without holding them: their state belongs elsewhere in the model."""
+
+    act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
+    norm: Any = None  # the BatchNorm that follows
+
+
 class CompressedLayer(nn.Module):
     """What every compressed layer adds to its float class; each child is None where the plan does not ask for it.
 
     Children: ``sparsity``, ``weight_quant``, ``act_quant`` (None also at a layer that shares another layer's), ``search_n``.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    layer_name: str
+    links: Links
+    weight: Any  # nn.Parameter of the float class
+    bias: Any
     in_axis = 1  # of the weight: the axis that 2:4 sparsity works along
     channel_axis_out = 1  # of the output
 
@@ -40,9 +51,9 @@ class CompressedLayer(nn.Module):
         new.__dict__ = dict(layer.__dict__)
         new._modules = dict(layer._modules)
         new.layer_name = plan.name
-        device, weight = layer.weight.device, layer.weight
-        # Plain references, not children: the state belongs to the module that holds it.
-        new._links = {"act_quant": None, "norm": None}
+        weight = new.weight
+        device = weight.device
+        new.links = Links()
         new.sparsity = new.weight_quant = new.act_quant = new.search_n = None
         if isinstance(plan.prune, SparsePrune):
             new.sparsity = Sparsity(weight, cls.in_axis, plan.prune.update_freq)
@@ -50,7 +61,9 @@ class CompressedLayer(nn.Module):
             wts = plan.quant.weight
             new.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, device)
             masked = weight if new.sparsity is None else weight.detach() * new.sparsity.mask
-            new.weight_quant = WeightQuantizer(wts, new._to_rows(masked), 0, new._grad_factor(wts.num_bits, wts.channel_wise))
+            new.weight_quant = WeightQuantizer(
+                wts, new._to_rows(masked), 0, new._grad_factor(wts.num_bits, wts.channel_wise)
+            )
             new.search_n = ShiftSearch(new.weight_quant.scale.numel(), batch_num, device)
         return new.train(layer.training)
 
@@ -60,42 +73,39 @@ class CompressedLayer(nn.Module):
         """Use the quantiser of ``owner``, which runs first on the same tensor."""
         assert owner.act_quant is not None
         self.act_quant = None
-        self._links["act_quant"] = owner.act_quant
+        self.links.act_quant = owner.act_quant
         owner.act_quant.num_readers += 1
 
-    def link_norm(self, norm: nn.Module) -> None:
+    def link_norm(self, norm: Any) -> None:
         """Remember the BatchNorm that follows: its factor belongs to the recorded weight scales."""
-        self._links["norm"] = norm
+        self.links.norm = norm
         if self.search_n is not None:
             channels = norm.running_var.numel()
             self.search_n = ShiftSearch(channels, self.search_n.batch_num, norm.running_var.device).train(self.training)
 
     @property
-    def norm(self) -> nn.Module | None:
-        return self._links["norm"]
-
-    @property
     def activation(self) -> ActivationQuantizer | None:
         """The activation quantiser in use: its own or the shared one."""
-        return self.act_quant if self.act_quant is not None else self._links["act_quant"]
+        return self.act_quant if self.act_quant is not None else self.links.act_quant
 
     # -- the forward -------------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: object) -> Tensor:
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
         if self.act_quant is not None:
             x = self.act_quant(x)
-        elif (shared := self._links["act_quant"]) is not None:
+        elif (shared := self.links.act_quant) is not None:
             x = shared.reuse(x)
         y = self._compute(x, self._compressed_weight(), *args)
         if self.search_n is not None:
             if self.training:
                 self.search_n.forget()
             elif self.search_n.wants_data:
-                self._search_shift(y.detach())
+                self._search_shift(self.search_n, y.detach())
         return y
 
-    def _compute(self, x: Tensor, weight: Tensor, *args: object) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+        return y
 
     def _compressed_weight(self) -> Tensor:
         weight = self.weight
@@ -105,12 +115,12 @@ class CompressedLayer(nn.Module):
             weight = self._from_rows(self.weight_quant(self._to_rows(weight)))
         return weight
 
-    def _search_shift(self, y: Tensor) -> None:
-        norm = self.norm
+    def _search_shift(self, search: ShiftSearch, y: Tensor) -> None:
+        norm = self.links.norm
         if norm is not None:
             y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
         axis = self.channel_axis_out if y.dim() > 1 else 0
-        self.search_n.observe(y, self.deq_scale(), axis % y.dim())
+        search.observe(y, self.deq_scale(), axis % y.dim())
 
     # -- what is recorded and saved ------------------------------------------------------------------------------------------
 
@@ -122,13 +132,14 @@ class CompressedLayer(nn.Module):
 
     @torch.no_grad()
     def recorded_scale_w(self) -> Tensor:
-        """scale_w as recorded: present scales, at least FLT_EPSILON or 1, times the BatchNorm factor where one follows."""
+        """scale_w as recorded: present scales (1 where below FLT_EPSILON), times the BatchNorm factor where one follows."""
+        assert self.weight_quant is not None, self.layer_name
         scale = self.weight_quant.present_scale(self._to_rows(self.masked_weight()))
         scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
-        norm = self.norm
+        norm = self.links.norm
         if norm is None:
             return scale
-        factor = norm.running_var.add(norm.eps).rsqrt()
+        factor: Tensor = norm.running_var.add(norm.eps).rsqrt()
         if norm.weight is not None:
             factor = factor * norm.weight.detach()
         return scale.abs() * factor.abs()
@@ -136,7 +147,8 @@ class CompressedLayer(nn.Module):
     @torch.no_grad()
     def deq_scale(self) -> Tensor:
         """scale_d * scale_w of the present state, on the device."""
-        return self.activation._quantize(self.weight.new_zeros(0))[1] * self.recorded_scale_w()
+        assert self.activation is not None, self.layer_name
+        return self.activation.present_scale() * self.recorded_scale_w()
 
     # -- layouts -----------------------------------------------------------------------------------------------------------
 
@@ -169,13 +181,17 @@ class CompressedConv3d(CompressedLayer, nn.Conv3d):
 class CompressedLinear(CompressedLayer, nn.Linear):
     channel_axis_out = -1
 
-    def _compute(self, x: Tensor, weight: Tensor, *args: object) -> Tensor:
+    def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
 class _CompressedConvTranspose(CompressedLayer):
     in_axis = 0
-    groups: int
+    groups: Any
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
@@ -187,14 +203,15 @@ class _CompressedConvTranspose(CompressedLayer):
             return rows.transpose(0, 1)
         return rows.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-    def _compute(self, x: Tensor, weight: Tensor, *args: object) -> Tensor:
+    def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         dims = len(self.kernel_size)
-        output_size: Sequence[int] | None = args[0] if args else None  # type: ignore[assignment]
-        padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation  # type: ignore[arg-type]
+        output_size = args[0] if args else None
+        extra = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
-        conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        return conv(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
+        conv: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        y: Tensor = conv(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return y
 
 
 class CompressedConvTranspose1d(_CompressedConvTranspose, nn.ConvTranspose1d):
@@ -230,7 +247,7 @@ def to_float(layer: CompressedLayer) -> nn.Module:
     """The plain float layer again: same parameters, 2:4 mask folded into the weight (the compressed object is used up)."""
     parent = next(parent for parent, cls in _CLASSES.items() if isinstance(layer, cls))
     plain = parent.__new__(parent)
-    own = {"_links", "layer_name"}
+    own = {"links", "layer_name"}
     plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in own}
     plain._modules = {
         k: v for k, v in layer._modules.items() if k not in ("sparsity", "weight_quant", "act_quant", "search_n")

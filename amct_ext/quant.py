@@ -26,6 +26,13 @@ class ActivationQuantizer(nn.Module):
 
     clip_max: nn.Parameter
     clip_min: nn.Parameter
+    prev_clip_max: Tensor
+    prev_clip_min: Tensor
+    scale: Tensor
+    offset: Tensor
+    invalid: Tensor
+    batches_seen: Tensor
+    calibration_data: Tensor
 
     def __init__(self, plan: DataQuant, fixed_min: bool, batch_num: int, layer: str, device: torch.device) -> None:
         super().__init__()
@@ -77,6 +84,11 @@ class ActivationQuantizer(nn.Module):
         # The last reader lets go, so that no activation outlives the forward.
         self._last = (x, y, left) if left else None
         return y
+
+    @torch.no_grad()
+    def present_scale(self) -> Tensor:
+        """The scale that the present clips give, on the device."""
+        return self._quantize(self.clip_max.new_zeros(0))[1]
 
     def factors(self) -> tuple[float, int]:
         """scale_d and offset_d that the present clips give (host values). Errors: InvalidDataError where they give none."""
@@ -151,6 +163,7 @@ class WeightQuantizer(nn.Module):
     """
 
     scale: Tensor
+    initialised: Tensor  # learned scales only
 
     def __init__(self, plan: WeightQuant, weight: Tensor, channel_axis: int, grad_factor: float) -> None:
         super().__init__()

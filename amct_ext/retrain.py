@@ -24,7 +24,9 @@ from amct_ext.surgery import compressed_layers, fold_layers, insert_layers
 logger = logging.getLogger(__name__)
 
 
-def create_compressed_retrain_model(model: nn.Module, input_data: Any, config_defination: str, record_file: str) -> nn.Module:
+def create_compressed_retrain_model(
+    model: nn.Module, input_data: Any, config_defination: str, record_file: str
+) -> nn.Module:
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
     ``input_data``: a tensor or tuple that ``model`` accepts, used to trace it. ``config_defination``: configuration text file.
@@ -113,7 +115,7 @@ def save_compressed_retrain_model(
     inner = unwrap(model)
     session = session_of(inner)
     raise_if_invalid(inner)
-    names = {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
+    names: dict[str, Any] = {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
     record = Record.read(record_file)
     quantised = any(layer.weight_quant is not None for _, layer in compressed_layers(inner))
     if quantised and not record.quant:
@@ -125,7 +127,13 @@ def save_compressed_retrain_model(
     plain = fold_layers(copy.deepcopy(inner)).eval()
     if quantised:
         export.export_quantized(
-            plain, input_data, record.quant, session.conv_bn, save_path, **names, write_shift=session.plan.write_shift_bit
+            plain,
+            input_data,
+            record.quant,
+            session.conv_bn,
+            save_path,
+            **names,
+            write_shift=session.plan.write_shift_bit,
         )
     else:
         export.export_plain(plain, input_data, save_path, **names)
@@ -137,7 +145,9 @@ def _own_copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(inner)
     except Exception as error:
-        raise RuntimeError(f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}") from error
+        raise RuntimeError(
+            f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}"
+        ) from error
 
 
 def _compress(model: nn.Module, input_data: Any, plan: Plan, channel: tuple[Any, ...], record_file: str) -> nn.Module:
@@ -145,8 +155,8 @@ def _compress(model: nn.Module, input_data: Any, plan: Plan, channel: tuple[Any,
     graph = trace(model, input_data)
     model, conv_bn = insert_layers(model, graph, plan)
     compressed = dict(compressed_layers(model))
-    order = tuple(node.name for node in graph.nodes if node.name in compressed and node.module is not None)
-    session = Session(plan, os.path.abspath(record_file), channel, conv_bn, tuple(dict.fromkeys(order)))
+    order = tuple(name for name in graph.calls if name in compressed)
+    session = Session(plan, os.path.abspath(record_file), channel, conv_bn, order)
     attach(model, session)
     return model
 
@@ -156,7 +166,11 @@ def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:
     recorded = {entry.name: entry for entry in record.sparse}
     layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
     problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]
-    problems += [f"2:4 entry for '{name}', which the configuration does not make sparse" for name in recorded if name not in layers]
+    problems += [
+        f"2:4 entry for '{name}', which the configuration does not make sparse"
+        for name in recorded
+        if name not in layers
+    ]
     problems += [
         f"mask_shape {recorded[name].mask_shape} of '{name}', whose weight is {tuple(layer.weight.shape)}"
         for name, layer in layers.items()

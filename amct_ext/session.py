@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,10 +59,10 @@ def build_record(model: nn.Module) -> Record:
     layers = dict(compressed_layers(model))
     for conv, norm in session.conv_bn.items():
         # BatchNorm modules may have been exchanged (SyncBatchNorm): link the present one.
-        layers[conv]._links["norm"] = model.get_submodule(norm)
+        layers[conv].links.norm = model.get_submodule(norm)
     sparse = tuple(_sparse_record(name, layer) for name, layer in layers.items() if layer.sparsity is not None)
     quantised = [name for name in session.order if layers[name].weight_quant is not None]
-    if not all(layers[name].activation.calibrated for name in quantised):
+    if not all(_calibrated(layers[name]) for name in quantised):
         quantised = []
     quant = tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
     return Record(quant=quant, channel=session.channel, sparse=sparse)
@@ -74,7 +75,9 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
     record = build_record(model)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
         record.write(record_file or session.record_file)
-    session.dirty = not record.quant and session.plan.quant_active
+    if record_file is None or os.path.abspath(record_file) == session.record_file:
+        unfinished = session.plan.quant_active and not (record.quant and _shifts_complete(model, session.plan))
+        session.dirty = unfinished
 
 
 def check_record(model: nn.Module, record: Record, source: str) -> None:
@@ -103,6 +106,12 @@ def raise_if_invalid(model: nn.Module) -> None:
             quantiser.raise_if_invalid()
 
 
+def _shifts_complete(model: nn.Module, plan: Plan) -> bool:
+    """Whether no layer waits for further evaluation batches; only of interest where shifts are recorded."""
+    searches = [layer.search_n for _, layer in compressed_layers(model) if layer.search_n is not None]
+    return not plan.write_shift_bit or not any(search.wants_data for search in searches)
+
+
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     session = getattr(model, _ATTRIBUTE)
     if model.training:
@@ -117,6 +126,10 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _after_load(model: nn.Module, incompatible: Any) -> None:
     getattr(model, _ATTRIBUTE).dirty = True
+
+
+def _calibrated(layer: CompressedLayer) -> bool:
+    return layer.activation is not None and layer.activation.calibrated
 
 
 def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:
@@ -140,7 +153,7 @@ def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
         wts_type=f"INT{weight.num_bits}",
         fakequant_precision_mode="FORCE_FP16_QUANT" if plan.fp16 else None,
     )
-    if plan.write_shift_bit and layer.search_n is not None:
+    if plan.write_shift_bit and layer.search_n is not None and layer.search_n.has_result:
         entry = replace(entry, shift_bit=tuple(layer.search_n.result(name, layer.deq_scale())))
     return entry
 

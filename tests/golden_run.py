@@ -1,0 +1,120 @@
+"""Drives one golden case through our flow, by the protocol of the golden data (5 SGD steps, eval, save, restore)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import amct_ext
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"golden_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Case:
+    """The stored data of one case and the results of our run on it, each stage computed once."""
+
+    def __init__(self, golden: Path, name: str, folder: Path) -> None:
+        self.golden, self.name, self.folder = golden, name, folder
+        self.load = load_module(golden / "load.py")
+        self.models = load_module(golden / "models.py")
+        self.facts: dict[str, Any] = self.load.facts(name)
+        self.data = self.load.data(name)
+        self.config = str(golden / name / "compress.cfg")
+        self.record = str(folder / "record.txt")
+        quirks = json.loads((golden / "quirks.json").read_text())
+        self.unbound: dict[str, str] = quirks.get(name, {})
+
+    def float_model(self) -> nn.Module:
+        model, _ = self.models.build(self.facts["model"])
+        model.load_state_dict(self.load.float_state(self.name))
+        return model.eval()
+
+    @functools.cached_property
+    def golden_results(self) -> dict[str, Any]:
+        return self.load.results(self.name)
+
+    @functools.cached_property
+    def created(self) -> nn.Module:
+        with torch.random.fork_rng():
+            model = amct_ext.create_compressed_retrain_model(
+                self.float_model(), self.data["sample_x"], self.config, self.record
+            )
+        self.record_after_create = Path(self.record).read_text()
+        self.created_state = amct_ext.to_amct_state_dict(model)
+        return model
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=self.facts["lr"], momentum=self.facts["momentum"])
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, i: int) -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(*self.data["train_x"][i]), self.data["train_y"][i])
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    @functools.cached_property
+    def trained(self) -> nn.Module:
+        """The model after the training steps; fills losses, per_step (AMCT's names) and first_grads (our names)."""
+        model = self.created
+        self.losses: list[float] = []
+        self.per_step: list[OrderedDict[str, Tensor]] = []
+        model.train()
+        if "mid_eval_out" in self.golden_results:  # two steps and an evaluation come first
+            optimizer = self.optimizer(model)
+            for i in range(2):
+                self.step(model, optimizer, i)
+            self.mid_eval = self.evaluate(model)
+            model.train()
+        if "eval_before_train" in self.golden_results:
+            self.evaluate(model)
+            model.train()
+        optimizer = self.optimizer(model)
+        for i in range(self.facts["steps"]):
+            self.losses.append(self.step(model, optimizer, i))
+            self.per_step.append(amct_ext.to_amct_state_dict(model))
+            if i == 0:
+                self.first_grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        self.checkpoint = str(self.folder / "checkpoint.pth")
+        torch.save({"state_dict": model.state_dict()}, self.checkpoint)
+        self.record_after_train = Path(self.record).read_text()
+        return model
+
+    def evaluate(self, model: nn.Module) -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            return model(*self.data["eval_x"])
+
+    @functools.cached_property
+    def eval_out(self) -> Tensor:
+        out = self.evaluate(self.trained)
+        self.record_after_eval = Path(self.record).read_text()
+        return out
+
+    def restore(self, record: str, checkpoint: str, name: str | None = "state_dict") -> nn.Module:
+        return amct_ext.restore_compressed_retrain_model(
+            self.float_model(), self.data["sample_x"], self.config, record, checkpoint, name
+        )
+
+    @functools.cached_property
+    def reference_restored(self) -> nn.Module:
+        """Our restore from the reference's own checkpoint and record."""
+        record = self.folder / "reference_record.txt"
+        record.write_text(self.load.record(self.name, "after_train"))
+        return self.restore(str(record), str(self.golden / self.name / "checkpoint.pth"))
