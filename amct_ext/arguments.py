@@ -13,8 +13,25 @@ from amct_ext.layers import CompressedLayer
 
 # Class names of AMCT's own modules: a model that holds one is compressed already.
 _AMCT_CLASSES = frozenset(
-    "IFMR HFMG Recorder AscendQuant AscendDeQuant RetrainQuant RNNRetrainQuant MarkedQuantizableModule QuantIdentity "
-    "SelectiveMaskGen DMQBalancer Conv2dQAT LinearQAT LSTMQAT GRUQAT OFMRQuant ConvTranspose1dQAT".split()
+    [
+        "IFMR",
+        "HFMG",
+        "Recorder",
+        "AscendQuant",
+        "AscendDeQuant",
+        "RetrainQuant",
+        "RNNRetrainQuant",
+        "MarkedQuantizableModule",
+        "QuantIdentity",
+        "SelectiveMaskGen",
+        "DMQBalancer",
+        "Conv2dQAT",
+        "LinearQAT",
+        "LSTMQAT",
+        "GRUQAT",
+        "OFMRQuant",
+        "ConvTranspose1dQAT",
+    ]
 )
 _LONGEST_NAME = 254
 
@@ -31,7 +48,9 @@ def check_record_name(path: str, argument: str = "record_file") -> None:
     """Raise ValueError where ``path`` cannot name a file."""
     name = os.path.basename(path)
     if not path or not name or len(name) > _LONGEST_NAME:
-        raise ValueError(f"{argument} must name a file (1 to {_LONGEST_NAME} characters after the last '/'), not '{path}'")
+        raise ValueError(
+            f"{argument} must name a file (1 to {_LONGEST_NAME} characters after the last '/'), not '{path}'"
+        )
 
 
 def check_model(model: nn.Module) -> None:

@@ -16,8 +16,8 @@ NUM_SHIFTS = 16
 class ShiftSearch(nn.Module):
     """Accumulates the squeeze error of the shifts 1..16 over evaluation forwards; never touches the data it sees.
 
-    A training forward makes the result stale; the next ``batch_num`` evaluation forwards gather it anew. State: ``errors``
-    (float64, channels x 16), ``deq_scale`` (the scales they were made with), ``batches``.
+    A training forward makes the result stale; the next ``batch_num`` evaluation forwards gather it anew. State:
+    ``errors`` (float64, channels x 16), ``deq_scale`` (the scales they were made with), ``batches``.
     Source: the search of AMCT 9.0.0 and of the published dequantisation emulators.
     """
 
@@ -49,7 +49,7 @@ class ShiftSearch(nn.Module):
 
     @torch.no_grad()
     def observe(self, output: Tensor, deq_scale: Tensor, channel_axis: int) -> None:
-        """Add one batch: ``output`` is the layer's result after a folded BatchNorm, ``deq_scale`` is scale_d * scale_w."""
+        """Add one batch: ``output`` of the layer (after a folded BatchNorm), ``deq_scale`` = scale_d * scale_w."""
         if self._stale:
             self._stale = False
             self._gathered = 0
@@ -57,7 +57,8 @@ class ShiftSearch(nn.Module):
         self._gathered += 1
         self.batches.add_(1)
         deq_scale = deq_scale.to(self.deq_scale.dtype)
-        # Scales that changed without a training forward (a hand-set clip) void what was gathered; decided on the device.
+        # Scales that changed without a training forward (a hand-set clip) void what was gathered; decided on the
+        # device.
         same = (self.deq_scale == deq_scale).all() & (self.batches > 1)
         self.errors.mul_(same)
         self.deq_scale.copy_(deq_scale)
@@ -72,7 +73,7 @@ class ShiftSearch(nn.Module):
             ops.shift_error_(output, deq_scale, self.errors, channel_axis)
 
     def result(self, layer: str, deq_scale: Tensor) -> list[int]:
-        """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation with the present scales was seen."""
+        """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation saw the present scales."""
         if not self.has_result:
             raise StaleStateError(f"layer '{layer}': no shift yet; run an evaluation forward (model.eval()) first")
         if not bool(torch.isfinite(deq_scale).all() and (deq_scale > 0).all()):

@@ -1,4 +1,4 @@
-"""Reading checkpoints: never executes them, reports every mismatch at once, changes nothing before all is known to fit."""
+"""Reading checkpoints: never executed, every mismatch reported at once, nothing changed before all is known to fit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[str, Tensor]:
     """Read a state dict from a checkpoint file, prefixes of DDP and torch.compile taken off.
 
-    ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict. Errors: FileNotFoundError;
-    UnsafeCheckpointError (a pickle.UnpicklingError) where the file holds more than tensors and plain containers;
-    CheckpointKeyError (a KeyError) where the entry is missing or empty; CheckpointError (a RuntimeError) where it is no state dict.
+    ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict. Errors:
+    FileNotFoundError; UnsafeCheckpointError (a pickle.UnpicklingError) where the file holds more than tensors and
+    plain containers; CheckpointKeyError (a KeyError) where the entry is missing or empty; CheckpointError (a
+    RuntimeError) where it is no state dict.
     """
     try:
         content = torch.load(pth_file, map_location="cpu", weights_only=True)
@@ -28,7 +29,7 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
         raise FileNotFoundError(f"checkpoint '{pth_file}' does not exist") from None
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(
-            f"checkpoint '{pth_file}' holds objects other than tensors and plain containers, or is damaged, and was not executed; "
+            f"checkpoint '{pth_file}' holds more than tensors and plain containers, or is damaged; not executed; "
             f"save state dicts and plain values only ({str(error).splitlines()[0]})"
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
@@ -38,16 +39,18 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
         if not named:
             names = sorted(map(str, content)) if isinstance(content, Mapping) else []
             raise CheckpointKeyError(
-                f"checkpoint '{pth_file}' has no (or an empty) entry '{state_dict_name}'; its entries: {', '.join(names[:10])}"
+                f"checkpoint '{pth_file}' has no (or an empty) entry '{state_dict_name}'; it has: {', '.join(names[:9])}"
             )
         content = named
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(f"checkpoint '{pth_file}' is no state dict; give the name of its entry as state_dict_name")
+        raise CheckpointError(
+            f"checkpoint '{pth_file}' is no state dict; give the name of its entry as state_dict_name"
+        )
     state = dict(content)
     bare = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if bare:
         raise CheckpointError(
-            f"checkpoint '{pth_file}': '{bare[0]}' is no tensor; if the state dict is an entry of the file, give its name as "
+            f"checkpoint '{pth_file}': '{bare[0]}' is no tensor; if the state dict is an entry of the file, name it as "
             "state_dict_name"
         )
     for prefix in _WRAPPERS * 2:
@@ -59,8 +62,8 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
 def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None = None) -> None:
     """Load a checkpoint of ours or of AMCT into a compressed model, strictly.
 
-    Errors: those of ``read_state_dict``; CheckpointError listing all missing, unexpected and misshapen entries. Nothing is
-    loaded unless everything fits.
+    Errors: those of ``read_state_dict``; CheckpointError listing all missing, unexpected and misshapen entries.
+    Nothing is loaded unless everything fits.
     """
     state = read_state_dict(pth_file, state_dict_name)
     if dialect.is_amct(state):
@@ -69,7 +72,7 @@ def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None
     if problems:
         listed = "\n  ".join(problems)
         raise CheckpointError(
-            f"checkpoint '{pth_file}' does not fit the model ({len(problems)} mismatch(es)); it belongs to another model, "
+            f"checkpoint '{pth_file}' does not fit ({len(problems)} mismatch(es)); it belongs to another model, "
             f"configuration or record:\n  {listed}"
         )
     model.load_state_dict(state, strict=True)

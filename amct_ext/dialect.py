@@ -1,8 +1,8 @@
 """AMCT's state_dict names: to them and from them.
 
-AMCT wraps a layer ``L`` (``L.quant_module.replaced_module.weight``), moves a following BatchNorm to ``L.bn_module`` and lists the
-quantiser of a shared input again under every layer that shares it. Counters of forwards that only matter as zero / not zero
-are written as 0 or 1.
+AMCT wraps a layer ``L`` (``L.quant_module.replaced_module.weight``), moves a following BatchNorm to ``L.bn_module``
+and lists the quantiser of a shared input again under every layer that shares it. Counters of forwards that only matter
+as zero / not zero are written as 0 or 1.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def to_amct_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
 def from_amct_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Translate AMCT's names into those of ``model`` (a compressed model of the same configuration and record).
 
-    Finite previous clips count as a finished calibration. Keys that have no place are passed on, so that the strict load reports
-    them. Errors: ModelError.
+    Finite previous clips count as a finished calibration. Keys that have no place are passed on, so that the strict
+    load reports them. Errors: ModelError.
     """
     model = unwrap(model)
     session = session_of(model)
@@ -90,7 +90,7 @@ def from_amct_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[
 
 
 def _owners(layers: Mapping[str, CompressedLayer]) -> dict[str, str]:
-    """Layer -> the layer that AMCT gives the shared quantiser to (the first registered of the group), for layers that share."""
+    """Sharing layer -> the layer that AMCT gives the quantiser to: the first registered of the group."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         if layer.activation is not None:

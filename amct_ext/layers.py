@@ -29,7 +29,8 @@ class Links:
 class CompressedLayer(nn.Module):
     """What every compressed layer adds to its float class; each child is None where the plan does not ask for it.
 
-    Children: ``sparsity``, ``weight_quant``, ``act_quant`` (None also at a layer that shares another layer's), ``search_n``.
+    Children: ``sparsity``, ``weight_quant``, ``act_quant`` (None also at a layer that shares another layer's),
+    ``search_n``.
     """
 
     layer_name: str
@@ -67,7 +68,8 @@ class CompressedLayer(nn.Module):
             new.search_n = ShiftSearch(new.weight_quant.scale.numel(), batch_num, device)
         return new.train(layer.training)
 
-    # -- links -------------------------------------------------------------------------------------------------------------
+    # -- links
+    # -------------------------------------------------------------------------------------------------------------
 
     def share_activation(self, owner: CompressedLayer) -> None:
         """Use the quantiser of ``owner``, which runs first on the same tensor."""
@@ -88,7 +90,8 @@ class CompressedLayer(nn.Module):
         """The activation quantiser in use: its own or the shared one."""
         return self.act_quant if self.act_quant is not None else self.links.act_quant
 
-    # -- the forward -------------------------------------------------------------------------------------------------------
+    # -- the forward
+    # -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         if self.act_quant is not None:
@@ -122,7 +125,8 @@ class CompressedLayer(nn.Module):
         axis = self.channel_axis_out if y.dim() > 1 else 0
         search.observe(y, self.deq_scale(), axis % y.dim())
 
-    # -- what is recorded and saved ------------------------------------------------------------------------------------------
+    # -- what is recorded and saved
+    # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def masked_weight(self) -> Tensor:
@@ -132,7 +136,7 @@ class CompressedLayer(nn.Module):
 
     @torch.no_grad()
     def recorded_scale_w(self) -> Tensor:
-        """scale_w as recorded: present scales (1 where below FLT_EPSILON), times the BatchNorm factor where one follows."""
+        """scale_w as recorded: present scales (1 below FLT_EPSILON), times the factor of a BatchNorm that follows."""
         assert self.weight_quant is not None, self.layer_name
         scale = self.weight_quant.present_scale(self._to_rows(self.masked_weight()))
         scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
@@ -150,7 +154,8 @@ class CompressedLayer(nn.Module):
         assert self.activation is not None, self.layer_name
         return self.activation.present_scale() * self.recorded_scale_w()
 
-    # -- layouts -----------------------------------------------------------------------------------------------------------
+    # -- layouts
+    # -----------------------------------------------------------------------------------------------------------
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         """The weight with its output channels on axis 0."""
@@ -244,7 +249,7 @@ def compressed_class(layer: nn.Module) -> type[CompressedLayer] | None:
 
 
 def to_float(layer: CompressedLayer) -> nn.Module:
-    """The plain float layer again: same parameters, 2:4 mask folded into the weight (the compressed object is used up)."""
+    """The plain float layer again, 2:4 mask folded into the weight (the compressed object is used up)."""
     parent = next(parent for parent, cls in _CLASSES.items() if isinstance(layer, cls))
     plain = parent.__new__(parent)
     own = {"links", "layer_name"}

@@ -17,11 +17,12 @@ _NAN = float("nan")
 class ActivationQuantizer(nn.Module):
     """Fake quantisation of an activation with learned clips (ULQ), started by a range search (IFMR).
 
-    Without configured clips the first ``batch_num`` forwards calibrate: each but the last uses the range of its own batch, the last
-    one searches the clips on all data gathered. Parameters: ``clip_max``, ``clip_min`` (0-dim). Buffers: ``prev_clip_max``,
-    ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky: NaN/Inf was seen), ``batches_seen``,
-    ``calibration_data`` (empty outside a calibration of several batches). The effective clips are written back to the
-    parameters by every forward, as AMCT does. Source: AMCT's activation ULQ and IFMR.
+    Without configured clips the first ``batch_num`` forwards calibrate: each but the last uses the range of its own
+    batch, the last one searches the clips on all data gathered. Parameters: ``clip_max``, ``clip_min`` (0-dim).
+    Buffers: ``prev_clip_max``, ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky:
+    NaN/Inf was seen), ``batches_seen``, ``calibration_data`` (empty outside a calibration of several batches). The
+    effective clips are written back to the parameters by every forward, as AMCT does. Source: AMCT's activation ULQ
+    and IFMR.
     """
 
     clip_max: nn.Parameter
@@ -77,7 +78,7 @@ class ActivationQuantizer(nn.Module):
         return y
 
     def reuse(self, x: Tensor) -> Tensor:
-        """Quantised ``x`` for a further reader: the tensor made by ``forward`` where it is the same input, else computed anew."""
+        """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
         if self._last is None or self._last[0] is not x:
             return self._quantize(x)[0]
         y, left = self._last[1], self._last[2] - 1
@@ -91,7 +92,7 @@ class ActivationQuantizer(nn.Module):
         return self._quantize(self.clip_max.new_zeros(0))[1]
 
     def factors(self) -> tuple[float, int]:
-        """scale_d and offset_d that the present clips give (host values). Errors: InvalidDataError where they give none."""
+        """scale_d and offset_d of the present clips, on the host. Errors: InvalidDataError where they give none."""
         with torch.no_grad():
             out = self._quantize(self.clip_max.new_zeros(0))
         scale, offset = float(out[1]), float(out[2])
@@ -157,9 +158,9 @@ class ActivationQuantizer(nn.Module):
 class WeightQuantizer(nn.Module):
     """Fake quantisation of a weight: range of the present weight (ARQ) or a learned scale (weight ULQ).
 
-    ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the first), and a
-    Parameter for learned scales, set from the weight's range by the first forward. Sources: AMCT's ARQ and weight ULQ; Esser et
-    al. 2020 (learned step size).
+    ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the
+    first), and a Parameter for learned scales, set from the weight's range by the first forward. Sources: AMCT's ARQ
+    and weight ULQ; Esser et al. 2020 (learned step size).
     """
 
     scale: Tensor

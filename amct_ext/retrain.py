@@ -29,12 +29,12 @@ def create_compressed_retrain_model(
 ) -> nn.Module:
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
-    ``input_data``: a tensor or tuple that ``model`` accepts, used to trace it. ``config_defination``: configuration text file.
-    ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks; the eval phases of the
-    returned model add the quantisation factors. The caller's model is not changed; the copy keeps its train/eval mode and,
-    where it was wrapped, its DistributedDataParallel wrapper. Errors: TypeError (argument types), ValueError (configuration,
-    record name, nothing to compress), RuntimeError (the model rejects the input, or is compressed already).
-    Source: AMCT's function of the same name.
+    ``input_data``: a tensor or tuple that ``model`` accepts, used to trace it. ``config_defination``: configuration
+    text file. ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks;
+    the eval phases of the returned model add the quantisation factors. The caller's model is not changed; the copy
+    keeps its train/eval mode and, where it was wrapped, its DistributedDataParallel wrapper. Errors: TypeError
+    (argument types), ValueError (configuration, record name, nothing to compress), RuntimeError (the model rejects the
+    input, or is compressed already). Source: AMCT's function of the same name.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
@@ -47,7 +47,7 @@ def create_compressed_retrain_model(
         records = prune.plan_channels(graph, plan, inner)
         channel = prune.apply_channels(inner, graph, records, input_data)
     inner = _compress(inner, input_data, plan, channel, record_file)
-    write_record(inner)
+    write_record(inner, with_factors=False)
     return wrap_like(model, inner)
 
 
@@ -61,10 +61,11 @@ def restore_compressed_retrain_model(
 ) -> nn.Module:
     """Rebuild a compressed model from the float model, its configuration and record, and load a checkpoint into it.
 
-    Arguments as for ``create_compressed_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT, ``state_dict_name`` the
-    entry that holds the state dict. Nothing is written. The result equals the saved model bit for bit; learned clips are not
-    searched anew. Errors: those of create; FileNotFoundError; RecordError (a RuntimeError) where the record is damaged or of another model; those
-    of ``amct_ext.checkpoint.load_checkpoint``. Source: AMCT's function of the same name.
+    Arguments as for ``create_compressed_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT,
+    ``state_dict_name`` the entry that holds the state dict. Nothing is written. The result equals the saved model bit
+    for bit; learned clips are not searched anew. Errors: those of create; FileNotFoundError; RecordError (a
+    RuntimeError) where the record is damaged or of another model; those of ``amct_ext.checkpoint.load_checkpoint``.
+    Source: AMCT's function of the same name.
     """
     check_types(
         model=(model, nn.Module),
@@ -98,10 +99,10 @@ def save_compressed_retrain_model(
 ) -> None:
     """Write ``<save_path>_fake_quant_model.onnx`` and ``<save_path>_deploy_model.onnx`` of a retrained model.
 
-    The factors come from ``record_file``, which must hold those of the model's present state (run a forward in eval mode first).
-    A model without quantisation gives the plain graph in both files. The model is not changed and is exported in eval mode
-    whatever its mode. Errors: TypeError, ValueError (names), RuntimeError (not a compressed model, record empty or stale, export).
-    Source: AMCT's function of the same name.
+    The factors come from ``record_file``, which must hold those of the model's present state (run a forward in eval
+    mode first). A model without quantisation gives the plain graph in both files. The model is not changed and is
+    exported in eval mode whatever its mode. Errors: TypeError, ValueError (names), RuntimeError (not a compressed
+    model, record empty or stale, export). Source: AMCT's function of the same name.
     """
     check_types(
         model=(model, nn.Module),
@@ -120,7 +121,7 @@ def save_compressed_retrain_model(
     quantised = any(layer.weight_quant is not None for _, layer in compressed_layers(inner))
     if quantised and not record.quant:
         raise RecordError(
-            f"{os.fspath(record_file)}: no quantisation factors recorded; run one forward of the model in eval mode first"
+            f"{os.fspath(record_file)}: no quantisation factors recorded; run a forward in eval mode first"
         )
     if quantised:
         check_record(inner, record, record_file)
@@ -162,7 +163,7 @@ def _compress(model: nn.Module, input_data: Any, plan: Plan, channel: tuple[Any,
 
 
 def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:
-    """Set the 2:4 masks from the record, for checkpoints that do not carry them. Errors: RecordError, all mismatches listed."""
+    """Set the 2:4 masks from the record, for checkpoints without them. Errors: RecordError, all mismatches listed."""
     recorded = {entry.name: entry for entry in record.sparse}
     layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
     problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]

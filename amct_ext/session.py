@@ -48,13 +48,13 @@ def session_of(model: nn.Module) -> Session:
     session = getattr(model, _ATTRIBUTE, None)
     if session is None:
         raise ModelError(
-            f"{type(model).__name__} was not made by create_* or restore_* of amct_ext; pass the model that they returned"
+            f"{type(model).__name__} was not made by create_* or restore_* of amct_ext; pass what they returned"
         )
     return session
 
 
-def build_record(model: nn.Module) -> Record:
-    """The whole record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
+def build_record(model: nn.Module, with_factors: bool = True) -> Record:
+    """The record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
     session = session_of(model)
     layers = dict(compressed_layers(model))
     for conv, norm in session.conv_bn.items():
@@ -62,17 +62,17 @@ def build_record(model: nn.Module) -> Record:
         layers[conv].links.norm = model.get_submodule(norm)
     sparse = tuple(_sparse_record(name, layer) for name, layer in layers.items() if layer.sparsity is not None)
     quantised = [name for name in session.order if layers[name].weight_quant is not None]
-    if not all(_calibrated(layers[name]) for name in quantised):
+    if not with_factors or not all(_calibrated(layers[name]) for name in quantised):
         quantised = []
     quant = tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
     return Record(quant=quant, channel=session.channel, sparse=sparse)
 
 
-def write_record(model: nn.Module, record_file: str | None = None) -> None:
-    """Write the record (rank 0 of a distributed job only). Errors: InvalidDataError where activations held NaN/Inf."""
+def write_record(model: nn.Module, record_file: str | None = None, with_factors: bool = True) -> None:
+    """Write the record (on rank 0 of a distributed job). Errors: InvalidDataError where activations held NaN/Inf."""
     session = session_of(model)
     raise_if_invalid(model)
-    record = build_record(model)
+    record = build_record(model, with_factors)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
         record.write(record_file or session.record_file)
     if record_file is None or os.path.abspath(record_file) == session.record_file:
@@ -81,7 +81,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
 
 
 def check_record(model: nn.Module, record: Record, source: str) -> None:
-    """Raise StaleStateError, naming the layers, where the record's factors are not those of the model's present state."""
+    """Raise StaleStateError, naming the layers, where recorded factors are not those of the model's present state."""
     present = {entry.key: entry for entry in build_record(model).quant}
     recorded = {entry.key: entry for entry in record.quant}
     wrong = [key for key in present if key not in recorded] + [key for key in recorded if key not in present]
@@ -99,7 +99,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
 
 
 def raise_if_invalid(model: nn.Module) -> None:
-    """Raise InvalidDataError for the first layer whose input held NaN/Inf since the last check (one host read when all is well)."""
+    """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check (one host read if all is well)."""
     quantisers = [layer.act_quant for _, layer in compressed_layers(model) if layer.act_quant is not None]
     if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:

@@ -14,9 +14,9 @@ from amct_ext.surgery import compressed_layers
 def configure(model: nn.Module, *, validation: Literal["deferred", "eager"] = "deferred") -> None:
     """Change settings of a compressed model.
 
-    ``validation``: when NaN/Inf in an activation raises. "deferred" (the default) notes it on the device and raises at the next
-    evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in the very forward.
-    Errors: ValueError (unknown value), ModelError (not a compressed model).
+    ``validation``: when NaN/Inf in an activation raises. "deferred" (the default) notes it on the device and raises at
+    the next evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in the very
+    forward. Errors: ValueError (unknown value), ModelError (not a compressed model).
     """
     if validation not in ("deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
@@ -30,7 +30,8 @@ def configure(model: nn.Module, *, validation: Literal["deferred", "eager"] = "d
 def update_record(model: nn.Module, record_file: str | None = None) -> None:
     """Write the record of the model as it is now: channel groups, present masks and, once calibrated, present factors.
 
-    ``record_file``: where to (default: the file given at create or restore). Errors: ModelError, InvalidDataError, OSError.
+    ``record_file``: where to (default: the file given at create or restore). Errors: ModelError, InvalidDataError,
+    OSError.
     """
     write_record(unwrap(model), record_file)
 
@@ -38,9 +39,12 @@ def update_record(model: nn.Module, record_file: str | None = None) -> None:
 def shift_bits(model: nn.Module) -> dict[str, list[int]]:
     """The searchN result: layer -> right shifts N (1..16), one per recorded weight scale.
 
-    Gathered by the evaluation forwards since the last training forward. Errors: ModelError, StaleStateError (no evaluation yet).
+    Gathered by the evaluation forwards since the last training forward. Errors: ModelError, StaleStateError (no
+    evaluation yet).
     """
     inner = unwrap(model)
     build_record(inner)  # links exchanged BatchNorm modules
     layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
-    return {name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None}
+    return {
+        name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None
+    }

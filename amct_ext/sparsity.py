@@ -11,10 +11,10 @@ from amct_ext import ops
 class Sparsity(nn.Module):
     """Masks a weight so that at most two of every four neighbours along its input-channel axis stay.
 
-    State: ``mask`` (bool, shape of the weight) and ``step`` (int64, training forwards so far). The mask is made at construction;
-    a training forward renews it when ``step == 0`` (``update_freq == 0``) or ``step % update_freq == 0``; evaluation never does.
-    The dense weight is kept, so a renewal can revive a masked element; masked elements get a zero gradient.
-    Source: AMCT's L1 selective pruning (M4N2).
+    State: ``mask`` (bool, shape of the weight) and ``step`` (int64, training forwards so far). The mask is made at
+    construction; a training forward renews it when ``step == 0`` (``update_freq == 0``) or ``step % update_freq ==
+    0``; evaluation never does. The dense weight is kept, so a renewal can revive a masked element; masked elements get
+    a zero gradient. Source: AMCT's L1 selective pruning (M4N2).
     """
 
     mask: Tensor

@@ -31,9 +31,11 @@ def set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, dict[str, str]]:
-    """Replace each layer that the plan quantises or makes 2:4 sparse; returns the model and the (conv -> BN) pairs linked.
+    """Replace each layer that the plan quantises or makes 2:4 sparse; returns the model and the (conv -> BN) pairs
+    linked.
 
-    ``graph`` is the trace of this very model. State changed: the model, in place (its root too, where the root is a layer).
+    ``graph`` is the trace of this very model. State changed: the model, in place (its root too, where the root is a
+    layer).
     """
     modules = dict(model.named_modules())
     touched: dict[str, CompressedLayer] = {}
@@ -57,16 +59,17 @@ def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, 
 
 
 def fold_layers(model: nn.Module) -> nn.Module:
-    """Turn every compressed layer of ``model`` back into its float layer, 2:4 masks folded in (in place; returns the model)."""
+    """Turn every compressed layer back into its float layer, 2:4 masks folded in (in place; returns the model)."""
     for name, layer in list(compressed_layers(model)):
         model = set_submodule(model, name, to_float(layer))
     return model
 
 
 def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
-    """Quantised layers that read one tensor with equal settings, in execution order, groups of two and more.
+    """Groups (two and more) of quantised layers that read one tensor with equal settings, in execution order.
 
-    None where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must agree.
+    None where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must
+    agree.
     """
     if any(isinstance(layer.prune, SparsePrune) for layer in plan.layers.values()):
         return []

@@ -18,7 +18,8 @@ FILTER = (
 )
 SPARSE = "prune_config { n_out_of_m_pruner { l1_selective_prune { n_out_of_m_type: M4N2 update_freq: %d } } }\n"
 MIXED = """
-override_layer_types { layer_type: "Linear" prune_config { n_out_of_m_pruner { l1_selective_prune { update_freq: 2 } } } }
+override_layer_types { layer_type: "Linear" prune_config { n_out_of_m_pruner { l1_selective_prune { update_freq: 2 } }
+} }
 """
 CONFIGS = {
     "quant": QUANT,
@@ -35,7 +36,7 @@ CONFIGS = {
 
 
 class Residual(nn.Module):
-    """Stem, one residual block with a projection, pooling, classifier: convolutions, BatchNorm, an addition, a shared input."""
+    """Stem, a residual block with projection, pooling, classifier: convolutions, BatchNorm, addition, shared input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Every golden case of the compressed flow: create, record, losses, parameters, evaluation, restore.
 
-``quirks.json`` of the golden data says which numbers do not bind (a bug of the reference, or a trajectory that one ulp of noise
-sends elsewhere); there the test runs the stage and checks that it is sound, or asserts our documented deviation.
+``quirks.json`` of the golden data says which numbers do not bind (a bug of the reference, or a trajectory that one ulp
+of noise sends elsewhere); there the test runs the stage and checks that it is sound, or asserts our documented
+deviation.
 """
 
 from __future__ import annotations
@@ -28,18 +29,87 @@ COUNTERS = ("cur_batch", "prune_cur_batch", "quant_layer_num")
 
 def case_names() -> list[str]:
     """Names are listed here, not read from the folder, so that collection does not need the golden data."""
-    return """
-    cnn_24_f0 cnn_24_f0_quant cnn_24_f2 cnn_24_f2_quant_ulqw cnn_a16w8 cnn_a4w4 cnn_a4w8_error cnn_arq_cwfalse cnn_clip
-    cnn_clip_fixedmin cnn_filter_asc cnn_filter_noasc cnn_filter_quant cnn_fixedmin_false cnn_fixedmin_true cnn_fp16_mode
-    cnn_linear_cw_error cnn_mixed_prune cnn_mixed_prune_quant cnn_only_data_cfg cnn_override_prune cnn_override_types cnn_quant
-    cnn_quant_bn2 cnn_quant_bn2_early_eval cnn_skip_types cnn_skips cnn_two_evals cnn_ulqw cnn_ulqw_cwfalse cnn_ulqw_lr05 cnn_w4_arq
-    cnn_w4_ulqw concat_filter_asc concat_filter_quant concat_quant conv1d_quant conv1d_ulqw conv3d_quant conv3d_ulqw
-    deconv_24_quant deconv_filter deconv_quant deconv_ulqw deconv_ulqw_cwfalse encoder_24_quant encoder_filter encoder_quant
-    group_24_quant group_filter_asc group_filter_noasc group_quant mlp_24 mlp_filter_asc mlp_filter_quant mlp_quant mlp_ulqw_w4
-    mobile_24_quant mobile_filter_asc mobile_filter_noasc mobile_quant odd_24_quant odd_filter_quant odd_quant res_24_quant
-    res_filter_asc res_filter_noasc res_filter_quant res_quant reused_24 reused_filter reused_quant shared_24_quant
-    shared_override shared_quant shared_quant_bn2 shared_rev_clip shared_rev_pool_quant shared_rev_quant
-    """.split()
+    return [
+        "cnn_24_f0",
+        "cnn_24_f0_quant",
+        "cnn_24_f2",
+        "cnn_24_f2_quant_ulqw",
+        "cnn_a16w8",
+        "cnn_a4w4",
+        "cnn_a4w8_error",
+        "cnn_arq_cwfalse",
+        "cnn_clip",
+        "cnn_clip_fixedmin",
+        "cnn_filter_asc",
+        "cnn_filter_noasc",
+        "cnn_filter_quant",
+        "cnn_fixedmin_false",
+        "cnn_fixedmin_true",
+        "cnn_fp16_mode",
+        "cnn_linear_cw_error",
+        "cnn_mixed_prune",
+        "cnn_mixed_prune_quant",
+        "cnn_only_data_cfg",
+        "cnn_override_prune",
+        "cnn_override_types",
+        "cnn_quant",
+        "cnn_quant_bn2",
+        "cnn_quant_bn2_early_eval",
+        "cnn_skip_types",
+        "cnn_skips",
+        "cnn_two_evals",
+        "cnn_ulqw",
+        "cnn_ulqw_cwfalse",
+        "cnn_ulqw_lr05",
+        "cnn_w4_arq",
+        "cnn_w4_ulqw",
+        "concat_filter_asc",
+        "concat_filter_quant",
+        "concat_quant",
+        "conv1d_quant",
+        "conv1d_ulqw",
+        "conv3d_quant",
+        "conv3d_ulqw",
+        "deconv_24_quant",
+        "deconv_filter",
+        "deconv_quant",
+        "deconv_ulqw",
+        "deconv_ulqw_cwfalse",
+        "encoder_24_quant",
+        "encoder_filter",
+        "encoder_quant",
+        "group_24_quant",
+        "group_filter_asc",
+        "group_filter_noasc",
+        "group_quant",
+        "mlp_24",
+        "mlp_filter_asc",
+        "mlp_filter_quant",
+        "mlp_quant",
+        "mlp_ulqw_w4",
+        "mobile_24_quant",
+        "mobile_filter_asc",
+        "mobile_filter_noasc",
+        "mobile_quant",
+        "odd_24_quant",
+        "odd_filter_quant",
+        "odd_quant",
+        "res_24_quant",
+        "res_filter_asc",
+        "res_filter_noasc",
+        "res_filter_quant",
+        "res_quant",
+        "reused_24",
+        "reused_filter",
+        "reused_quant",
+        "shared_24_quant",
+        "shared_override",
+        "shared_quant",
+        "shared_quant_bn2",
+        "shared_rev_clip",
+        "shared_rev_pool_quant",
+        "shared_rev_quant",
+    ]
 
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
@@ -79,6 +149,9 @@ def test_global_channel_wise_leaves_linear_per_tensor(case: Case) -> None:
 @every(RUNNABLE)
 def test_created(case: Case) -> None:
     """Which layers are compressed, and what is shared."""
+    if "module_types" not in case.facts:
+        assert list(compressed_layers(case.created)) == []  # the reference raises at create; there is nothing to prune
+        return
     types = case.facts["module_types"]
     wrapped = {
         n for n, t in types.items() if t == "RetrainQuant" or (t.startswith("CompModule") and "quant_module" not in n)
@@ -94,6 +167,8 @@ def test_created(case: Case) -> None:
 @every(RUNNABLE)
 def test_created_state(case: Case) -> None:
     _ = case.created
+    if not case.stored("created_state.pt"):
+        return
     ours, theirs = case.created_state, case.load.created_state(case.name)
     assert list(ours) == list(theirs)
     for key, value in theirs.items():
@@ -108,6 +183,8 @@ def test_created_state(case: Case) -> None:
 @every(RUNNABLE)
 def test_record_after_create(case: Case) -> None:
     _ = case.created
+    if not case.stored("record_after_create.txt"):
+        return
     ours, theirs = Record.loads(case.record_after_create), Record.loads(case.load.record(case.name, "after_create"))
     assert ours.quant == theirs.quant == ()
     # Deviation: our 2:4 entries hold the mask from create on.
@@ -116,9 +193,6 @@ def test_record_after_create(case: Case) -> None:
     if "R" in case.unbound:
         return
     if _other_channels(case):
-        kept = lambda record: [
-            [(n.name, n.begin, n.end, len(n.prune_index)) for n in c.producers + c.consumers] for c in record.channel
-        ]  # noqa: E731
         assert kept(ours) == kept(theirs)
     else:
         assert ours.channel == theirs.channel
@@ -190,8 +264,8 @@ def test_record_after_eval(case: Case) -> None:
 
 @every(RUNNABLE)
 def test_restore_from_the_references_files(case: Case) -> None:
-    """AMCT's checkpoint and record restore here, and the learned clips stay (deviation: the reference searches them anew)."""
-    if "X" in case.unbound or not (case.golden / case.name / "checkpoint.pth").exists() or _broken_record(case):
+    """AMCT's files restore here, and the learned clips stay (deviation: the reference searches them anew)."""
+    if "X" in case.unbound or not case.stored("checkpoint.pth") or _broken_record(case):
         pytest.skip("the reference left no restorable files for this case (a defect of its own)")
     model = case.reference_restored
     ours, theirs = amct_ext.to_amct_state_dict(model), case.load.trained_state(case.name)
@@ -218,15 +292,22 @@ def test_own_round_trip(case: Case) -> None:
     assert torch.equal(case.evaluate(case.restore(str(record), str(dialect), None)), expected)
 
 
+def kept(record: Record) -> list[list[tuple[str, int, int, int]]]:
+    """The channel groups without the choice of channels."""
+    return [[(n.name, n.begin, n.end, len(n.prune_index)) for n in c.producers + c.consumers] for c in record.channel]
+
+
 def _binds(case: Case, letter: str) -> bool:
-    return letter not in case.unbound and not _other_channels(case) and "losses" in case.golden_results
+    return letter not in case.unbound and "losses" in case.golden_results and not _other_channels(case)
 
 
 def _other_channels(case: Case) -> bool:
     """Deviation: coupled producers decide together, so other channels may be kept and all that follows differs."""
+    if not case.stored("record_after_create.txt"):
+        return False
     record = Record.loads(case.load.record(case.name, "after_create"))
     coupled = any(len(c.producers) > 1 for c in record.channel)
-    return coupled or case.name in ("deconv_filter", "reused_filter")
+    return coupled or case.name == "deconv_filter"
 
 
 def _broken_record(case: Case) -> bool:
