@@ -22,11 +22,11 @@ from amct_ext.errors import ExportError, RecordError
 from amct_ext.onnx_axes import as_arguments, check_axes
 from amct_ext.onnx_capture import capture, optimise
 from amct_ext.onnx_deploy import lower_deploy
-from amct_ext.onnx_factors import CONVOLUTIONS, layer_factors
+from amct_ext.onnx_factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.onnx_fake_quant import lower_fake_quant
 from amct_ext.onnx_files import encode, onnx_paths, write_files
 from amct_ext.onnx_layers import fence
-from amct_ext.onnx_tidy import tidy
+from amct_ext.onnx_tidy import tidy, use_matmul
 from amct_ext.record import QuantRecord
 
 
@@ -58,7 +58,7 @@ def export_quantized(
     float_model, arguments = _prepare(model, as_arguments(input_data))
     _fuse(float_model, conv_bn, {record.key for record in records})
     modules = dict(float_model.named_modules())
-    layers = []
+    layers: list[LayerFactors] = []
     for record in records:
         if record.key not in modules:
             raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
@@ -67,6 +67,7 @@ def export_quantized(
         layers.append(layer_factors(record, modules[record.key], write_shift))
     program = capture(float_model, arguments, axes)
     captured = program.model
+    use_matmul(captured.graph)
     fenced = fence(captured, float_model, layers)
     captured = optimise(program)
     tidy(captured, set(fenced))
@@ -87,14 +88,16 @@ def export_plain(
     output_names: list[str] | None = None,
     dynamic_axes: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path]:
-    """Write the float graph under both names (a pruned model without quantisation, amct-behaviour 8.7); return the paths.
+    """Write the float graph under both names (a pruned model without quantisation, 8.7); return both paths.
 
     Errors: RuntimeError (model that cannot be captured, names or axes that do not fit), ValueError (save_path).
     """
     paths = onnx_paths(save_path)
     axes = check_axes(input_names, output_names, dynamic_axes)
     float_model, arguments = _prepare(model, as_arguments(input_data))
-    plain = optimise(capture(float_model, arguments, axes))
+    program = capture(float_model, arguments, axes)
+    use_matmul(program.model.graph)
+    plain = optimise(program)
     tidy(plain, ())
     files = encode(plain.clone(), paths[0], "fakequant")
     write_files({**files, **encode(plain, paths[1], "deploy")})
@@ -108,7 +111,8 @@ def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, t
     except Exception as error:
         raise ExportError(f"the model cannot be copied, so it cannot be exported: {error}") from error
     duplicate.eval().requires_grad_(False)
-    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in duplicate.state_dict().values()):
+    tensors = [*duplicate.parameters(), *duplicate.buffers()]
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         duplicate.float()
         arguments = pytree.tree_map_only(
             torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments
@@ -127,13 +131,13 @@ def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> N
     for conv_name, bn_name in conv_bn.items():
         conv, bn = modules.get(conv_name), modules.get(bn_name)
         if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
-            raise ExportError(f"{conv_name!r} and {bn_name!r} are no pair of a convolution and a BatchNorm of this model")
+            raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
         problem = _fold(conv, bn)
         if problem is None:
             parent, _, child = bn_name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity())
         elif conv_name in recorded:
-            raise ExportError(f"BatchNorm {bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
+            raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
 
 
 def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:

@@ -25,7 +25,7 @@ class Axes:
 
 
 def as_arguments(input_data: Any) -> tuple[Any, ...]:
-    """The positional arguments in `input_data`. InputDataError unless it is a tensor or a tuple (amct-behaviour 1.1)."""
+    """The positional arguments in `input_data`; InputDataError unless it is a tensor or a tuple (1.1)."""
     if isinstance(input_data, torch.Tensor):
         return (input_data,)
     if isinstance(input_data, tuple):
@@ -70,7 +70,7 @@ def check_axes(input_names: Any, output_names: Any, dynamic_axes: Any) -> Axes:
             )
         for axis, name in named.items():
             if type(axis) is not int or not isinstance(name, str) or not name:
-                raise ExportError(f"dynamic_axes[{tensor!r}]: expected an int axis and a str name, got {axis!r}: {name!r}")
+                raise ExportError(f"dynamic_axes[{tensor!r}]: {axis!r}: {name!r} is no int axis with a str name")
         sizes[tensor] = named
     return Axes(inputs, outputs, sizes)
 
@@ -117,9 +117,9 @@ def apply_axes(
     leaves, spec = pytree.tree_flatten(arguments)
     shapes: list[Any] = [None] * len(leaves)
     for place, name in enumerate(names):
-        if name not in axes.sizes or not isinstance(leaves[place], torch.Tensor):
-            continue
         tensor = leaves[place]
+        if name is None or name not in axes.sizes or not isinstance(tensor, torch.Tensor):
+            continue
         for axis in axes.sizes[name]:
             if not 0 <= axis < tensor.dim():
                 raise ExportError(f"dynamic_axes[{name!r}]: axis {axis} is outside 0..{tensor.dim() - 1}")

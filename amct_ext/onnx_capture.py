@@ -59,10 +59,10 @@ def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> t
         except Exception as error:
             raise ExportError(f"the model cannot be translated to ONNX: {_head(error)}") from error
     program = cast(torch.onnx.ONNXProgram, program)
-    graph = cast(ir.Model, program.model).graph
-    if axes.output_names is not None and len(axes.output_names) != len(graph.outputs):
-        raise ExportError(f"output_names has {len(axes.output_names)} names, the model returns {len(graph.outputs)} tensors")
-    rename_sizes(cast(ir.Model, program.model), axes)
+    returned = len(program.model.graph.outputs)
+    if axes.output_names is not None and len(axes.output_names) != returned:
+        raise ExportError(f"output_names has {len(axes.output_names)} names, the model returns {returned} tensors")
+    rename_sizes(program.model, axes)
     return program
 
 
@@ -70,7 +70,7 @@ def optimise(program: torch.onnx.ONNXProgram) -> ir.Model:
     """Fold constants and remove what is redundant; nodes of foreign domains are left as they are."""
     with quiet():
         program.optimize()
-    return cast(ir.Model, program.model)
+    return program.model
 
 
 def _head(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The deploy model: AscendQuant and AscendDequant around layers with INT8 weights and INT32 biases (amct-behaviour 8.4, 8.5)."""
+"""The deploy model: AscendQuant and AscendDequant around layers of INT8 weights and INT32 biases (8.4, 8.5)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
     """Give the layer's node its INT8 weight (INT4 packed) and INT32 bias."""
     node, factors = result.producer(), layer.factors
     assert node is not None
-    result.dtype = ir.DataType.INT32
+    result.type = ir.TensorType(ir.DataType.INT32)  # a type of its own: values share theirs with the other file
     weight = layer.weight
     if factors.weight_bits == 4:
         channels = weight.shape[layer.input_axis]
@@ -86,6 +86,7 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
 
 def _ascend_quant(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: LayerFactors) -> ir.Node:
     name = f"{factors.name}.quant"
+    integers = ir.TensorType(ir.DataType[factors.act_type])
     node = ir.node(
         "AscendQuant",
         [source],
@@ -94,7 +95,7 @@ def _ascend_quant(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: L
             "offset": float(factors.offset_d),
             "dst_type": factors.act_type,
         },
-        outputs=[ir.Value(name=f"{name}.output0", shape=source.shape, type=ir.TensorType(ir.DataType[factors.act_type]))],
+        outputs=[ir.Value(name=f"{name}.output0", shape=source.shape, type=integers)],
         name=name,
     )
     graph.insert_before(marker, node)

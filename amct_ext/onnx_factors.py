@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from amct_ext.errors import ExportError, RecordError, RecordRangeError
 
@@ -130,15 +131,15 @@ def _scales(record: QuantRecord, act_type: str) -> tuple[np.float32, np.ndarray]
         raise RecordRangeError(f"layer {record.key!r}: scales must be positive and finite")
     half = max(1 << (ACTIVATION_BITS[act_type] - 1), 128)
     if not -half <= record.offset_d < half:
-        raise RecordRangeError(f"layer {record.key!r}: offset_d {record.offset_d} is outside {-half}..{half - 1} of {act_type}")
+        raise RecordRangeError(f"layer {record.key!r}: offset_d {record.offset_d} is outside {-half}..{half - 1}")
     if any(record.offset_w):
         raise RecordRangeError(f"layer {record.key!r}: weights are quantised symmetrically, offset_w must be 0")
     return scale_d, scale_w
 
 
-def _weight_scale(scale_w: np.ndarray, module: nn.Module) -> np.ndarray:
-    """The scales shaped so that they divide the weight: output channels sit on axis 0, in ConvTranspose on (group, 1)."""
-    rank = module.weight.dim() if isinstance(module.weight, torch.Tensor) else 2
+def _weight_scale(scale_w: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
+    """The scales shaped to divide the weight: output channels sit on axis 0, in ConvTranspose on (group, 1)."""
+    rank = module.weight.dim()
     if len(scale_w) == 1:
         return scale_w.reshape([1] * rank)
     if not isinstance(module, DECONVOLUTIONS):

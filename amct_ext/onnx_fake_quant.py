@@ -1,8 +1,8 @@
 """The fake-quant model: quantisation in standard ONNX operators, so that any runtime shows what the device computes.
 
-Per layer (amct-behaviour 8.6): Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset), the layer on integers held
-as float32, Mul(scale_d * scale_w). With a shift N (searchN) the accumulator is floored to steps of 2^N and clipped to
-INT16 before that Mul.
+Per layer (amct-behaviour 8.6): Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset), the layer on integers
+held as float32, Mul(scale_d * scale_w). With a shift N (searchN) the accumulator is floored to steps of 2^N and clipped
+to INT16 before that Mul.
 """
 
 from __future__ import annotations
@@ -45,12 +45,10 @@ class _Chain:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A Constant node, as the reference writes them: they show up as values, not as parameters."""
-        node = ir.node(
-            "Constant", [], {"value": ir.Tensor(array, name=name)}, outputs=[ir.Value(name=f"{name}.output0")], name=name
-        )
-        node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(array.shape), ir.DataType.FLOAT
+        value = ir.Value(name=f"{name}.output0", shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+        node = ir.node("Constant", [], {"value": ir.Tensor(array, name=name)}, outputs=[value], name=name)
         self.graph.insert_before(self.marker, node)
-        return node.outputs[0]
+        return value
 
     def then(self, op: str, name: str, *operands: ir.Value) -> None:
         node = ir.node(op, [self.value, *operands], outputs=[like(self.value, f"{name}.output0")], name=name)
@@ -81,7 +79,8 @@ def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: Fence
     scale = factors.deq
     if factors.shift:
         step = np.ldexp(np.float32(1), np.asarray(factors.shift)).astype(np.float32)
-        chain.then("Mul", f"{prefix}.shift", chain.constant(f"{prefix}.shift_step", per_channel(1 / step, layer, source)))
+        shift = chain.constant(f"{prefix}.shift_step", per_channel(1 / step, layer, source))
+        chain.then("Mul", f"{prefix}.shift", shift)
         chain.then("Floor", f"{prefix}.floor")
         low = chain.constant(f"{prefix}.min_val", np.asarray(INT16.min, np.float32))
         high = chain.constant(f"{prefix}.max_val", np.asarray(INT16.max, np.float32))

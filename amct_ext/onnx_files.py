@@ -40,7 +40,8 @@ def encode(model: ir.Model, path: Path, suffix: str, limit: int = SIZE_LIMIT) ->
     prefix keeps two exports in one folder apart. `model` is changed to refer to them.
     """
     files: dict[Path, bytes] = {}
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    values = model.graph.initializers.items()
+    tensors = {name: value.const_value for name, value in values if value.const_value is not None}
     size = sum(tensor.nbytes for tensor in tensors.values())
     prefix = path.name.removesuffix("_model.onnx").removesuffix("fake_quant").removesuffix("deploy")
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
@@ -51,7 +52,7 @@ def encode(model: ir.Model, path: Path, suffix: str, limit: int = SIZE_LIMIT) ->
         files[path.with_name(location)] = data
         size -= tensor.nbytes
         model.graph.initializers[name].const_value = ir.ExternalTensor(
-            location, 0, len(data), tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=path.parent
+            location, 0, len(data), tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=name, base_dir=path.parent
         )
     files[path] = ir.to_proto(model).SerializeToString()
     return files

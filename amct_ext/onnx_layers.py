@@ -58,9 +58,8 @@ def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors
         if node.op_type == "Gemm":
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
         if node.op_type != "MatMul":  # the bias of a MatMul is an Add behind it and stays float
-            set_constant(
-                model.graph, node, 2, f"{factors.name}.bias", None if layer.bias is None else layer.bias.astype(np.float32)
-            )
+            bias = None if layer.bias is None else layer.bias.astype(np.float32)
+            set_constant(model.graph, node, 2, f"{factors.name}.bias", bias)
         fenced[factors.name] = layer
     return fenced
 
@@ -130,10 +129,10 @@ def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
     if len(nodes) == 1:
         return nodes[0]
     if nodes:
-        raise ExportError(f"layer {layer!r} is called {len(nodes)} times in one forward; a layer with one record can run once")
+        raise ExportError(f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised")
     raise ExportError(
-        f"layer {layer!r} is in the record, but the exported graph holds no {'/'.join(sorted(LAYER_OPS))} with its weight: "
-        "the forward does not use it with this input_data"
+        f"layer {layer!r} is in the record, but no {', '.join(sorted(LAYER_OPS))} of the exported graph reads its "
+        "weight: its forward does not run with this input_data"
     )
 
 
@@ -163,7 +162,7 @@ def _put_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:
     source, result = node.inputs[0], node.outputs[0]
     assert source is not None
     quant, dequant = (
-        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[like(value, f"{layer}.{op}")], name=f"{layer}.{op}")
+        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[like(value, f"{layer}.{op}")])
         for op, value in (("Quant", source), ("Dequant", result))
     )
     node.replace_input_with(0, quant.outputs[0])

@@ -9,10 +9,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from amct_ext.onnx_layers import DOMAIN, module_scopes
+
+
+def use_matmul(graph: ir.Graph) -> None:
+    """Turn a Gemm without bias (a bias-free Linear on 2-D input) into MatMul, which is what it computes. In place."""
+    for node in tuple(graph):
+        if node.op_type != "Gemm" or (len(node.inputs) > 2 and node.inputs[2] is not None):
+            continue
+        attributes = {key: attribute.value for key, attribute in node.attributes.items()}
+        weight = node.inputs[1]
+        if attributes.get("alpha", 1.0) != 1.0 or attributes.get("transA", 0) or weight is None:
+            continue
+        if attributes.get("transB", 0):
+            if weight.const_value is None or not weight.is_initializer() or len(weight.uses()) > 1:
+                continue
+            transposed = np.ascontiguousarray(weight.const_value.numpy().T)
+            weight.const_value, weight.shape = ir.Tensor(transposed, name=weight.name), ir.Shape(transposed.shape)
+        _replace(graph, node, ir.node("MatMul", list(node.inputs[:2]), name=node.name))
 
 
 def tidy(model: ir.Model, layers: Collection[str]) -> None:
