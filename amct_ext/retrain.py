@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from typing import Any
 
-import torch
 from torch import nn
 
-from amct_ext import export, ops, prune
-from amct_ext.arguments import check_model, check_record_name, check_types, unwrap, wrap_like
-from amct_ext.checkpoint import load_checkpoint
+from amct_ext import build, export
+from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config import parse_config
 from amct_ext.errors import RecordError
-from amct_ext.graph import trace
-from amct_ext.plan import Plan, resolve
+from amct_ext.plan import resolve
 from amct_ext.record import Record
-from amct_ext.session import Session, attach, check_record, raise_if_invalid, session_of, write_record
-from amct_ext.surgery import compressed_layers, fold_layers, insert_layers
-
-logger = logging.getLogger(__name__)
+from amct_ext.session import check_record, raise_if_invalid, session_of
+from amct_ext.surgery import compressed_layers, fold_layers
 
 
 def create_compressed_retrain_model(
@@ -38,17 +32,7 @@ def create_compressed_retrain_model(
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
-    inner = _own_copy(model)
-    config = parse_config(config_defination)
-    graph = trace(inner, input_data)
-    plan = resolve(config, graph.traits(inner))
-    channel: tuple[Any, ...] = ()
-    if plan.prune_active:
-        records = prune.plan_channels(graph, plan, inner)
-        channel = prune.apply_channels(inner, graph, records, input_data)
-    inner = _compress(inner, input_data, plan, channel, record_file)
-    write_record(inner, with_factors=False)
-    return wrap_like(model, inner)
+    return build.create(model, input_data, _planner(config_defination), record_file)
 
 
 def restore_compressed_retrain_model(
@@ -75,17 +59,9 @@ def restore_compressed_retrain_model(
         state_dict_name=(state_dict_name, str, type(None)),
     )
     check_record_name(record_file)
-    inner = _own_copy(model)
-    config = parse_config(config_defination)
+    make_plan = _planner(config_defination)
     record = Record.read(record_file)
-    graph = trace(inner, input_data)
-    # Eligibility is judged on the unpruned model, as it was at create.
-    plan = resolve(config, graph.traits(inner))
-    channel = prune.apply_channels(inner, graph, record.channel, input_data, strict=True)
-    inner = _compress(inner, input_data, plan, channel, record_file)
-    _take_masks(inner, record, record_file)
-    load_checkpoint(inner, pth_file, state_dict_name)
-    return wrap_like(model, inner)
+    return build.restore(model, input_data, make_plan, record, record_file, pth_file, state_dict_name)
 
 
 def save_compressed_retrain_model(
@@ -140,47 +116,6 @@ def save_compressed_retrain_model(
         export.export_plain(plain, input_data, save_path, **names)
 
 
-def _own_copy(model: nn.Module) -> nn.Module:
-    inner = unwrap(model)
-    check_model(inner)
-    try:
-        return copy.deepcopy(inner)
-    except Exception as error:
-        raise RuntimeError(
-            f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}"
-        ) from error
-
-
-def _compress(model: nn.Module, input_data: Any, plan: Plan, channel: tuple[Any, ...], record_file: str) -> nn.Module:
-    """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
-    graph = trace(model, input_data)
-    model, conv_bn = insert_layers(model, graph, plan)
-    compressed = dict(compressed_layers(model))
-    order = tuple(name for name in graph.calls if name in compressed)
-    session = Session(plan, os.path.abspath(record_file), channel, conv_bn, order)
-    attach(model, session)
-    return model
-
-
-def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:
-    """Set the 2:4 masks from the record, for checkpoints without them. Errors: RecordError, all mismatches listed."""
-    recorded = {entry.name: entry for entry in record.sparse}
-    layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
-    problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]
-    problems += [
-        f"2:4 entry for '{name}', which the configuration does not make sparse"
-        for name in recorded
-        if name not in layers
-    ]
-    problems += [
-        f"mask_shape {recorded[name].mask_shape} of '{name}', whose weight is {tuple(layer.weight.shape)}"
-        for name, layer in layers.items()
-        if name in recorded and recorded[name].mask_shape != tuple(layer.weight.shape)
-    ]
-    if problems:
-        raise RecordError(f"{record_file}: not the record of this model and configuration:\n  " + "\n  ".join(problems))
-    for name, layer in layers.items():
-        words = recorded[name].mask
-        if words is not None:
-            assert layer.sparsity is not None
-            layer.sparsity.mask.copy_(ops.unpack_mask(torch.tensor(words, dtype=torch.int64), list(layer.weight.shape)))
+def _planner(config_defination: str) -> build.MakePlan:
+    config = parse_config(config_defination)
+    return lambda graph, model: resolve(config, graph.traits(model))

@@ -1,0 +1,105 @@
+"""Making a compressed model, as all flows do it: prune, trace again, insert the layers, load."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext import ops, prune
+from amct_ext.arguments import check_model, unwrap, wrap_like
+from amct_ext.checkpoint import load_checkpoint
+from amct_ext.errors import RecordError
+from amct_ext.graph import Graph, trace
+from amct_ext.plan import Plan
+from amct_ext.record import ChannelRecord, Record
+from amct_ext.session import Session, attach, write_record
+from amct_ext.surgery import compressed_layers, insert_layers
+
+MakePlan = Callable[[Graph, nn.Module], Plan]
+
+
+def create(model: nn.Module, input_data: Any, make_plan: MakePlan, record_file: str) -> nn.Module:
+    """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
+    inner = _own_copy(model)
+    graph = trace(inner, input_data)
+    plan = make_plan(graph, inner)
+    channel: tuple[ChannelRecord, ...] = ()
+    if plan.prune_active:
+        records = prune.plan_channels(graph, plan, inner)
+        channel = prune.apply_channels(inner, graph, records, input_data)
+    inner = _insert(inner, input_data, plan, channel, record_file)
+    write_record(inner, with_factors=False)
+    return wrap_like(model, inner)
+
+
+def restore(
+    model: nn.Module,
+    input_data: Any,
+    make_plan: MakePlan,
+    record: Record,
+    record_file: str,
+    pth_file: str,
+    state_dict_name: str | None,
+) -> nn.Module:
+    """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
+    inner = _own_copy(model)
+    graph = trace(inner, input_data)
+    # Eligibility is judged on the unpruned model, as it was at create.
+    plan = make_plan(graph, inner)
+    channel = prune.apply_channels(inner, graph, record.channel, input_data, strict=True)
+    inner = _insert(inner, input_data, plan, channel, record_file)
+    _take_masks(inner, record, record_file)
+    load_checkpoint(inner, pth_file, state_dict_name)
+    return wrap_like(model, inner)
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    check_model(inner)
+    try:
+        return copy.deepcopy(inner)
+    except Exception as error:
+        raise RuntimeError(
+            f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}"
+        ) from error
+
+
+def _insert(
+    model: nn.Module, input_data: Any, plan: Plan, channel: tuple[ChannelRecord, ...], record_file: str
+) -> nn.Module:
+    """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
+    graph = trace(model, input_data)
+    model, conv_bn = insert_layers(model, graph, plan)
+    compressed = dict(compressed_layers(model))
+    order = tuple(name for name in graph.calls if name in compressed)
+    attach(model, Session(plan, os.path.abspath(record_file), channel, conv_bn, order))
+    return model
+
+
+def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:
+    """Set the 2:4 masks from the record, for checkpoints without them. Errors: RecordError, all mismatches listed."""
+    recorded = {entry.name: entry for entry in record.sparse}
+    layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
+    problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]
+    problems += [
+        f"2:4 entry for '{name}', which the configuration does not make sparse"
+        for name in recorded
+        if name not in layers
+    ]
+    problems += [
+        f"mask_shape {recorded[name].mask_shape} of '{name}', whose weight is {tuple(layer.weight.shape)}"
+        for name, layer in layers.items()
+        if name in recorded and recorded[name].mask_shape != tuple(layer.weight.shape)
+    ]
+    if problems:
+        raise RecordError(f"{record_file}: not the record of this model and configuration:\n  " + "\n  ".join(problems))
+    for name, layer in layers.items():
+        words = recorded[name].mask
+        if words is not None:
+            assert layer.sparsity is not None
+            layer.sparsity.mask.copy_(ops.unpack_mask(torch.tensor(words, dtype=torch.int64), list(layer.weight.shape)))
