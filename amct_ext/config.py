@@ -145,8 +145,8 @@ class _Reader:
         )
 
     def _names(self, message: Any, name: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(getattr(message, name)))
-        if len(names) != len(getattr(message, name)):
+        names = tuple(getattr(message, name))
+        if len(names) != len(set(names)):
             _log.warning("%s: %s names a layer or type more than once", self._places.source, name)
         return names
 

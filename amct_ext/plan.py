@@ -73,7 +73,7 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
     Quantisation: override_layer_configs > override_layer_types > skip lists > global settings. Pruning: skip lists >
     override_layer_configs > override_layer_types > global settings. The two halves are looked up separately: an
     override that says nothing on pruning does not touch pruning, and the other way round; within one half it replaces,
-    it does not merge. Errors: ConfigError. Source: AMCT's retraining configuration; docs/differences.md for what differs.
+    it does not merge. Errors: ConfigError. Source: AMCT's retraining configuration; differences: docs/differences.md.
     """
     check_against_model(config, traits)
     notes = _Notes()
@@ -129,12 +129,11 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     else:
         data, weight, place = config.data, config.weight, ()
     data, weight = data or DataQuant(), weight or WeightSettings()
-    where = config.places.at(*place)
     if (data.num_bits, weight.num_bits) not in _PAIRS:
         pairs = ", ".join(f"INT{act} with INT{wts}" for act, wts in _PAIRS)
         raise ConfigError(
-            f"{where}: layer '{name}': INT{data.num_bits} activations with INT{weight.num_bits} weights do not go "
-            f"together; choose one of {pairs}"
+            f"{config.places.at(*place)}: layer '{name}': INT{data.num_bits} activations with INT{weight.num_bits} "
+            f"weights do not go together; choose one of {pairs}"
         )
     bits = weight.num_bits
     if bits == 4 and not trait.int4_weights:
@@ -146,7 +145,8 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     elif channel_wise and trait.type in _PER_TENSOR_TYPES:
         if place[:1] == ("override_layer_configs",):
             raise ConfigError(
-                f"{where}: layer '{name}' is a {trait.type}, whose weight takes one scale; set channel_wise: false"
+                f"{config.places.at(*place)}: layer '{name}' is a {trait.type}, whose weight takes one scale; "
+                "set channel_wise: false"
             )
         channel_wise = False
         notes.per_tensor.append(name)

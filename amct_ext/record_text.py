@@ -31,7 +31,7 @@ def loads(text: str, source: str) -> Record:
         text_format.Parse(text, message)
     except text_format.ParseError as error:
         reason = explain(error, text, source, message)[0]
-        raise RecordError(f"{reason}; restore the record file from a copy, or make it again with create_*") from None
+        raise RecordError(f"{reason} (restore the record file from a copy, or make it again with create_*)") from None
     places = Places(source, text)
     quant = []
     for index, item in enumerate(message.record):

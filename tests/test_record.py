@@ -1,0 +1,339 @@
+"""Record text <-> dataclasses: exact round trips, strict reading, atomic writing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amct_ext.errors import RecordError, RecordRangeError
+from amct_ext.files import write_atomic, write_if_changed
+from amct_ext.proto import message_class
+from amct_ext.record import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
+
+QUANT = """record {
+  key: "tail.fc"
+  value {
+    scale_d: 0.02
+    offset_d: -3
+    scale_w: 0.005
+    offset_w: 0
+    act_type: "INT8"
+    wts_type: "INT8"
+  }
+}
+"""
+SPARSE = """prune_record {
+  selective_prune {
+    name: "tail.fc"
+    attr { name: "mask_shape" type: INTS ints: 2 ints: 8 }
+    attr { name: "selective_mask" type: INTS ints: 15045 }
+  }
+}
+"""
+CHANNEL = """prune_record {
+  producer {
+    name: "stem.conv"
+    attr { name: "type" type: STRING s: "Conv" }
+    attr { name: "begin" type: INT i: 0 }
+    attr { name: "end" type: INT i: 8 }
+    attr { name: "prune_index" type: INTS ints: 2 ints: 5 }
+  }
+  consumer {
+    name: "head.mix"
+    attr { name: "type" type: STRING s: "Conv" }
+    attr { name: "begin" type: INT i: 4 }
+    attr { name: "end" type: INT i: 12 }
+    attr { name: "prune_index" type: INTS ints: 6 ints: 9 }
+  }
+}
+"""
+
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+scales = st.floats(2.0**-149, 2.0**127, width=32)
+
+
+@st.composite
+def quant_records(draw: st.DrawFn) -> QuantRecord:
+    count = draw(st.integers(1, 5))
+    rows = draw(st.integers(0, 3))
+    shift = st.one_of(
+        st.just(()),
+        st.just((0,) * count),
+        st.lists(st.integers(1, 16), min_size=count, max_size=count).map(tuple),
+    )
+    return QuantRecord(
+        key=draw(names),
+        scale_d=draw(scales),
+        offset_d=draw(st.integers(-128, 127)),
+        scale_w=tuple(draw(st.lists(scales, min_size=count, max_size=count))),
+        offset_w=(0,) * count,
+        act_type=draw(st.sampled_from(["INT8", "INT16"])),
+        wts_type=draw(st.sampled_from(["INT8", "INT4"])),
+        dst_type=draw(st.sampled_from([None, "INT8", "INT4"])),
+        shift_bit=draw(shift),
+        skip_fusion=draw(st.booleans()),
+        fakequant_precision_mode=draw(st.sampled_from([None, "FORCE_FP16_QUANT"])),
+        scale_h=draw(scales) if rows else None,
+        offset_h=draw(st.integers(-128, 127)) if rows else None,
+        scale_r=tuple(draw(st.lists(scales, min_size=rows, max_size=rows))),
+        offset_r=(0,) * rows,
+    )
+
+
+@st.composite
+def channel_records(draw: st.DrawFn) -> ChannelRecord:
+    width = draw(st.integers(2, 40))
+    removed = sorted(draw(st.sets(st.integers(0, width - 1), max_size=width - 1)))
+
+    def node(begin: int) -> PruneNode:
+        return PruneNode(
+            draw(names),
+            draw(st.sampled_from(["Conv", "Gemm", "BatchNormalization", "Add", "Concat"])),
+            begin,
+            begin + width,
+            draw(st.sampled_from([None, 4])),
+            draw(st.sampled_from([None, 2])),
+            tuple(index + begin for index in removed),
+        )
+
+    consumers = draw(st.lists(st.integers(0, 9), max_size=3))
+    return ChannelRecord((node(0),), tuple(node(begin) for begin in consumers))
+
+
+@st.composite
+def sparse_records(draw: st.DrawFn) -> SparseRecord:
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    bits = 1
+    for size in shape:
+        bits *= size
+    words = -(-bits // 64)
+    raw = draw(st.binary(min_size=words * 8, max_size=words * 8))
+    kept = int.from_bytes(raw, "big") >> (words * 64 - bits) << (words * 64 - bits)
+    data = kept.to_bytes(words * 8, "big")
+    mask = tuple(int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, words * 8, 8))
+    return SparseRecord(draw(names), shape, draw(st.sampled_from([None, mask])))
+
+
+records = st.builds(
+    Record,
+    st.lists(quant_records(), max_size=3, unique_by=lambda item: item.key).map(tuple),
+    st.lists(channel_records(), max_size=3, unique_by=lambda item: item.producers[0].name).map(tuple),
+    st.lists(sparse_records(), max_size=3, unique_by=lambda item: item.name).map(tuple),
+)
+
+
+@given(records)
+def test_round_trip(record: Record):
+    text = record.dumps()
+    assert Record.loads(text) == record
+    assert Record.loads(text).dumps() == text
+
+
+@given(records)
+def test_the_text_is_what_protobuf_prints(record: Record):
+    message = text_format.Parse(record.dumps(), message_class("amct_ext.record.ScaleOffsetRecord")())
+    assert text_format.MessageToString(message, as_utf8=True) == record.dumps()
+
+
+def test_the_format_in_full():
+    record = Record.loads(QUANT + CHANNEL + SPARSE)
+    (quant,), (channel,), (sparse,) = record.quant, record.channel, record.sparse
+    assert (quant.key, quant.offset_d, quant.offset_w) == ("tail.fc", -3, (0,))
+    assert quant.scale_d == pytest.approx(0.02)
+    assert channel.producers == (PruneNode("stem.conv", "Conv", 0, 8, prune_index=(2, 5)),)
+    assert channel.consumers == (PruneNode("head.mix", "Conv", 4, 12, prune_index=(6, 9)),)
+    assert sparse == SparseRecord("tail.fc", (2, 8), (15045,))
+    assert record.quant_of("tail.fc") is quant
+    assert record.sparse_of("tail.fc") is sparse
+    assert record.quant_of("other") is None
+    assert Record.loads(record.dumps()) == record
+    assert record.dumps().startswith(QUANT)
+
+
+def test_attributes_are_written_in_order():
+    node = PruneNode("c", "Conv", 0, 4, group=2, prune_group=2, prune_index=(1, 3))
+    text = Record(channel=(ChannelRecord((node,), ()),)).dumps()
+    positions = [text.index(f'"{name}"') for name in ("type", "begin", "end", "group", "prune_group", "prune_index")]
+    assert positions == sorted(positions)
+
+
+def test_an_empty_record():
+    assert Record.loads("") == Record()
+    assert Record().dumps() == ""
+
+
+def test_attributes_of_older_files_are_accepted():
+    extra = '    attr { name: "prune_axis" type: INT i: 1 }\n    attr { name: "remain_channels" type: INTS ints: 3 }\n'
+    first = '    attr { name: "begin" type: INT i: 0 }\n'
+    assert Record.loads(CHANNEL.replace(first, first + extra, 1)) == Record.loads(CHANNEL)
+
+
+def test_entries_without_factors_are_ignored():
+    assert Record.loads('record { key: "a" value { skip_fusion: true } }') == Record()
+
+
+BAD = [
+    (QUANT + CHANNEL[:-40], "truncated"),
+    (QUANT[:-4], "truncated"),
+    (QUANT.replace("scale_d", "scale_x"), "unknown field 'scale_x'.*did you mean 'scale_w'"),
+    (QUANT.replace("0.02", '"much"'), ":4:.*scale_d"),
+    (QUANT.replace("offset_d: -3", "offset_d: 1 offset_d: 2"), "offset_d"),
+    (QUANT.replace('key: "tail.fc"', ""), ":1: .*without 'key'"),
+    (QUANT.replace("    scale_w: 0.005\n", ""), ":1: layer 'tail.fc' lacks scale_w"),
+    (QUANT.replace("    scale_d: 0.02\n", ""), "lacks scale_d"),
+    (QUANT.replace("offset_w: 0", "offset_w: 0 offset_w: 0"), "1 scale_w and 2 offset_w"),
+    (QUANT.replace('"INT8"', '"INT5"', 1), "act_type is 'INT5'"),
+    (QUANT + QUANT, "layer 'tail.fc' has quantisation factors twice"),
+    (QUANT.replace("scale_d: 0.02", "scale_d: 0.02 shift_bit: [1, 2]"), "2 shift_bit for 1 scale_w"),
+    (QUANT.replace("scale_d: 0.02", "scale_d: 0.02 scale_r: 1"), "go in pairs"),
+    (QUANT.replace("scale_d: 0.02", "scale_d: 0.02 tensor_balance_factor: 1"), "tensor_balance_factor"),
+    ('record { key: "a" }', "layer 'a' has no 'value'"),
+    ('record { key: "a" kv_cache_value { scale: 1 offset: 0 } }', "KV-cache"),
+    (CHANNEL.replace("ints: 2 ints: 5", "ints: 2 ints: 8"), r":1: node 'stem.conv': prune_index 8 .*\[0, 8\)"),
+    (QUANT + CHANNEL.replace("ints: 6 ints: 9", "ints: 3 ints: 9"), r":12: node 'head.mix': prune_index 3 .*\[4, 12\)"),
+    (CHANNEL.replace("ints: 2 ints: 5", "ints: 5 ints: 2"), "has 2 after 5"),
+    (CHANNEL.replace("ints: 2 ints: 5", "ints: 5 ints: 5"), "holds 5 twice"),
+    (CHANNEL.replace("ints: 6 ints: 9", "ints: 6 ints: 8"), "'head.mix' and 'stem.conv'.*different channels"),
+    (CHANNEL.replace("ints: 2 ints: 5", " ".join(f"ints: {i}" for i in range(8))), "different channels"),
+    (CHANNEL.replace("i: 8", "i: 0"), "no range"),
+    (CHANNEL.replace('    attr { name: "begin" type: INT i: 0 }\n', ""), "'stem.conv' has no attribute 'begin'"),
+    (CHANNEL.replace("type: INT i: 8", "type: STRING s: '8'"), "'end' is STRING, must be INT"),
+    (CHANNEL.replace("type: INT i: 8", "type: INT"), "'end' has no value"),
+    (CHANNEL.replace("producer", "consumer", 1), "without a producer"),
+    (CHANNEL.replace('name: "stem.conv"', ""), "without a name"),
+    (CHANNEL + CHANNEL, "layer 'stem.conv' has removed channels"),
+    (SPARSE.replace("ints: 15045", "ints: 15045 ints: 0"), ":1: 2:4 mask of 'tail.fc': 2 words .* must be 1"),
+    (SPARSE.replace("ints: 15045", "ints: 16725"), None),
+    (SPARSE.replace("ints: 15045", "ints: -1"), "bits are set behind"),
+    (SPARSE.replace("ints: 2 ints: 8", "ints: 2 ints: 0"), "no shape"),
+    (SPARSE.replace('"mask_shape"', '"shape"'), "has no mask_shape"),
+    (SPARSE + SPARSE, "layer 'tail.fc' has 2:4 masks twice"),
+    ("prune_record {}", "without a producer"),
+]
+
+
+@pytest.mark.parametrize(("text", "pattern"), BAD)
+def test_strict_reading(tmp_path: Path, text: str, pattern: str | None):
+    path = tmp_path / "record.txt"
+    path.write_text(text)
+    if pattern is None:
+        assert Record.read(path)
+        return
+    with pytest.raises(RecordError, match=pattern) as caught:
+        Record.read(path)
+    assert str(path) in str(caught.value)
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_a_truncated_file_never_passes_for_a_whole_one():
+    text = Record.loads(QUANT + CHANNEL + SPARSE).dumps()
+    whole = {text.index("prune_record"), text.rindex("prune_record"), 0}
+    for cut in range(len(text) - 1):
+        if text[:cut].strip() == "" or cut in whole or cut + 1 in whole:
+            continue
+        with pytest.raises(RecordError):
+            Record.loads(text[:cut])
+
+
+@pytest.mark.parametrize("value", ["0", "-0.5", "inf", "nan", "1e-60"])
+@pytest.mark.parametrize("field", ["scale_d: 0.02", "scale_w: 0.005"])
+def test_scales_out_of_range(field: str, value: str):
+    with pytest.raises(RecordRangeError, match="must be finite and positive") as caught:
+        Record.loads(QUANT.replace(field, f"{field.split(':')[0]}: {value}"))
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("offset_d: -3", "offset_d: 128"), ("offset_w: 0", "offset_w: 1"), ("offset_d: -3", "offset_d: -129")],
+)
+def test_offsets_out_of_range(old: str, new: str):
+    with pytest.raises(RecordRangeError):
+        Record.loads(QUANT.replace(old, new))
+
+
+def test_sixteen_bit_activations_have_wide_offsets():
+    text = QUANT.replace("offset_d: -3", "offset_d: -30000").replace('act_type: "INT8"', 'act_type: "INT16"')
+    assert Record.loads(text).quant[0].offset_d == -30000
+
+
+@pytest.mark.parametrize(
+    ("shift", "right"), [((0, 0), True), ((1, 16), True), ((0, 1), False), ((17, 1), False), ((1,), False)]
+)
+def test_shift_rule(shift: tuple[int, ...], right: bool):
+    record = Record((QuantRecord("a", 0.5, 0, (0.5, 0.25), (0, 0), shift_bit=shift),))
+    if right:
+        assert Record.loads(record.dumps()) == record
+    else:
+        with pytest.raises(RecordError, match="shift_bit"):
+            record.dumps()
+
+
+def test_what_cannot_be_read_back_is_not_written(tmp_path: Path):
+    good = QuantRecord("a", 0.5, 0, (0.5,), (0,))
+    path = tmp_path / "record.txt"
+    Record((good,)).write(path)
+    before = path.read_bytes()
+    for bad in (dataclasses.replace(good, scale_d=float("nan")), dataclasses.replace(good, scale_w=())):
+        with pytest.raises(RecordError):
+            Record((bad,)).write(path)
+    assert path.read_bytes() == before
+
+
+def test_reading_what_is_no_record(tmp_path: Path):
+    path = tmp_path / "record.txt"
+    path.write_bytes(b"PK\x03\x04\xff")
+    with pytest.raises(RecordError, match="byte 4 is not UTF-8"):
+        Record.read(path)
+    with pytest.raises(FileNotFoundError):
+        Record.read(tmp_path / "missing.txt")
+
+
+def test_writing(tmp_path: Path):
+    path = tmp_path / "new" / "deep" / "record.txt"
+    record = Record((QuantRecord("schicht.ä", 0.5, 0, (0.5,), (0,)),))
+    assert record.write(path)
+    assert Record.read(path) == record
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o750
+    inode = path.stat().st_ino
+    assert not record.write(path)
+    assert path.stat().st_ino == inode
+    assert Record().write(path)
+    assert path.read_bytes() == b""
+    assert os.listdir(path.parent) == ["record.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert write_if_changed(tmp_path / "link", b"data")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"data"
+
+
+def test_golden_records_round_trip(golden: Path):
+    files = sorted(golden.glob("*/record_*.txt"))
+    assert files
+    for path in files:
+        assert Record.read(path).dumps().encode() == path.read_bytes(), path
