@@ -81,7 +81,7 @@ def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph
     """Run the model once on `input_data` (a tensor, or a tuple of arguments) and return what ran.
 
     The run is eager, in eval mode, without gradients; modes, buffers and random state are as before afterwards.
-    Errors: InputDataError where input_data has another type or the model rejects it; ModelError where tracing is impossible.
+    Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
     return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)

@@ -1,0 +1,84 @@
+"""Running a model without leaving a trace in it, and finding the tensors in what it takes and returns."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval (or train) mode for a while; each module's mode, the buffers and the random state come back exactly.
+
+    Flags are set directly: train() and eval() of a user's class may do more than set them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    held_tensors = [held for _, owned in buffers for held in owned.values() if held is not None]
+    copies = [(held, held.clone()) for held in held_tensors]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator
+        for kind, indices in _accelerators(model).items():
+            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
+        try:
+            for module, _ in modes:
+                module.training = training
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, owned in buffers:
+                module._buffers.clear()
+                module._buffers.update(owned)
+            with torch.no_grad():
+                for held, copy in copies:
+                    if not torch.equal(held, copy):  # not every kernel that writes tells the version counter
+                        held.copy_(copy)
+
+
+def _accelerators(model: nn.Module) -> dict[str, set[int]]:
+    """Device types other than the CPU that hold parameters and have a generator to keep, with their indices."""
+    found: dict[str, set[int]] = {}
+    for parameter in model.parameters():
+        backend = getattr(torch, parameter.device.type, None)
+        if parameter.device.type != "cpu" and hasattr(backend, "get_rng_state") and hasattr(backend, "device_count"):
+            found.setdefault(parameter.device.type, set()).add(parameter.device.index or 0)
+    return found
+
+
+def tensors_in(obj: Any) -> Iterator[torch.Tensor]:
+    """All tensors in whatever a model takes or returns: containers, dataclasses, objects with tensors in attributes."""
+    yield from _tensors(obj, set())
+
+
+def _tensors(obj: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if isinstance(obj, torch.Tensor):
+        yield obj
+        return
+    if obj is None or isinstance(obj, (bool, int, float, complex, str, bytes, type, nn.Module)) or id(obj) in seen:
+        return
+    seen.add(id(obj))
+    parts: Any
+    if isinstance(obj, Mapping):
+        parts = obj.values()
+    elif isinstance(obj, (list, tuple, set, frozenset)):
+        parts = obj
+    elif dataclasses.is_dataclass(obj):
+        parts = [getattr(obj, part.name) for part in dataclasses.fields(obj)]
+    else:
+        parts = vars(obj).values() if hasattr(obj, "__dict__") and not callable(obj) else ()
+    for part in parts:
+        yield from _tensors(part, seen)
+
+
+def describe(arguments: Any) -> str:
+    """Shapes and types of arguments, for messages."""
+    if isinstance(arguments, torch.Tensor):
+        return f"{str(arguments.dtype).removeprefix('torch.')}{list(arguments.shape)}"
+    if isinstance(arguments, (tuple, list)):
+        return ", ".join(describe(part) for part in arguments) or "no arguments"
+    return type(arguments).__name__
