@@ -12,27 +12,25 @@ from amct_ext.errors import ModelError
 from amct_ext.layers import CompressedLayer
 
 # Class names of AMCT's own modules: a model that holds one is compressed already.
-_AMCT_CLASSES = frozenset(
-    [
-        "IFMR",
-        "HFMG",
-        "Recorder",
-        "AscendQuant",
-        "AscendDeQuant",
-        "RetrainQuant",
-        "RNNRetrainQuant",
-        "MarkedQuantizableModule",
-        "QuantIdentity",
-        "SelectiveMaskGen",
-        "DMQBalancer",
-        "Conv2dQAT",
-        "LinearQAT",
-        "LSTMQAT",
-        "GRUQAT",
-        "OFMRQuant",
-        "ConvTranspose1dQAT",
-    ]
-)
+_AMCT_CLASSES = {
+    "IFMR",
+    "HFMG",
+    "Recorder",
+    "AscendQuant",
+    "AscendDeQuant",
+    "RetrainQuant",
+    "RNNRetrainQuant",
+    "MarkedQuantizableModule",
+    "QuantIdentity",
+    "SelectiveMaskGen",
+    "DMQBalancer",
+    "Conv2dQAT",
+    "LinearQAT",
+    "LSTMQAT",
+    "GRUQAT",
+    "OFMRQuant",
+    "ConvTranspose1dQAT",
+}
 _LONGEST_NAME = 254
 
 

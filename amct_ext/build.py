@@ -51,7 +51,10 @@ def restore(
     graph = trace(inner, input_data)
     # Eligibility is judged on the unpruned model, as it was at create.
     plan = make_plan(graph, inner)
-    channel = prune.apply_channels(inner, graph, record.channel, input_data, strict=True)
+    try:
+        channel = prune.apply_channels(inner, graph, record.channel, input_data, strict=True)
+    except RecordError as error:
+        raise RecordError(f"{record_file}: not the record of this model: {error}") from error
     inner = _insert(inner, input_data, plan, channel, record_file)
     _take_masks(inner, record, record_file)
     load_checkpoint(inner, pth_file, state_dict_name)

@@ -32,14 +32,15 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}' holds more than tensors and plain containers, or is damaged; not executed; "
             f"save state dicts and plain values only ({str(error).splitlines()[0]})"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(f"checkpoint '{pth_file}' cannot be read (truncated?): {error}") from None
     if state_dict_name is not None:
         named = content.get(state_dict_name) if isinstance(content, Mapping) else None
         if not named:
             names = sorted(map(str, content)) if isinstance(content, Mapping) else []
             raise CheckpointKeyError(
-                f"checkpoint '{pth_file}' has no (or an empty) entry '{state_dict_name}'; it has: {', '.join(names[:9])}"
+                f"checkpoint '{pth_file}' has no (or an empty) entry '{state_dict_name}'; it has: "
+                + ", ".join(names[:9])
             )
         content = named
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):

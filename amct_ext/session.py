@@ -99,7 +99,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
 
 
 def raise_if_invalid(model: nn.Module) -> None:
-    """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check (one host read if all is well)."""
+    """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
     quantisers = [layer.act_quant for _, layer in compressed_layers(model) if layer.act_quant is not None]
     if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
