@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from amct_ext.onnx_layers import DOMAIN, module_scopes
+from amct_ext.onnx_layers import DOMAIN, LAYER_OPS, module_scopes
 
 
 def use_matmul(graph: ir.Graph) -> None:
@@ -121,5 +121,9 @@ def _name_nodes(graph: ir.Graph, layers: Collection[str]) -> None:
 
 
 def _module_path(node: ir.Node) -> str:
+    """The module that a node comes from; a node made by the optimiser (Conv with its BatchNorm) has only its weight."""
     scopes = module_scopes(node)
+    if not scopes and node.op_type in LAYER_OPS and node.inputs[1] is not None:
+        path, _, parameter = (node.inputs[1].name or "").rpartition(".")
+        return path if parameter == "weight" else ""
     return scopes[-2] if len(scopes) > 1 else ""

@@ -1,0 +1,359 @@
+"""ONNX export of small models of our own: what the two files hold, and what they compute."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import nn
+
+from amct_ext.export import export_plain, export_quantized
+from amct_ext.onnx_deploy import pack_int4
+from amct_ext.onnx_files import encode, write_files
+from amct_ext.record import QuantRecord
+
+
+class Mixed(nn.Module):
+    """Functional operators between the layers, two layers on one input, a BatchNorm, a grouped convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.a = nn.Conv2d(8, 8, 1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        x = F.max_pool2d(self.a(x) + torch.sigmoid(self.b(x)), 2)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).view(x.shape[0], -1))
+
+
+class Tokens(nn.Module):
+    """Linear on 3-D input, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Upsampling(nn.Module):
+    """ConvTranspose with groups and a BatchNorm behind it that must stay, circular padding, Conv1d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grow = nn.ConvTranspose2d(4, 6, 3, groups=2, output_padding=1, stride=2)
+        self.bn = nn.BatchNorm2d(6)
+        self.wrap = nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular")
+        self.line = nn.Conv1d(4, 3, 3, padding="same")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.line(F.leaky_relu(self.wrap(self.bn(self.grow(x)))).flatten(2))
+
+
+SHAPES = {Mixed: (4, 3, 6, 6), Tokens: (2, 5, 8), Upsampling: (2, 4, 3, 3)}
+PAIRS = {Mixed: {"stem": "bn"}, Tokens: {}, Upsampling: {}}
+
+
+def build(kind: type[nn.Module]) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(3)
+    model = kind()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                tensor.data.uniform_(0.5, 1.5)
+    return model.eval(), torch.randn(SHAPES[kind])
+
+
+def folded_weight(model: nn.Module, name: str, pairs: Mapping[str, str]) -> torch.Tensor:
+    weight = model.get_submodule(name).weight.detach()
+    if name in pairs:
+        bn = model.get_submodule(pairs[name])
+        weight = weight * (bn.weight / torch.sqrt(bn.running_var + bn.eps)).reshape(-1, 1, 1, 1)
+    return weight
+
+
+def record_all(model: nn.Module, pairs: Mapping[str, str], **fields: Any) -> list[QuantRecord]:
+    """Factors that fit roughly: per channel for convolutions, per tensor for Linear, one offset that is not zero."""
+    records = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
+            scales: tuple[float, ...] = (float(module.weight.detach().abs().max()) / 127,)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            scales = tuple((folded_weight(model, name, pairs).flatten(1).abs().amax(1) / 127).tolist())
+        else:
+            continue
+        values = {"scale_d": 0.031, "offset_d": -3, "scale_w": scales, "offset_w": (0,) * len(scales)}
+        records.append(QuantRecord(key=name, **{**values, **fields}))
+    return records
+
+
+def simulate(model: nn.Module, x: torch.Tensor, records: list[QuantRecord], pairs: Mapping[str, str]) -> np.ndarray:
+    """The fake-quantised network in eager torch, written from the formulas."""
+    net = copy.deepcopy(model)
+    for conv, bn in pairs.items():
+        fused = torch.nn.utils.fuse_conv_bn_eval(net.get_submodule(conv), net.get_submodule(bn))
+        setattr(net, conv, fused)
+        setattr(net, bn, nn.Identity())
+    for record in records:
+        layer = net.get_submodule(record.key)
+        scale = torch.tensor(record.scale_w)
+        if len(scale) > 1:
+            scale = scale.reshape([-1] + [1] * (layer.weight.dim() - 1))
+        layer.weight.data = (layer.weight / scale).round().clamp(-128, 127) * scale
+        if layer.bias is not None and record.key != "up":  # the Linear on tokens adds its bias in float
+            step = scale.flatten() * record.scale_d
+            layer.bias.data = (layer.bias / step).round() * step
+
+        def quantise(_: nn.Module, inputs: tuple[torch.Tensor], record: QuantRecord = record) -> torch.Tensor:
+            q = ((inputs[0] / record.scale_d).round() + record.offset_d).clamp(-128, 127)
+            return (q - record.offset_d) * record.scale_d
+
+        layer.register_forward_pre_hook(quantise)
+    with torch.no_grad():
+        return net(x).numpy()
+
+
+def run(path: Path, *inputs: torch.Tensor) -> np.ndarray:
+    session = ort.InferenceSession(str(path))
+    return session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})[0]
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def nodes(path: Path) -> dict[str, onnx.NodeProto]:
+    return {node.name: node for node in onnx.load(path).graph.node}
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+Exported = Callable[[type[nn.Module]], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Both files of a model, exported once for all tests."""
+    done: dict[type[nn.Module], tuple[Path, Path]] = {}
+
+    def export(kind: type[nn.Module]) -> tuple[Path, Path]:
+        if kind not in done:
+            model, x = build(kind)
+            folder = tmp_path_factory.mktemp(kind.__name__)
+            pairs = PAIRS[kind]
+            done[kind] = export_quantized(model, x, record_all(model, pairs), pairs, f"{folder}/m")
+        return done[kind]
+
+    return export
+
+
+@pytest.mark.parametrize("kind", SHAPES, ids=lambda kind: kind.__name__)
+def test_fake_quant_model_computes_what_the_formulas_say(kind: type[nn.Module], exported: Exported) -> None:
+    model, x = build(kind)
+    onnx.checker.check_model(onnx.load(exported(kind)[0]))
+    expected = simulate(model, x, record_all(model, PAIRS[kind]), PAIRS[kind])
+    np.testing.assert_allclose(run(exported(kind)[0], x), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SHAPES, ids=lambda kind: kind.__name__)
+def test_deploy_model_holds_the_integers_of_the_fake_quant_model(kind: type[nn.Module], exported: Exported) -> None:
+    fake_quant, deploy = (tensors(path) for path in exported(kind))
+    scales = {name: node for name, node in nodes(exported(kind)[0]).items() if name.endswith(".dqscale")}
+    for record in record_all(build(kind)[0], PAIRS[kind]):
+        assert deploy[f"{record.key}.weight"].dtype == np.int8
+        np.testing.assert_array_equal(deploy[f"{record.key}.weight"], fake_quant[f"{record.key}.weight"])
+        words = deploy[f"{record.key}.dequant.param"]
+        assert words.dtype == np.uint64
+        value = numpy_helper.to_array(scales[f"{record.key}.fakedequant.dqscale"].attribute[0].t)
+        np.testing.assert_array_equal(words.astype(np.uint32).view(np.float32), value.ravel())
+        node = nodes(exported(kind)[1])[record.key]
+        if node.op_type != "MatMul" and len(node.input) > 2:
+            assert deploy[f"{record.key}.bias"].dtype == np.int32
+            np.testing.assert_array_equal(deploy[f"{record.key}.bias"], fake_quant[f"{record.key}.bias"])
+
+
+def test_layers_that_share_an_input_share_its_quantisation(exported: Exported, tmp_path: Path) -> None:
+    model, x = build(Mixed)
+    assert operators(exported(Mixed)[1])["AscendQuant"] == 3
+    assert operators(exported(Mixed)[0])["Round"] == 3
+    assert nodes(exported(Mixed)[1])["b"].input[0] == "a.quant.output0"
+    records = [r for r in record_all(model, PAIRS[Mixed]) if r.key != "b"]
+    records += [r for r in record_all(model, PAIRS[Mixed], scale_d=0.02) if r.key == "b"]
+    apart = export_quantized(model, x, records, PAIRS[Mixed], f"{tmp_path}/m")
+    assert operators(apart[1])["AscendQuant"] == 4
+
+
+def test_nodes_are_named_after_their_layers(exported: Exported) -> None:
+    fake_quant, deploy = (nodes(path) for path in exported(Mixed))
+    chain = [f"stem.quant.fakequant.{step}" for step in ("mul", "round", "add", "clip", "sub")]
+    assert set(chain) | {"stem", "stem.fakedequant.mul", "stem.fakedequant.dqscale"} <= set(fake_quant)
+    assert {"stem", "stem.quant", "stem.dequant", "fc", "/Relu", "/Flatten"} <= set(deploy)
+    quant = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in deploy["stem.quant"].attribute}
+    assert quant == {"scale": np.float32(1) / np.float32(0.031), "offset": -3.0, "dst_type": b"INT8"}
+    assert [a.i for a in deploy["stem.dequant"].attribute] == [0]
+
+
+def test_linear_on_tokens_adds_its_float_bias_behind_the_dequantisation(exported: Exported) -> None:
+    deploy = exported(Tokens)[1]
+    assert nodes(deploy)["up"].op_type == "MatMul"
+    add = next(node for node in onnx.load(deploy).graph.node if "up.bias" in node.input)
+    assert add.op_type == "Add"
+    assert "up.dequant.output0" in add.input
+    assert tensors(deploy)["up.bias"].dtype == np.float32
+
+
+def test_batchnorm_without_a_pair_is_not_folded_into_a_quantised_layer(exported: Exported) -> None:
+    assert operators(exported(Upsampling)[0])["BatchNormalization"] == 1
+    assert operators(exported(Mixed)[0])["BatchNormalization"] == 0
+
+
+def test_shift_follows_the_search_formula(tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.Conv2d(6, 4, 1))
+    x = torch.randn(2, 6, 5, 5)
+    shift = (9, 3, 7, 1)
+    (record,) = record_all(layer, {}, shift_bit=shift)
+    paths = export_quantized(layer, x, [record], {}, f"{tmp_path}/m", write_shift=True)
+    deploy = tensors(paths[1])
+    scale_w = np.asarray(record.scale_w, np.float32)
+    deq = scale_w * np.float32(record.scale_d)
+    q = np.clip(np.rint(x.numpy() / np.float32(record.scale_d)) + record.offset_d, -128, 127) - record.offset_d
+    weight = np.clip(np.rint(layer[0].weight.detach().numpy() / scale_w.reshape(-1, 1, 1, 1)), -128, 127)
+    accumulator = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0], q)
+    accumulator += np.rint(layer[0].bias.detach().numpy() / deq).reshape(1, -1, 1, 1)
+    step = 2.0 ** np.asarray(shift).reshape(1, -1, 1, 1)
+    expected = np.clip(np.floor(accumulator / step), -32768, 32767) * deq.reshape(1, -1, 1, 1) * step
+    np.testing.assert_allclose(run(paths[0], x), expected, rtol=1e-6)
+    np.testing.assert_array_equal(deploy["0.dequant.param"] >> np.uint64(32), shift)
+    np.testing.assert_array_equal(deploy["0.dequant.param"].astype(np.uint32), deq.view(np.uint32))
+    unshifted = export_quantized(layer, x, [record], {}, f"{tmp_path}/m")
+    assert not (tensors(unshifted[1])["0.dequant.param"] >> np.uint64(32)).any()
+    assert "Floor" not in operators(unshifted[0])
+
+
+def test_fp16_mode_truncates_the_dequantisation_scale(tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.Linear(4, 3))
+    records = record_all(layer, {}, fakequant_precision_mode="FORCE_FP16_QUANT")
+    paths = export_quantized(layer, torch.randn(2, 4), records, {}, f"{tmp_path}/m")
+    word = int(tensors(paths[1])["0.dequant.param"][0])
+    exact = int((np.float32(records[0].scale_d) * np.float32(records[0].scale_w[0])).view(np.uint32))
+    assert word == exact & ~0x1FFF
+    assert word != exact
+
+
+def test_int4_weights_and_int16_activations(tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.Conv2d(6, 4, 1))
+    x = torch.randn(1, 6, 2, 2)
+    (record,) = record_all(layer, {}, act_type="INT16", wts_type="INT4", offset_d=-300, scale_d=0.001)
+    scales = np.asarray(record.scale_w, np.float32) * 18
+    record = QuantRecord(**{**vars(record), "scale_w": tuple(scales.tolist())})
+    paths = export_quantized(layer, x, [record], {}, f"{tmp_path}/m")
+    integers = tensors(paths[0])["0.weight"]
+    assert integers.min() >= -8
+    assert integers.max() <= 7
+    packed = tensors(paths[1])["0.weight"].view(np.uint8)
+    assert packed.shape == (4, 3, 1, 1)
+    np.testing.assert_array_equal((packed & 15).astype(np.int8), integers[:, 0::2].astype(np.int8) & 15)
+    np.testing.assert_array_equal((packed >> 4).astype(np.int8), integers[:, 1::2].astype(np.int8) & 15)
+    assert b"INT16" in nodes(paths[1])["0.quant"].SerializeToString()
+    clip = {
+        name: numpy_helper.to_array(node.attribute[0].t) for name, node in nodes(paths[0]).items() if "_val" in name
+    }
+    assert sorted(float(value) for value in clip.values()) == [-32768.0, 32767.0]
+
+
+def test_pack_int4_puts_the_even_index_low() -> None:
+    packed = pack_int4(np.array([[1, -2], [3, 7]], np.int8), axis=1)
+    assert packed.tolist() == [[(14 << 4 | 1) - 256], [7 << 4 | 3]]
+
+
+def test_dynamic_axes_and_names_reach_both_files(tmp_path: Path) -> None:
+    model, x = build(Mixed)
+    axes = {"image": {0: "batch"}, "score": [0]}
+    arguments = (record_all(model, PAIRS[Mixed]), PAIRS[Mixed], f"{tmp_path}/m", ["image"], ["score"], axes)
+    for example in (x, x[:1]):  # a batch of one must not be frozen
+        for path in export_quantized(model, example, *arguments):
+            graph = onnx.load(path).graph
+            assert graph.input[0].name == "image"
+            assert graph.output[0].name == "score"
+            assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+            assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+        expected = simulate(model, x[:3], record_all(model, PAIRS[Mixed]), PAIRS[Mixed])
+        np.testing.assert_allclose(run(tmp_path / "m_fake_quant_model.onnx", x[:3]), expected, atol=2e-5)
+
+
+def test_external_tensors_above_the_size_limit(exported: Exported, tmp_path: Path) -> None:
+    _, x = build(Mixed)
+    path = tmp_path / "big_fake_quant_model.onnx"
+    files = encode(ir.load(exported(Mixed)[0]), path, "fakequant", limit=600)
+    write_files(files)
+    assert "big_stem.weight_fakequant.external" in {file.name for file in files}
+    np.testing.assert_array_equal(run(path, x), run(exported(Mixed)[0], x))
+
+
+def test_plain_export_writes_the_float_graph_twice(tmp_path: Path) -> None:
+    model, x = build(Mixed)
+    fake_quant, deploy = export_plain(model, x, f"{tmp_path}/p", ["image"])
+    assert fake_quant.read_bytes() == deploy.read_bytes()
+    np.testing.assert_allclose(run(deploy, x), model(x).detach().numpy(), atol=1e-5)
+    assert {"stem", "/Flatten", "fc"} <= set(nodes(deploy))
+
+
+def test_files_folders_modes_and_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = build(Tokens)
+    monkeypatch.chdir(tmp_path)
+    for save_path, name in (("", "deploy_model.onnx"), ("new/deep/", "new/deep/deploy_model.onnx")):
+        path = export_plain(model, x, save_path)[1]
+        assert path.resolve() == tmp_path / name
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert capfd.readouterr() == ("", "")
+    export_plain(model, x, "")
+    assert any("overwritten" in message for message in caplog.messages)
+
+
+def test_the_callers_model_is_left_alone(tmp_path: Path) -> None:
+    model, x = build(Mixed)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    trained = export_quantized(model, x, record_all(model, PAIRS[Mixed]), PAIRS[Mixed], f"{tmp_path}/t")
+    assert all(module.training for module in model.modules())
+    assert kinds == {name: type(module) for name, module in model.named_modules()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    expected = simulate(model.eval(), x, record_all(model, PAIRS[Mixed]), PAIRS[Mixed])
+    np.testing.assert_allclose(run(trained[0], x), expected, atol=2e-5)
+
+
+def test_other_precisions_and_sync_batchnorm_are_exported_as_float32(tmp_path: Path) -> None:
+    model, x = build(Mixed)
+    records = record_all(model, PAIRS[Mixed])
+    expected = simulate(model, x, records, PAIRS[Mixed])
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model.double())
+    paths = export_quantized(model, x.double(), records, PAIRS[Mixed], f"{tmp_path}/m")
+    np.testing.assert_allclose(run(paths[0], x), expected, atol=2e-5)
