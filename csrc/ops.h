@@ -1,2 +1,45 @@
-// Declared once the kernels stand.
+// The ops for C++: plain functions that go through the dispatcher, so any device and autograd work.
+// Schemas stand in ops.cpp, descriptions in amct_ext/ops.
 #pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#define AMCT_API __attribute__((visibility("default")))
+
+namespace amct_ext {
+
+using at::Tensor;
+
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(
+    const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+    const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
+AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                                       const Tensor& clip_max, const Tensor& clip_min,
+                                                                       int64_t num_bits = 8);
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, int64_t num_bits = 8,
+                                                                      bool with_offset = false);
+
+AMCT_API std::tuple<Tensor, Tensor> arq_fake_quantize(const Tensor& w, int64_t num_bits = 8,
+                                                      std::optional<int64_t> channel_axis = std::nullopt);
+AMCT_API Tensor lsq_fake_quantize(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
+                                  std::optional<int64_t> channel_axis = std::nullopt,
+                                  std::optional<double> grad_factor = std::nullopt);
+AMCT_API Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, const Tensor& scale,
+                                           int64_t num_bits = 8, std::optional<int64_t> channel_axis = std::nullopt,
+                                           std::optional<double> grad_factor = std::nullopt);
+AMCT_API Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
+                                std::optional<int64_t> channel_axis = std::nullopt);
+
+AMCT_API Tensor mask_2to4(const Tensor& w, int64_t axis = 1);
+AMCT_API void refresh_mask_(const Tensor& w, Tensor& mask, Tensor& step, int64_t update_freq, int64_t axis = 1);
+AMCT_API Tensor pack_mask(const Tensor& mask);
+AMCT_API Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape);
+AMCT_API Tensor filter_norms(const Tensor& w, int64_t axis = 0);
+
+AMCT_API void shift_error_(const Tensor& x, const Tensor& deq_scale, Tensor& errors, int64_t channel_axis = 1);
+AMCT_API Tensor best_shift(const Tensor& errors);
+
+}  // namespace amct_ext

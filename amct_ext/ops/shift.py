@@ -71,7 +71,7 @@ def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis:
         errors.dim() == 2 and errors.shape[0] in (1, channels) and errors.shape[1] == SHIFTS,
         lambda: f"{op}: errors must have shape ({channels}, {SHIFTS}) or (1, {SHIFTS}), not {tuple(errors.shape)}",
     )
-    rows = x.movedim(channel_axis, 0).reshape(channels, -1).to(torch.float64)
+    rows = x.movedim(channel_axis, 0).reshape(channels, x.numel() // max(channels, 1)).to(torch.float64)
     scale = deq_scale.reshape(-1, 1).to(torch.float64)
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.full_like(scale, torch.nan))
     total = torch.clamp(torch.round(rows / scale), -(2.0**31), 2.0**31 - 1)

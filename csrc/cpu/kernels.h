@@ -1,12 +1,61 @@
-// The table of compiled loops. Each instruction set has one; the best one for this machine is chosen on first use.
+// The table of compiled loops: raw pointers, one thread, no tensors. Each instruction set has one table
+// (isa/loops.cpp); the best one for this machine is chosen on first use. Arrays run over the element types in the order
+// of `Element`.
 #pragma once
 
 #include <cstdint>
 
 namespace amct_ext::cpu {
 
+enum Element : int { kFloat32, kFloat64, kBFloat16, kFloat16, kElements };
+
+// Parameters travel as float64, which holds every float32 exactly; loops on narrower types narrow them back.
+struct UlqForward {
+  double scale, offset, lowest, highest;
+};
+
+struct UlqBackward {
+  double scale, clip_max, clip_min;
+  double upper, lower;  // x beyond these was clipped
+};
+
+struct Symmetric {
+  double scale, lowest, highest;
+};
+
+// Sums of the ULQ backward: rounding error times gradient, gradient above, gradient below.
+struct UlqSums {
+  double error = 0, above = 0, below = 0;
+};
+
+struct Range {
+  double largest, smallest;  // both NaN where one value is NaN
+};
+
+// Four rows (or fewer, with the rest null) of one 2:4 group and where to put what is kept.
+struct Plane {
+  const void* w;  // `count` rows of `inner` values
+  uint8_t* mask;  // same shape
+  void* y;        // same shape, or null where only the mask is wanted
+  int64_t count, inner;
+};
+
 struct Kernels {
   const char* level;
+
+  bool (*ulq_forward[kElements])(const void* x, void* y, int64_t n, const UlqForward&);  // true: a value is not finite
+  void (*ulq_backward[kElements])(const void* grad, const void* x, void* dx, int64_t n, const UlqBackward&, UlqSums&);
+
+  Range (*range[kElements])(const void* w, int64_t n);
+  void (*quantize[kElements])(const void* w, void* y, int64_t n, const Symmetric&);
+  void (*codes[kElements])(const void* w, int8_t* y, int64_t n, const Symmetric&);
+  double (*lsq_backward[kElements])(const void* grad, const void* w, int64_t n, const Symmetric&);
+  double (*sum_squares[kElements])(const void* w, int64_t n);
+
+  void (*mask_plane[kElements])(const Plane&);
+  void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
+
+  void (*shift_errors[kElements])(const void* x, int64_t n, double scale, double* errors);
 };
 
 const Kernels& kernels();

@@ -1,14 +1,33 @@
-// Compiled once per instruction set (cmake/simd.cmake); AMCT_LEVEL is its name.
+// All loops for one instruction set: compiled once for each (cmake/simd.cmake), AMCT_LEVEL being its name. Nothing here
+// may include a header with inline functions of external linkage: the linker keeps one copy of those for the whole
+// library.
+#include "cpu/isa/activation.h"
+#include "cpu/isa/mask.h"
+#include "cpu/isa/shift.h"
+#include "cpu/isa/weight.h"
 #include "cpu/kernels.h"
 
 #define AMCT_JOIN_(a, b) a##b
 #define AMCT_JOIN(a, b) AMCT_JOIN_(a, b)
 #define AMCT_TEXT_(a) #a
 #define AMCT_TEXT(a) AMCT_TEXT_(a)
+#define AMCT_EACH(loop) {loop<float>, loop<double>, loop<BFloat16>, loop<Float16>}
 
 namespace amct_ext::cpu {
 
 extern const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL);
-const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {AMCT_TEXT(AMCT_LEVEL)};
+const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
+    .level = AMCT_TEXT(AMCT_LEVEL),
+    .ulq_forward = AMCT_EACH(ulq_forward),
+    .ulq_backward = AMCT_EACH(ulq_backward),
+    .range = AMCT_EACH(range),
+    .quantize = AMCT_EACH(quantize),
+    .codes = AMCT_EACH(codes),
+    .lsq_backward = AMCT_EACH(lsq_backward),
+    .sum_squares = AMCT_EACH(sum_squares),
+    .mask_plane = AMCT_EACH(mask_plane),
+    .apply_mask = AMCT_EACH(apply_mask),
+    .shift_errors = AMCT_EACH(shift_errors),
+};
 
 }  // namespace amct_ext::cpu

@@ -1,0 +1,111 @@
+// Autograd rules. Each forward and backward calls ops of this library below autograd, so every device is served and
+// torch.compile sees both.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace amct_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+struct UlqFunction : torch::autograd::Function<UlqFunction> {
+  static variable_list forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max,
+                               const Variable& clip_min, const Variable& prev_clip_max, const Variable& prev_clip_min,
+                               int64_t num_bits, bool fixed_min) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, scale, offset, high, low, invalid] =
+        ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+    ctx->save_for_backward({x, high, low});
+    ctx->saved_data["num_bits"] = num_bits;
+    ctx->saved_data["max_shape"] = clip_max.sizes();
+    ctx->saved_data["min_shape"] = clip_min.sizes();
+    ctx->mark_non_differentiable({scale, offset, high, low, invalid});
+    ctx->set_materialize_grads(false);
+    return {y, scale, offset, high, low, invalid};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(7);
+    const auto saved = ctx->get_saved_variables();
+    auto [dx, d_max, d_min] =
+        ulq_fake_quantize_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["num_bits"].toInt());
+    const auto shaped = [&](const Tensor& value, const char* key) {
+      return value.view(ctx->saved_data[key].toDimVector());
+    };
+    return {dx, shaped(d_max, "max_shape"), shaped(d_min, "min_shape"), {}, {}, {}, {}};
+  }
+};
+
+struct ArqFunction : torch::autograd::Function<ArqFunction> {
+  static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t num_bits,
+                               std::optional<int64_t> channel_axis) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, scale] = arq_fake_quantize(w, num_bits, channel_axis);
+    ctx->mark_non_differentiable({scale});
+    ctx->set_materialize_grads(false);
+    return {y, scale};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], {}, {}}; }
+};
+
+struct LsqFunction : torch::autograd::Function<LsqFunction> {
+  static Variable forward(AutogradContext* ctx, const Variable& w, const Variable& scale, int64_t num_bits,
+                          std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({w, scale});
+    ctx->saved_data["num_bits"] = num_bits;
+    ctx->saved_data["channel_axis"] = channel_axis;
+    ctx->saved_data["grad_factor"] = grad_factor;
+    return lsq_fake_quantize(w, scale, num_bits, channel_axis, grad_factor);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    Tensor d_scale;
+    if (ctx->needs_input_grad(1)) {
+      const auto saved = ctx->get_saved_variables();
+      d_scale = lsq_fake_quantize_backward(grads[0], saved[0], saved[1], ctx->saved_data["num_bits"].toInt(),
+                                           ctx->saved_data["channel_axis"].toOptional<int64_t>(),
+                                           ctx->saved_data["grad_factor"].toOptional<double>());
+    }
+    return {grads[0], d_scale, {}, {}, {}};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq(const Tensor& x, const Tensor& clip_max,
+                                                               const Tensor& clip_min, const Tensor& prev_clip_max,
+                                                               const Tensor& prev_clip_min, int64_t num_bits,
+                                                               bool fixed_min) {
+  const auto r = UlqFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+  return {r[0], r[1], r[2], r[3], r[4], r[5]};
+}
+
+std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
+  const auto r = ArqFunction::apply(w, num_bits, channel_axis);
+  return {r[0], r[1]};
+}
+
+Tensor lsq(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
+           std::optional<double> grad_factor) {
+  return LsqFunction::apply(w, scale, num_bits, channel_axis, grad_factor);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
+  m.impl("ulq_fake_quantize", ulq);
+  m.impl("arq_fake_quantize", arq);
+  m.impl("lsq_fake_quantize", lsq);
+  // No gradient: their results never require one, whatever the inputs do.
+  for (const char* name : {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4",
+                           "filter_norms", "search_clip_range", "shift_error_", "best_shift"}) {
+    m.impl(name, torch::CppFunction::makeFallthrough());
+  }
+}
+
+}  // namespace amct_ext

@@ -1,0 +1,107 @@
+// Weights: range, symmetric fake quantisation, integer codes, the gradient of learned scales, norms.
+#pragma once
+
+#include "cpu/isa/scalar.h"
+#include "cpu/kernels.h"
+
+namespace amct_ext::cpu {
+namespace {
+
+template <typename T>
+Range range(const void* w_, int64_t n) {
+  const T* __restrict w = static_cast<const T*>(w_);
+  // Sixteen running extremes: they depend on each other only at the end, and extremes do not depend on the order.
+  constexpr int kWide = 64;
+  Acc<T> largest[kWide], smallest[kWide];
+  Bits<T> most[kWide] = {};
+  const Acc<T> first = widen(w[0]);
+  for (int l = 0; l < kWide; ++l) largest[l] = smallest[l] = first;
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    for (int l = 0; l < kWide; ++l) {
+      const T raw = w[i + l];
+      const Acc<T> v = widen(raw);
+      const Bits<T> bits = magnitude_bits(raw);
+      largest[l] = v > largest[l] ? v : largest[l];
+      smallest[l] = v < smallest[l] ? v : smallest[l];
+      most[l] = bits > most[l] ? bits : most[l];
+    }
+  }
+  for (; i < n; ++i) {
+    const Acc<T> v = widen(w[i]);
+    const Bits<T> bits = magnitude_bits(w[i]);
+    largest[0] = v > largest[0] ? v : largest[0];
+    smallest[0] = v < smallest[0] ? v : smallest[0];
+    most[0] = bits > most[0] ? bits : most[0];
+  }
+  for (int l = 1; l < kWide; ++l) {
+    largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
+    smallest[0] = smallest[l] < smallest[0] ? smallest[l] : smallest[0];
+    most[0] = most[l] > most[0] ? most[l] : most[0];
+  }
+  if (most[0] > Traits<T>::kInfinity) return {__builtin_nan(""), __builtin_nan("")};
+  return {static_cast<double>(largest[0]), static_cast<double>(smallest[0])};
+}
+
+template <typename T>
+void quantize(const void* w_, void* y_, int64_t n, const Symmetric& p) {
+  // w and y may be the same: no __restrict, every value is read before it is written.
+  const T* w = static_cast<const T*>(w_);
+  T* y = static_cast<T*>(y_);
+  const Acc<T> scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
+               highest = static_cast<Acc<T>>(p.highest);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(math::fake_quantize(widen(w[i]), scale, lowest, highest));
+}
+
+template <typename T>
+void codes(const void* w_, int8_t* __restrict y, int64_t n, const Symmetric& p) {
+  const T* __restrict w = static_cast<const T*>(w_);
+  const Acc<T> scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
+               highest = static_cast<Acc<T>>(p.highest);
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc<T> code = math::code(widen(w[i]), scale, lowest, highest);
+    y[i] = static_cast<int8_t>(static_cast<int32_t>(code == code ? code : Acc<T>(0)));
+  }
+}
+
+// Sums run in fixed lanes of float64, see activation.h.
+template <typename T, typename Term>
+AMCT_INLINE double lane_sum(int64_t n, Term term) {
+  constexpr int kLanes = 16;
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) sums[l] += term(i + l);
+  }
+  for (int l = 0; i < n; ++i, ++l) sums[l] += term(i);
+  double total = 0;
+  for (int l = 0; l < kLanes; ++l) total += sums[l];
+  return total;
+}
+
+template <typename T>
+double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetric& p) {
+  const T* __restrict grad = static_cast<const T*>(grad_);
+  const T* __restrict w = static_cast<const T*>(w_);
+  const Acc<T> scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
+               highest = static_cast<Acc<T>>(p.highest);
+  const Acc<T> bottom = lowest * scale, top = highest * scale;
+  return lane_sum<T>(n, [&](int64_t i) __attribute__((always_inline)) {
+    const Acc<T> v = widen(w[i]), z = v / scale;
+    const Acc<T> slope = v < bottom ? lowest : v > top ? highest : math::round_even(z) - z;
+    return static_cast<double>(slope * widen(grad[i]));
+  });
+}
+
+template <typename T>
+double sum_squares(const void* w_, int64_t n) {
+  const T* __restrict w = static_cast<const T*>(w_);
+  return lane_sum<T>(n, [&](int64_t i) __attribute__((always_inline)) {
+    const double v = static_cast<double>(widen(w[i]));
+    return v * v;
+  });
+}
+
+}  // namespace
+}  // namespace amct_ext::cpu
