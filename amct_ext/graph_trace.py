@@ -101,16 +101,18 @@ class _Recorder(TorchDispatchMode):
             self._layers.append((module, inputs))  # from here on ops belong to the layer
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._scopes.pop()
         if self._layers and self._layers[-1][0] is module:
             _, inputs = self._layers.pop()
             name = self._names[id(module)]
             results = list(tensors_in(output))
+            if not results:  # the call failed, and the model caught that
+                return
             node = Node(str(layer_type(module)), name, name, inputs, tuple(_value_of(tensor) for tensor in results))
             for tensor, value in zip(results, node.outputs, strict=True):
                 self._bind(tensor, value)
             self.nodes.append(node)
             self.calls.setdefault(name, []).append(node)
-        self._scopes.pop()
 
     # Ops
 
