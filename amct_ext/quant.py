@@ -129,6 +129,7 @@ class ActivationQuantizer(nn.Module):
             clip_max, clip_min = data.max(), data.min()
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
             raise InvalidDataError(f"layer '{self.layer}': its input holds NaN or Inf, no clip range can be found")
+        clip_max, clip_min = _mean_over_ranks(clip_max, clip_min)
         self.calibration_data = gathered
         self.clip_max.copy_(clip_max)
         self.clip_min.copy_(clip_min)
@@ -153,6 +154,18 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
         return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
+
+
+def _mean_over_ranks(*scalars: Tensor) -> tuple[Tensor, ...]:
+    """Ranks calibrate on different data and must start from the same clips; equal gradients keep them equal afterwards."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return scalars
+    world = torch.distributed.get_world_size()
+    if world == 1:
+        return scalars
+    both = torch.stack(scalars)
+    torch.distributed.all_reduce(both)
+    return tuple((both / world).unbind())
 
 
 class WeightQuantizer(nn.Module):

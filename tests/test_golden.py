@@ -23,8 +23,8 @@ from amct_ext.surgery import compressed_layers
 REJECTED = ("cnn_a4w4", "cnn_a4w8_error")
 # The reference rejects a global channel_wise for a model with a Linear; the user meant the convolutions.
 ACCEPTED = "cnn_linear_cw_error"
-# We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution; a convolution with one
-# input channel is not taken for depthwise.
+# We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution; a convolution
+# with one input channel is not taken for depthwise.
 PRUNED_FURTHER = ("group_filter_asc", "group_filter_noasc", "odd_filter_quant", "deconv_filter")
 # Counters that AMCT only compares with zero; ours are written as 0 or 1, and only training forwards count.
 COUNTERS = ("cur_batch", "prune_cur_batch", "quant_layer_num")
