@@ -121,9 +121,10 @@ def _name_nodes(graph: ir.Graph, layers: Collection[str]) -> None:
 
 
 def _module_path(node: ir.Node) -> str:
-    """The module that a node comes from; a node made by the optimiser (Conv with its BatchNorm) has only its weight."""
-    scopes = module_scopes(node)
-    if not scopes and node.op_type in LAYER_OPS and node.inputs[1] is not None:
+    """The module that a node comes from, by its weight first: a Conv fused with a BatchNorm has the latter's notes."""
+    if node.op_type in LAYER_OPS and node.inputs[1] is not None:
         path, _, parameter = (node.inputs[1].name or "").rpartition(".")
-        return path if parameter == "weight" else ""
+        if parameter == "weight":
+            return path
+    scopes = module_scopes(node)
     return scopes[-2] if len(scopes) > 1 else ""
