@@ -140,7 +140,8 @@ def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tens
         out.update((theirs, getattr(act, ours).detach().clone()) for theirs, ours in _ACT_PARAMS.items())
     out["wts_scales"] = scales
     out["wts_offsets"] = torch.where(scales.isnan(), scales, torch.zeros_like(scales))
-    out["cur_batch"] = scalar(wts is not None and _ran(layer))
+    ran = _ran(layer) if wts is not None else sparsity is not None and int(sparsity.step) > 0
+    out["cur_batch"] = scalar(ran)
     if with_activation:
         out.update((theirs, getattr(act, ours).detach().clone()) for theirs, ours in _ACT_BUFFERS.items())
     out["prune_cur_batch"] = scalar(0 if sparsity is None else int(sparsity.step))

@@ -157,7 +157,7 @@ class ActivationQuantizer(nn.Module):
 
 
 def _mean_over_ranks(*scalars: Tensor) -> tuple[Tensor, ...]:
-    """Ranks calibrate on different data and must start from the same clips; equal gradients keep them equal afterwards."""
+    """Ranks calibrate on different data but must start from the same clips; equal gradients keep them equal later."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return scalars
     world = torch.distributed.get_world_size()

@@ -44,7 +44,7 @@ def test_saved_graph_equals_evaluation(tmp_path: Path, name: str) -> None:
     assert model.training
     assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in model.state_dict().items())
     out = run_onnx(fake_quant, small.batch(50)[0])
-    # A value that lies on a rounding tie may fall to the other side; it moves single outputs by about one quantisation step.
+    # A value on a rounding tie may fall to the other side, which moves single outputs by about a quantisation step.
     assert ((out - expected).abs() > 2e-5).float().mean() <= 0.1
     assert (out - expected).abs().max() < 0.02
     assert stat.S_IMODE(fake_quant.stat().st_mode) == 0o640
