@@ -25,8 +25,8 @@ from amct_ext.onnx_deploy import lower_deploy
 from amct_ext.onnx_factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.onnx_fake_quant import lower_fake_quant
 from amct_ext.onnx_files import encode, onnx_paths, write_files
-from amct_ext.onnx_layers import fence
-from amct_ext.onnx_tidy import tidy, use_matmul
+from amct_ext.onnx_layers import DOMAIN, fence, name_layers
+from amct_ext.onnx_tidy import drop_unused, tidy, use_matmul
 from amct_ext.record import QuantRecord
 
 
@@ -70,12 +70,14 @@ def export_quantized(
     use_matmul(captured.graph)
     fenced = fence(captured, float_model, layers)
     captured = optimise(program)
+    name_layers(captured.graph)
     tidy(captured, set(fenced))
     deploy = captured.clone()
     lower_fake_quant(captured, fenced)
     lower_deploy(deploy, fenced)
     for lowered in (captured, deploy):
-        lowered.opset_imports.pop("amct_ext.marker", None)
+        drop_unused(lowered)
+        lowered.opset_imports.pop(DOMAIN, None)
     write_files({**encode(captured, paths[0], "fakequant"), **encode(deploy, paths[1], "deploy")})
     return paths
 

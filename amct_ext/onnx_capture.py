@@ -73,6 +73,12 @@ def optimise(program: torch.onnx.ONNXProgram) -> ir.Model:
     return program.model
 
 
-def _head(error: Exception) -> str:
-    """The first lines of a message; torch appends pages of advice."""
-    return "\n".join(str(error).strip().splitlines()[:12]) or type(error).__name__
+def _head(error: BaseException) -> str:
+    """What went wrong, without the pages of advice that torch wraps around it: the operator and the innermost cause."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    # the outermost error of a chain only says that the export failed, the next one names the operator
+    texts = [str(cause).strip().splitlines() for cause in chain[1:] or chain]
+    lines = [line for text in (texts[0], texts[-1]) for line in text[:8]]
+    return "\n".join(dict.fromkeys(lines)) or type(error).__name__

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from amct_ext.errors import ExportError
 from amct_ext.onnx_factors import LayerFactors
-from amct_ext.onnx_layers import FencedLayer, like, markers, set_constant, take_over
+from amct_ext.onnx_layers import FencedLayer, like, markers, put_tensors, set_constant, take_over
 
 
 def lower_deploy(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
@@ -66,11 +66,8 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
                 "record INT8 weights for this layer"
             )
         weight = pack_int4(weight, layer.input_axis)
-    set_constant(graph, node, 1, f"{factors.name}.weight", weight)
-    if layer.bias is None:
-        return
-    set_constant(graph, node, 2, f"{factors.name}.bias", layer.bias)
-    if factors.act_type == "INT4":  # the device's 4-bit kernels take the bias as float
+    put_tensors(graph, node, layer, weight, layer.bias)
+    if layer.bias is not None and factors.act_type == "INT4":  # the device's 4-bit kernels take the bias as float
         bias = node.inputs[2]
         assert bias is not None
         cast = ir.node(

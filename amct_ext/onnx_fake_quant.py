@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from amct_ext.onnx_factors import LayerFactors
-from amct_ext.onnx_layers import FencedLayer, like, markers, take_over
+from amct_ext.onnx_layers import FencedLayer, like, markers, put_tensors, take_over
 
 INT16 = np.iinfo(np.int16)
 
@@ -27,6 +27,11 @@ def lower_fake_quant(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None
         source = marker.inputs[0]
         assert source is not None
         if marker.op_type == "Dequant":
+            node = source.producer()
+            assert node is not None
+            # anew, because the optimiser lets layers share tensors that look alike
+            bias = None if layer.bias is None else layer.bias.astype(np.float32)
+            put_tensors(graph, node, layer, layer.weight.astype(np.float32), bias)
             result = _dequantise(graph, marker, source, layer)
         else:
             key = (id(source), layer.factors.input_key)

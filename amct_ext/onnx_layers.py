@@ -41,7 +41,7 @@ class FencedLayer:
 
 
 def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, FencedLayer]:
-    """Put the markers around every layer, name its node after it and give the node its integers (held as float32).
+    """Put the markers around every layer and give its node the integers (held as float32).
 
     Changes `model` in place. ExportError names a layer that the graph does not hold, or holds more than once.
     """
@@ -53,15 +53,21 @@ def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors
         node = found[factors.name]
         layer = _with_integers(factors, node)
         _put_markers(model.graph, factors.name, node)
-        node.name = factors.name
-        set_constant(model.graph, node, 1, f"{factors.name}.weight", layer.weight.astype(np.float32))
         if node.op_type == "Gemm":
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
-        if node.op_type != "MatMul":  # the bias of a MatMul is an Add behind it and stays float
-            bias = None if layer.bias is None else layer.bias.astype(np.float32)
-            set_constant(model.graph, node, 2, f"{factors.name}.bias", bias)
+        bias = None if layer.bias is None else layer.bias.astype(np.float32)
+        put_tensors(model.graph, node, layer, layer.weight.astype(np.float32), bias)
         fenced[factors.name] = layer
     return fenced
+
+
+def name_layers(graph: ir.Graph) -> None:
+    """Name the node of every fenced layer after the layer; the optimiser may have replaced it by an equal one."""
+    for layer, marker in markers(graph):
+        source = marker.inputs[0]
+        node = source.producer() if marker.op_type == "Dequant" and source is not None else None
+        if node is not None:
+            node.name = layer
 
 
 def markers(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
@@ -69,6 +75,15 @@ def markers(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
     for node in tuple(graph):
         if node.domain == DOMAIN:
             yield node.attributes["layer"].as_string(), node
+
+
+def put_tensors(
+    graph: ir.Graph, node: ir.Node, layer: FencedLayer, weight: np.ndarray, bias: np.ndarray | None
+) -> None:
+    """Give the node of `layer` its weight and bias under the layer's own names."""
+    set_constant(graph, node, 1, f"{layer.factors.name}.weight", weight)
+    if layer.op != "MatMul":  # the bias of a MatMul is an Add behind it and stays float
+        set_constant(graph, node, 2, f"{layer.factors.name}.bias", bias)
 
 
 def set_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, array: np.ndarray | None) -> None:

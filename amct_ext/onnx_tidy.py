@@ -33,6 +33,11 @@ def use_matmul(graph: ir.Graph) -> None:
         _replace(graph, node, ir.node("MatMul", list(node.inputs[:2]), name=node.name))
 
 
+def drop_unused(model: ir.Model) -> None:
+    """Remove nodes and initialisers that nothing reads, in place."""
+    RemoveUnusedNodesPass()(model)
+
+
 def tidy(model: ir.Model, layers: Collection[str]) -> None:
     """Use GlobalAveragePool and Flatten where they mean the same, name the nodes, drop the exporter's notes. In place.
 
@@ -45,7 +50,7 @@ def tidy(model: ir.Model, layers: Collection[str]) -> None:
             _replace(graph, node, ir.node("GlobalAveragePool", [node.inputs[0]], name=node.name))
         elif node.op_type == "Reshape" and _is_flattening(node):
             _replace(graph, node, ir.node("Flatten", [node.inputs[0]], {"axis": 1}, name=node.name))
-    RemoveUnusedNodesPass()(model)
+    drop_unused(model)
     _name_nodes(graph, layers)
     for subgraph in model.graphs():
         for node in subgraph:
@@ -90,12 +95,14 @@ def _is_flattening(node: ir.Node) -> bool:
         return False
     if len(source.shape) < 2 or len(result.shape) != 2 or source.shape[0] != result.shape[0]:
         return False
+    if not isinstance(source.shape[0], int) and source.shape[0].value is None:
+        return False  # two sizes of which nothing is known
     size = 1
     for axis in source.shape[1:]:
         if not isinstance(axis, int):
             return False
         size *= axis
-    return result.shape[1] == size and isinstance(source.shape[0], (int, ir.SymbolicDim))
+    return result.shape[1] == size
 
 
 def _name_nodes(graph: ir.Graph, layers: Collection[str]) -> None:
@@ -127,4 +134,5 @@ def _module_path(node: ir.Node) -> str:
         if parameter == "weight":
             return path
     scopes = module_scopes(node)
-    return scopes[-2] if len(scopes) > 1 else ""
+    path = scopes[-2] if len(scopes) > 1 else ""
+    return "" if path.startswith("_empty_nn_module_stack") else path  # what the exporter writes for size computations

@@ -283,9 +283,33 @@ def test_int4_weights_and_int16_activations(tmp_path: Path) -> None:
     assert sorted(float(value) for value in clip.values()) == [-32768.0, 32767.0]
 
 
+def test_int4_activations_take_their_bias_as_float(tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.Conv2d(2, 4, 1))
+    paths = export_quantized(
+        layer, torch.randn(1, 2, 2, 2), record_all(layer, {}, act_type="INT4"), {}, f"{tmp_path}/m"
+    )
+    deploy = nodes(paths[1])
+    assert deploy["0.bias_quant"].op_type == "Cast"
+    assert list(deploy["0"].input) == ["0.quant.output0", "0.weight", "0.bias_quant.output0"]
+    assert tensors(paths[1])["0.bias"].dtype == np.int32
+
+
 def test_pack_int4_puts_the_even_index_low() -> None:
     packed = pack_int4(np.array([[1, -2], [3, 7]], np.int8), axis=1)
     assert packed.tolist() == [[(14 << 4 | 1) - 256], [7 << 4 | 3]]
+
+
+def test_equal_tensors_of_two_layers_stay_apart(tmp_path: Path) -> None:
+    """The optimiser merges equal initialisers and equal nodes; every layer must keep tensors and a node of its own."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, padding="same"), nn.Conv2d(3, 3, 1)).eval()
+    model[1].load_state_dict(model[0].state_dict())
+    records = record_all(model, {})
+    x = torch.randn(1, 3, 4, 4)
+    paths = export_quantized(model, x, records, {}, f"{tmp_path}/m")
+    for path in paths:
+        assert {"0", "1"} <= set(nodes(path))
+        assert {name for name in tensors(path) if "dequant" not in name} == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    np.testing.assert_allclose(run(paths[0], x), simulate(model, x, records, {}), atol=2e-5)
 
 
 def test_dynamic_axes_and_names_reach_both_files(tmp_path: Path) -> None:

@@ -36,12 +36,13 @@ def _names(text: str) -> list[str]:
 
 # One case per model and option; the other cases are the same graphs with other numbers and follow as slow ones.
 QUICK = _names(
-    "cnn_quant cnn_24_f2_quant_ulqw cnn_a16w8 cnn_arq_cwfalse cnn_clip_fixedmin cnn_filter_quant cnn_skips cnn_w4_arq "
+    "cnn_quant cnn_24_f2_quant_ulqw cnn_a16w8 cnn_arq_cwfalse cnn_filter_quant cnn_skips cnn_w4_arq "
     "concat_filter_quant conv1d_quant conv3d_quant deconv_quant encoder_quant group_quant mlp_ulqw_w4 mobile_24_quant "
-    "odd_quant res_filter_quant res_24_quant reused_quant shared_quant shared_24_quant shared_override"
+    "odd_quant res_filter_quant res_24_quant reused_quant shared_quant"
 )
 SLOW = _names(
-    "cnn_24_f0_quant cnn_clip cnn_fixedmin_false cnn_fixedmin_true cnn_fp16_mode cnn_mixed_prune_quant "
+    "cnn_24_f0_quant shared_24_quant shared_override cnn_clip cnn_clip_fixedmin cnn_fixedmin_false "
+    "cnn_fixedmin_true cnn_fp16_mode cnn_mixed_prune_quant "
     "cnn_only_data_cfg cnn_override_types cnn_quant_bn2 cnn_quant_bn2_early_eval cnn_skip_types cnn_two_evals cnn_ulqw "
     "cnn_ulqw_cwfalse cnn_ulqw_lr05 cnn_w4_ulqw concat_quant deconv_24_quant encoder_24_quant group_24_quant "
     "mlp_filter_quant mlp_quant mobile_quant odd_24_quant odd_filter_quant res_quant shared_quant_bn2 shared_rev_clip "
