@@ -8,6 +8,17 @@ from amct_ext.retrain import (
     restore_compressed_retrain_model,
     save_compressed_retrain_model,
 )
+from amct_ext.retrain_prune import (
+    create_prune_retrain_model,
+    restore_prune_retrain_model,
+    save_prune_retrain_model,
+)
+from amct_ext.retrain_quant import (
+    create_quant_retrain_config,
+    create_quant_retrain_model,
+    restore_quant_retrain_model,
+    save_quant_retrain_model,
+)
 from amct_ext.settings import configure, shift_bits, update_record
 
 __all__ = [
@@ -15,9 +26,16 @@ __all__ = [
     "build_info",
     "configure",
     "create_compressed_retrain_model",
+    "create_prune_retrain_model",
+    "create_quant_retrain_config",
+    "create_quant_retrain_model",
     "from_amct_state_dict",
     "restore_compressed_retrain_model",
+    "restore_prune_retrain_model",
+    "restore_quant_retrain_model",
     "save_compressed_retrain_model",
+    "save_prune_retrain_model",
+    "save_quant_retrain_model",
     "shift_bits",
     "to_amct_state_dict",
     "update_record",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,26 +14,37 @@ from torch import nn
 from amct_ext import ops, prune
 from amct_ext.arguments import check_model, unwrap, wrap_like
 from amct_ext.checkpoint import load_checkpoint
+from amct_ext.config import RetrainConfig
+from amct_ext.config_json import JsonConfig
 from amct_ext.errors import RecordError
-from amct_ext.graph import Graph, trace
-from amct_ext.plan import Plan
+from amct_ext.graph import trace
+from amct_ext.plan import LayerTraits, Plan
+from amct_ext.reasons import reasons
 from amct_ext.record import ChannelRecord, Record
 from amct_ext.session import Session, attach, write_record
 from amct_ext.surgery import compressed_layers, insert_layers
 
-MakePlan = Callable[[Graph, nn.Module], Plan]
+
+@dataclass(frozen=True)
+class Planner:
+    """How a flow turns the traits of a model's layers into a plan; ``config`` only serves to say why."""
+
+    resolve: Callable[[Mapping[str, LayerTraits]], Plan]
+    config: RetrainConfig | JsonConfig
 
 
-def create(model: nn.Module, input_data: Any, make_plan: MakePlan, record_file: str) -> nn.Module:
+def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
-    inner = _own_copy(model)
+    inner = own_copy(model)
     graph = trace(inner, input_data)
-    plan = make_plan(graph, inner)
+    traits = graph.traits(inner)
+    plan = planner.resolve(traits)
+    why = reasons(graph, traits, plan, inner, planner.config)
     channel: tuple[ChannelRecord, ...] = ()
     if plan.prune_active:
         records = prune.plan_channels(graph, plan, inner)
         channel = prune.apply_channels(inner, graph, records, input_data)
-    inner = _insert(inner, input_data, plan, channel, record_file)
+    inner = _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why))
     write_record(inner, with_factors=False)
     return wrap_like(model, inner)
 
@@ -40,28 +52,31 @@ def create(model: nn.Module, input_data: Any, make_plan: MakePlan, record_file: 
 def restore(
     model: nn.Module,
     input_data: Any,
-    make_plan: MakePlan,
+    planner: Planner,
     record: Record,
     record_file: str,
     pth_file: str,
     state_dict_name: str | None,
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
-    inner = _own_copy(model)
+    inner = own_copy(model)
     graph = trace(inner, input_data)
     # Eligibility is judged on the unpruned model, as it was at create.
-    plan = make_plan(graph, inner)
+    traits = graph.traits(inner)
+    plan = planner.resolve(traits)
+    why = reasons(graph, traits, plan, inner, planner.config)
     try:
         channel = prune.apply_channels(inner, graph, record.channel, input_data, strict=True)
     except RecordError as error:
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
-    inner = _insert(inner, input_data, plan, channel, record_file)
+    inner = _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why))
     _take_masks(inner, record, record_file)
     load_checkpoint(inner, pth_file, state_dict_name)
     return wrap_like(model, inner)
 
 
-def _own_copy(model: nn.Module) -> nn.Module:
+def own_copy(model: nn.Module) -> nn.Module:
+    """A copy of the float model inside ``model``. Errors: ModelError (compressed already), RuntimeError (no copy)."""
     inner = unwrap(model)
     check_model(inner)
     try:
@@ -72,15 +87,13 @@ def _own_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _insert(
-    model: nn.Module, input_data: Any, plan: Plan, channel: tuple[ChannelRecord, ...], record_file: str
-) -> nn.Module:
+def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
     """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
     graph = trace(model, input_data)
-    model, conv_bn = insert_layers(model, graph, plan)
+    model, session.conv_bn = insert_layers(model, graph, session.plan)
     compressed = dict(compressed_layers(model))
-    order = tuple(name for name in graph.calls if name in compressed)
-    attach(model, Session(plan, os.path.abspath(record_file), channel, conv_bn, order))
+    session.order = tuple(name for name in graph.calls if name in compressed)
+    attach(model, session)
     return model
 
 

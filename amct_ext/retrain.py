@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from typing import Any
 
 from torch import nn
 
-from amct_ext import build, export
+from amct_ext import build, export, saving
 from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config import parse_config
-from amct_ext.errors import RecordError
 from amct_ext.plan import resolve
 from amct_ext.record import Record
-from amct_ext.session import check_record, raise_if_invalid, session_of
-from amct_ext.surgery import compressed_layers, fold_layers
+from amct_ext.session import session_of
 
 
 def create_compressed_retrain_model(
@@ -59,9 +55,9 @@ def restore_compressed_retrain_model(
         state_dict_name=(state_dict_name, str, type(None)),
     )
     check_record_name(record_file)
-    make_plan = _planner(config_defination)
+    planner = _planner(config_defination)
     record = Record.read(record_file)
-    return build.restore(model, input_data, make_plan, record, record_file, pth_file, state_dict_name)
+    return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
 
 def save_compressed_retrain_model(
@@ -80,42 +76,18 @@ def save_compressed_retrain_model(
     exported in eval mode whatever its mode. Errors: TypeError, ValueError (names), RuntimeError (not a compressed
     model, record empty or stale, export). Source: AMCT's function of the same name.
     """
-    check_types(
-        model=(model, nn.Module),
-        record_file=(record_file, str),
-        save_path=(save_path, str),
-        input_names=(input_names, list, type(None)),
-        output_names=(output_names, list, type(None)),
-        dynamic_axes=(dynamic_axes, dict, type(None)),
-    )
+    check_types(model=(model, nn.Module), record_file=(record_file, str), save_path=(save_path, str))
+    names = saving.export_names(input_names, output_names, dynamic_axes)
     check_record_name(record_file)
     inner = unwrap(model)
-    session = session_of(inner)
-    raise_if_invalid(inner)
-    names: dict[str, Any] = {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
-    record = Record.read(record_file)
-    quantised = any(layer.weight_quant is not None for _, layer in compressed_layers(inner))
-    if quantised and not record.quant:
-        raise RecordError(
-            f"{os.fspath(record_file)}: no quantisation factors recorded; run a forward in eval mode first"
-        )
-    if quantised:
-        check_record(inner, record, record_file)
-    plain = fold_layers(copy.deepcopy(inner)).eval()
-    if quantised:
-        export.export_quantized(
-            plain,
-            input_data,
-            record.quant,
-            session.conv_bn,
-            save_path,
-            **names,
-            write_shift=session.plan.write_shift_bit,
-        )
+    session_of(inner)
+    if saving.quantised_layers(inner):
+        saving.save_quantised(inner, saving.float_copy(inner), record_file, save_path, input_data, names)
     else:
-        export.export_plain(plain, input_data, save_path, **names)
+        Record.read(record_file)
+        export.export_plain(saving.float_copy(inner), input_data, save_path, **names)
 
 
-def _planner(config_defination: str) -> build.MakePlan:
+def _planner(config_defination: str) -> build.Planner:
     config = parse_config(config_defination)
-    return lambda graph, model: resolve(config, graph.traits(model))
+    return build.Planner(lambda traits: resolve(config, traits), config)

@@ -15,6 +15,7 @@ from amct_ext import ops
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.layers import CompressedLayer
 from amct_ext.plan import Plan
+from amct_ext.reasons import LayerReasons
 from amct_ext.record import ChannelRecord, QuantRecord, Record, SparseRecord
 from amct_ext.surgery import compressed_layers
 
@@ -32,6 +33,7 @@ class Session:
     channel: tuple[ChannelRecord, ...] = ()
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
+    reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
     dirty: bool = True  # the record does not hold the factors of the present parameters
 
 
