@@ -35,10 +35,10 @@ def check_records(model: nn.Module, records: Sequence[ChannelRecord]) -> None:
             if produced.setdefault(node.name, number) != number:
                 raise RecordError(f"{where}: {node.name} is a producer of prune_record {produced[node.name]} already")
             _check_range(node, _channels(module, "out"), where)
-            if node.begin != 0 or node.end != _channels(module, "out"):
+            if node.end - node.begin != _channels(module, "out"):
                 raise RecordError(
-                    f"{where}: {node.name} has {_channels(module, 'out')} output channels, the record speaks of "
-                    f"{node.begin}..{node.end}: it belongs to another model"
+                    f"{where}: {node.name} has {_channels(module, 'out')} output channels, of which the record knows "
+                    f"only {node.begin}..{node.end}: it belongs to another model"
                 )
             if node.prune_index != first.prune_index or node.end != first.end:
                 raise RecordError(f"{where}: {node.name} and {first.name} are coupled but lose different channels")

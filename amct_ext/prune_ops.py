@@ -228,10 +228,18 @@ def _layer_norm(node: Node, layouts: Layouts) -> Layout | None:
 
 
 def origin(value: Value) -> str:
-    """What a value is, for messages."""
+    """What a value is, for messages; a reshaped parameter is still that parameter."""
+    source = value
+    while source.producer is not None and source.producer.module is None and len(source.producer.inputs) == 1:
+        (before,) = source.producer.inputs
+        if before is None:
+            break
+        source = before
+    if source.kind in ("parameter", "buffer"):
+        return f"{source.kind} {source.name}"
     if value.producer is not None:
         return f"the output of {value.producer.name}"
-    return {"input": "a model input", "constant": "a constant"}.get(value.kind, f"{value.kind} {value.name}")
+    return "a model input" if value.kind == "input" else "a constant"
 
 
 _RULES: dict[str, Rule] = {
