@@ -65,6 +65,7 @@ def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:
     train(model, optimizer_of(model), range(1))
     x = torch.randn(2, 8, 6, 6) * 3
     quantiser = model.conv1.act_quant
+    model.zero_grad()
     (model.conv1(x).sum() + model.down(x).sum() * 2).backward()
     both = quantiser.clip_max.grad.clone()
     quantiser.clip_max.grad = None
