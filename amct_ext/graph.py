@@ -1,4 +1,5 @@
 """The graph of a model as one forward ran it, and the questions that the rest of the package asks of it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

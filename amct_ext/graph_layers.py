@@ -1,4 +1,5 @@
 """Layer classes: which modules are recorded as one node, and what class a subclass stands for."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -32,9 +33,14 @@ SPARSE_PRUNABLE = ("Conv2d", "Linear", "ConvTranspose2d")
 
 # Dimensions of a batched input; one less is the un-batched form that these classes also take.
 BATCHED_DIMS = {
-    "Conv1d": 3, "Conv2d": 4, "Conv3d": 5,
-    "ConvTranspose1d": 3, "ConvTranspose2d": 4, "ConvTranspose3d": 5,
-    "LSTM": 3, "GRU": 3,
+    "Conv1d": 3,
+    "Conv2d": 4,
+    "Conv3d": 5,
+    "ConvTranspose1d": 3,
+    "ConvTranspose2d": 4,
+    "ConvTranspose3d": 5,
+    "LSTM": 3,
+    "GRU": 3,
 }
 
 
@@ -68,6 +74,8 @@ def is_depthwise(module: nn.Module) -> bool:
 def owns_weight(module: nn.Module) -> bool:
     """Whether the weight is a plain parameter of the module (a parametrised or weight-normed layer computes it)."""
     names = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
-    return any(name.startswith("weight") for name in names) and not hasattr(module, "parametrizations") and not any(
-        name.endswith(("_orig", "_g", "_v")) for name in names
+    return (
+        any(name.startswith("weight") for name in names)
+        and not hasattr(module, "parametrizations")
+        and not any(name.endswith(("_orig", "_g", "_v")) for name in names)
     )

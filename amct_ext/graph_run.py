@@ -1,4 +1,5 @@
 """Running a model without leaving a trace in it, and finding the tensors in what it takes and returns."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """Recording of one forward: a dispatch mode sees every aten op, module hooks turn each layer call into one node."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """What each layer of a traced model can take: quantisation, channel pruning, 2:4 sparsity, INT4 weights."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,5 @@
 """Values and nodes: what one recorded forward consists of."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

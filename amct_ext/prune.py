@@ -1,4 +1,5 @@
 """Channel pruning: from a plan to records, and from records to a smaller model."""
+
 from __future__ import annotations
 
 import logging
@@ -59,10 +60,9 @@ def apply_channels(
     if strict and dropped:
         if current is not None:
             current.undo()
-        raise RecordError("; ".join(
-            f"prune_record {index + 1} (producer {records[index].producers[0].name}) does not fit the model: {reason}"
-            for index, reason in sorted(dropped.items())
-        ))
+        index, reason = min(dropped.items())
+        first = records[index].producers[0].name
+        raise RecordError(f"prune_record {index + 1} (producer {first}) does not fit the model: {reason}")
     for index, reason in sorted(dropped.items()):
         for node in records[index].producers:
             _logger.warning("%s is not pruned: the model would fail without its channels: %s", node.name, reason)

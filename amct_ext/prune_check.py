@@ -1,4 +1,5 @@
 """Checks of channel records from a file against a model, before anything is cut."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

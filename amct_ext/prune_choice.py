@@ -1,4 +1,5 @@
 """Choice of channels: how many of a group go, and which (AMCT's balanced L2 norm rule)."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Discovery of channel groups: one walk over the recorded forward, from each layer's output to its readers."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """Groups of coupled channels, and where in a tensor the channels of which group lie."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -142,9 +143,7 @@ class Layout:
 
     def repeated(self, times: int) -> Layout:
         """Every place taken `times` times."""
-        return Layout(
-            self.axis, tuple(Segment(part.group, part.count, part.repeat * times) for part in self.segments)
-        )
+        return Layout(self.axis, tuple(Segment(part.group, part.count, part.repeat * times) for part in self.segments))
 
     def freeze(self, reason: str) -> None:
         """Keep all channels that lie here."""

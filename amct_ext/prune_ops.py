@@ -3,6 +3,7 @@
 A rule takes the node and the layouts of its inputs (None: channels that are not ours to remove) and returns the layout
 of the outputs, or None. A rule that cannot follow raises CannotFollow with the reason; the groups that came in freeze.
 """
+
 from __future__ import annotations
 
 import math
@@ -34,8 +35,20 @@ def op_rule(node: Node) -> Rule | None:
 
 # Elementwise ops that torch does not tag as such, and ops that only take the shape of their input.
 _ELEMENTWISE = {
-    "hardswish", "log_sigmoid_forward", "_prelu_kernel", "_to_copy", "native_dropout", "bernoulli", "fill", "zero",
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+    "hardswish",
+    "log_sigmoid_forward",
+    "_prelu_kernel",
+    "_to_copy",
+    "native_dropout",
+    "bernoulli",
+    "fill",
+    "zero",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
 }
 _SPATIAL = re.compile(
     r"(_?adaptive_)?(max|avg)_pool[123]d(_with_indices)?$|upsample_\w+[123]d$|_upsample_\w+[123]d(_aa)?$"
@@ -254,9 +267,31 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(
         (
-            "select", "slice", "split", "split_with_sizes", "unbind", "flip", "roll",
-            "mean", "sum", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "linalg_vector_norm",
-            "logsumexp", "argmax", "argmin", "cumsum", "sort", "_softmax", "_log_softmax",
+            "select",
+            "slice",
+            "split",
+            "split_with_sizes",
+            "unbind",
+            "flip",
+            "roll",
+            "mean",
+            "sum",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "prod",
+            "var",
+            "std",
+            "var_mean",
+            "linalg_vector_norm",
+            "logsumexp",
+            "argmax",
+            "argmin",
+            "cumsum",
+            "sort",
+            "_softmax",
+            "_log_softmax",
         ),
         _along_dims,
     ),

@@ -1,4 +1,5 @@
 """Physical removal of channels from layers: new parameters and buffers, attributes to match, and the way back."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,5 @@
 """The recorded forward: what becomes a node, what the model notices of it, what layers can take."""
+
 from __future__ import annotations
 
 import contextlib

@@ -100,9 +100,7 @@ def test_groups_that_only_we_find(golden, name):
     records = case.records()
     ours = [record for record in records if record not in case.reference]
     assert [record for record in records if record in case.reference] == list(case.reference)
-    found = [
-        (r.producers[0].name, r.consumers[0].name, r.consumers[0].end // r.producers[0].end) for r in ours
-    ]
+    found = [(r.producers[0].name, r.consumers[0].name, r.consumers[0].end // r.producers[0].end) for r in ours]
     assert found == MORE[name]
     for record, (_, _, repeat) in zip(ours, MORE[name], strict=True):
         gone = record.producers[0].prune_index
