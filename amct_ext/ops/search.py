@@ -8,7 +8,71 @@ from torch import Tensor
 from amct_ext.ops._common import FLT_EPSILON, accumulate_type, check_bits, check_floating, code_range, reference
 
 PERCENTILE = 0.999999
-CANDIDATES = 61
+# torch.arange(0.7, 1.3, 0.01) in float32; written out because its last bits depend on how a device vectorises it.
+RATIOS = (
+    0.699999988,
+    0.709999979,
+    0.719999969,
+    0.729999959,
+    0.74000001,
+    0.75,
+    0.75999999,
+    0.769999981,
+    0.779999971,
+    0.789999962,
+    0.799999952,
+    0.809999943,
+    0.819999993,
+    0.829999983,
+    0.839999974,
+    0.849999964,
+    0.860000014,
+    0.870000005,
+    0.879999995,
+    0.889999986,
+    0.900000036,
+    0.910000026,
+    0.920000017,
+    0.930000007,
+    0.939999998,
+    0.949999988,
+    0.959999979,
+    0.969999969,
+    0.980000019,
+    0.99000001,
+    1.0,
+    1.00999999,
+    1.01999998,
+    1.02999997,
+    1.03999996,
+    1.04999995,
+    1.05999994,
+    1.06999993,
+    1.07999992,
+    1.09000003,
+    1.10000002,
+    1.11000001,
+    1.12,
+    1.13,
+    1.13999999,
+    1.14999998,
+    1.15999997,
+    1.17000008,
+    1.17999995,
+    1.19000006,
+    1.20000005,
+    1.21000004,
+    1.22000003,
+    1.23000002,
+    1.24000001,
+    1.25,
+    1.25999999,
+    1.26999998,
+    1.27999997,
+    1.28999996,
+    1.29999995,
+)
+CANDIDATES = len(RATIOS)
 
 
 def search_clip_range(x: Tensor, num_bits: int = 8, with_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +137,7 @@ def _offset_candidates(largest: Tensor, smallest: Tensor, num_bits: int) -> tupl
 
 
 def _ratios(like: Tensor) -> Tensor:
-    return torch.arange(0.7, 1.3, 0.01, dtype=torch.float32, device=like.device)[:CANDIDATES].to(like.dtype)
+    return torch.tensor(RATIOS, dtype=torch.float32, device=like.device).to(like.dtype)
 
 
 @reference("search_clip_range")

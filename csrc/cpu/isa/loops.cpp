@@ -3,6 +3,7 @@
 // library.
 #include "cpu/isa/activation.h"
 #include "cpu/isa/mask.h"
+#include "cpu/isa/search.h"
 #include "cpu/isa/shift.h"
 #include "cpu/isa/weight.h"
 #include "cpu/kernels.h"
@@ -27,6 +28,9 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .sum_squares = AMCT_EACH(sum_squares),
     .mask_plane = AMCT_EACH(mask_plane),
     .apply_mask = AMCT_EACH(apply_mask),
+    .histogram = AMCT_EACH(histogram),
+    .losses = AMCT_EACH(losses),
+    .offset_losses = AMCT_EACH(offset_losses),
     .shift_errors = AMCT_EACH(shift_errors),
 };
 

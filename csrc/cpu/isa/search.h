@@ -1,0 +1,75 @@
+// Range search: histogram of magnitudes, and the exact error of candidates.
+#pragma once
+
+#include "cpu/isa/scalar.h"
+#include "cpu/isa/weight.h"
+#include "cpu/kernels.h"
+
+namespace amct_ext::cpu {
+namespace {
+
+constexpr int kStage = 1024;  // values staged in the first-level cache
+
+template <typename T>
+AMCT_INLINE int64_t stage(const T* x, int64_t begin, int64_t n, Acc<T>* values) {
+  const int64_t count = n - begin < kStage ? n - begin : kStage;
+  for (int64_t i = 0; i < count; ++i) values[i] = widen(x[begin + i]);
+  return count;
+}
+
+template <typename T>
+void histogram(const void* x_, int64_t n, double scale, uint64_t* bins) {
+  const T* x = static_cast<const T*>(x_);
+  const Acc<T> factor = static_cast<Acc<T>>(scale);
+  int32_t position[kStage];
+  for (int64_t begin = 0; begin < n; begin += kStage) {
+    const int64_t count = n - begin < kStage ? n - begin : kStage;
+    for (int64_t i = 0; i < count; ++i) {
+      const Acc<T> v = widen(x[begin + i]);
+      position[i] = static_cast<int32_t>((v < Acc<T>(0) ? -v : v) * factor);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t p = static_cast<uint32_t>(position[i]);
+      bins[p >> kFractionBits] += kOne + (p & ((1u << kFractionBits) - 1));
+    }
+  }
+}
+
+template <typename T>
+void losses(const void* x_, int64_t n, const Candidate* candidates, int count, double* sums) {
+  const T* x = static_cast<const T*>(x_);
+  Acc<T> values[kStage];
+  for (int64_t begin = 0; begin < n; begin += kStage) {
+    const int64_t size = stage(x, begin, n, values);
+    for (int c = 0; c < count; ++c) {
+      const Acc<T> scale = static_cast<Acc<T>>(candidates[c].scale), end = static_cast<Acc<T>>(candidates[c].end);
+      sums[c] += lane_sum<T>(size, [&](int64_t i) __attribute__((always_inline)) {
+        const Acc<T> v = values[i];
+        const Acc<T> d = math::round_even(math::clamp(v, -end, end) / scale) * scale - v;
+        return static_cast<double>(d * d);
+      });
+    }
+  }
+}
+
+template <typename T>
+void offset_losses(const void* x_, int64_t n, const Candidate* candidates, int count, double* sums) {
+  const T* x = static_cast<const T*>(x_);
+  Acc<T> values[kStage];
+  for (int64_t begin = 0; begin < n; begin += kStage) {
+    const int64_t size = stage(x, begin, n, values);
+    for (int c = 0; c < count; ++c) {
+      const math::Affine<Acc<T>> affine{static_cast<Acc<T>>(candidates[c].scale),
+                                        static_cast<Acc<T>>(candidates[c].offset)};
+      const Acc<T> lowest = static_cast<Acc<T>>(candidates[c].lowest),
+                   highest = static_cast<Acc<T>>(candidates[c].highest);
+      sums[c] += lane_sum<T>(size, [&](int64_t i) __attribute__((always_inline)) {
+        const Acc<T> d = math::fake_quantize(values[i], affine, lowest, highest) - values[i];
+        return static_cast<double>(d * d);
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace amct_ext::cpu
