@@ -26,6 +26,27 @@ def golden() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _count_golden(request: pytest.FixtureRequest) -> None:
+    if "golden" in request.fixturenames:
+        request.node.user_properties.append(("golden", ""))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line on the golden data: how much agrees, how much differs on purpose, how much is wrong."""
+    reports = {
+        outcome: [dict(r.user_properties) for r in terminalreporter.stats.get(outcome, []) if r.when == "call"]
+        for outcome in ("passed", "failed")
+    }
+    passed = [p for p in reports["passed"] if "golden" in p]
+    failed = [p for p in reports["failed"] if "golden" in p]
+    if passed or failed:
+        differ = sum("deviation" in p for p in passed)
+        unbound = sum("unbound" in p and "deviation" not in p for p in passed)
+        line = f"golden: {len(passed) - differ} passed, {differ} documented deviations, {len(failed)} failed"
+        terminalreporter.write_line(line + f" (in {unbound} of those passed, noise decides the reference's numbers)")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device a kernel exists for; a card is optional."""

@@ -39,6 +39,11 @@ class Case:
         self.record = str(folder / "record.txt")
         quirks = json.loads((golden / "quirks.json").read_text())
         self.unbound: dict[str, str] = quirks.get(name, {})
+        self.notes: list[tuple[str, str]] = []  # of the test that is running
+
+    def deviates(self, why: str) -> None:
+        """Note that the running test asserts a documented deviation (for the summary)."""
+        self.notes.append(("deviation", why))
 
     def float_model(self) -> nn.Module:
         model, _ = self.models.build(self.facts["model"])
