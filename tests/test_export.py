@@ -2,153 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import stat
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
-import torch.nn.functional as F
+from export_models import (
+    PAIRS,
+    SHAPES,
+    Mixed,
+    Tokens,
+    Upsampling,
+    build,
+    nodes,
+    operators,
+    record_all,
+    run,
+    simulate,
+    tensors,
+)
 from onnx import numpy_helper
 from torch import nn
 
-from amct_ext.export import export_plain, export_quantized
+from amct_ext.export import export_quantized
 from amct_ext.onnx_deploy import pack_int4
-from amct_ext.onnx_files import encode, write_files
 from amct_ext.record import QuantRecord
-
-
-class Mixed(nn.Module):
-    """Functional operators between the layers, two layers on one input, a BatchNorm, a grouped convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(8)
-        self.a = nn.Conv2d(8, 8, 1)
-        self.b = nn.Conv2d(8, 8, 3, padding=1, groups=2)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn(self.stem(x)))
-        x = F.max_pool2d(self.a(x) + torch.sigmoid(self.b(x)), 2)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).view(x.shape[0], -1))
-
-
-class Tokens(nn.Module):
-    """Linear on 3-D input, with and without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
-
-
-class Upsampling(nn.Module):
-    """ConvTranspose with groups and a BatchNorm behind it that must stay, circular padding, Conv1d."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.grow = nn.ConvTranspose2d(4, 6, 3, groups=2, output_padding=1, stride=2)
-        self.bn = nn.BatchNorm2d(6)
-        self.wrap = nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular")
-        self.line = nn.Conv1d(4, 3, 3, padding="same")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.line(F.leaky_relu(self.wrap(self.bn(self.grow(x)))).flatten(2))
-
-
-SHAPES = {Mixed: (4, 3, 6, 6), Tokens: (2, 5, 8), Upsampling: (2, 4, 3, 3)}
-PAIRS = {Mixed: {"stem": "bn"}, Tokens: {}, Upsampling: {}}
-
-
-def build(kind: type[nn.Module]) -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(3)
-    model = kind()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                tensor.data.uniform_(0.5, 1.5)
-    return model.eval(), torch.randn(SHAPES[kind])
-
-
-def folded_weight(model: nn.Module, name: str, pairs: Mapping[str, str]) -> torch.Tensor:
-    weight = model.get_submodule(name).weight.detach()
-    if name in pairs:
-        bn = model.get_submodule(pairs[name])
-        weight = weight * (bn.weight / torch.sqrt(bn.running_var + bn.eps)).reshape(-1, 1, 1, 1)
-    return weight
-
-
-def record_all(model: nn.Module, pairs: Mapping[str, str], **fields: Any) -> list[QuantRecord]:
-    """Factors that fit roughly: per channel for convolutions, per tensor for Linear, one offset that is not zero."""
-    records = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
-            scales: tuple[float, ...] = (float(module.weight.detach().abs().max()) / 127,)
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            scales = tuple((folded_weight(model, name, pairs).flatten(1).abs().amax(1) / 127).tolist())
-        else:
-            continue
-        values = {"scale_d": 0.031, "offset_d": -3, "scale_w": scales, "offset_w": (0,) * len(scales)}
-        records.append(QuantRecord(key=name, **{**values, **fields}))
-    return records
-
-
-def simulate(model: nn.Module, x: torch.Tensor, records: list[QuantRecord], pairs: Mapping[str, str]) -> np.ndarray:
-    """The fake-quantised network in eager torch, written from the formulas."""
-    net = copy.deepcopy(model)
-    for conv, bn in pairs.items():
-        fused = torch.nn.utils.fuse_conv_bn_eval(net.get_submodule(conv), net.get_submodule(bn))
-        setattr(net, conv, fused)
-        setattr(net, bn, nn.Identity())
-    for record in records:
-        layer = net.get_submodule(record.key)
-        scale = torch.tensor(record.scale_w)
-        if len(scale) > 1:
-            scale = scale.reshape([-1] + [1] * (layer.weight.dim() - 1))
-        layer.weight.data = (layer.weight / scale).round().clamp(-128, 127) * scale
-        if layer.bias is not None and record.key != "up":  # the Linear on tokens adds its bias in float
-            step = scale.flatten() * record.scale_d
-            layer.bias.data = (layer.bias / step).round() * step
-
-        def quantise(_: nn.Module, inputs: tuple[torch.Tensor], record: QuantRecord = record) -> torch.Tensor:
-            q = ((inputs[0] / record.scale_d).round() + record.offset_d).clamp(-128, 127)
-            return (q - record.offset_d) * record.scale_d
-
-        layer.register_forward_pre_hook(quantise)
-    with torch.no_grad():
-        return net(x).numpy()
-
-
-def run(path: Path, *inputs: torch.Tensor) -> np.ndarray:
-    session = ort.InferenceSession(str(path))
-    return session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})[0]
-
-
-def tensors(path: Path) -> dict[str, np.ndarray]:
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
-
-
-def nodes(path: Path) -> dict[str, onnx.NodeProto]:
-    return {node.name: node for node in onnx.load(path).graph.node}
-
-
-def operators(path: Path) -> Counter[str]:
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
-
 
 Exported = Callable[[type[nn.Module]], tuple[Path, Path]]
 
@@ -310,74 +190,3 @@ def test_equal_tensors_of_two_layers_stay_apart(tmp_path: Path) -> None:
         assert {"0", "1"} <= set(nodes(path))
         assert {name for name in tensors(path) if "dequant" not in name} == {"0.weight", "0.bias", "1.weight", "1.bias"}
     np.testing.assert_allclose(run(paths[0], x), simulate(model, x, records, {}), atol=2e-5)
-
-
-def test_dynamic_axes_and_names_reach_both_files(tmp_path: Path) -> None:
-    model, x = build(Mixed)
-    axes = {"image": {0: "batch"}, "score": [0]}
-    arguments = (record_all(model, PAIRS[Mixed]), PAIRS[Mixed], f"{tmp_path}/m", ["image"], ["score"], axes)
-    for example in (x, x[:1]):  # a batch of one must not be frozen
-        for path in export_quantized(model, example, *arguments):
-            graph = onnx.load(path).graph
-            assert graph.input[0].name == "image"
-            assert graph.output[0].name == "score"
-            assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-            assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-        expected = simulate(model, x[:3], record_all(model, PAIRS[Mixed]), PAIRS[Mixed])
-        np.testing.assert_allclose(run(tmp_path / "m_fake_quant_model.onnx", x[:3]), expected, atol=2e-5)
-
-
-def test_external_tensors_above_the_size_limit(exported: Exported, tmp_path: Path) -> None:
-    _, x = build(Mixed)
-    path = tmp_path / "big_fake_quant_model.onnx"
-    files = encode(ir.load(exported(Mixed)[0]), path, "fakequant", limit=600)
-    write_files(files)
-    assert "big_stem.weight_fakequant.external" in {file.name for file in files}
-    np.testing.assert_array_equal(run(path, x), run(exported(Mixed)[0], x))
-
-
-def test_plain_export_writes_the_float_graph_twice(tmp_path: Path) -> None:
-    model, x = build(Mixed)
-    fake_quant, deploy = export_plain(model, x, f"{tmp_path}/p", ["image"])
-    assert fake_quant.read_bytes() == deploy.read_bytes()
-    np.testing.assert_allclose(run(deploy, x), model(x).detach().numpy(), atol=1e-5)
-    assert {"stem", "/Flatten", "fc"} <= set(nodes(deploy))
-
-
-def test_files_folders_modes_and_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    model, x = build(Tokens)
-    monkeypatch.chdir(tmp_path)
-    for save_path, name in (("", "deploy_model.onnx"), ("new/deep/", "new/deep/deploy_model.onnx")):
-        path = export_plain(model, x, save_path)[1]
-        assert path.resolve() == tmp_path / name
-        assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert capfd.readouterr() == ("", "")
-    export_plain(model, x, "")
-    assert any("overwritten" in message for message in caplog.messages)
-
-
-def test_the_callers_model_is_left_alone(tmp_path: Path) -> None:
-    model, x = build(Mixed)
-    model.train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    kinds = {name: type(module) for name, module in model.named_modules()}
-    trained = export_quantized(model, x, record_all(model, PAIRS[Mixed]), PAIRS[Mixed], f"{tmp_path}/t")
-    assert all(module.training for module in model.modules())
-    assert kinds == {name: type(module) for name, module in model.named_modules()}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    expected = simulate(model.eval(), x, record_all(model, PAIRS[Mixed]), PAIRS[Mixed])
-    np.testing.assert_allclose(run(trained[0], x), expected, atol=2e-5)
-
-
-def test_other_precisions_and_sync_batchnorm_are_exported_as_float32(tmp_path: Path) -> None:
-    model, x = build(Mixed)
-    records = record_all(model, PAIRS[Mixed])
-    expected = simulate(model, x, records, PAIRS[Mixed])
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model.double())
-    paths = export_quantized(model, x.double(), records, PAIRS[Mixed], f"{tmp_path}/m")
-    np.testing.assert_allclose(run(paths[0], x), expected, atol=2e-5)
