@@ -45,7 +45,7 @@ def apply_channels(
     """Remove the records' channels from `model`, in place, and return the records that are in force.
 
     The smaller model is tried on `input_data`, in eval mode and, where the whole model could do that, in train mode;
-    its outputs must keep their shapes. A record that breaks it is found by halving and dropped with a warning. With
+    it must run and return as many tensors. A record that breaks it is found by halving and dropped with a warning. With
     `strict` (records of a file) that is an error, as is a record that does not fit the model: RecordError, and the
     model stays whole.
     """
@@ -107,24 +107,25 @@ class _Trial:
     def __init__(self, model: nn.Module, graph: Graph, input_data: torch.Tensor | tuple[Any, ...]) -> None:
         self._model = model
         self._arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
-        self._shapes = {False: [value.shape for value in graph.outputs]}
+        # Sizes are not compared: how many boxes a detector returns depends on the weights.
+        self._dims = {False: [len(value.shape) for value in graph.outputs]}
         # Heads that only run in training read channels that an eval forward does not show; a model that cannot train on
         # this input (one image and BatchNorm on a single pixel) is judged by its eval forward alone.
         try:
-            self._shapes[True] = self._run(training=True)
+            self._dims[True] = self._run(training=True)
         except Exception as error:
             _logger.debug("no trial in train mode: %s", error)
 
     def __call__(self) -> str:
-        for training, shapes in self._shapes.items():
+        for training, dims in self._dims.items():
             try:
                 got = self._run(training)
             except Exception as error:
                 return f"{type(error).__name__}: {error}"
-            if got != shapes:
-                return f"output shapes would be {got} instead of {shapes}"
+            if got != dims:
+                return f"its outputs would have {got} dimensions instead of {dims}"
         return ""
 
-    def _run(self, training: bool) -> list[tuple[int, ...]]:
+    def _run(self, training: bool) -> list[int]:
         with undisturbed(self._model, training), torch.no_grad():
-            return [tuple(tensor.shape) for tensor in tensors_in(self._model(*self._arguments))]
+            return [tensor.dim() for tensor in tensors_in(self._model(*self._arguments))]

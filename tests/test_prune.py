@@ -280,6 +280,13 @@ def test_a_head_that_only_runs_in_training_is_seen():
     net.train()(image())
 
 
+def test_outputs_whose_size_depends_on_the_weights_do_not_hinder():
+    net = Net(lambda m, x: (lambda y: y[y > 0])(m.b(F.relu(m.a(x)))), a=conv(3, 8), b=conv(8, 4)).eval()
+    graph, records = planned(net, image())
+    assert apply_channels(net, graph, records, image()) == records
+    assert net.a.out_channels == 5
+
+
 # Records of a file
 
 
