@@ -50,6 +50,9 @@ $(STAMP)/installed: pyproject.toml $(NATIVE) $(STAMP)/build-deps
 
 venv: $(STAMP)/installed ## the environment with amct_ext built into it (editable)
 
+# Waiting threads sleep instead of spinning: hardly slower alone, several times faster on a machine shared with others.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: venv ## compress, train, lose the process, restore, go on, export - on real data
 	$(BIN)/python examples/digits/demo.py $(ARGS)
 

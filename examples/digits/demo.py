@@ -38,6 +38,12 @@ ALLOWED_LOSS = 0.01  # accuracy, after retraining
 ALLOWED_FLIPS = 0.01  # share of test images on which the exported model may answer otherwise
 
 
+def terminal() -> Console:
+    """Written to a file or pipe, rich would assume 80 columns, too few for the table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
+
+
 @dataclass
 class Job:
     """What all parts of the demo need to know."""
@@ -84,12 +90,12 @@ def accuracy_before_retraining(job: Job, folder: Path, config: Path, start: Path
     return accuracy(scores(model, job.data.test_x), job.data.test_y)
 
 
-def retrain_twice(job: Job, name: str, folder: Path, arguments: list[str], progress: Progress) -> tuple[Run, Run, Run]:
+def retrain_twice(job: Job, folder: Path, arguments: list[str], progress: Progress) -> tuple[Run, Run, Run]:
     """One run without and one with a kill, in folders of their own."""
-    whole = watch([*arguments, "--run", str(folder / "uninterrupted")], progress, f"{name}: uninterrupted")
+    whole = watch([*arguments, "--run", str(folder / "uninterrupted")], progress, "uninterrupted")
     killed_arguments = [*arguments, "--run", str(folder / "killed")]
-    killed = watch(killed_arguments, progress, f"{name}: to be killed", kill_at=job.kill_at)
-    resumed = watch(killed_arguments, progress, f"{name}: restored, fresh process")
+    killed = watch(killed_arguments, progress, "to be killed", kill_at=job.kill_at)
+    resumed = watch(killed_arguments, progress, "restored, fresh process")
     return whole, killed, resumed
 
 
@@ -144,9 +150,8 @@ def compress(job: Job, name: str, config: Path, start: Path, float_accuracy: flo
     folder = job.out / config.stem
     before = accuracy_before_retraining(job, folder / "before", config, start)
     arguments = [*job.common, "--config", str(config), "--start", str(start), "--epochs", str(job.epochs)]
-    arguments += ["--learning-rate", "1e-3"]
     with progress_bar(job.console) as progress:
-        whole, killed, resumed = retrain_twice(job, name, folder, arguments, progress)
+        whole, killed, resumed = retrain_twice(job, folder, arguments, progress)
     compare(job, folder, killed, resumed)
 
     model = make_model(folder / "killed", config, start)
@@ -163,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/digits"), help="folder for everything written")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=8, help="of retraining")
+    parser.add_argument("--epochs", type=int, default=10, help="of retraining")
     parser.add_argument("--float-epochs", type=int, default=14)
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -171,11 +176,11 @@ def main() -> int:
     shutil.rmtree(args.out, ignore_errors=True)
     started = time.perf_counter()
 
-    job = Job(args.out, load_data(), Console(), ["--threads", str(args.threads)], args.epochs, args.threads)
+    job = Job(args.out, load_data(), terminal(), ["--threads", str(args.threads)], args.epochs, args.threads)
     job.console.rule("float32", align="left")
     arguments = [*job.common, "--run", str(job.out / "float"), "--epochs", str(args.float_epochs)]
     with progress_bar(job.console) as progress:
-        float_run = watch(arguments, progress, "float32")
+        float_run = watch(arguments, progress, "training")
     start = job.out / "float" / "last.pth"
     float_accuracy = list(float_run.accuracies.values())[-1]
 
@@ -183,7 +188,7 @@ def main() -> int:
     float_model = starting_model(start)
     times = step_times({"float32": starting_model(start)} | {c.name: c.model for c in done}, job.data)
     job.console.print(report.table(float_model, float_accuracy, done, times))
-    report.picture(job.out / "report.png", float_model, float_run, done, job.data.steps_per_epoch(BATCH))
+    report.picture(job.out / "report.png", float_run, float_model, done, job.data.steps_per_epoch(BATCH))
     job.console.print(f"picture: {job.out / 'report.png'}", highlight=False, soft_wrap=True)
     job.console.print(f"{time.perf_counter() - started:.0f} s", highlight=False)
     if job.failures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -19,8 +20,11 @@ from amct_ext.record import Record
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 GREY, COLOURS, KILL = "#6b7280", ("#2563eb", "#d97706"), "#dc2626"
+SHIFTS = (-0.19, 0.19)  # of the two configurations within a layer's place
 
 
 @dataclass(frozen=True)
@@ -54,113 +58,130 @@ def zeros(masks: Mapping[str, Tensor]) -> str:
 def table(
     float_model: nn.Module, float_accuracy: float, done: Sequence[Compressed], times: Mapping[str, float]
 ) -> Table:
-    result = Table(title="digits: accuracy on 540 unseen images, size and speed")
+    """Accuracy of the float model, of the compressed one before and after retraining, and of its ONNX file."""
+    result = Table(title="accuracy on the test set, size of the weights, time of a training step")
     result.add_column("", no_wrap=True)
-    for heading in ("after compression", "after retraining", "ONNX", "structure", "weights", "step"):
-        result.add_column(heading, justify="right")
-    before, size = sum(channels(float_model).values()), 4 * weight_count(float_model)
-    step = times["float32"]
-    result.add_row(
-        "float32", "", f"{100 * float_accuracy:.2f} %", "", f"{before} channels", f"{size:,} B", f"{step:.1f} ms"
-    )
+    for heading in ("float", "compressed", "retrained", "ONNX", "structure", "weights", "step"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    width, size, step = sum(channels(float_model).values()), 4 * weight_count(float_model), times["float32"]
+    shown = (_percent(float_accuracy), "", "", "", f"{width} channels", f"{size:,} B", f"{step:.1f} ms")
+    result.add_row("float32", *shown)
     for item in done:
         stored = packed_bytes(item.model, item.masks)
         result.add_row(
             item.name,
-            f"{100 * item.before:.2f} %",
-            f"{100 * item.after:.2f} %",
-            f"{100 * item.onnx:.2f} %",
+            "",
+            _percent(item.before),
+            _percent(item.after),
+            _percent(item.onnx),
             zeros(item.masks) if item.masks else f"{sum(channels(item.model).values())} channels",
-            f"{stored:,} B ({size / stored:.1f}x less)",
+            f"{stored:,} B (1/{size / stored:.1f})",
             f"{times[item.name]:.1f} ms ({times[item.name] / step:.2f}x)",
         )
     return result
 
 
-def picture(path: Path, float_model: nn.Module, float_run: Run, done: Sequence[Compressed], per_epoch: int) -> None:
-    figure, ((loss, score), (scale, structure)) = plt.subplots(2, 2, figsize=(15, 9), layout="constrained")
-    figure.suptitle("Handwritten digits: compressed, retrained, killed, restored", fontsize=15)
-    _curves(loss, score, float_run, done, per_epoch)
-    names = [r.key for r in done[0].record.quant]
-    _scales(scale, names, done)
-    _structure(structure, names, float_model, done)
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def picture(path: Path, float_run: Run, float_model: nn.Module, done: Sequence[Compressed], per_epoch: int) -> None:
+    figure, ((loss, score), (scale, structure)) = plt.subplots(2, 2, figsize=(16, 10), layout="constrained")
+    _losses(loss, float_run, done, per_epoch)
+    _accuracies(score, float_run, done, per_epoch)
+    _scales(scale, done)
+    _structure(structure, float_model, done)
     for axes in (loss, score, scale, structure):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, frameon=False)
+    names = ["float32", *(item.name for item in done)]
+    handles: list[Any] = [Patch(color=c, label=n) for c, n in zip((GREY, *COLOURS), names, strict=True)]
+    handles.append(Line2D([], [], color=KILL, label=f"SIGKILL, {max(done[0].killed.losses)} steps into retraining"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _curves(loss: Axes, score: Axes, float_run: Run, done: Sequence[Compressed], per_epoch: int) -> None:
-    """Retraining is drawn behind the float training it starts from."""
+def _title(axes: Axes, title: str, note: str) -> None:
+    axes.set_title(title, loc="left", fontsize=13)
+    axes.set_title(note, loc="right", fontsize=10, color=GREY)
 
-    def epochs(steps: Mapping[int, float], after: float = 0.0) -> list[float]:
-        return [after + step / per_epoch for step in steps]
 
-    first = max(float_run.losses) / per_epoch
-    loss.semilogy(epochs(float_run.losses), list(float_run.losses.values()), color=GREY, lw=1, label="float32")
-    score.plot(epochs(float_run.accuracies), _percent(float_run), color=GREY, marker=".", label="float32")
-    for item, colour in zip(done, COLOURS, strict=True):
-        whole, resumed = item.whole.losses, item.resumed.losses
-        loss.semilogy(epochs(whole, first), list(whole.values()), color=colour, lw=3, alpha=0.3, label=item.name)
-        loss.semilogy(
-            epochs(resumed, first),
-            list(resumed.values()),
-            color=colour,
-            lw=0.9,
-            label="   the same, restored after the kill",
-        )
-        score.plot(
-            [first, *epochs(item.whole.accuracies, first)],
-            [100 * item.before, *_percent(item.whole)],
-            color=colour,
-            marker=".",
-            label=f"{item.name} ({100 * item.before:.1f} % before retraining)",
-        )
+def _mark_events(axes: Axes, done: Sequence[Compressed], per_epoch: int) -> None:
+    """Where retraining starts (epoch 0) and where the process was lost."""
     kill = max(done[0].killed.losses)
-    for axes in (loss, score):
-        axes.axvline(first, color=GREY, lw=1, ls=":")
-        axes.axvline(first + kill / per_epoch, color=KILL, lw=1.5, label=f"SIGKILL at step {kill} of the retraining")
-        axes.set_xlabel("epoch")
-    loss.set(title="training loss", ylabel="cross-entropy")
-    score.set(title="accuracy on the test set", ylabel="%", ylim=(None, 101))
+    axes.axvline(0, color=GREY, lw=1, ls=":")
+    axes.axvline(kill / per_epoch, color=KILL, lw=1.5)
+    axes.set_xlabel("epoch (below 0: float training)")
 
 
-def _percent(run: Run) -> list[float]:
+def _losses(axes: Axes, float_run: Run, done: Sequence[Compressed], per_epoch: int) -> None:
+    """The restored run lies on the uninterrupted one; the steps that were lost and done again are dotted."""
+    first = -max(float_run.losses)
+
+    def draw(losses: Mapping[int, float], shift: int = 0, **style: Any) -> None:
+        axes.semilogy([(shift + step) / per_epoch for step in losses], list(losses.values()), **style)
+
+    draw(float_run.losses, first, color=GREY, lw=1)
+    for item, colour in zip(done, COLOURS, strict=True):
+        kept = {step: loss for step, loss in item.killed.losses.items() if step <= item.killed.saved}
+        lost = {step: loss for step, loss in item.killed.losses.items() if step > item.killed.saved}
+        draw(item.whole.losses, color=colour, lw=5, alpha=0.25)
+        draw(kept | item.resumed.losses, color=colour, lw=1)
+        draw(lost, color=KILL, lw=0, marker=".", ms=5)
+    _mark_events(axes, done, per_epoch)
+    _title(axes, "training loss", "band: uninterrupted   line: killed and restored   dots: lost steps, done again")
+    axes.set_ylabel("cross-entropy of a batch")
+
+
+def _accuracies(axes: Axes, float_run: Run, done: Sequence[Compressed], per_epoch: int) -> None:
+    first = -max(float_run.losses)
+    zoom = axes.inset_axes((0.30, 0.16, 0.67, 0.58))
+    for at in (axes, zoom):
+        epochs = [(first + step) / per_epoch for step in float_run.accuracies]
+        at.plot(epochs, _percents(float_run), color=GREY, marker=".")
+        for item, colour in zip(done, COLOURS, strict=True):
+            epochs = [0, *(step / per_epoch for step in item.whole.accuracies)]
+            at.plot(epochs, [100 * item.before, *_percents(item.whole)], color=colour, marker=".")
+    _mark_events(axes, done, per_epoch)
+    _mark_events(zoom, done, per_epoch)
+    final = _percents(float_run)[-1]
+    zoom.axhspan(final - 1, final, color=GREY, alpha=0.15)
+    zoom.text(0.99, 0.02, "grey band: within one point of float", transform=zoom.transAxes, ha="right", fontsize=9)
+    zoom.set(xlim=(-1.5, max(done[0].whole.losses) / per_epoch + 0.3), ylim=(final - 3, 100.1), xlabel="")
+    zoom.grid(alpha=0.25)
+    before = ", ".join(f"{100 * item.before:.1f} %" for item in done)
+    _title(axes, "accuracy on the test set", f"compressed, not yet retrained: {before}")
+    axes.set(ylabel="%", ylim=(0, 103))
+
+
+def _percents(run: Run) -> list[float]:
     return [100 * value for value in run.accuracies.values()]
 
 
-def _scales(axes: Axes, names: Sequence[str], done: Sequence[Compressed]) -> None:
-    for item, colour, shift in zip(done, COLOURS, (-0.12, 0.12), strict=True):
-        for at, name in enumerate(names):
-            factors = item.record.quant_of(name)
-            assert factors is not None
-            weight = factors.scale_w
-            first = {"label": f"{item.name}: weights, per channel"} if at == 0 else {}
-            axes.semilogy([at + shift] * len(weight), weight, ".", color=colour, alpha=0.25, ms=5, mew=0, **first)
-            first = {"label": f"{item.name}: activations"} if at == 0 else {}
-            axes.semilogy([at + shift], [factors.scale_d], "D", color=colour, ms=7, **first)
-    axes.set(title="scale of each layer (one INT8 step)", ylabel="scale")
-    _layer_ticks(axes, names)
-
-
-def _structure(axes: Axes, names: Sequence[str], float_model: nn.Module, done: Sequence[Compressed]) -> None:
-    originals = dict(float_model.named_modules())
-    for item, colour, shift in zip(done, COLOURS, (-0.2, 0.2), strict=True):
-        layers, masks = dict(item.model.named_modules()), item.masks
-        shares = []
-        for name in names:
-            kept = int(masks[name].sum()) if name in masks else layers[name].weight.numel()
-            shares.append(100 * kept / originals[name].weight.numel())
-        bars = axes.bar(
-            [at + shift for at in range(len(names))], shares, 0.38, color=colour, alpha=0.8, label=item.name
-        )
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set(title="weights that remain in each layer", ylabel="% of the float model", ylim=(0, 119))
-    _layer_ticks(axes, names)
-
-
-def _layer_ticks(axes: Axes, names: Sequence[str]) -> None:
+def _scales(axes: Axes, done: Sequence[Compressed]) -> None:
+    names = [entry.key for entry in done[0].record.quant]
+    for item, colour, shift in zip(done, COLOURS, SHIFTS, strict=True):
+        factors = [item.record.quant_of(name) for name in names]
+        points = [(at + shift / 2, w) for at, f in enumerate(factors) if f is not None for w in f.scale_w]
+        axes.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.4, ms=6, mew=0)
+        points = [(at + shift / 2, f.scale_d) for at, f in enumerate(factors) if f is not None]
+        axes.plot(*zip(*points, strict=True), "D", color=colour, ms=7)
+    axes.set_yscale("log")
+    _title(axes, "scale of each layer", "diamonds: activations   dots: weights, per output channel")
+    axes.set_ylabel("value of one INT8 step")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=9)
+
+
+def _structure(axes: Axes, float_model: nn.Module, done: Sequence[Compressed]) -> None:
+    originals = {n: m.weight.numel() for n, m in float_model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    for item, colour, shift in zip(done, COLOURS, SHIFTS, strict=True):
+        layers, masks = dict(item.model.named_modules()), item.masks
+        kept = [int(masks[name].sum()) if name in masks else layers[name].weight.numel() for name in originals]
+        shares = [100 * left / whole for left, whole in zip(kept, originals.values(), strict=True)]
+        at = [place + shift for place in range(len(originals))]
+        axes.bar_label(axes.bar(at, shares, 0.36, color=colour, alpha=0.8), fmt="%.0f", fontsize=9)
+    _title(axes, "weights that remain", "of a pruned layer inputs and outputs are gone, of a 2:4 layer two of four")
+    axes.set(ylabel="% of the float layer", ylim=(0, 108))
+    axes.set_xticks(range(len(originals)), list(originals), rotation=30, ha="right", fontsize=9)

@@ -27,10 +27,10 @@ class Run:
 
 def progress_bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<44}"),
+        TextColumn("{task.description:<24}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]:<30}"),
+        TextColumn("{task.fields[note]:<24}"),
         TimeElapsedColumn(),
         console=console,
     )

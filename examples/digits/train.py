@@ -51,7 +51,9 @@ def make_model(run: Path, config: Path | None, start: Path | None) -> nn.Module:
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Adam moves a parameter by about the learning rate, whatever its size. A weight's scale is some hundred times
     smaller than a weight, so it gets a rate of its own; decay is for weights alone."""
-    weights, clips, scales = [], [], []
+    weights: list[nn.Parameter] = []
+    clips: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         kind = scales if name.endswith("weight_quant.scale") else clips if ".act_quant." in name else weights
         kind.append(parameter)
