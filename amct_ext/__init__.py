@@ -3,6 +3,14 @@
 from amct_ext._library import build_info
 from amct_ext.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
+from amct_ext.prune_search import (
+    GreedySearch,
+    SearchChannelBase,
+    SearchGroup,
+    SensitivityBase,
+    TaylorLossSensitivity,
+    auto_channel_prune_search,
+)
 from amct_ext.retrain import (
     create_compressed_retrain_model,
     restore_compressed_retrain_model,
@@ -23,6 +31,12 @@ from amct_ext.settings import configure, shift_bits, update_record
 
 __all__ = [
     "AmctError",
+    "GreedySearch",
+    "SearchChannelBase",
+    "SearchGroup",
+    "SensitivityBase",
+    "TaylorLossSensitivity",
+    "auto_channel_prune_search",
     "build_info",
     "configure",
     "create_compressed_retrain_model",

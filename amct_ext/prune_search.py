@@ -1,0 +1,285 @@
+"""Search for pruning ratios: which layers can lose how many channels so that the model gets so many times cheaper."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext.arguments import check_record_name, check_types
+from amct_ext.build import own_copy
+from amct_ext.config import FilterPrune
+from amct_ext.errors import ConfigError, InputDataError, InvalidDataError, ModelError
+from amct_ext.files import write_atomic
+from amct_ext.graph import Graph, trace
+from amct_ext.plan import Plan, resolve
+from amct_ext.prune import discover
+from amct_ext.prune_choice import removal_count
+from amct_ext.prune_cost import Cost
+from amct_ext.prune_groups import ChannelGroup
+from amct_ext.prune_search_config import SearchConfig, dumps, read_search_config
+
+_log = logging.getLogger("amct_ext")
+Sample = tuple[tuple[Any, ...], Tensor]
+
+
+@dataclass(frozen=True)
+class SearchGroup:
+    """Channels that go together. `counts`: how many may go, from 0 up; `blocks`: equal blocks that lose alike."""
+
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    channels: int
+    counts: tuple[int, ...]
+    blocks: int = 1
+
+
+class SensitivityBase(ABC):
+    """How much the model suffers when a channel goes. Derive from it to bring a measure of your own."""
+
+    @abstractmethod
+    def get_sensitivity(
+        self, model: nn.Module, groups: Sequence[SearchGroup], samples: Sequence[Sample]
+    ) -> Sequence[Tensor]:
+        """One score per channel of each group: a float tensor of shape (group.channels,), higher is worse to lose.
+
+        `model` is a float copy in eval mode that may be changed; `samples` are `test_iteration` pairs (arguments,
+        label) with one sample each.
+        """
+
+
+class SearchChannelBase(ABC):
+    """Which channel counts to choose. Derive from it to bring an algorithm of your own."""
+
+    @abstractmethod
+    def channel_prune_search(
+        self, groups: Sequence[SearchGroup], sensitivity: Sequence[Tensor], cost: Cost, compress_ratio: float
+    ) -> Sequence[int]:
+        """How many channels each group loses, each one of its `counts`.
+
+        `cost(removed)` is the model's cost in bit operations, `cost.original` that of the whole model; their ratio is
+        to reach `compress_ratio`.
+        """
+
+
+class TaylorLossSensitivity(SensitivityBase):
+    """First-order estimate of the loss's change: L1 norm of weight * gradient per output channel, over all producers.
+
+    The loss is the mean absolute difference of output and label; scores of several samples add up.
+    """
+
+    def get_sensitivity(
+        self, model: nn.Module, groups: Sequence[SearchGroup], samples: Sequence[Sample]
+    ) -> list[Tensor]:
+        """See SensitivityBase. Errors: ModelError (the model returns no single tensor), InvalidDataError."""
+        names = list(dict.fromkeys(name for group in groups for name in group.producers))
+        model.requires_grad_(False)
+        weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
+        scores = {name: torch.zeros(weight.shape[0]) for name, weight in zip(names, weights, strict=True)}
+        for arguments, label in samples:
+            with torch.enable_grad():
+                output = model(*arguments)
+                if not isinstance(output, Tensor):
+                    raise ModelError(
+                        f"the model returns a {type(output).__name__}, but TaylorLossSensitivity needs one tensor to "
+                        "compare with the label; pass a sensitivity of your own, derived from SensitivityBase"
+                    )
+                gradients = torch.autograd.grad(nn.functional.l1_loss(output, label), weights, allow_unused=True)
+            for name, weight, gradient in zip(names, weights, gradients, strict=True):
+                if gradient is not None:  # else it does not matter to the output
+                    scores[name] += (weight.detach() * gradient).flatten(1).float().abs().sum(1).cpu()
+        return [torch.stack([scores[name] for name in group.producers]).sum(0) for group in groups]
+
+
+class GreedySearch(SearchChannelBase):
+    """Takes the step that costs the least sensitivity per bit operation saved, until the ratio is reached.
+
+    Costs and ratio are evaluated anew at each step.
+    """
+
+    def channel_prune_search(
+        self, groups: Sequence[SearchGroup], sensitivity: Sequence[Tensor], cost: Cost, compress_ratio: float
+    ) -> list[int]:
+        """See SearchChannelBase. A ratio that cannot be reached is told by a warning."""
+        suffering = [_suffering(group, scores) for group, scores in zip(groups, sensitivity, strict=True)]
+        stage = [0] * len(groups)  # places in group.counts
+        removed = [0] * len(groups)
+        while (present := cost(removed)) * compress_ratio > cost.original:
+            best: tuple[float, int] | None = None
+            for index, group in enumerate(groups):
+                if stage[index] + 1 == len(group.counts):
+                    continue
+                fewer = [*removed]
+                fewer[index] = group.counts[stage[index] + 1]
+                saved = cost.touched(removed, index) - cost.touched(fewer, index)
+                loss = suffering[index][stage[index] + 1] - suffering[index][stage[index]]
+                if saved > 0 and (best is None or loss / saved < best[0]):
+                    best = (loss / saved, index)
+            if best is None:
+                _log.warning(
+                    "compress_ratio %g cannot be reached, %.4g is the most that can go", compress_ratio,
+                    cost.original / max(present, 1),
+                )  # fmt: skip
+                break
+            stage[best[1]] += 1
+            removed[best[1]] = groups[best[1]].counts[stage[best[1]]]
+        return removed
+
+
+def auto_channel_prune_search(
+    model: nn.Module,
+    config: str,
+    input_data: list[Any],
+    output_cfg: str,
+    sensitivity: str | SensitivityBase = "TaylorLossSensitivity",
+    search_alg: str | SearchChannelBase = "GreedySearch",
+) -> None:
+    """Search a pruning ratio for each layer and write them as a configuration for the create functions.
+
+    ``config``: text file with compress_ratio (how many times fewer bit operations), ascend_optimized, max_prune_ratio,
+    test_iteration (samples used) and override_prune_cfg (layers to skip, or with given ratios). ``input_data``: a list
+    [data, label]; data is a tensor (or a tuple of tensors, one per argument) and label a tensor, samples along axis 0.
+    ``output_cfg``: written atomically once all has succeeded. The model is not changed. Errors: TypeError (argument
+    types), ValueError (configuration values, override file, unknown sensitivity or algorithm, nothing to search),
+    RuntimeError (configuration text, too few samples, a model that rejects them), FileNotFoundError. Source: AMCT's
+    function of the same name.
+    """
+    check_types(
+        model=(model, nn.Module),
+        config=(config, str),
+        input_data=(input_data, list),
+        output_cfg=(output_cfg, str),
+        sensitivity=(sensitivity, str, SensitivityBase),
+        search_alg=(search_alg, str, SearchChannelBase),
+    )
+    check_record_name(output_cfg, "output_cfg")
+    measure = _built_in(sensitivity, {"TaylorLossSensitivity": TaylorLossSensitivity}, "sensitivity")
+    algorithm = _built_in(search_alg, {"GreedySearch": GreedySearch}, "search_alg")
+    settings = read_search_config(config)
+    samples, traced = _samples(input_data, settings.test_iteration)
+    inner = own_copy(model).eval()
+    graph = trace(inner, traced)
+    plan = _plan(settings, graph, inner)
+    open_groups, given = _split(discover(graph, plan, inner).prunable, settings, plan)
+    groups = [_search_group(group, settings) for group in open_groups]
+    if not groups:
+        raise ConfigError(f"{config}: no layer is left to search: all are skipped, given a ratio, or cannot be pruned")
+    cost = Cost(graph, inner, open_groups, [(group, _lost(group, prune)) for group, prune in given])
+    try:
+        scores = measure.get_sensitivity(inner, groups, samples)
+    except RuntimeError as error:
+        if isinstance(error, (ModelError, InvalidDataError)):
+            raise
+        raise InputDataError(f"the model or the loss rejects input_data: {error}") from error
+    _check_scores(scores, groups)
+    removed = algorithm.channel_prune_search(groups, scores, cost, settings.compress_ratio)
+    _check_counts(removed, groups)
+    ratios = {
+        name: FilterPrune(count / group.channels, settings.ascend_optimized)
+        for group, count in zip(groups, removed, strict=True)
+        for name in group.producers
+        if count
+    }
+    # A layer coupled to one whose ratio is given follows it.
+    for coupled, prune in given:
+        ratios |= {m.name: prune for m in coupled.producers if not settings.given(m.name, plan.layers[m.name].type)}
+    fixed = [name for name, layer in plan.layers.items() if layer.prune and settings.given(name, layer.type)]
+    untouched = [
+        name for name, layer in plan.layers.items() if layer.prune and name not in ratios and name not in fixed
+    ]
+    ordered = {name: ratios[name] for name in plan.layers if name in ratios}
+    write_atomic(output_cfg, dumps(settings, ordered, untouched))
+
+
+def _built_in(chosen: Any, known: dict[str, Any], argument: str) -> Any:
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in known:
+        raise ValueError(f"{argument}: '{chosen}' is not known; give {', '.join(known)} or an object of your own class")
+    return known[chosen]()
+
+
+def _samples(input_data: list[Any], wanted: int) -> tuple[list[Sample], tuple[Any, ...]]:
+    """The samples for the sensitivity, one by one, and arguments (two samples at most) to trace the model with."""
+    if len(input_data) != 2:
+        raise InputDataError(f"input_data must be [data, label], not a list of {len(input_data)}")
+    data, label = input_data
+    arguments = data if isinstance(data, tuple) else (data,)
+    if not all(isinstance(item, Tensor) and item.dim() > 0 for item in (*arguments, label)):
+        raise InputDataError("input_data must hold tensors with samples along axis 0: [data, label]")
+    have = min(len(item) for item in (*arguments, label))
+    if have < wanted:
+        raise InputDataError(f"test_iteration is {wanted}, but input_data holds {have} sample(s)")
+    pairs = [(tuple(item[i : i + 1] for item in arguments), label[i : i + 1]) for i in range(wanted)]
+    return pairs, tuple(item[:2] for item in arguments)
+
+
+def _plan(settings: SearchConfig, graph: Graph, model: nn.Module) -> Plan:
+    """A plan that prunes every searchable layer; the ratio stands for 'to be found'."""
+    return resolve(replace(settings.override, prune=FilterPrune(0.5, settings.ascend_optimized)), graph.traits(model))
+
+
+def _split(
+    groups: Sequence[ChannelGroup], settings: SearchConfig, plan: Plan
+) -> tuple[list[ChannelGroup], list[tuple[ChannelGroup, FilterPrune]]]:
+    """Groups to search, and those in which the override file gives a producer's ratio (the smallest one counts)."""
+    searched, given = [], []
+    for group in groups:
+        named = [settings.given(member.name, plan.layers[member.name].type) for member in group.producers]
+        prunes = [prune for prune in named if prune is not None]
+        if prunes:
+            ascend = any(prune.ascend_optimized for prune in prunes)
+            given.append((group, FilterPrune(min(prune.ratio for prune in prunes), ascend)))
+        else:
+            searched.append(group)
+    return searched, given
+
+
+def _lost(group: ChannelGroup, prune: FilterPrune) -> int:
+    return max(0, removal_count(group.count, prune.ratio, prune.ascend_optimized, group.blocks or 1))
+
+
+def _search_group(group: ChannelGroup, settings: SearchConfig) -> SearchGroup:
+    """Only counts that create arrives at from the written ratio: multiples of 16 stay, blocks lose alike."""
+    n, blocks = group.count, group.blocks or 1
+    fewest = n * (1 - settings.max_prune_ratio) - 1e-6 * n
+    counts = [
+        count
+        for count in range(1, n)
+        if n - count >= fewest and removal_count(n, count / n, settings.ascend_optimized, blocks) == count
+    ]
+    consumers = tuple(dict.fromkeys(member.name for member in group.consumers))
+    return SearchGroup(tuple(member.name for member in group.producers), consumers, n, (0, *counts), blocks)
+
+
+def _suffering(group: SearchGroup, scores: Tensor) -> list[float]:
+    """The score lost at each of the group's counts, the least important channels of each block going first."""
+    ordered = scores.double().cpu().reshape(group.blocks, -1).sort(dim=1).values.cumsum(1).sum(0)
+    return [0.0 if count == 0 else float(ordered[count // group.blocks - 1]) for count in group.counts]
+
+
+def _check_scores(scores: Sequence[Tensor], groups: Sequence[SearchGroup]) -> None:
+    if len(scores) != len(groups):
+        raise ValueError(f"the sensitivity gave {len(scores)} score vectors for {len(groups)} groups")
+    for group, values in zip(groups, scores, strict=True):
+        if not isinstance(values, Tensor) or tuple(values.shape) != (group.channels,):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"the sensitivity of {group.producers[0]} must have shape ({group.channels},), not {shape}"
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise InvalidDataError(f"the sensitivity of {group.producers[0]} holds NaN or Inf: check weights and data")
+
+
+def _check_counts(removed: Sequence[int], groups: Sequence[SearchGroup]) -> None:
+    if len(removed) != len(groups):
+        raise ValueError(f"the search gave {len(removed)} counts for {len(groups)} groups")
+    for group, count in zip(groups, removed, strict=True):
+        if not math.isfinite(count) or count not in group.counts:
+            raise ValueError(f"the search removes {count} channels of {group.producers[0]}: not one of its counts")
