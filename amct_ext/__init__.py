@@ -3,6 +3,7 @@
 from amct_ext._library import build_info
 from amct_ext.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
+from amct_ext.explain import Explanation, LayerReport, explain
 from amct_ext.prune_search import (
     GreedySearch,
     SearchChannelBase,
@@ -28,21 +29,28 @@ from amct_ext.retrain_quant import (
     save_quant_retrain_model,
 )
 from amct_ext.settings import configure, shift_bits, update_record
+from amct_ext.targets import TARGETS, Target, check_target
 
 __all__ = [
+    "TARGETS",
     "AmctError",
+    "Explanation",
     "GreedySearch",
+    "LayerReport",
     "SearchChannelBase",
     "SearchGroup",
     "SensitivityBase",
+    "Target",
     "TaylorLossSensitivity",
     "auto_channel_prune_search",
     "build_info",
+    "check_target",
     "configure",
     "create_compressed_retrain_model",
     "create_prune_retrain_model",
     "create_quant_retrain_config",
     "create_quant_retrain_model",
+    "explain",
     "from_amct_state_dict",
     "restore_compressed_retrain_model",
     "restore_prune_retrain_model",

@@ -35,6 +35,13 @@ class Planner:
 
 def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
+    inner = compress(model, input_data, planner, record_file)
+    write_record(inner, with_factors=False)
+    return wrap_like(model, inner)
+
+
+def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
+    """The copy that ``create`` returns, without its DistributedDataParallel wrapper; writes nothing."""
     inner = own_copy(model)
     graph = trace(inner, input_data)
     traits = graph.traits(inner)
@@ -44,9 +51,7 @@ def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str
     if plan.prune_active:
         records = prune.plan_channels(graph, plan, inner)
         channel = prune.apply_channels(inner, graph, records, input_data)
-    inner = _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why))
-    write_record(inner, with_factors=False)
-    return wrap_like(model, inner)
+    return _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why))
 
 
 def restore(

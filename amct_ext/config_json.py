@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from amct_ext.config import DataQuant, Override, RetrainConfig, WeightSettings
+from amct_ext.config import DataQuant, Override, RetrainConfig, WeightSettings, parse_config
 from amct_ext.errors import ConfigError
 from amct_ext.plan import LayerTraits, Plan, QuantPlan, resolve
 from amct_ext.textproto import Places, close_matches
@@ -123,6 +123,12 @@ def read_json(path: str | os.PathLike[str]) -> JsonConfig:
         raise ConfigError(f"{source}: a JSON object is needed, not {type(content).__name__}")
     content.check_unique(source)
     return _Reader(source).config(content)
+
+
+def read_config(path: str | os.PathLike[str]) -> RetrainConfig | JsonConfig:
+    """Read a text or a JSON configuration, told apart by the brace that only JSON begins with. Errors: of either."""
+    is_json = Path(path).read_bytes().lstrip()[:1] == b"{"
+    return read_json(path) if is_json else parse_config(path)
 
 
 def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
