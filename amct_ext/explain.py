@@ -22,7 +22,10 @@ _COLUMNS = ("layer", "type", "quantised", "pruned")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `quantised` and `pruned` say what was done, '' for nothing; then the `not_` twin says why."""
+    """One layer. `quantised` and `pruned` say what was done, '' for nothing; then the `not_` twin says why.
+
+    Both `pruned` and `not_pruned` are set where a layer only lost input channels: the twin speaks of its own outputs.
+    """
 
     name: str
     type: str
@@ -46,7 +49,7 @@ class Explanation(dict[str, LayerReport]):
                 item.name,
                 item.type,
                 item.quantised or f"no: {item.not_quantised}",
-                item.pruned or f"no: {item.not_pruned}",
+                "; ".join(filter(None, (item.pruned, item.not_pruned and f"no: {item.not_pruned}"))),
             )
             for item in self.values()
         ]
@@ -98,7 +101,7 @@ def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: i
     done, not_pruned = _pruned(layer, session, compressed, why.not_pruned)
     if lost_inputs:
         done.append(f"{lost_inputs} input channels removed")
-    return LayerReport(layer.name, layer.type, quantised, ", ".join(done), not_quantised, "" if done else not_pruned)
+    return LayerReport(layer.name, layer.type, quantised, ", ".join(done), not_quantised, not_pruned)
 
 
 def _quantised(quant: QuantPlan) -> str:

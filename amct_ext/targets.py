@@ -58,7 +58,7 @@ def find_target(name: str) -> Target:
 def check_target(
     model_or_config: nn.Module | Plan | RetrainConfig | JsonConfig | str | os.PathLike[str], target: str
 ) -> list[str]:
-    """What of a job the target gains nothing from: one warning per method, logged and returned; empty where all is well.
+    """What of a job the target gains nothing from: one warning per method, logged and returned; often none.
 
     ``model_or_config``: a compressed model, or a configuration (text or JSON; the path of the file, or as read).
     Errors: ValueError (unknown target, configuration), ModelError (a model that is not compressed), OSError.
