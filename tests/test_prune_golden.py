@@ -70,7 +70,8 @@ def test_records_are_the_references(golden, name):
 
 
 @pytest.mark.parametrize("name", COUPLED)
-def test_coupled_producers_lose_as_many_but_not_always_the_same_channels(golden, name):
+def test_coupled_producers_lose_as_many_but_not_always_the_same_channels(record_property, golden, name):
+    record_property("deviation", "importances of coupled producers are summed")
     case = Case(golden, name)
     records = case.records()
     assert [without_indices(record) for record in records] == [without_indices(record) for record in case.reference]
@@ -95,7 +96,8 @@ def test_coupled_producers_are_ranked_by_the_sum(golden, name):
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_groups_that_only_we_find(golden, name):
+def test_groups_that_only_we_find(record_property, golden, name):
+    record_property("deviation", "groups that the reference does not find are pruned")
     case = Case(golden, name)
     records = case.records()
     ours = [record for record in records if record not in case.reference]
@@ -109,7 +111,8 @@ def test_groups_that_only_we_find(golden, name):
     assert kept == records
 
 
-def test_a_reused_layer_keeps_its_neighbours_whole_instead_of_failing(golden):
+def test_a_reused_layer_keeps_its_neighbours_whole_instead_of_failing(record_property, golden):
+    record_property("deviation", "a reused layer is no error")
     case = Case(golden, "reused_filter")
     assert case.facts["status"] == "failed at create"
     assert [record.producers[0].name for record in case.records()] == ["c3"]
@@ -163,7 +166,8 @@ def test_masks_of_single_weights(golden):
         assert gone == tuple((item["mask"] == 0).nonzero().flatten().tolist()), item
 
 
-def test_masks_of_several_weights_keep_the_count_and_follow_the_sum(golden):
+def test_masks_of_several_weights_keep_the_count_and_follow_the_sum(record_property, golden):
+    record_property("deviation", "importances of coupled producers are summed")
     table = torch.load(golden / "ops" / "bcp.pt", weights_only=True)
     items = [item for item in table if len(item.get("tensors", [])) > 1]
     assert items
