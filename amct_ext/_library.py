@@ -33,8 +33,8 @@ def load() -> None:
 def build_info() -> dict[str, Any]:
     """How the compiled part was built and what it chose on this machine.
 
-    Keys: `version`, `torch` (version it was compiled against), `compiler`, `simd_levels` (instruction sets compiled in),
-    `simd` (the one in use), `cuda` and `npu` (whether kernels for them are compiled in), `sanitizer`.
+    Keys: `version`, `torch` (version it was compiled against), `compiler`, `simd_levels` (instruction sets compiled
+    in), `simd` (the one in use), `cuda` and `npu` (whether kernels for them are compiled in), `sanitizer`.
 
         >>> sorted(build_info())
         ['compiler', 'cuda', 'npu', 'sanitizer', 'simd', 'simd_levels', 'torch', 'version']

@@ -1,7 +1,7 @@
 """The ops, each a documented function over `torch.ops.amct_ext`.
 
-Schemas stand in `csrc/ops.cpp`. Every op has a plain-torch reference here, registered for all devices: it specifies the op,
-serves devices without a kernel and checks the kernels.
+Schemas stand in `csrc/ops.cpp`. Every op has a plain-torch reference here, registered for all devices: it specifies the
+op, serves devices without a kernel and checks the kernels.
 """
 
 from amct_ext import _library

@@ -15,7 +15,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def reference(name: str) -> Callable[[_Function], _Function]:
     """Register a plain-torch function as the op's implementation on every device that has no kernel of its own.
 
-    It also runs on meta tensors, so it is the op's shape rule for `torch.compile`; it must never read a value on the host.
+    It also runs on meta tensors, so it is the op's shape rule for `torch.compile`; it never reads a value on the host.
     """
 
     def register(function: _Function) -> _Function:

@@ -37,8 +37,8 @@ def mask_2to4(w: Tensor, axis: int = 1) -> Tensor:
 def refresh_mask_(w: Tensor, mask: Tensor, step: Tensor, update_freq: int, axis: int = 1) -> None:
     """Advance a mask by one training step: maybe renew it from w, then count.
 
-    The mask is renewed where `step` is a multiple of `update_freq`, with `update_freq` 0 at step 0 only; then step grows
-    by one. Both are updated in place, and nothing is read on the host.
+    The mask is renewed where `step` is a multiple of `update_freq`, with `update_freq` 0 at step 0 only; then step
+    grows by one. Both are updated in place, and nothing is read on the host.
 
     Args:
         w: as `mask_2to4`.
@@ -65,8 +65,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     Args:
         mask: bool, any shape; read in C order.
 
-    Returns: int64, one word for every 64 values, the last padded with zeros. Within a byte the first value is the highest
-    bit, bytes are in memory order (little endian words).
+    Returns: int64, one word for every 64 values, the last padded with zeros. Within a byte the first value is the
+    highest bit, bytes are in memory order (little endian words).
 
     Errors: TypeError for another dtype.
 

@@ -78,16 +78,16 @@ CANDIDATES = len(RATIOS)
 def search_clip_range(x: Tensor, num_bits: int = 8, with_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the quantisation range of an activation from a sample of it.
 
-    The extreme value m is the 0.999999 percentile on either side (zero included). 61 ranges, 0.70 m to 1.30 m in steps of
-    0.01, are compared by their mean squared quantisation error; the first smallest wins.
+    The extreme value m is the 0.999999 percentile on either side (zero included). 61 ranges, 0.70 m to 1.30 m in steps
+    of 0.01, are compared by their mean squared quantisation error; the first smallest wins.
 
     Args:
         x: at least one value; float32, float64, float16 or bfloat16.
         num_bits: 2 to 16.
         with_offset: keep the lower end where it is, search the upper end only and use an offset; else symmetric.
 
-    Returns: `(scale, offset, clip_max, clip_min)`, 0-dim, float32 (float64 for float64 data). NaN each where x holds NaN
-    or Inf.
+    Returns: `(scale, offset, clip_max, clip_min)`, 0-dim, float32 (float64 for float64 data). NaN each where x holds
+    NaN or Inf.
 
     Errors: TypeError for a dtype that is not floating, ValueError for num_bits or an empty x.
 
@@ -162,5 +162,5 @@ def _reference(x: Tensor, num_bits: int = 8, with_offset: bool = False) -> tuple
     # The first smallest, without relying on which of several equal ones argmin returns on a device.
     first = (loss <= loss.min()).to(torch.int32).cumsum(0).eq(0).sum().clamp_max(CANDIDATES - 1)
     scale = scales.gather(0, first.reshape(1)).reshape(())
-    offset = offsets.gather(0, first.reshape(1)).reshape(())
+    offset = offsets.gather(0, first.reshape(1)).reshape(()) + (scale - scale)  # NaN where there is no range
     return scale, offset, (highest - offset) * scale, (lowest - offset) * scale

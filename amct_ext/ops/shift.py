@@ -23,7 +23,8 @@ def shift_error_(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int
             scales to share a shift between channels.
         channel_axis: where the channels are.
 
-    NaN in x (or a scale that is not positive and finite) makes the errors of its channel NaN; nothing is read on the host.
+    NaN in x (or a scale that is not positive and finite) makes the errors of its channel NaN; no value is read on the
+    host.
 
     Errors: TypeError, ValueError (number of scales, shape of errors), IndexError (channel_axis).
 

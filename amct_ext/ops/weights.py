@@ -28,10 +28,11 @@ def arq_fake_quantize(w: Tensor, num_bits: int = 8, channel_axis: int | None = N
     Args:
         w: at least one dimension with a channel axis; float32, float64, float16 or bfloat16.
         num_bits: 2 to 16.
-        channel_axis: the output-channel axis (0 for convolutions and Linear, 1 for transposed ones), None for one scale.
+        channel_axis: the output-channel axis (0 for convolutions and Linear, 1 for transposed ones), None for one
+            scale.
 
-    Returns: `(y, scale)`: y like w; scale of shape (channels,) or (1,), float32 (float64 for a float64 weight). A weight
-    with NaN or Inf makes its scale NaN or Inf. A channel of (almost) zeros has scale 1.
+    Returns: `(y, scale)`: y like w; scale of shape (channels,) or (1,), float32 (float64 for a float64 weight). A
+    weight with NaN or Inf makes its scale NaN or Inf. A channel of (almost) zeros has scale 1.
 
     Gradients: straight through to w; scale is not differentiable.
 

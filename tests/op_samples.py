@@ -1,0 +1,53 @@
+"""Inputs that every op test runs over: dtypes, odd sizes, memory layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((0,), (1,), (7,), (17,), (65537,), (3, 5, 7), (8, 6, 3, 3), (5, 1, 1, 1), (2, 0, 3))
+
+
+def layouts(x: Tensor) -> Iterator[Tensor]:
+    """The same values in other memory layouts, and a slice with holes."""
+    yield x
+    if x.dim() > 1:
+        yield x.transpose(0, -1)
+    if x.dim() == 4:
+        yield x.to(memory_format=torch.channels_last)
+    if x.shape[-1] > 1:
+        yield x[..., ::2]
+
+
+def inputs(dtype: torch.dtype, device: torch.device, scale: float = 2.0) -> Iterator[Tensor]:
+    """Normal data of every shape in every layout."""
+    for shape in SHAPES:
+        yield from layouts((torch.randn(shape) * scale).to(device=device, dtype=dtype))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal values, dtype and shape; NaN equals NaN, and the signs of zeros agree."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    nan = a.isnan()
+    return bool(
+        torch.equal(nan, b.isnan())
+        and torch.equal(a[~nan], b[~nan])
+        and torch.equal(torch.signbit(a[~nan]), torch.signbit(b[~nan]))
+    )
+
+
+def layout(x: Tensor) -> tuple[int, ...]:
+    """Strides of the axes that have more than one element (none for an empty tensor)."""
+    if x.numel() == 0:
+        return ()
+    return tuple(stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+
+
+def axes_of(x: Tensor) -> list[int | None]:
+    return [None, *range(x.dim())]

@@ -1,0 +1,106 @@
+"""What every op owes to the rest of torch: schema, fake tensors, torch.compile, documentation that runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import amct_ext
+from amct_ext import ops
+
+MODULES = ("masks", "norms", "search", "shift", "ulq", "weights")
+
+
+def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
+    """Sample calls of an op, with gradients asked for where it has them."""
+    w = torch.randn(6, 8, 3, 3, device=device)
+    grad = torch.randn_like(w)
+    scales = torch.full((6,), 0.01, device=device)
+    high, low, none = (torch.tensor(v, device=device) for v in (1.5, -1.2, math.nan))
+    mask = w > 0
+    errors = torch.zeros(8, 16, dtype=torch.float64, device=device)
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.clone().requires_grad_()
+
+    return {
+        "ulq_fake_quantize": [
+            (leaf(w), leaf(high), leaf(low), none, none),
+            (leaf(w), leaf(high), leaf(low), none, none, 4, True),
+            (leaf(w[:, ::2]), high, low, none, none),
+            (leaf(w.bfloat16()), leaf(high), leaf(low), none, none),
+        ],
+        "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
+        "search_clip_range": [(w,), (w, 4, True)],
+        "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
+        "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
+        "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w, scales[:1], 8, None, 0.5)],
+        "quantize_weight": [(w, scales, 8, 0), (w, scales[:1], 4)],
+        "mask_2to4": [(w,), (w, 0)],
+        "refresh_mask_": [(w, mask.clone(), torch.tensor(s, device=device), 2) for s in (0, 1)],
+        "pack_mask": [(mask,)],
+        "unpack_mask": [(ops.pack_mask(mask), list(mask.shape))],
+        "filter_norms": [(w,), (w, 1)],
+        "shift_error_": [(w, scales[:1], errors.clone()), (w, scales, errors[:6].clone(), 0)],
+        "best_shift": [(errors,)],
+    }[op]
+
+
+@pytest.mark.parametrize("op", [name for name in ops.__all__])
+def test_opcheck(op: str, device: torch.device) -> None:
+    overload = getattr(torch.ops.amct_ext, op).default
+    for sample in arguments(op, device):
+        torch.library.opcheck(overload, sample)
+
+
+def test_every_registered_op_has_a_function() -> None:
+    registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("amct_ext::")}
+    assert registered == set(ops.__all__)
+
+
+def step(x: Tensor, w: Tensor, scale: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    none = torch.full((), math.nan, device=x.device)
+    y = ops.ulq_fake_quantize(x, high, low, none, none)[0]
+    weight = ops.arq_fake_quantize(w, 8, 0)[0] + ops.lsq_fake_quantize(w, scale, 8, 0)
+    return torch.nn.functional.conv2d(y, weight * ops.mask_2to4(w.detach())).square().mean()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_without_graph_breaks(backend: str, device: torch.device) -> None:
+    torch.compiler.reset()
+    values = [torch.randn(s, device=device) for s in ((2, 8, 6, 6), (6, 8, 3, 3))]
+    values += [torch.full(s, v, device=device) for s, v in (((6,), 0.01), ((), 1.5), ((), -1.2))]
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        leaves = [v.clone().requires_grad_() for v in values]
+        loss = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_snippets_of_the_documentation_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"amct_ext.ops.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_every_function_is_documented(name: str) -> None:
+    text = inspect.getdoc(getattr(ops, name)) or ""
+    assert all(part in text for part in ("Source:", "Errors:", ">>>")), name
+
+
+def test_build_info() -> None:
+    info = amct_ext.build_info()
+    assert info["simd"] in info["simd_levels"]
+    assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert info["cuda"] in (True, False)
