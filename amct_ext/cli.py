@@ -1,0 +1,113 @@
+"""`amct-ext`: look at the files of a retraining job without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from amct_ext import targets
+from amct_ext._library import build_info
+from amct_ext.checkpoint import read_state_dict
+from amct_ext.config_json import read_config
+from amct_ext.dialect import is_amct
+from amct_ext.errors import AmctError
+from amct_ext.record import Record
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+ExistingFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True)]
+
+
+@app.command()
+def info() -> None:
+    """How the compiled operators were built and what they use on this machine."""
+    for key, value in build_info().items():
+        typer.echo(f"{key}: {value}")
+
+
+@app.command("targets")
+def list_targets() -> None:
+    """Which device family gains from which method."""
+    methods = ("int8_quantisation", "int4_quantisation", "channel_pruning", "sparsity_2to4")
+    table = Table("family", "products", *(method.replace("_", " ") for method in methods))
+    for target in targets.TARGETS:
+        flags = ("yes" if getattr(target, method) else "no" for method in methods)
+        table.add_row(target.name, ", ".join(target.products), *flags)
+    Console().print(table)
+
+
+@app.command()
+def validate(
+    config: ExistingFile,
+    target: Annotated[str, typer.Option(help="also warn of methods that this device family gains nothing from")] = "",
+) -> None:
+    """Check a configuration file (text or JSON) for what can be checked without the model."""
+    try:
+        read_config(config)
+        warnings = targets.check_target(config, target) if target else []
+    except (AmctError, ValueError) as error:
+        raise _failure(error) from error
+    for warning in warnings:
+        typer.echo(f"warning: {warning}")
+    typer.echo(f"{config}: valid")
+
+
+@app.command()
+def inspect(record: ExistingFile) -> None:
+    """Show a record file: quantisation factors, removed channels, 2:4 masks."""
+    try:
+        content = Record.read(str(record))
+    except AmctError as error:
+        raise _failure(error) from error
+    console = Console()
+    if content.quant:
+        table = Table("layer", "types", "scale_d", "offset_d", "scale_w", "shifts", title="quantisation factors")
+        for entry in content.quant:
+            low, high = min(entry.scale_w), max(entry.scale_w)
+            scales = f"{low:.4g}" if len(entry.scale_w) == 1 else f"{low:.4g} .. {high:.4g} ({len(entry.scale_w)})"
+            shifts = f"{min(entry.shift_bit)} .. {max(entry.shift_bit)}" if entry.shift_bit else "-"
+            types = f"{entry.act_type}/{entry.wts_type}"
+            table.add_row(entry.key, types, f"{entry.scale_d:.4g}", str(entry.offset_d), scales, shifts)
+        console.print(table)
+    if content.channel:
+        table = Table("producers", "consumers", "channels", "removed", title="channel groups")
+        for group in content.channel:
+            first = group.producers[0]
+            names = [", ".join(node.name for node in nodes) for nodes in (group.producers, group.consumers)]
+            table.add_row(*names, str(first.end - first.begin), str(len(first.prune_index)))
+        console.print(table)
+    if content.sparse:
+        table = Table("layer", "shape", "mask", title="2:4 sparsity")
+        for sparse in content.sparse:
+            shape = " x ".join(map(str, sparse.mask_shape))
+            table.add_row(sparse.name, shape, "not made yet" if sparse.mask is None else "present")
+        console.print(table)
+    if not (content.quant or content.channel or content.sparse):
+        typer.echo(f"{record}: empty (no factors, channel groups or masks yet)")
+
+
+@app.command()
+def checkpoint(
+    file: ExistingFile,
+    state_dict_name: Annotated[str | None, typer.Option(help="the entry that holds the state dict")] = None,
+) -> None:
+    """Show whose names a checkpoint uses (ours or AMCT's) and what it holds; the file is never executed."""
+    try:
+        state = read_state_dict(str(file), state_dict_name)
+    except (AmctError, KeyError) as error:
+        raise _failure(error) from error
+    table = Table(
+        "entry", "shape", "dtype", title=f"{'AMCT' if is_amct(state) else 'native'} names, {len(state)} tensors"
+    )
+    for key, value in state.items():
+        table.add_row(key, " x ".join(map(str, value.shape)) or "scalar", str(value.dtype).removeprefix("torch."))
+    Console().print(table)
+
+
+def _failure(error: Exception) -> typer.Exit:
+    typer.echo(f"error: {error}", err=True)
+    return typer.Exit(1)
