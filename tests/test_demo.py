@@ -23,7 +23,7 @@ def digits() -> Iterator[SimpleNamespace]:
     """The demo's modules; they are siblings in a folder, not a package, so they leave sys.modules again."""
     sys.path.insert(0, str(DIGITS))
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # as in the child processes: bits are equal at an equal number of threads
+    torch.set_num_threads(1)  # as in the child processes: bits are equal at an equal number of threads
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     torch.set_num_threads(threads)
     sys.path.remove(str(DIGITS))
@@ -46,7 +46,7 @@ def test_killed_run_ends_with_the_same_bits(digits: SimpleNamespace, start: Path
     digits.train.train(whole, digits.data.load_data(), DIGITS / config, start, epochs=1, peak=1e-3, every=5)
 
     arguments = ["--run", str(killed), "--config", str(DIGITS / config), "--start", str(start)]
-    arguments += ["--epochs", "1", "--learning-rate", "1e-3", "--checkpoint-every", "5", "--threads", "2"]
+    arguments += ["--epochs", "1", "--learning-rate", "1e-3", "--checkpoint-every", "5", "--threads", "1"]
     with digits.runs.progress_bar(digits.demo.terminal()) as progress:
         lost = digits.runs.watch(arguments, progress, "to be killed", kill_at=12)
         again = digits.runs.watch(arguments, progress, "restored")

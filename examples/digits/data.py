@@ -39,6 +39,8 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def shift_randomly(images: Tensor) -> Tensor:
-    """Moves the whole batch by at most one pixel; draws from the global random state, which a checkpoint keeps."""
-    down, right = (int(v) for v in torch.randint(0, 3, (2,)))
-    return F.pad(images, (1, 1, 1, 1), value=-1.0)[..., down : down + 8, right : right + 8]
+    """Moves each image by at most one pixel; draws from the global random state, which a checkpoint keeps."""
+    count = len(images)
+    windows = F.pad(images, (1, 1, 1, 1), value=-1.0).unfold(2, 8, 1).unfold(3, 8, 1)
+    down, right = torch.randint(0, 3, (2, count))
+    return windows[torch.arange(count), :, down, right]

@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,13 @@ def accuracy_before_retraining(job: Job, folder: Path, config: Path, start: Path
 
 
 def retrain_twice(job: Job, folder: Path, arguments: list[str], progress: Progress) -> tuple[Run, Run, Run]:
-    """One run without and one with a kill, in folders of their own."""
-    whole = watch([*arguments, "--run", str(folder / "uninterrupted")], progress, "uninterrupted")
+    """One run without and one with a kill, side by side, in folders of their own."""
     killed_arguments = [*arguments, "--run", str(folder / "killed")]
-    killed = watch(killed_arguments, progress, "to be killed", kill_at=job.kill_at)
-    resumed = watch(killed_arguments, progress, "restored, fresh process")
-    return whole, killed, resumed
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(watch, [*arguments, "--run", str(folder / "uninterrupted")], progress, "uninterrupted")
+        killed = watch(killed_arguments, progress, "to be killed", kill_at=job.kill_at)
+        resumed = watch(killed_arguments, progress, "restored, fresh process")
+    return whole.result(), killed, resumed
 
 
 def compare(job: Job, folder: Path, killed: Run, resumed: Run) -> None:
@@ -167,8 +169,8 @@ def compress(job: Job, name: str, config: Path, start: Path, float_accuracy: flo
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/digits"), help="folder for everything written")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=10, help="of retraining")
+    parser.add_argument("--threads", type=int, default=1, help="of each training process")
+    parser.add_argument("--epochs", type=int, default=12, help="of retraining")
     parser.add_argument("--float-epochs", type=int, default=14)
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)

@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak")
     parser.add_argument("--checkpoint-every", type=int, default=10, metavar="STEPS")
-    parser.add_argument("--threads", type=int, default=2, help="results are equal bit for bit at an equal number only")
+    parser.add_argument("--threads", type=int, default=1, help="results are equal bit for bit at an equal number only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train(args.run, load_data(), args.config, args.start, args.epochs, args.learning_rate, args.checkpoint_every)
