@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import StaleStateError
+from amct_ext.precision import KeepsPrecision
 
 NUM_SHIFTS = 16
 
 
-class ShiftSearch(nn.Module):
+class ShiftSearch(KeepsPrecision):
     """Accumulates the squeeze error of the shifts 1..16 over evaluation forwards; never touches the data it sees.
 
     A training forward makes the result stale; the next ``batch_num`` evaluation forwards gather it anew. State:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
 from amct_ext.plan import DataQuant, WeightQuant
+from amct_ext.precision import KeepsPrecision
 
 _NAN = float("nan")
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(KeepsPrecision):
     """Fake quantisation of an activation with learned clips (ULQ), started by a range search (IFMR).
 
     Without configured clips the first ``batch_num`` forwards calibrate: each but the last uses the range of its own
@@ -168,7 +169,7 @@ def _mean_over_ranks(*scalars: Tensor) -> tuple[Tensor, ...]:
     return tuple((both / world).unbind())
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(KeepsPrecision):
     """Fake quantisation of a weight: range of the present weight (ARQ) or a learned scale (weight ULQ).
 
     ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the

@@ -204,6 +204,51 @@ def test_no_graph_under_no_grad(tmp_path: Path) -> None:
     assert model(small.batch(0)[0]).grad_fn is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["quant", "sparse_learned"])
+def test_other_dtypes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    """A cast model trains and evaluates; clips, scales and search errors keep their precision."""
+    model = make(tmp_path, small.CONFIGS[name]).to(dtype).train()
+    assert model.conv1.weight.dtype == dtype
+    assert model.conv1.search_n.errors.dtype == torch.float64
+    low = {n for n, v in model.state_dict().items() if v.dtype in (torch.bfloat16, torch.float16)}
+    assert not [n for n in low if "quant" in n or "search_n" in n]
+    optimizer = optimizer_of(model)
+    for i in range(2):
+        x, y = small.batch(i)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x.to(dtype)), y)
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss)
+    with torch.no_grad():
+        assert torch.isfinite(model.eval()(x.to(dtype))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make(tmp_path, small.CONFIGS["sparse_quant"]).train()
+    optimizer = optimizer_of(model)
+    for i in range(2):
+        x, y = small.batch(i)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        assert torch.isfinite(model.eval()(x)).all()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_calibration_under_inference_mode(tmp_path: Path) -> None:
+    model = make(tmp_path, small.CONFIGS["two_batches"])
+    with torch.inference_mode():
+        for i in range(3):
+            model.eval()(small.batch(i)[0])
+    train(model, optimizer_of(model), range(2))
+
+
 def test_fold_gives_the_float_layers_back(tmp_path: Path) -> None:
     job = Job(tmp_path, small.CONFIGS["sparse"])
     model = job.create()
