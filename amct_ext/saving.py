@@ -11,7 +11,7 @@ from amct_ext import export
 from amct_ext.arguments import check_types
 from amct_ext.errors import ModelError, RecordError
 from amct_ext.record import Record
-from amct_ext.session import check_record, raise_if_invalid, session_of
+from amct_ext.session import check_record, detach, raise_if_invalid, session_of
 from amct_ext.surgery import compressed_layers, fold_layers
 
 
@@ -36,7 +36,9 @@ def float_copy(model: nn.Module) -> nn.Module:
         duplicate = copy.deepcopy(model)
     except Exception as error:
         raise ModelError(f"{type(model).__name__} cannot be copied, so it cannot be exported: {error}") from error
-    return fold_layers(duplicate).eval()
+    plain = fold_layers(duplicate).eval()
+    detach(plain)  # a forward of the copy must not write the record
+    return plain
 
 
 def save_quantised(

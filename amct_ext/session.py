@@ -45,6 +45,14 @@ def attach(model: nn.Module, session: Session) -> None:
     model.register_load_state_dict_post_hook(_after_load)
 
 
+def detach(model: nn.Module) -> None:
+    """Take session and hooks off again: for a copy that is no compressed model any more."""
+    vars(model).pop(_ATTRIBUTE, None)
+    for hooks in (model._forward_hooks, model._state_dict_pre_hooks, model._load_state_dict_post_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_after_forward, _before_state_dict, _after_load)]:
+            del hooks[key]
+
+
 def session_of(model: nn.Module) -> Session:
     """The session of a compressed model. Errors: ModelError (a RuntimeError) for any other model."""
     session = getattr(model, _ATTRIBUTE, None)
