@@ -80,8 +80,7 @@ def check_target(
 
 def _short(name: str) -> str:
     """'Atlas A2 Training Series Products' and 'a2-training' are one."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return "".join(word for word in words if word not in ("atlas", "ascend", "series", "product", "products"))
+    return re.sub(r"[^a-z0-9]|atlas|ascend|series|products?", "", name.lower())
 
 
 def _users(source: object, method: str) -> Iterator[str]:
