@@ -23,49 +23,47 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
   return most >= Traits<T>::kInfinity;
 }
 
-// One step handles kLanes values; each lane has its own float64 sums, so the order of additions does not depend on the
-// instruction set. The lanes are added up in order at the end.
-constexpr int kLanes = 16;
-
-template <typename T>
-struct UlqLanes {
-  double error[kLanes] = {}, above[kLanes] = {}, below[kLanes] = {};
-};
-
-template <typename T>
-AMCT_INLINE void ulq_backward_step(const T* __restrict grad, const T* __restrict x, T* __restrict dx, int count,
-                                   Acc<T> scale, Acc<T> clip_max, Acc<T> clip_min, Acc<T> upper, Acc<T> lower,
-                                   UlqLanes<T>& sums) {
-  for (int i = 0; i < count; ++i) {
-    const Acc<T> v = widen(x[i]), g = widen(grad[i]);
-    const bool above = v > upper, below = v < lower;
-    const Acc<T> z = (above ? clip_max : below ? clip_min : v) / scale;
-    sums.error[i] += static_cast<double>((math::round_even(z) - z) * g);
-    sums.above[i] += static_cast<double>(above ? g : Acc<T>(0));
-    sums.below[i] += static_cast<double>(below ? g : Acc<T>(0));
-    dx[i] = above || below ? narrow<T>(Acc<T>(0)) : grad[i];
-  }
-}
-
+// Sums run in lanes of float64, element i in lane i % kLanes, so the order of additions does not depend on the
+// instruction set; the lanes are added up in order at the end.
 template <typename T>
 void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackward& p, UlqSums& out) {
-  const T* grad = static_cast<const T*>(grad_);
-  const T* x = static_cast<const T*>(x_);
-  T* dx = static_cast<T*>(dx_);
+  const T* __restrict grad = static_cast<const T*>(grad_);
+  const T* __restrict x = static_cast<const T*>(x_);
+  T* __restrict dx = static_cast<T*>(dx_);
   const Acc<T> scale = static_cast<Acc<T>>(p.scale), clip_max = static_cast<Acc<T>>(p.clip_max),
                clip_min = static_cast<Acc<T>>(p.clip_min), upper = static_cast<Acc<T>>(p.upper),
                lower = static_cast<Acc<T>>(p.lower);
-  UlqLanes<T> sums;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    ulq_backward_step(grad + i, x + i, dx + i, kLanes, scale, clip_max, clip_min, upper, lower, sums);
+  constexpr int kStep = 512;
+  LaneSums error, above, below;
+  // Terms of a step go through the first-level cache: one loop of arithmetic, then one of additions.
+  Acc<T> errors[kStep], aboves[kStep], belows[kStep];
+  for (int64_t begin = 0; begin < n; begin += kStep) {
+    const int count = n - begin < kStep ? static_cast<int>(n - begin) : kStep;
+    const T* __restrict gs = grad + begin;
+    const T* __restrict xs = x + begin;
+    T* __restrict ds = dx + begin;
+    for (int i = 0; i < count; ++i) {
+      const Acc<T> v = widen(xs[i]), g = widen(gs[i]);
+      const bool over = v > upper, under = v < lower;
+      Acc<T> z = under ? clip_min : v;
+      z = (over ? clip_max : z) / scale;
+      errors[i] = (math::round_even(z) - z) * g;
+      const Acc<T> high = over ? g : Acc<T>(0), low = under ? g : Acc<T>(0);
+      aboves[i] = high;
+      belows[i] = low;
+      ds[i] = masked(gs[i], !(over | under));
+    }
+    const int padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int i = count; i < padded; ++i) errors[i] = aboves[i] = belows[i] = 0;
+    for (int i = 0; i < padded; i += kLanes) {
+      error.add(errors + i);
+      above.add(aboves + i);
+      below.add(belows + i);
+    }
   }
-  ulq_backward_step(grad + i, x + i, dx + i, static_cast<int>(n - i), scale, clip_max, clip_min, upper, lower, sums);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    out.error += sums.error[lane];
-    out.above += sums.above[lane];
-    out.below += sums.below[lane];
-  }
+  out.error += error.total();
+  out.above += above.total();
+  out.below += below.total();
 }
 
 }  // namespace

@@ -8,11 +8,6 @@
 namespace amct_ext::cpu {
 namespace {
 
-template <typename T>
-struct Kept {
-  bool a, b, c, d;
-};
-
 // All NaN are equal and larger than infinity.
 template <typename T>
 AMCT_INLINE Bits<T> order(T v) {
@@ -21,43 +16,121 @@ AMCT_INLINE Bits<T> order(T v) {
   return bits > nan ? nan : bits;
 }
 
+// 1 where a value of the group is kept. Written with numbers of the element's width, 0 or 1, which vectorises.
 template <typename B>
-AMCT_INLINE Kept<B> kept_of_four(B a, B b, B c, B d) {
-  // x_y: of equals the earlier one wins.
-  const int a_b = a >= b, a_c = a >= c, a_d = a >= d, b_c = b >= c, b_d = b >= d, c_d = c >= d;
-  const int keep_a = a_b + a_c + a_d >= 2, keep_b = (1 - a_b) + b_c + b_d >= 2,
-            keep_c = (1 - a_c) + (1 - b_c) + c_d >= 2, keep_d = (1 - a_d) + (1 - b_d) + (1 - c_d) >= 2;
-  const int first_smallest = (1 - a_b) & (1 - a_c) & (1 - a_d);
-  const int all_equal = (b == c) & (c == d);
-  const int drop_b = (b <= c) & (b <= d) & (1 - all_equal);
-  const int drop_c = ((c < b) & (c <= d)) | all_equal;
-  const int rest = 1 - first_smallest;
-  return {static_cast<bool>(rest & keep_a), static_cast<bool>((rest & keep_b) | (first_smallest & (1 - drop_b))),
-          static_cast<bool>((rest & keep_c) | (first_smallest & (1 - drop_c))),
-          static_cast<bool>((rest & keep_d) | (first_smallest & (drop_b | drop_c)))};
+AMCT_INLINE void kept_of_four(B a, B b, B c, B d, B& keep_a, B& keep_b, B& keep_c, B& keep_d) {
+  const B one = 1;
+  const B a_b = a >= b, a_c = a >= c, a_d = a >= d, b_c = b >= c, b_d = b >= d, c_d = c >= d;
+  // Places in the order "largest first, of equals the earlier one first"; two or more wins among three keep a value.
+  const B wins_a = a_b + a_c + a_d, wins_b = (one - a_b) + b_c + b_d, wins_c = (one - a_c) + (one - b_c) + c_d,
+          wins_d = (one - a_d) + (one - b_d) + (one - c_d);
+  const B first_smallest = (one - a_b) & (one - a_c) & (one - a_d);
+  const B b_is_c = b == c, c_is_d = c == d, b_to_c = b <= c, b_to_d = b <= d, c_to_b = c < b, c_to_d = c <= d;
+  const B equal = b_is_c & c_is_d;
+  const B drop_b = b_to_c & b_to_d & (one - equal);
+  const B drop_c = (c_to_b & c_to_d) | equal;
+  const B rest = one - first_smallest;
+  const B two_a = wins_a >= 2, two_b = wins_b >= 2, two_c = wins_c >= 2, two_d = wins_d >= 2;
+  keep_a = rest & two_a;
+  keep_b = (rest & two_b) | (first_smallest & (one - drop_b));
+  keep_c = (rest & two_c) | (first_smallest & (one - drop_c));
+  keep_d = (rest & two_d) | (first_smallest & (drop_b | drop_c));
 }
 
+// n groups whose members lie in four arrays.
+template <typename B>
+AMCT_INLINE void mask_groups(const B* __restrict a, const B* __restrict b, const B* __restrict c, const B* __restrict d,
+                             B* __restrict ka, B* __restrict kb, B* __restrict kc, B* __restrict kd, int n) {
+  for (int i = 0; i < n; ++i) kept_of_four(a[i], b[i], c[i], d[i], ka[i], kb[i], kc[i], kd[i]);
+}
+
+constexpr int kGroups = 256;  // groups handled at a time
+
+// What a step works on: magnitudes of the four members of each group and what is kept of them.
+template <typename B>
+struct GroupStage {
+  alignas(64) B in[4][kGroups];
+  alignas(64) B keep[4][kGroups];
+};
+
+// `count` planes of four rows of `inner` values, from memory order to member order; rows from `rows` on are zeros.
 template <typename T>
-AMCT_INLINE T masked(T v, bool keep) {
-  const Bits<T> bits = as<Bits<T>>(v);
-  return as<T>(static_cast<Bits<T>>(keep ? bits : Bits<T>(0)));
-}
-
-// One group whose rows lie `inner` values apart; rows beyond `rows` are zeros.
-template <typename T, bool Apply>
-void mask_group(const T* w, uint8_t* mask, T* y, int64_t inner, int rows) {
-  const T zero = narrow<T>(Acc<T>(0));
-  for (int64_t i = 0; i < inner; ++i) {
-    const T a = w[i], b = rows > 1 ? w[i + inner] : zero, c = rows > 2 ? w[i + 2 * inner] : zero,
-            d = rows > 3 ? w[i + 3 * inner] : zero;
-    const auto keep = kept_of_four(order(a), order(b), order(c), order(d));
-    const bool kept[4] = {keep.a, keep.b, keep.c, keep.d};
-    const T values[4] = {a, b, c, d};
-    for (int r = 0; r < rows; ++r) {
-      mask[i + r * inner] = kept[r];
-      if (Apply) y[i + r * inner] = masked(values[r], kept[r]);
+AMCT_INLINE void gather(const T* __restrict w, int64_t planes, int64_t inner, GroupStage<Bits<T>>& s) {
+  if (inner == 1) {
+    for (int64_t g = 0; g < planes; ++g) {
+      for (int r = 0; r < 4; ++r) s.in[r][g] = order(w[4 * g + r]);
+    }
+    return;
+  }
+  for (int64_t g = 0; g < planes; ++g) {
+    for (int r = 0; r < 4; ++r) {
+      const T* __restrict row = w + (4 * g + r) * inner;
+      Bits<T>* __restrict to = s.in[r] + g * inner;
+      for (int64_t i = 0; i < inner; ++i) to[i] = order(row[i]);
     }
   }
+}
+
+template <typename T, bool Apply>
+AMCT_INLINE void scatter(const GroupStage<Bits<T>>& s, const T* __restrict w, int64_t planes, int64_t inner,
+                         uint8_t* __restrict mask, T* __restrict y) {
+  if (inner == 1) {
+    for (int64_t g = 0; g < planes; ++g) {
+      for (int r = 0; r < 4; ++r) mask[4 * g + r] = static_cast<uint8_t>(s.keep[r][g]);
+    }
+  } else {
+    for (int64_t g = 0; g < planes; ++g) {
+      for (int r = 0; r < 4; ++r) {
+        const Bits<T>* __restrict from = s.keep[r] + g * inner;
+        uint8_t* __restrict to = mask + (4 * g + r) * inner;
+        for (int64_t i = 0; i < inner; ++i) to[i] = static_cast<uint8_t>(from[i]);
+      }
+    }
+  }
+  if (Apply) {
+    for (int64_t i = 0; i < planes * 4 * inner; ++i) y[i] = masked(w[i], mask[i] != 0);
+  }
+}
+
+// Groups in rows long enough to be worked on where they lie, or a partial group.
+template <typename T, bool Apply>
+void mask_group(const T* __restrict w, uint8_t* __restrict mask, T* __restrict y, int64_t inner, int rows) {
+  GroupStage<Bits<T>> s;
+  for (int64_t begin = 0; begin < inner; begin += kGroups) {
+    const int n = inner - begin < kGroups ? static_cast<int>(inner - begin) : kGroups;
+    for (int r = 0; r < 4; ++r) {
+      if (r < rows) {
+        for (int i = 0; i < n; ++i) s.in[r][i] = order(w[begin + r * inner + i]);
+      } else {
+        for (int i = 0; i < n; ++i) s.in[r][i] = 0;
+      }
+    }
+    mask_groups(s.in[0], s.in[1], s.in[2], s.in[3], s.keep[0], s.keep[1], s.keep[2], s.keep[3], n);
+    for (int r = 0; r < rows; ++r) {
+      uint8_t* __restrict to = mask + begin + r * inner;
+      for (int i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(s.keep[r][i]);
+      if (Apply) {
+        const T* __restrict from = w + begin + r * inner;
+        T* __restrict kept = y + begin + r * inner;
+        for (int i = 0; i < n; ++i) kept[i] = masked(from[i], to[i] != 0);
+      }
+    }
+  }
+}
+
+// As many whole groups with short rows as fit the stage at once.
+template <typename T, bool Apply>
+AMCT_INLINE int64_t mask_short_rows(const T* w, uint8_t* mask, T* y, int64_t groups, int64_t inner) {
+  GroupStage<Bits<T>> s;
+  const int64_t fit = kGroups / inner;
+  for (int64_t g = 0; g < groups; g += fit) {
+    const int64_t planes = groups - g < fit ? groups - g : fit, at = g * 4 * inner;
+    gather(w + at, planes, inner, s);
+    mask_groups(s.in[0], s.in[1], s.in[2], s.in[3], s.keep[0], s.keep[1], s.keep[2], s.keep[3],
+                static_cast<int>(planes * inner));
+    scatter<T, Apply>(s, w + at, planes, inner, mask + at, Apply ? y + at : nullptr);
+  }
+  return groups;
 }
 
 template <typename T, bool Apply>
@@ -70,7 +143,12 @@ void mask_rows(const Plane& p) {
     if (Apply) __builtin_memcpy(y, w, sizeof(T) * n);
     return;
   }
-  for (int64_t first = 0; first < p.count; first += 4) {
+  int64_t first = 0;
+  if (p.inner < kGroups / 4) {
+    const int64_t whole = mask_short_rows<T, Apply>(w, p.mask, y, p.count / 4, p.inner);
+    first = 4 * whole;
+  }
+  for (; first < p.count; first += 4) {
     const int rows = p.count - first < 4 ? static_cast<int>(p.count - first) : 4;
     const int64_t at = first * p.inner;
     mask_group<T, Apply>(w + at, p.mask + at, Apply ? y + at : nullptr, p.inner, rows);

@@ -64,6 +64,13 @@ AMCT_INLINE Bits<T> magnitude_bits(T v) {
   return static_cast<Bits<T>>(as<Bits<T>>(v) & static_cast<Bits<T>>(~Traits<T>::kSign));
 }
 
+// v where it is kept, else +0; bits are moved, nothing is computed.
+template <typename T>
+AMCT_INLINE T masked(T v, bool keep) {
+  const Bits<T> bits = as<Bits<T>>(v);
+  return as<T>(static_cast<Bits<T>>(keep ? bits : Bits<T>(0)));
+}
+
 AMCT_INLINE float widen(float v) { return v; }
 AMCT_INLINE double widen(double v) { return v; }
 AMCT_INLINE float widen(BFloat16 v) { return as<float>(static_cast<uint32_t>(v.bits) << 16); }
@@ -108,6 +115,40 @@ AMCT_INLINE Float16 narrow<Float16>(float v) {
   result = size > 0x7f800000u ? 0x7e00u : result;
   return {static_cast<uint16_t>(result | sign)};
 }
+
+// Sixteen sums of float64, element i of a row going to sum i % 16, so that the order of additions does not depend on
+// the instruction set. Vector types say what compilers fail to see in plain loops.
+constexpr int kLanes = 16;
+
+struct LaneSums {
+  using Double8 = double __attribute__((vector_size(64)));
+  using Float8 = float __attribute__((vector_size(32)));
+
+  Double8 low = {}, high = {};
+
+  AMCT_INLINE void add(const float* v) {
+    Float8 first, second;
+    __builtin_memcpy(&first, v, sizeof(first));
+    __builtin_memcpy(&second, v + 8, sizeof(second));
+    low += __builtin_convertvector(first, Double8);
+    high += __builtin_convertvector(second, Double8);
+  }
+
+  AMCT_INLINE void add(const double* v) {
+    Double8 first, second;
+    __builtin_memcpy(&first, v, sizeof(first));
+    __builtin_memcpy(&second, v + 8, sizeof(second));
+    low += first;
+    high += second;
+  }
+
+  AMCT_INLINE double total() const {
+    double sum = 0;
+    for (int i = 0; i < 8; ++i) sum += low[i];
+    for (int i = 0; i < 8; ++i) sum += high[i];
+    return sum;
+  }
+};
 
 }  // namespace
 }  // namespace amct_ext::cpu
