@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ from amct_ext.errors import ConfigError, InputDataError, InvalidDataError, Model
 from amct_ext.files import write_atomic
 from amct_ext.graph import Graph, trace
 from amct_ext.plan import Plan, resolve
-from amct_ext.prune import discover
+from amct_ext.prune import apply_channels, discover
 from amct_ext.prune_choice import removal_count
 from amct_ext.prune_cost import Cost
 from amct_ext.prune_groups import ChannelGroup
@@ -166,8 +167,9 @@ def auto_channel_prune_search(
     inner = own_copy(model).eval()
     graph = trace(inner, traced)
     plan = _plan(settings, graph, inner)
-    open_groups, given = _split(discover(graph, plan, inner).prunable, settings, plan)
-    groups = [_search_group(group, settings) for group in open_groups]
+    searched, given = _split(discover(graph, plan, inner).prunable, settings, plan)
+    pairs = _viable([(group, _search_group(group, settings)) for group in searched], inner, graph, traced)
+    open_groups, groups = [group for group, _ in pairs], [group for _, group in pairs]
     if not groups:
         raise ConfigError(f"{config}: no layer is left to search: all are skipped, given a ratio, or cannot be pruned")
     cost = Cost(graph, inner, open_groups, [(group, _lost(group, prune)) for group, prune in given])
@@ -256,6 +258,18 @@ def _search_group(group: ChannelGroup, settings: SearchConfig) -> SearchGroup:
     ]
     consumers = tuple(dict.fromkeys(member.name for member in group.consumers))
     return SearchGroup(tuple(member.name for member in group.producers), consumers, n, (0, *counts), blocks)
+
+
+def _viable(
+    pairs: list[tuple[ChannelGroup, SearchGroup]], model: nn.Module, graph: Graph, traced: tuple[Any, ...]
+) -> list[tuple[ChannelGroup, SearchGroup]]:
+    """Leave out groups that create would drop: the model fails its trial forward without their channels."""
+    records = []
+    for group, search in pairs:
+        size, gone = group.count // search.blocks, search.counts[-1] // search.blocks
+        records.append(group.record([block * size + place for block in range(search.blocks) for place in range(gone)]))
+    kept = apply_channels(copy.deepcopy(model), graph, records, traced)
+    return [pair for pair, record in zip(pairs, records, strict=True) if record in kept]
 
 
 def _suffering(group: SearchGroup, scores: Tensor) -> list[float]:

@@ -312,6 +312,23 @@ def test_bad_plugins(search: Search) -> None:
         search.run("compress_ratio: 2", search_alg=3)
 
 
+def test_groups_that_the_model_cannot_lose_are_left_out(search: Search, caplog: pytest.LogCaptureFixture) -> None:
+    class Rigid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x))
+            if x.shape[1] != 8:
+                raise ValueError("eight channels are needed")
+            return self.c(x).mean((2, 3))
+
+    ratios = search.run("compress_ratio: 1.2 ascend_optimized: false", Rigid())
+    assert ratios["a"] > 0 and ratios["b"] == ratios["c"] == 0
+    assert "eight channels are needed" in caplog.text
+
+
 def test_the_model_is_left_alone(search: Search) -> None:
     model = small.build().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
