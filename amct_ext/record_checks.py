@@ -92,21 +92,29 @@ def check_channel(record: ChannelRecord, where: Where) -> None:
 
 
 def _check_node(node: PruneNode, where: Where) -> None:
-    label = f"{where()}: node '{node.name}'" if node.name else f"{where()}: a node without a name"
+    problem = _node_problem(node)
+    if problem:
+        label = f"node '{node.name}'" if node.name else "a node without a name"
+        raise RecordError(f"{where()}: {label}{problem}")
+
+
+def _node_problem(node: PruneNode) -> str:
+    """What is wrong with one node, '' for nothing. Its place is found only for a message: that scans the file."""
     if not node.name or not node.type:
-        raise RecordError(f"{label}: name and type must be given")
+        return ": name and type must be given"
     if not 0 <= node.begin < node.end:
-        raise RecordError(f"{label}: begin {node.begin} and end {node.end} are no range of channels")
+        return f": begin {node.begin} and end {node.end} are no range of channels"
     for field, value in (("group", node.group), ("prune_group", node.prune_group)):
         if value is not None and value < 1:
-            raise RecordError(f"{label}: {field} is {value}, must be 1 or more")
+            return f": {field} is {value}, must be 1 or more"
     for index in node.prune_index:
         if not node.begin <= index < node.end:
-            raise RecordError(f"{label}: prune_index {index} lies outside its channels [{node.begin}, {node.end})")
+            return f": prune_index {index} lies outside its channels [{node.begin}, {node.end})"
     for left, right in pairwise(node.prune_index):
         if left >= right:
             problem = f"holds {left} twice" if left == right else f"has {right} after {left}"
-            raise RecordError(f"{label}: prune_index {problem}, must ascend")
+            return f": prune_index {problem}, must ascend"
+    return ""
 
 
 def _relative(node: PruneNode) -> tuple[int, ...]:
@@ -117,24 +125,26 @@ def check_sparse(record: SparseRecord, where: Where) -> None:
     """Shape and length of one 2:4 mask. Errors: RecordError."""
     if not record.name:
         raise RecordError(f"{where()}: a 2:4 mask without the name of its layer")
-    label = f"{where()}: 2:4 mask of '{record.name}'"
+    problem = _mask_problem(record)
+    if problem:
+        raise RecordError(f"{where()}: 2:4 mask of '{record.name}': {problem}")
+
+
+def _mask_problem(record: SparseRecord) -> str:
+    """What is wrong with one 2:4 mask, '' for nothing."""
     if not record.mask_shape or any(size < 1 for size in record.mask_shape):
-        raise RecordError(f"{label}: mask_shape {list(record.mask_shape)} is no shape of a weight")
+        return f"mask_shape {list(record.mask_shape)} is no shape of a weight"
     if record.mask is None:
-        return
+        return ""
     bits = math.prod(record.mask_shape)
     words = -(-bits // 64)
     if len(record.mask) != words:
-        raise RecordError(
-            f"{label}: {len(record.mask)} words for mask_shape {list(record.mask_shape)}, "
-            f"must be {words} (64 weights each)"
-        )
+        return f"{len(record.mask)} words for mask_shape {list(record.mask_shape)}, must be {words} (64 weights each)"
     # Bits stand in the order of the words' bytes, highest bit of a byte first; those after the last weight are padding.
     last = int.from_bytes(record.mask[-1].to_bytes(8, "little", signed=True), "big")
     if last & ((1 << (words * 64 - bits)) - 1):
-        raise RecordError(
-            f"{label}: bits are set behind the last of {bits} weights, so mask and mask_shape do not belong together"
-        )
+        return f"bits are set behind the last of {bits} weights, so mask and mask_shape do not belong together"
+    return ""
 
 
 def check_unique(record: Record, source: str) -> None:

@@ -7,6 +7,7 @@ the line of a field again from the text; only when a message needs it.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -93,12 +94,17 @@ class Places:
     source: str
     text: str = field(default="", repr=False)
 
+    @functools.cached_property
+    def _fields(self) -> list[_Field]:
+        """Scanned at most once: a record of a large model has thousands of nodes to place."""
+        return _Scanner(self.text).fields() if self.text else []
+
     def at(self, *path: str | int) -> str:
         """'file:line' of a field, e.g. at('override_layer_configs', 2, 'layer_name'); a number picks an occurrence.
 
         Without a number the last occurrence counts, as for protobuf. An absent field gives its parent's place.
         """
-        line, fields = None, _Scanner(self.text).fields() if self.text else []
+        line, fields = None, self._fields
         position = 0
         while position < len(path):
             same = [item for item in fields if item.name == path[position]]

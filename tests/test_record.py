@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from amct_ext import textproto
 from amct_ext.errors import RecordError, RecordRangeError
 from amct_ext.record import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
 
@@ -166,6 +167,14 @@ def test_scales_out_of_range(field: str, value: str):
 def test_offsets_out_of_range(old: str, new: str):
     with pytest.raises(RecordRangeError):
         Record.loads(QUANT.replace(old, new))
+
+
+def test_reading_looks_for_places_only_to_complain(monkeypatch: pytest.MonkeyPatch):
+    """Finding a line scans the whole text: once per node, that made records of wide networks take minutes."""
+    scans = []
+    monkeypatch.setattr(textproto._Scanner, "__init__", lambda self, text: scans.append(text))
+    Record.loads(QUANT + CHANNEL + SPARSE)
+    assert not scans
 
 
 def test_sixteen_bit_activations_have_wide_offsets():
