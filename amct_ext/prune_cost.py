@@ -81,6 +81,12 @@ class Cost:
         counts = [*removed, *self._fixed]
         return sum(self._layers[name].bit_operations(counts) for name in self._touched[group])
 
+    def related(self, group: int) -> set[int]:
+        """The groups whose cost depends on how many channels this one loses, itself among them."""
+        layers = [self._layers[name] for name in self._touched[group]]
+        found = {index for layer in layers for index in (*layer.outputs, *(index for index, _ in layer.inputs))}
+        return {index for index in found if index < len(self._touched) - len(self._fixed)}
+
 
 @dataclass
 class _Layer:

@@ -16,7 +16,7 @@ from test_bad_input import rejected
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.config import FilterPrune, parse_config
+from amct_ext.config import FilterPrune, RetrainConfig, parse_config
 from amct_ext.files import write_if_changed
 from amct_ext.graph import trace
 from amct_ext.plan import resolve
@@ -274,6 +274,7 @@ def test_bad_override_file(search: Search, text: str, words: tuple[str, ...]) ->
         search.run(config)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [
@@ -335,3 +336,31 @@ def test_the_model_is_left_alone(search: Search) -> None:
     search.run("compress_ratio: 1.5 ascend_optimized: false", model)
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_greedy_equals_its_definition() -> None:
+    """Each step is the cheapest of all groups at the present widths, searched naively."""
+    model = wide()
+    graph = trace(model, small.SAMPLE)
+    config = RetrainConfig(prune=FilterPrune(0.5, False))
+    found = list(discover(graph, resolve(config, graph.traits(model)), model).prunable)
+    cost = Cost(graph, model, found)
+    groups, scores = [], []
+    for group in found:
+        blocks = group.blocks or 1
+        counts = tuple(range(0, group.count, blocks))
+        names = tuple(member.name for member in group.producers)
+        groups.append(amct_ext.SearchGroup(names, (), group.count, counts, blocks))
+        scores.append(torch.rand(group.count))
+    removed = [0] * len(groups)
+    while cost.original / cost(removed) < 1.5:
+        steps = []
+        for index, group in enumerate(groups):
+            further = [*removed]
+            further[index] += group.blocks
+            if further[index] in group.counts:
+                rows = scores[index].reshape(group.blocks, -1).sort(1).values
+                loss = rows[:, removed[index] // group.blocks].double().sum().item()
+                steps.append((loss / (cost(removed) - cost(further)), further))
+        removed = min(steps)[1]
+    assert amct_ext.GreedySearch().channel_prune_search(groups, scores, cost, 1.5) == removed
