@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.arguments import unwrap
+from amct_ext.dialect_rnn import read_rnn, write_rnn
 from amct_ext.layers import CompressedLayer
+from amct_ext.rnn import CompressedRNN
 from amct_ext.session import session_of
 from amct_ext.surgery import compressed_layers
 
@@ -112,6 +114,9 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
     layer = layers[name]
     if layer.weight_quant is None:
         return {f"{name}.{key}": value for key, value in _write_comp(layer, False).items()}
+    quantised = sum(other.weight_quant is not None for other in layers.values())
+    if isinstance(layer, CompressedRNN):
+        return write_rnn(name, layer, quantised)
     calibrated = layer.activation is not None and layer.activation.calibrated
     ran = _ran(layer)
     present = layer.recorded_scale_w().float()
@@ -122,7 +127,7 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
     if owner != name:
         reuse = _write_comp(layers[owner], True)
         out.update({f"{name}.quant_module.acts_comp_reuse.{key}": value for key, value in reuse.items()})
-    count = sum(other.weight_quant is not None for other in layers.values()) if calibrated and ran else 0
+    count = quantised if calibrated and ran else 0
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(count), device=layer.weight.device)
     return out
 
@@ -163,6 +168,8 @@ def _read_layer(
     name: str, layer: CompressedLayer, owner: str, rest: dict[str, Tensor], fallback: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Take the layer's keys out of ``rest``; ``fallback`` supplies our state that AMCT does not have."""
+    if isinstance(layer, CompressedRNN):
+        return read_rnn(name, layer, rest, fallback)
     quantised = layer.weight_quant is not None
     comp = f"{name}.quant_module." if quantised else f"{name}."
     out: dict[str, Tensor] = {}

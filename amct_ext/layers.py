@@ -39,6 +39,7 @@ class CompressedLayer(nn.Module):
     bias: Any
     in_axis = 1  # of the weight: the axis that 2:4 sparsity works along
     channel_axis_out = 1  # of the output
+    own_children: tuple[str, ...] = ("sparsity", "weight_quant", "act_quant", "search_n")  # not of the float layer
 
     sparsity: Sparsity | None
     weight_quant: WeightQuantizer | None
@@ -52,21 +53,24 @@ class CompressedLayer(nn.Module):
         new.__dict__ = dict(layer.__dict__)
         new._modules = dict(layer._modules)
         new.layer_name = plan.name
-        weight = new.weight
-        device = weight.device
         new.links = Links()
-        new.sparsity = new.weight_quant = new.act_quant = new.search_n = None
+        for name in cls.own_children:
+            setattr(new, name, None)
+        new._add_children(plan, batch_num, fixed_min)
+        return new.train(layer.training)
+
+    def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
+        weight = self.weight
         if isinstance(plan.prune, SparsePrune):
-            new.sparsity = Sparsity(weight, cls.in_axis, plan.prune.update_freq)
+            self.sparsity = Sparsity(weight, self.in_axis, plan.prune.update_freq)
         if plan.quant is not None:
             wts = plan.quant.weight
-            new.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, device)
-            masked = weight if new.sparsity is None else weight.detach() * new.sparsity.mask
-            new.weight_quant = WeightQuantizer(
-                wts, new._to_rows(masked), 0, new._grad_factor(wts.num_bits, wts.channel_wise)
+            self.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, weight.device)
+            masked = weight if self.sparsity is None else weight.detach() * self.sparsity.mask
+            self.weight_quant = WeightQuantizer(
+                wts, self._to_rows(masked), 0, self._grad_factor(wts.num_bits, wts.channel_wise)
             )
-            new.search_n = ShiftSearch(new.weight_quant.scale.numel(), batch_num, device)
-        return new.train(layer.training)
+            self.search_n = ShiftSearch(self.weight_quant.scale.numel(), batch_num, weight.device)
 
     # -- links
     # -------------------------------------------------------------------------------------------------------------
@@ -89,6 +93,11 @@ class CompressedLayer(nn.Module):
     def activation(self) -> ActivationQuantizer | None:
         """The activation quantiser in use: its own or the shared one."""
         return self.act_quant if self.act_quant is not None else self.links.act_quant
+
+    @property
+    def own_quantizers(self) -> tuple[ActivationQuantizer, ...]:
+        """The activation quantisers that are registered at this layer."""
+        return () if self.act_quant is None else (self.act_quant,)
 
     # -- the forward
     # -------------------------------------------------------------------------------------------------------
@@ -250,13 +259,12 @@ def compressed_class(layer: nn.Module) -> type[CompressedLayer] | None:
 
 def to_float(layer: CompressedLayer) -> nn.Module:
     """The plain float layer again, 2:4 mask folded into the weight (the compressed object is used up)."""
-    parent = next(parent for parent, cls in _CLASSES.items() if isinstance(layer, cls))
-    plain = parent.__new__(parent)
+    parent = next(base for base in type(layer).__bases__ if not issubclass(base, CompressedLayer))
+    plain: Any = parent.__new__(parent)
     own = {"links", "layer_name"}
     plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in own}
-    plain._modules = {
-        k: v for k, v in layer._modules.items() if k not in ("sparsity", "weight_quant", "act_quant", "search_n")
-    }
+    plain._modules = {k: v for k, v in layer._modules.items() if k not in layer.own_children}
     if layer.sparsity is not None:
         plain.weight = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
-    return plain
+    result: nn.Module = plain
+    return result

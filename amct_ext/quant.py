@@ -63,20 +63,27 @@ class ActivationQuantizer(KeepsPrecision):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input."""
-        if not self.calibrated:
-            self._calibrate(x.detach())
+        self.calibrate(x)
         y, scale, offset, clip_max, clip_min, invalid = self._quantize(x)
-        with torch.no_grad():
-            torch._foreach_copy_(
-                [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
-                [clip_max, clip_min, clip_max, clip_min, scale, offset],
-            )
-            self.invalid.logical_or_(invalid)
-        if self.validate_now:
-            self.raise_if_invalid()
+        self._write_back(scale, offset, clip_max, clip_min, invalid)
         if self.num_readers > 1:
             self._last = (x, y, self.num_readers - 1)
         return y
+
+    def calibrate(self, x: Tensor) -> None:
+        """Take ``x`` as a batch of the calibration; does nothing once that is finished. Errors: InvalidDataError."""
+        if not self.calibrated:
+            self._calibrate(x.detach())
+
+    def quantize_step(self, state: Tensor, steps: list[tuple[Tensor, ...]]) -> Tensor:
+        """Quantise the state of one step of a sequence; ``steps`` gathers what ``end_sequence`` needs."""
+        steps.append(self._quantize(state))
+        return steps[-1][0]
+
+    def end_sequence(self, steps: list[tuple[Tensor, ...]]) -> None:
+        """Write the effective clips back, once per sequence: they are the same at every step, as are those of AMCT."""
+        _, scale, offset, clip_max, clip_min, _ = steps[-1]
+        self._write_back(scale, offset, clip_max, clip_min, torch.stack([step[5] for step in steps]).any())
 
     def reuse(self, x: Tensor) -> Tensor:
         """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
@@ -114,6 +121,16 @@ class ActivationQuantizer(KeepsPrecision):
         return ops.ulq_fake_quantize(
             x, self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.num_bits, self.fixed_min
         )
+
+    @torch.no_grad()
+    def _write_back(self, scale: Tensor, offset: Tensor, clip_max: Tensor, clip_min: Tensor, invalid: Tensor) -> None:
+        torch._foreach_copy_(
+            [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
+            [clip_max, clip_min, clip_max, clip_min, scale, offset],
+        )
+        self.invalid.logical_or_(invalid)
+        if self.validate_now:
+            self.raise_if_invalid()
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:

@@ -17,6 +17,7 @@ from amct_ext.layers import CompressedLayer
 from amct_ext.plan import Plan
 from amct_ext.reasons import LayerReasons
 from amct_ext.record import ChannelRecord, QuantRecord, Record, SparseRecord
+from amct_ext.rnn import CompressedRNN
 from amct_ext.surgery import compressed_layers
 
 logger = logging.getLogger(__name__)
@@ -97,8 +98,8 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
     wrong = [key for key in present if key not in recorded] + [key for key in recorded if key not in present]
     for key in present.keys() & recorded.keys():
         ours, theirs = present[key], recorded[key]
-        same = ours.offset_d == theirs.offset_d and _close([ours.scale_d], [theirs.scale_d])
-        if not (same and _close(ours.scale_w, theirs.scale_w)):
+        same = (ours.offset_d, ours.offset_h) == (theirs.offset_d, theirs.offset_h)
+        if not (same and _close(_scales(ours), _scales(theirs))):
             wrong.append(key)
     if wrong:
         raise StaleStateError(
@@ -110,7 +111,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
 
 def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
-    quantisers = [layer.act_quant for _, layer in compressed_layers(model) if layer.act_quant is not None]
+    quantisers = [quantiser for _, layer in compressed_layers(model) for quantiser in layer.own_quantizers]
     if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
@@ -139,7 +140,7 @@ def _after_load(model: nn.Module, incompatible: Any) -> None:
 
 
 def _calibrated(layer: CompressedLayer) -> bool:
-    return layer.activation is not None and layer.activation.calibrated
+    return layer.activation is not None and all(q.calibrated for q in (layer.activation, *layer.own_quantizers))
 
 
 def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:
@@ -163,9 +164,29 @@ def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
         wts_type=f"INT{weight.num_bits}",
         fakequant_precision_mode="FORCE_FP16_QUANT" if plan.fp16 else None,
     )
+    if isinstance(layer, CompressedRNN):
+        entry = _with_hidden(entry, layer, plan)
     if plan.write_shift_bit and layer.search_n is not None and layer.search_n.has_result:
         entry = replace(entry, shift_bit=tuple(layer.search_n.result(name, layer.deq_scale())))
     return entry
+
+
+def _with_hidden(entry: QuantRecord, layer: CompressedRNN, plan: Plan) -> QuantRecord:
+    assert layer.hidden_quant is not None
+    scale_h, offset_h = layer.hidden_quant.factors()
+    scale_r = tuple(layer.recorded_scale_r().float().tolist())
+    return replace(
+        entry,
+        scale_h=_through_fp16(scale_h) if plan.fp16 else scale_h,
+        offset_h=offset_h,
+        scale_r=scale_r,
+        offset_r=(0,) * len(scale_r),
+    )
+
+
+def _scales(entry: QuantRecord) -> tuple[float, ...]:
+    hidden = () if entry.scale_h is None else (entry.scale_h,)
+    return (entry.scale_d, *entry.scale_w, *hidden, *entry.scale_r)
 
 
 def _through_fp16(value: float) -> float:

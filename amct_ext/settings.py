@@ -23,8 +23,8 @@ def configure(model: nn.Module, *, validation: Literal["deferred", "eager"] = "d
     inner = unwrap(model)
     session_of(inner)
     for _, layer in compressed_layers(inner):
-        if layer.act_quant is not None:
-            layer.act_quant.validate_now = validation == "eager"
+        for quantizer in layer.own_quantizers:
+            quantizer.validate_now = validation == "eager"
 
 
 def update_record(model: nn.Module, record_file: str | None = None) -> None:

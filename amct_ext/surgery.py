@@ -10,6 +10,7 @@ from torch import nn
 
 from amct_ext.layers import CompressedLayer, compressed_class, to_float
 from amct_ext.plan import LayerPlan, Plan, SparsePrune
+from amct_ext.rnn import CompressedRNN, compressed_rnn
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, 
     for name, layer_plan in plan.layers.items():
         if layer_plan.quant is None and not isinstance(layer_plan.prune, SparsePrune):
             continue
-        cls = compressed_class(modules[name])
+        cls = compressed_class(modules[name]) or compressed_rnn(modules[name])
         if cls is None:
             logger.warning("layer '%s' (%s) is left float: no compressed form of this class", name, layer_plan.type)
             continue
@@ -86,7 +87,8 @@ def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
 
 def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]) -> None:
     for group in sharing_groups(graph, plan):
-        names = [name for name in group if name in touched]
+        # A recurrent layer keeps clips of its own: the dialect has no names for shared ones of it.
+        names = [name for name in group if name in touched and not isinstance(touched[name], CompressedRNN)]
         for name in names[1:]:
             touched[name].share_activation(touched[names[0]])
 
