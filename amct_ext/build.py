@@ -18,7 +18,7 @@ from amct_ext.config import RetrainConfig
 from amct_ext.config_json import JsonConfig
 from amct_ext.errors import RecordError
 from amct_ext.graph import trace
-from amct_ext.plan import LayerTraits, Plan
+from amct_ext.plan import LayerTraits, Plan, after_pruning
 from amct_ext.reasons import reasons
 from amct_ext.record import ChannelRecord, Record
 from amct_ext.session import Session, attach, write_record
@@ -95,6 +95,7 @@ def own_copy(model: nn.Module) -> nn.Module:
 def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
     """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
     graph = trace(model, input_data)
+    session.plan = after_pruning(session.plan, graph.traits(model))
     model, session.conv_bn = insert_layers(model, graph, session.plan)
     compressed = dict(compressed_layers(model))
     session.order = tuple(name for name in graph.calls if name in compressed)

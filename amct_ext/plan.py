@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from amct_ext.config import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.errors import ConfigError
@@ -20,6 +20,7 @@ __all__ = [
     "QuantPlan",
     "SparsePrune",
     "WeightQuant",
+    "after_pruning",
     "resolve",
 ]
 
@@ -87,6 +88,18 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
     return Plan(
         config.batch_num, layers, config.fp16, config.write_shift_bit, quant_active(config), prune_active(config)
     )
+
+
+def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
+    """The plan for the pruned model: INT4 weights whose input channels became odd take INT8 (a logged note)."""
+    layers, notes = dict(plan.layers), _Notes()
+    for name, layer in plan.layers.items():
+        quant = layer.quant
+        if quant is not None and quant.weight.num_bits == 4 and not traits[name].int4_weights:
+            layers[name] = replace(layer, quant=replace(quant, weight=replace(quant.weight, num_bits=8)))
+            notes.int4.append(name)
+    notes.log("after channel pruning")
+    return replace(plan, layers=layers)
 
 
 @dataclass

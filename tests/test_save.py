@@ -15,6 +15,7 @@ from test_restore import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
+from amct_ext.surgery import compressed_layers
 
 
 def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
@@ -79,6 +80,20 @@ def test_restored_model_saves_without_an_evaluation(tmp_path: Path) -> None:
     first = [path.read_bytes() for path in save(model, job)]
     again = [path.read_bytes() for path in save(job.restore(tmp_path / "state.pth", None), job, "again/net")]
     assert first == again
+
+
+def test_int4_weights_of_a_layer_that_pruning_made_odd(tmp_path: Path) -> None:
+    """Packing needs an even number of input channels; the reference finds out only when it saves."""
+    int4 = small.QUANT.replace("arq_retrain { }", "arq_retrain { dst_type: INT4 }")
+    job, model = trained(tmp_path, small.FILTER.replace("0.3", "0.2") + int4)
+    bits = {name: layer.weight_quant.num_bits for name, layer in compressed_layers(model)}
+    odd = {name for name in bits if model.get_submodule(name).weight.shape[1] % 2}
+    assert odd - {"stem"}
+    assert all(bits[name] == (8 if name in odd else 4) for name in bits)
+    expected = evaluate(model)
+    torch.save(model.state_dict(), tmp_path / "state.pth")
+    save(model, job)
+    assert torch.equal(evaluate(job.restore(tmp_path / "state.pth", None)), expected)
 
 
 @pytest.mark.parametrize("asked", [False, True])
