@@ -75,6 +75,9 @@ format: venv ## rewrite the sources in the house style
 	$(BIN)/ruff format .
 	$(if $(CLANG_FILES),$(BIN)/clang-format -i $(CLANG_FILES))
 
+sanitize: venv ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	tools/sanitize.sh $(ARGS)
+
 proto: venv ## compile proto/ after a change of a .proto file; the result is carried in git
 	$(BIN)/python tools/generate_proto.py
 

@@ -148,11 +148,10 @@ def _accuracies(axes: Axes, float_run: Run, done: Sequence[Compressed], per_epoc
     _mark_events(zoom, done, per_epoch)
     final = _percents(float_run)[-1]
     zoom.axhspan(final - 1, final, color=GREY, alpha=0.15)
-    zoom.text(0.99, 0.02, "grey band: within one point of float", transform=zoom.transAxes, ha="right", fontsize=9)
     zoom.set(xlim=(-1.5, max(done[0].whole.losses) / per_epoch + 0.3), ylim=(final - 3, 100.1), xlabel="")
     zoom.grid(alpha=0.25)
     before = ", ".join(f"{100 * item.before:.1f} %" for item in done)
-    _title(axes, "accuracy on the test set", f"compressed, not yet retrained: {before}")
+    _title(axes, "accuracy on the test set", f"grey: within one point of float   before retraining: {before}")
     axes.set(ylabel="%", ylim=(0, 103))
 
 

@@ -61,7 +61,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
         [
             {"params": weights, "rate": 1.0, "weight_decay": 1e-2},
             {"params": clips, "rate": 1.0, "weight_decay": 0.0},
-            {"params": scales, "rate": 0.01, "weight_decay": 0.0},
+            {"params": scales, "rate": 0.003, "weight_decay": 0.0},
         ]
     )
 
