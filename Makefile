@@ -60,8 +60,7 @@ test: venv ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: venv ## fused against eager: every op, then one whole training step
-	$(BIN)/python benchmarks/bench_ops.py
-	$(BIN)/python benchmarks/bench_retrain_step.py
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 lint: venv ## ruff, clang-format, mypy, generated files up to date; changes nothing
 	$(BIN)/ruff check .

@@ -24,5 +24,7 @@ if [ $# -eq 0 ]; then set -- tests/test_ops_*.py; fi
 # The interpreter is not instrumented, so the runtime has to be loaded first; its own leaks are none of ours.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export PYTHONPATH="$folder/package" PYTHONDONTWRITEBYTECODE=1
 # `python -P`: the working folder, with the normal build in it, must not come before PYTHONPATH.
-PYTHONPATH="$folder/package" PYTHONDONTWRITEBYTECODE=1 python -P -m pytest -p no:cacheprovider "$@"
+python -P -c 'import amct_ext; print("sanitizer:", amct_ext.build_info()["sanitizer"] or exit("not the sanitized build"))'
+python -P -m pytest -p no:cacheprovider "$@"
