@@ -26,6 +26,8 @@ from amct_ext.onnx_factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.onnx_fake_quant import lower_fake_quant
 from amct_ext.onnx_files import encode, onnx_paths, write_files
 from amct_ext.onnx_layers import DOMAIN, fence, name_layers
+from amct_ext.onnx_rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
+from amct_ext.onnx_rnn_factors import RnnFactors, rnn_factors
 from amct_ext.onnx_tidy import drop_unused, tidy, use_matmul
 from amct_ext.record import QuantRecord
 
@@ -59,20 +61,28 @@ def export_quantized(
     _fuse(float_model, conv_bn, {record.key for record in records})
     modules = dict(float_model.named_modules())
     layers: list[LayerFactors] = []
+    recurrent: list[RnnFactors] = []
     for record in records:
         if record.key not in modules:
             raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
-        if any(layer.name == record.key for layer in layers):
+        if record.key in {layer.name for layer in layers} | {layer.name for layer in recurrent}:
             raise RecordError(f"the record holds two entries for layer {record.key!r}")
-        layers.append(layer_factors(record, modules[record.key], write_shift))
+        module = modules[record.key]
+        if isinstance(module, (nn.LSTM, nn.GRU)):
+            recurrent.append(rnn_factors(record, module))
+        else:
+            layers.append(layer_factors(record, module, write_shift))
     program = capture(float_model, arguments, axes)
     captured = program.model
     use_matmul(captured.graph)
     fenced = fence(captured, float_model, layers)
+    rnns = fence_rnns(captured, float_model, recurrent)
     captured = optimise(program)
     name_layers(captured.graph)
-    tidy(captured, set(fenced))
+    tidy(captured, {*fenced, *rnns})
     deploy = captured.clone()
+    lower_rnn_fake_quant(captured, rnns)
+    lower_rnn_deploy(deploy, rnns)
     lower_fake_quant(captured, fenced)
     lower_deploy(deploy, fenced)
     for lowered in (captured, deploy):

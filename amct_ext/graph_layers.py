@@ -26,6 +26,8 @@ CONVS = ("Conv1d", "Conv2d", "Conv3d")
 TRANSPOSED_CONVS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 RNNS = ("LSTM", "GRU")
+# Gates in ONNX order, by their places in torch's: LSTM input, output, forget, cell; GRU update, reset, new.
+ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 # Layers whose activations and weights can be quantised, and (all of them among those) whose weights can be pruned.
 QUANTIZABLE = ("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose1d", "ConvTranspose2d", "LSTM", "GRU")
 FILTER_PRUNABLE = ("Conv2d", "Linear")

@@ -57,12 +57,12 @@ def layer_factors(record: QuantRecord, module: nn.Module, write_shift: bool) -> 
     layer type that cannot be exported or a non-finite weight.
     """
     name = record.key
-    if isinstance(module, nn.RNNBase) or record.scale_h is not None:
-        raise ExportError(f"layer {name!r}: recurrent layers cannot be exported quantised; leave it out of the record")
+    if record.scale_h is not None:
+        raise RecordError(f"layer {name!r} is a {type(module).__name__}, but its record is of a recurrent layer")
     if not isinstance(module, (*CONVOLUTIONS, *DECONVOLUTIONS, nn.Linear)):
         raise ExportError(f"layer {name!r} is a {type(module).__name__}; only convolutions and Linear are quantised")
-    act_type, wts_type = _types(record)
-    scale_d, scale_w = _scales(record, act_type)
+    act_type, wts_type = types_of(record)
+    scale_d, scale_w = scales_of(record, act_type)
     weight = module.weight.detach().to("cpu", torch.float32).numpy()
     channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
     if len(scale_w) not in (1, channels):
@@ -84,7 +84,7 @@ def layer_factors(record: QuantRecord, module: nn.Module, write_shift: bool) -> 
         weight=integers,
         bias=bias,
         bias_integers=None if bias is None else np.rint(bias / deq),
-        deq=_truncate(deq) if record.fakequant_precision_mode == "FORCE_FP16_QUANT" else deq,
+        deq=truncate(deq) if record.fakequant_precision_mode == "FORCE_FP16_QUANT" else deq,
         shift=_shift(record, len(deq)) if write_shift else (),
     )
 
@@ -107,7 +107,7 @@ def int32_bias(factors: LayerFactors) -> np.ndarray | None:
     return factors.bias_integers.astype(np.int32)
 
 
-def _types(record: QuantRecord) -> tuple[str, str]:
+def types_of(record: QuantRecord) -> tuple[str, str]:
     """Activation and weight type; dst_type overrides both, UNSET means INT8."""
     act, wts = (record.act_type or "INT8", record.wts_type or "INT8")
     if record.dst_type:
@@ -121,7 +121,8 @@ def _types(record: QuantRecord) -> tuple[str, str]:
     return act, wts
 
 
-def _scales(record: QuantRecord, act_type: str) -> tuple[np.float32, np.ndarray]:
+def scales_of(record: QuantRecord, act_type: str) -> tuple[np.float32, np.ndarray]:
+    """scale_d and scale_w as float32, checked. Errors: RecordError, RecordRangeError."""
     if record.scale_d is None or record.offset_d is None or not record.scale_w:
         raise RecordError(f"layer {record.key!r}: scale_d, offset_d and scale_w must all be recorded")
     scale_d, scale_w = np.float32(record.scale_d), np.asarray(record.scale_w, dtype=np.float32)
@@ -164,6 +165,6 @@ def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:
     return shift
 
 
-def _truncate(deq: np.ndarray) -> np.ndarray:
+def truncate(deq: np.ndarray) -> np.ndarray:
     """Keep sign, exponent and the upper 10 bits of the mantissa (FORCE_FP16_QUANT, amct-behaviour 2.10)."""
     return (deq.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

@@ -36,13 +36,13 @@ def lower_fake_quant(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None
         else:
             key = (id(source), layer.factors.input_key)
             if key not in chains:
-                chains[key] = _quantise(graph, marker, source, layer.factors)
+                chains[key] = quantise(graph, marker, source, layer.factors)
             result = chains[key]
         take_over(graph, marker.outputs[0], result)
         graph.remove(marker, safe=True)
 
 
-class _Chain:
+class Chain:
     """Appends nodes in front of a marker, each reading the one before."""
 
     def __init__(self, graph: ir.Graph, marker: ir.Node, source: ir.Value) -> None:
@@ -61,10 +61,13 @@ class _Chain:
         self.value = node.outputs[0]
 
 
-def _quantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: LayerFactors) -> ir.Value:
-    prefix = f"{factors.name}.quant.fakequant"
+def quantise(
+    graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: LayerFactors, stem: str = "quant"
+) -> ir.Value:
+    """Put the chain that rounds `source` to integers (held as float32) in front of `marker`."""
+    prefix = f"{factors.name}.{stem}.fakequant"
     low, high = factors.range
-    chain = _Chain(graph, marker, source)
+    chain = Chain(graph, marker, source)
     scale = chain.constant(f"{prefix}.scale", np.asarray(np.float32(1) / factors.scale_d))
     offset = chain.constant(f"{prefix}.offset", np.asarray(factors.offset_d, np.float32))
     minimum = chain.constant(f"{prefix}.min_val", np.asarray(low, np.float32))
@@ -80,7 +83,7 @@ def _quantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: Layer
 def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: FencedLayer) -> ir.Value:
     factors = layer.factors
     prefix = f"{factors.name}.fakedequant"
-    chain = _Chain(graph, marker, source)
+    chain = Chain(graph, marker, source)
     scale = factors.deq
     if factors.shift:
         step = np.ldexp(np.float32(1), np.asarray(factors.shift)).astype(np.float32)

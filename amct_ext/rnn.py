@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_ext.errors import InvalidDataError
+from amct_ext.graph_layers import ONNX_GATES
 from amct_ext.layers import CompressedLayer
 from amct_ext.plan import LayerPlan, QuantPlan
 from amct_ext.quant import ActivationQuantizer, WeightQuantizer
@@ -170,7 +171,7 @@ class CompressedRNN(CompressedLayer):
 
 
 class CompressedLSTM(CompressedRNN, nn.LSTM):  # type: ignore[misc]
-    gates, onnx_order, state_count = 4, (0, 3, 1, 2), 2
+    gates, onnx_order, state_count = 4, ONNX_GATES["LSTM"], 2
 
     def _cell(
         self, inputs: Tensor, recurrent: Tensor, hidden: Tensor, states: tuple[Tensor, ...]
@@ -181,7 +182,7 @@ class CompressedLSTM(CompressedRNN, nn.LSTM):  # type: ignore[misc]
 
 
 class CompressedGRU(CompressedRNN, nn.GRU):  # type: ignore[misc]
-    gates, onnx_order, state_count = 3, (1, 0, 2), 1
+    gates, onnx_order, state_count = 3, ONNX_GATES["GRU"], 1
 
     def _cell(
         self, inputs: Tensor, recurrent: Tensor, hidden: Tensor, states: tuple[Tensor, ...]

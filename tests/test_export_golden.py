@@ -48,6 +48,7 @@ SLOW = _names(
     "mlp_filter_quant mlp_quant mobile_quant odd_24_quant odd_filter_quant res_quant shared_quant_bn2 shared_rev_clip "
     "shared_rev_quant"
 )
+RECURRENT = ["gru_quant", "gru_cwfalse", "lstm_quant"]
 PLAIN = ["cnn_24_f0", "cnn_filter_asc", "mlp_filter_asc", "res_filter_asc"]
 LAYER_NORM = {"ReduceMean": 2, "Sub": 1, "Pow": 1, "Add": 2, "Sqrt": 1, "Div": 1, "Mul": 1}
 
@@ -148,6 +149,9 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     done.clear()
 
 
+all_quant_cases = pytest.mark.parametrize(
+    "case", [*QUICK, *RECURRENT, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+)
 quant_cases = pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
 
 
@@ -174,7 +178,7 @@ def initialisers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-@quant_cases
+@all_quant_cases
 def test_graphs_have_the_references_operators_and_tensors(case: str, exported: Callable[[str], Exported]) -> None:
     ours = exported(case)
     for path, kind in ((ours.fake_quant, "fake_quant"), (ours.deploy, "deploy")):
@@ -188,7 +192,7 @@ def test_graphs_have_the_references_operators_and_tensors(case: str, exported: C
         assert expected == {n.name for n in model.graph.node if n.name in keys or n.name.startswith(prefixes)}
 
 
-@quant_cases
+@all_quant_cases
 def test_fake_quant_model_computes_what_the_references_did(case: str, exported: Callable[[str], Exported]) -> None:
     ours = exported(case)
     session = ort.InferenceSession(str(ours.fake_quant))
