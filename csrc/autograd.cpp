@@ -77,6 +77,115 @@ struct LsqFunction : torch::autograd::Function<LsqFunction> {
   }
 };
 
+struct ApplyMaskFunction : torch::autograd::Function<ApplyMaskFunction> {
+  static Variable forward(AutogradContext* ctx, const Variable& w, const Variable& mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({mask});
+    return apply_mask(w, mask);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}};
+  }
+};
+
+struct SparsifyFunction : torch::autograd::Function<SparsifyFunction> {
+  static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t axis) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, mask] = sparsify_2to4(w, axis);
+    ctx->save_for_backward({mask});
+    ctx->mark_non_differentiable({mask});
+    ctx->set_materialize_grads(false);
+    return {y, mask};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(2);
+    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}};
+  }
+};
+
+struct SparseArqFunction : torch::autograd::Function<SparseArqFunction> {
+  static variable_list forward(AutogradContext* ctx, const Variable& w, const Variable& mask, int64_t num_bits,
+                               std::optional<int64_t> channel_axis) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, scale] = sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
+    ctx->save_for_backward({mask});
+    ctx->mark_non_differentiable({scale});
+    ctx->set_materialize_grads(false);
+    return {y, scale};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(4);
+    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}, {}, {}};
+  }
+};
+
+struct SparseArq2to4Function : torch::autograd::Function<SparseArq2to4Function> {
+  static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t axis, int64_t num_bits,
+                               std::optional<int64_t> channel_axis) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, scale, mask] = sparse_arq_fake_quantize_2to4(w, axis, num_bits, channel_axis);
+    ctx->save_for_backward({mask});
+    ctx->mark_non_differentiable({scale, mask});
+    ctx->set_materialize_grads(false);
+    return {y, scale, mask};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(4);
+    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}, {}, {}};
+  }
+};
+
+struct ArqManyFunction : torch::autograd::Function<ArqManyFunction> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList weights, int64_t num_bits,
+                               const std::vector<int64_t>& channel_axes) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, scale] = arq_fake_quantize_many(weights, num_bits, channel_axes);
+    ctx->mark_non_differentiable(scale);
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["count"] = static_cast<int64_t>(weights.size());
+    variable_list results(y.begin(), y.end());
+    results.insert(results.end(), scale.begin(), scale.end());
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const int64_t count = ctx->saved_data["count"].toInt();
+    variable_list results(grads.begin(), grads.begin() + count);
+    results.resize(count + 2);
+    return results;
+  }
+};
+
+Tensor apply_mask_rule(const Tensor& w, const Tensor& mask) { return ApplyMaskFunction::apply(w, mask); }
+
+std::tuple<Tensor, Tensor> sparsify(const Tensor& w, int64_t axis) {
+  const auto r = SparsifyFunction::apply(w, axis);
+  return {r[0], r[1]};
+}
+
+std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                      std::optional<int64_t> channel_axis) {
+  const auto r = SparseArqFunction::apply(w, mask, num_bits, channel_axis);
+  return {r[0], r[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
+                                                   std::optional<int64_t> channel_axis) {
+  const auto r = SparseArq2to4Function::apply(w, axis, num_bits, channel_axis);
+  return {r[0], r[1], r[2]};
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
+                                                              at::IntArrayRef channel_axes) {
+  const auto r = ArqManyFunction::apply(weights, num_bits, channel_axes.vec());
+  const auto middle = r.begin() + static_cast<int64_t>(weights.size());
+  return {std::vector<Tensor>(r.begin(), middle), std::vector<Tensor>(middle, r.end())};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq(const Tensor& x, const Tensor& clip_max,
                                                                const Tensor& clip_min, const Tensor& prev_clip_max,
                                                                const Tensor& prev_clip_min, int64_t num_bits,
@@ -101,6 +210,11 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize", ulq);
   m.impl("arq_fake_quantize", arq);
   m.impl("lsq_fake_quantize", lsq);
+  m.impl("apply_mask", apply_mask_rule);
+  m.impl("sparsify_2to4", sparsify);
+  m.impl("sparse_arq_fake_quantize", sparse_arq);
+  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
+  m.impl("arq_fake_quantize_many", arq_many);
   // No gradient: their results never require one, whatever the inputs do.
   for (const char* name : {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4",
                            "filter_norms", "search_clip_range", "shift_error_", "best_shift"}) {

@@ -69,6 +69,40 @@ Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits, s
   return call.call(w, scale, num_bits, channel_axis);
 }
 
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights, int64_t num_bits,
+                                                                            at::IntArrayRef channel_axes) {
+  using Results = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
+  static const auto call = op<Results(at::TensorList, int64_t, at::IntArrayRef)>("amct_ext::arq_fake_quantize_many");
+  return call.call(weights, num_bits, channel_axes);
+}
+
+Tensor apply_mask(const Tensor& w, const Tensor& mask) {
+  static const auto call = op<Tensor(const Tensor&, const Tensor&)>("amct_ext::apply_mask");
+  return call.call(w, mask);
+}
+
+std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
+  using Results = std::tuple<Tensor, Tensor>;
+  static const auto call = op<Results(const Tensor&, int64_t)>("amct_ext::sparsify_2to4");
+  return call.call(w, axis);
+}
+
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                    std::optional<int64_t> channel_axis) {
+  using Results = std::tuple<Tensor, Tensor>;
+  static const auto call =
+      op<Results(const Tensor&, const Tensor&, int64_t, std::optional<int64_t>)>("amct_ext::sparse_arq_fake_quantize");
+  return call.call(w, mask, num_bits, channel_axis);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
+                                                                 std::optional<int64_t> channel_axis) {
+  using Results = std::tuple<Tensor, Tensor, Tensor>;
+  static const auto call =
+      op<Results(const Tensor&, int64_t, int64_t, std::optional<int64_t>)>("amct_ext::sparse_arq_fake_quantize_2to4");
+  return call.call(w, axis, num_bits, channel_axis);
+}
+
 Tensor mask_2to4(const Tensor& w, int64_t axis) {
   static const auto call = op<Tensor(const Tensor&, int64_t)>("amct_ext::mask_2to4");
   return call.call(w, axis);

@@ -31,6 +31,23 @@ TORCH_LIBRARY(amct_ext, m) {
       tags);
   m.def("quantize_weight(Tensor w, Tensor scale, int num_bits=8, int? channel_axis=None) -> Tensor", tags);
 
+  // axes: one per weight, -1 for a single scale
+  m.def(
+      "arq_fake_quantize_many(Tensor[] weights, int num_bits=8, int[] channel_axes=[]) -> (Tensor[] y, Tensor[] scale)",
+      tags);
+
+  // sparse weights
+  m.def("apply_mask(Tensor w, Tensor mask) -> Tensor", tags);
+  m.def("sparsify_2to4(Tensor w, int axis=1) -> (Tensor y, Tensor mask)", tags);
+  m.def(
+      "sparse_arq_fake_quantize(Tensor w, Tensor mask, int num_bits=8, int? channel_axis=None) "
+      "-> (Tensor y, Tensor scale)",
+      tags);
+  m.def(
+      "sparse_arq_fake_quantize_2to4(Tensor w, int axis=1, int num_bits=8, int? channel_axis=None) "
+      "-> (Tensor y, Tensor scale, Tensor mask)",
+      tags);
+
   // sparsity and pruning
   m.def("mask_2to4(Tensor w, int axis=1) -> Tensor", tags);
   m.def("refresh_mask_(Tensor w, Tensor(a!) mask, Tensor(b!) step, int update_freq, int axis=1) -> ()", tags);

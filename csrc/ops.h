@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #define AMCT_API __attribute__((visibility("default")))
 
@@ -32,6 +33,17 @@ AMCT_API Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, 
                                            std::optional<double> grad_factor = std::nullopt);
 AMCT_API Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
                                 std::optional<int64_t> channel_axis = std::nullopt);
+
+AMCT_API std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights,
+                                                                                     int64_t num_bits,
+                                                                                     at::IntArrayRef channel_axes);
+
+AMCT_API Tensor apply_mask(const Tensor& w, const Tensor& mask);
+AMCT_API std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis = 1);
+AMCT_API std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits = 8,
+                                                             std::optional<int64_t> channel_axis = std::nullopt);
+AMCT_API std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(
+    const Tensor& w, int64_t axis = 1, int64_t num_bits = 8, std::optional<int64_t> channel_axis = std::nullopt);
 
 AMCT_API Tensor mask_2to4(const Tensor& w, int64_t axis = 1);
 AMCT_API void refresh_mask_(const Tensor& w, Tensor& mask, Tensor& step, int64_t update_freq, int64_t axis = 1);

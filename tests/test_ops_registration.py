@@ -14,7 +14,7 @@ from torch import Tensor
 import amct_ext
 from amct_ext import ops
 
-MODULES = ("masks", "norms", "search", "shift", "ulq", "weights")
+MODULES = ("masks", "norms", "search", "shift", "sparse", "ulq", "weights")
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
@@ -42,6 +42,11 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
         "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w, scales[:1], 8, None, 0.5)],
         "quantize_weight": [(w, scales, 8, 0), (w, scales[:1], 4)],
+        "arq_fake_quantize_many": [([leaf(w), leaf(w[0])], 8, [0, -1])],
+        "apply_mask": [(leaf(w), mask)],
+        "sparsify_2to4": [(leaf(w),)],
+        "sparse_arq_fake_quantize": [(leaf(w), mask, 8, 0), (leaf(w), mask)],
+        "sparse_arq_fake_quantize_2to4": [(leaf(w), 1, 8, 0), (leaf(w), 0, 4)],
         "mask_2to4": [(w,), (w, 0)],
         "refresh_mask_": [(w, mask.clone(), torch.tensor(s, device=device), 2) for s in (0, 1)],
         "pack_mask": [(mask,)],
@@ -52,7 +57,7 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     }[op]
 
 
-@pytest.mark.parametrize("op", [name for name in ops.__all__])
+@pytest.mark.parametrize("op", ops.__all__)
 def test_opcheck(op: str, device: torch.device) -> None:
     overload = getattr(torch.ops.amct_ext, op).default
     for sample in arguments(op, device):

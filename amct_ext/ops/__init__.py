@@ -12,6 +12,13 @@ from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask 
 from amct_ext.ops.norms import filter_norms  # noqa: E402
 from amct_ext.ops.search import search_clip_range  # noqa: E402
 from amct_ext.ops.shift import best_shift, shift_error_  # noqa: E402
+from amct_ext.ops.sparse import (  # noqa: E402
+    apply_mask,
+    arq_fake_quantize_many,
+    sparse_arq_fake_quantize,
+    sparse_arq_fake_quantize_2to4,
+    sparsify_2to4,
+)
 from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_backward  # noqa: E402
 from amct_ext.ops.weights import (  # noqa: E402
     arq_fake_quantize,
@@ -21,7 +28,9 @@ from amct_ext.ops.weights import (  # noqa: E402
 )
 
 __all__ = [
+    "apply_mask",
     "arq_fake_quantize",
+    "arq_fake_quantize_many",
     "best_shift",
     "filter_norms",
     "lsq_fake_quantize",
@@ -32,6 +41,9 @@ __all__ = [
     "refresh_mask_",
     "search_clip_range",
     "shift_error_",
+    "sparse_arq_fake_quantize",
+    "sparse_arq_fake_quantize_2to4",
+    "sparsify_2to4",
     "ulq_fake_quantize",
     "ulq_fake_quantize_backward",
     "unpack_mask",

@@ -81,6 +81,11 @@ inline at::Tensor laid_out_as(const at::Tensor& other, const at::Tensor& x) {
   return at::empty_like(x).copy_(other);
 }
 
+// A mask in the memory order of x.
+inline at::Tensor mask_laid_out_as(const at::Tensor& mask, const at::Tensor& x) {
+  return mask.strides() == x.strides() ? mask : at::empty_like(x, x.options().dtype(at::kBool)).copy_(mask);
+}
+
 inline const char* at_element(const void* data, int64_t i, size_t size) {
   return static_cast<const char*>(data) + i * static_cast<int64_t>(size);
 }

@@ -8,23 +8,55 @@ namespace amct_ext::cpu {
 namespace {
 
 template <typename T>
-bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
-  const T* __restrict x = static_cast<const T*>(x_);
-  T* __restrict y = static_cast<T*>(y_);
-  const math::Affine<Acc<T>> affine{static_cast<Acc<T>>(p.scale), static_cast<Acc<T>>(p.offset)};
-  const Acc<T> lowest = static_cast<Acc<T>>(p.lowest), highest = static_cast<Acc<T>>(p.highest);
+AMCT_INLINE void ulq_exact(const T* __restrict x, T* __restrict y, int64_t n, math::Affine<Acc<T>> affine,
+                           Acc<T> lowest, Acc<T> highest) {
+  for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(math::fake_quantize(widen(x[i]), affine, lowest, highest));
+}
+
+// Returns the largest distance from an integer, as bits.
+template <typename T>
+AMCT_INLINE BitsOf<Acc<T>> ulq_fast(const T* __restrict x, T* __restrict y, int64_t n, math::Affine<Acc<T>> affine,
+                                    Acc<T> inverse, Acc<T> lowest, Acc<T> highest) {
+  BitsOf<Acc<T>> farthest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc<T> t = widen(x[i]) * inverse + affine.offset, code = math::round_even(t);
+    const BitsOf<Acc<T>> distance = magnitude_bits(t - code);
+    farthest = distance > farthest ? distance : farthest;
+    y[i] = narrow<T>((math::clamp(code, lowest, highest) - affine.offset) * affine.scale);
+  }
+  return farthest;
+}
+
+template <typename T>
+AMCT_INLINE Bits<T> largest_bits(const T* __restrict x, int64_t n) {
   Bits<T> most = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const T v = x[i];
-    const Bits<T> bits = magnitude_bits(v);
+    const Bits<T> bits = magnitude_bits(x[i]);
     most = bits > most ? bits : most;
-    y[i] = narrow<T>(math::fake_quantize(widen(v), affine, lowest, highest));
+  }
+  return most;
+}
+
+template <typename T>
+bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
+  const T* x = static_cast<const T*>(x_);
+  T* y = static_cast<T*>(y_);
+  const math::Affine<Acc<T>> affine{static_cast<Acc<T>>(p.scale), static_cast<Acc<T>>(p.offset)};
+  const Acc<T> lowest = static_cast<Acc<T>>(p.lowest), highest = static_cast<Acc<T>>(p.highest);
+  const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
+  const auto limit = as<BitsOf<Acc<T>>>(fast.limit);
+  Bits<T> most = 0;
+  for (int64_t begin = 0; begin < n; begin += kRetry) {
+    const int64_t count = n - begin < kRetry ? n - begin : kRetry;
+    const Bits<T> largest = largest_bits(x + begin, count);
+    most = largest > most ? largest : most;
+    if (!fast.usable || ulq_fast(x + begin, y + begin, count, affine, fast.inverse, lowest, highest) >= limit) {
+      ulq_exact(x + begin, y + begin, count, affine, lowest, highest);
+    }
   }
   return most >= Traits<T>::kInfinity;
 }
 
-// Sums run in lanes of float64, element i in lane i % kLanes, so the order of additions does not depend on the
-// instruction set; the lanes are added up in order at the end.
 template <typename T>
 void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackward& p, UlqSums& out) {
   const T* __restrict grad = static_cast<const T*>(grad_);

@@ -46,14 +46,18 @@ AMCT_INLINE void mask_groups(const B* __restrict a, const B* __restrict b, const
 
 constexpr int kGroups = 256;  // groups handled at a time
 
-// What a step works on: magnitudes of the four members of each group and what is kept of them.
+constexpr int kChunk = 16;  // longest row that moves in one piece
+
+// What a step works on: magnitudes of the four members of each group and what is kept of them. Rows are moved in pieces
+// of kChunk that run over into the next row, hence the padding.
 template <typename B>
 struct GroupStage {
-  alignas(64) B in[4][kGroups];
-  alignas(64) B keep[4][kGroups];
+  alignas(64) B in[4][kGroups + kChunk];
+  alignas(64) B keep[4][kGroups + kChunk];
 };
 
-// `count` planes of four rows of `inner` values, from memory order to member order; rows from `rows` on are zeros.
+// Rows of `inner` values from memory order to member order. Whole pieces are moved where what follows may be read,
+// which is not known of the last plane.
 template <typename T>
 AMCT_INLINE void gather(const T* __restrict w, int64_t planes, int64_t inner, GroupStage<Bits<T>>& s) {
   if (inner == 1) {
@@ -62,15 +66,21 @@ AMCT_INLINE void gather(const T* __restrict w, int64_t planes, int64_t inner, Gr
     }
     return;
   }
+  const int64_t whole = inner <= kChunk && planes * inner >= 2 * kChunk ? planes - (kChunk / inner + 1) : 0;
   for (int64_t g = 0; g < planes; ++g) {
     for (int r = 0; r < 4; ++r) {
       const T* __restrict row = w + (4 * g + r) * inner;
       Bits<T>* __restrict to = s.in[r] + g * inner;
-      for (int64_t i = 0; i < inner; ++i) to[i] = order(row[i]);
+      if (g < whole) {
+        for (int i = 0; i < kChunk; ++i) to[i] = order(row[i]);
+      } else {
+        for (int64_t i = 0; i < inner; ++i) to[i] = order(row[i]);
+      }
     }
   }
 }
 
+// Back to memory order. Pieces that run over are overwritten by the rows that follow: rows go out in rising order.
 template <typename T, bool Apply>
 AMCT_INLINE void scatter(const GroupStage<Bits<T>>& s, const T* __restrict w, int64_t planes, int64_t inner,
                          uint8_t* __restrict mask, T* __restrict y) {
@@ -79,11 +89,16 @@ AMCT_INLINE void scatter(const GroupStage<Bits<T>>& s, const T* __restrict w, in
       for (int r = 0; r < 4; ++r) mask[4 * g + r] = static_cast<uint8_t>(s.keep[r][g]);
     }
   } else {
+    const int64_t whole = inner <= kChunk && planes * inner >= 2 * kChunk ? planes - (kChunk / inner + 1) : 0;
     for (int64_t g = 0; g < planes; ++g) {
       for (int r = 0; r < 4; ++r) {
         const Bits<T>* __restrict from = s.keep[r] + g * inner;
         uint8_t* __restrict to = mask + (4 * g + r) * inner;
-        for (int64_t i = 0; i < inner; ++i) to[i] = static_cast<uint8_t>(from[i]);
+        if (g < whole) {
+          for (int i = 0; i < kChunk; ++i) to[i] = static_cast<uint8_t>(from[i]);
+        } else {
+          for (int64_t i = 0; i < inner; ++i) to[i] = static_cast<uint8_t>(from[i]);
+        }
       }
     }
   }

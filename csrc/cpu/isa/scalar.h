@@ -116,6 +116,30 @@ AMCT_INLINE Float16 narrow<Float16>(float v) {
   return {static_cast<uint16_t>(result | sign)};
 }
 
+// Rounding x / scale (+ offset) to an integer without a division: the product with the reciprocal is off by less than
+// `near` on the codes that count, so it rounds the same way unless it lies that close to the middle between two
+// integers. Loops note the largest distance from an integer; a step where it exceeds `limit` (one in some dozens) is
+// done again with the division. The result has the bits of the division in every case.
+template <typename A>
+struct Reciprocal {
+  A inverse, limit;
+  bool usable;
+};
+
+template <typename A>
+AMCT_INLINE Reciprocal<A> reciprocal(double scale, double lowest, double highest) {
+  constexpr double ulp = sizeof(A) == 8 ? 2.220446049250313e-16 : 1.1920928955078125e-07;
+  const double near = 4 * ulp * (highest - lowest + 2);
+  // Far from overflow and underflow, for which the bound does not hold.
+  const bool ordinary = scale > 1e-30 && scale < 1e30;
+  return {A(1) / static_cast<A>(scale), static_cast<A>(0.5 - near), ordinary && near < 0.01};
+}
+
+template <typename A>
+using BitsOf = typename Traits<A>::Bits;
+
+constexpr int64_t kRetry = 256;  // values after which a step looks whether it must be done again
+
 // Sixteen sums of float64, element i of a row going to sum i % 16, so that the order of additions does not depend on
 // the instruction set. Vector types say what compilers fail to see in plain loops.
 constexpr int kLanes = 16;

@@ -43,26 +43,59 @@ Range range(const void* w_, int64_t n) {
   return {static_cast<double>(largest[0]), static_cast<double>(smallest[0])};
 }
 
+// Codes times `scale`, or the codes themselves as int8.
 template <typename T>
-void quantize(const void* w_, void* y_, int64_t n, const Symmetric& p) {
-  // w and y may be the same: no __restrict, every value is read before it is written.
+AMCT_INLINE void put(T* y, Acc<T> code, Acc<T> scale) {
+  *y = narrow<T>(code * scale);
+}
+template <typename T>
+AMCT_INLINE void put(int8_t* y, Acc<T> code, Acc<T>) {
+  *y = static_cast<int8_t>(static_cast<int32_t>(code == code ? code : Acc<T>(0)));
+}
+
+template <typename T, typename Out>
+AMCT_INLINE void symmetric_exact(const T* __restrict w, Out* __restrict y, int64_t n, Acc<T> scale, Acc<T> lowest,
+                                 Acc<T> highest) {
+  for (int64_t i = 0; i < n; ++i) put<T>(y + i, math::code(widen(w[i]), scale, lowest, highest), scale);
+}
+
+// Returns the largest distance from an integer, as bits.
+template <typename T, typename Out>
+AMCT_INLINE BitsOf<Acc<T>> symmetric_fast(const T* __restrict w, Out* __restrict y, int64_t n, Acc<T> scale,
+                                          Acc<T> inverse, Acc<T> lowest, Acc<T> highest) {
+  BitsOf<Acc<T>> farthest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc<T> t = widen(w[i]) * inverse, code = math::round_even(t);
+    const BitsOf<Acc<T>> distance = magnitude_bits(t - code);
+    farthest = distance > farthest ? distance : farthest;
+    put<T>(y + i, math::clamp(code, lowest, highest), scale);
+  }
+  return farthest;
+}
+
+template <typename T, typename Out>
+AMCT_INLINE void symmetric(const void* w_, Out* y, int64_t n, const Symmetric& p) {
   const T* w = static_cast<const T*>(w_);
-  T* y = static_cast<T*>(y_);
   const Acc<T> scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
                highest = static_cast<Acc<T>>(p.highest);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(math::fake_quantize(widen(w[i]), scale, lowest, highest));
+  const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
+  const auto limit = as<BitsOf<Acc<T>>>(fast.limit);
+  for (int64_t begin = 0; begin < n; begin += kRetry) {
+    const int64_t count = n - begin < kRetry ? n - begin : kRetry;
+    if (!fast.usable || symmetric_fast(w + begin, y + begin, count, scale, fast.inverse, lowest, highest) >= limit) {
+      symmetric_exact(w + begin, y + begin, count, scale, lowest, highest);
+    }
+  }
 }
 
 template <typename T>
-void codes(const void* w_, int8_t* __restrict y, int64_t n, const Symmetric& p) {
-  const T* __restrict w = static_cast<const T*>(w_);
-  const Acc<T> scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
-               highest = static_cast<Acc<T>>(p.highest);
-  for (int64_t i = 0; i < n; ++i) {
-    const Acc<T> code = math::code(widen(w[i]), scale, lowest, highest);
-    y[i] = static_cast<int8_t>(static_cast<int32_t>(code == code ? code : Acc<T>(0)));
-  }
+void quantize(const void* w, void* y, int64_t n, const Symmetric& p) {
+  symmetric<T>(w, static_cast<T*>(y), n, p);
+}
+
+template <typename T>
+void codes(const void* w, int8_t* y, int64_t n, const Symmetric& p) {
+  symmetric<T>(w, y, n, p);
 }
 
 // Sums run in fixed lanes of float64, see activation.h.
