@@ -131,7 +131,7 @@ def _check_mask(op: str, w: Tensor, mask: Tensor) -> None:
 @reference("apply_mask")
 def _reference_apply(w: Tensor, mask: Tensor) -> Tensor:
     _check_mask("apply_mask", w, mask)
-    return w.masked_fill(~mask, 0)
+    return torch.empty_like(w).copy_(torch.where(mask, w, torch.zeros_like(w)))  # laid out as w, not as mask
 
 
 @reference("sparsify_2to4")
