@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", reason="the demo's extra is not installed: pip in
 pytest.importorskip("matplotlib", reason="the demo's extra is not installed: pip install -e .[demo]")
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
-MODULES = ("data", "model", "train", "measure", "runs", "report", "demo")
+MODULES = ("data", "model", "train", "measure", "runs", "summary", "demo")
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import report
+import summary
 import torch
 from data import Digits, load_data
 from measure import int8_initializers, onnx_scores, step_times, weight_count
-from report import Compressed
 from rich.console import Console
 from rich.progress import Progress
 from runs import Run, progress_bar, watch
+from summary import Compressed
 from torch import Tensor, nn
 from train import BATCH, SAMPLE, accuracy, make_model, scores, starting_model
 
@@ -189,8 +189,8 @@ def main() -> int:
     done = [compress(job, name, HERE / cfg, start, float_accuracy) for name, cfg in CONFIGURATIONS.items()]
     float_model = starting_model(start)
     times = step_times({"float32": starting_model(start)} | {c.name: c.model for c in done}, job.data)
-    job.console.print(report.table(float_model, float_accuracy, done, times))
-    report.picture(job.out / "report.png", float_run, float_model, done, job.data.steps_per_epoch(BATCH))
+    job.console.print(summary.table(float_model, float_accuracy, done, times))
+    summary.picture(job.out / "report.png", float_run, float_model, done, job.data.steps_per_epoch(BATCH))
     job.console.print(f"picture: {job.out / 'report.png'}", highlight=False, soft_wrap=True)
     job.console.print(f"{time.perf_counter() - started:.0f} s", highlight=False)
     if job.failures:
