@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amct_ext import ops
 from amct_ext.calibrate import ShiftSearch
 from amct_ext.plan import LayerPlan, SparsePrune
 from amct_ext.quant import ActivationQuantizer, WeightQuantizer
@@ -66,14 +67,12 @@ class CompressedLayer(nn.Module):
         if plan.quant is not None:
             wts = plan.quant.weight
             self.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, weight.device)
-            masked = weight if self.sparsity is None else weight.detach() * self.sparsity.mask
             self.weight_quant = WeightQuantizer(
-                wts, self._to_rows(masked), 0, self._grad_factor(wts.num_bits, wts.channel_wise)
+                wts, self._to_rows(self.masked_weight()), 0, self._grad_factor(wts.num_bits, wts.channel_wise)
             )
             self.search_n = ShiftSearch(self.weight_quant.scale.numel(), batch_num, weight.device)
 
     # -- links
-    # -------------------------------------------------------------------------------------------------------------
 
     def share_activation(self, owner: CompressedLayer) -> None:
         """Use the quantiser of ``owner``, which runs first on the same tensor."""
@@ -100,7 +99,6 @@ class CompressedLayer(nn.Module):
         return () if self.act_quant is None else (self.act_quant,)
 
     # -- the forward
-    # -------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         if self.act_quant is not None:
@@ -120,12 +118,11 @@ class CompressedLayer(nn.Module):
         return y
 
     def _compressed_weight(self) -> Tensor:
-        weight = self.weight
-        if self.sparsity is not None:
-            weight = self.sparsity(weight)
-        if self.weight_quant is not None:
-            weight = self._from_rows(self.weight_quant(self._to_rows(weight)))
-        return weight
+        weight: Tensor = self.weight
+        if self.weight_quant is None:
+            return weight if self.sparsity is None else self.sparsity(weight)
+        mask = None if self.sparsity is None else self._to_rows(self.sparsity.present_mask(weight))
+        return self._from_rows(self.weight_quant(self._to_rows(weight), mask))
 
     def _search_shift(self, search: ShiftSearch, y: Tensor) -> None:
         norm = self.links.norm
@@ -135,13 +132,12 @@ class CompressedLayer(nn.Module):
         search.observe(y, self.deq_scale(), axis % y.dim())
 
     # -- what is recorded and saved
-    # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def masked_weight(self) -> Tensor:
         """The float weight with the present 2:4 mask folded in."""
         weight = self.weight.detach()
-        return weight if self.sparsity is None else weight * self.sparsity.mask
+        return weight if self.sparsity is None else ops.apply_mask(weight, self.sparsity.mask)
 
     @torch.no_grad()
     def recorded_scale_w(self) -> Tensor:
@@ -164,7 +160,6 @@ class CompressedLayer(nn.Module):
         return self.activation.present_scale() * self.recorded_scale_w()
 
     # -- layouts
-    # -----------------------------------------------------------------------------------------------------------
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         """The weight with its output channels on axis 0."""

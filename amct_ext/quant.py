@@ -211,13 +211,18 @@ class WeightQuantizer(KeepsPrecision):
         else:
             self.register_buffer("scale", torch.full_like(start, _NAN))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the fake-quantised weight (same shape, dtype and layout)."""
+    def forward(self, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the fake-quantised weight (same shape, dtype and layout), masked first where a mask is given."""
         if not self.learned:
-            y, scale = ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)
+            if mask is None:
+                y, scale = ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)
+            else:
+                y, scale = ops.sparse_arq_fake_quantize(weight, mask, self.num_bits, self.channel_axis)
             with torch.no_grad():
                 self.scale.copy_(scale)
             return y
+        if mask is not None:
+            weight = ops.apply_mask(weight, mask)
         if not self._initialised:
             self._initialise(weight.detach())
         return ops.lsq_fake_quantize(weight, self.scale, self.num_bits, self.channel_axis, self.grad_factor)

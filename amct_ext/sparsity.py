@@ -28,10 +28,14 @@ class Sparsity(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return ``weight * mask``, renewing the mask first where that is due."""
+        """Return the masked weight, renewing the mask first where that is due."""
+        return ops.apply_mask(weight, self.present_mask(weight))
+
+    def present_mask(self, weight: Tensor) -> Tensor:
+        """The mask of this forward: a training forward counts, and renews it where that is due."""
         if self.training:
             ops.refresh_mask_(weight.detach(), self.mask, self.step, self.update_freq, self.axis)
-        return weight * self.mask
+        return self.mask
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, update_freq={self.update_freq}"
