@@ -12,6 +12,7 @@ TORCH ?= torch==2.13.0
 #   TORCH_INDEX=--index-url=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 VENV ?= .venv
+JOBS ?= $(shell nproc)
 ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -56,8 +57,10 @@ demo test: export OMP_WAIT_POLICY ?= PASSIVE
 demo: venv ## compress, train, lose the process, restore, go on, export - on real data
 	$(BIN)/python examples/digits/demo.py $(ARGS)
 
+# One process per core, each with one thread; a file's tests stay together, for they share what was set up once.
+test: export OMP_NUM_THREADS ?= 1
 test: venv ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: venv ## fused against eager: every op, then one whole training step
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
