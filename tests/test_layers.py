@@ -172,6 +172,18 @@ def test_record_follows_every_evaluation(tmp_path: Path) -> None:
     assert job.record.read_text() != first
 
 
+def test_a_training_step_touches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(tmp_path, small.CONFIGS["sparse_quant"])  # masks are renewed every second step
+    optimizer = optimizer_of(model)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"file access in a training step: {args}")
+
+    for name in ("builtins.open", "os.open", "io.open", "pathlib.Path.open"):
+        monkeypatch.setattr(name, refuse)
+    train(model, optimizer, range(3))
+
+
 def test_evaluation_does_not_touch_masks_or_their_counter(tmp_path: Path) -> None:
     model = make(tmp_path, small.CONFIGS["sparse_refreshed"])
     train(model, optimizer_of(model), range(3))

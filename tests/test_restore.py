@@ -96,6 +96,22 @@ def test_restored_evaluation_is_bit_equal(job: Job, name: str, tmp_path: Path) -
     assert job.record.read_text() == record  # the restored model records the same factors
 
 
+def test_the_checkpoints_mask_wins_over_the_records(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.CONFIGS["sparse_refreshed"])
+    model = job.create()
+    old = job.record.read_text()
+    train(model, optimizer_of(model), range(2))
+    with torch.no_grad():
+        model.conv2.weight.copy_(torch.randn_like(model.conv2.weight))
+    train(model, optimizer_of(model), range(2, 3))  # renews the masks
+    torch.save(model.state_dict(), tmp_path / "state.pth")
+    job.record.write_text(old)
+    restored = job.restore(tmp_path / "state.pth", None)
+    assert torch.equal(restored.conv2.sparsity.mask, model.conv2.sparsity.mask)
+    fresh = job.create()
+    assert not torch.equal(fresh.conv2.sparsity.mask, model.conv2.sparsity.mask)
+
+
 def test_restore_in_mid_calibration(tmp_path: Path) -> None:
     job = Job(tmp_path, "batch_num: 3\n" + small.QUANT)
     whole = job.create()
