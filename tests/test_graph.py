@@ -67,7 +67,9 @@ def test_every_relu_feeds_the_next_layer(relu):
 
 
 @pytest.mark.parametrize(
-    "other", [nn.ReLU6(), lambda x: x.clamp(min=0), lambda x: F.max_pool2d(F.relu(x), 2), lambda x: x], ids=str
+    "other",
+    [nn.ReLU6(), lambda x: x.clamp(min=0), lambda x: F.max_pool2d(F.relu(x), 2), lambda x: x],
+    ids=["relu6", "clamp", "pooled", "nothing"],
 )
 def test_only_a_relu_counts_as_relu(other):
     net = Net(lambda m, x: m.b(other(m.a(x))), a=conv(), b=conv(4))
