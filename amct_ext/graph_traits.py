@@ -27,28 +27,38 @@ Calls = Mapping[str, Sequence[Node]]
 
 def layer_traits(calls: Calls, model: nn.Module) -> dict[str, LayerTraits]:
     """Traits of every layer whose class can be quantised or pruned, in named_modules order."""
-    layers = {name: module for name, module in model.named_modules() if layer_type(module) in QUANTIZABLE}
-    owners: dict[int, list[str]] = {}
-    for name, module in layers.items():
-        weight = getattr(module, "weight", None)
-        if owns_weight(module) and weight is not None:
-            owners.setdefault(id(weight), []).append(name)
+    modules = dict(model.named_modules())
+    owners = _owners(modules)
     result = {}
-    for name, module in layers.items():
+    for name, module in modules.items():
         kind = str(layer_type(module))
+        if kind not in QUANTIZABLE:
+            continue
         usable = why_not_usable(calls, name, module)
         others = [other for other in owners.get(id(getattr(module, "weight", None)), []) if other != name]
-        shared = f"its weight is shared with {', '.join(others)}" if others else ""
-        reason = usable or shared or _why_not_quantizable(kind, module)
+        shared = ", ".join(other or "the model itself" for other in others)
+        # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
+        foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
+        reason = usable or (shared and f"its weight is shared with {shared}") or _why_not_quantizable(kind, module)
         result[name] = LayerTraits(
             type=kind,
             quantizable=not reason,
             filter_prunable=kind in FILTER_PRUNABLE and not usable and not is_depthwise(module),
-            sparse_prunable=kind in SPARSE_PRUNABLE and not usable,
+            sparse_prunable=kind in SPARSE_PRUNABLE and not usable and not foreign,
             int4_weights=_int4_weights(kind, module),
             why_not_quantizable=reason,
         )
     return result
+
+
+def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """Identity of each parameter -> the modules that hold it. Computed weights are new objects and never found here."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
 
 
 def why_not_usable(all_calls: Calls, name: str, module: nn.Module) -> str:

@@ -10,10 +10,13 @@ from typing import Any, cast
 
 import onnx_ir as ir
 import torch
+from torch.utils import _pytree as pytree
 
 from amct_ext.errors import ExportError
+from amct_ext.graph_run import tensors_in
 from amct_ext.onnx_axes import Axes, apply_axes, rename_sizes
 
+_EXPORTABLE = (torch.Tensor, bool, int, float, str)  # leaves that torch.export lets a model return
 OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
 
 
@@ -36,11 +39,13 @@ def quiet() -> Iterator[None]:
 def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> torch.onnx.ONNXProgram:
     """Translate `model`, called with `arguments`, into an ONNX program that is not optimised yet.
 
-    Initialisers carry the qualified names of parameters and buffers. ExportError when the model cannot be captured,
-    with torch's own first lines: they name the operator or the size that is in the way.
+    Initialisers carry the qualified names of parameters and buffers. Where the model returns objects that torch.export
+    does not know (key-value caches, a user's own classes), the graph's outputs are all tensors in them, in order.
+    ExportError when the model cannot be captured, with torch's own first lines: they name the operator or the size that
+    is in the way.
     """
     arguments, shapes, _ = apply_axes(model, arguments, axes)
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), _plain_outputs(model):
         try:
             exported = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -71,6 +76,24 @@ def optimise(program: torch.onnx.ONNXProgram) -> ir.Model:
     with quiet():
         program.optimize()
     return program.model
+
+
+@contextmanager
+def _plain_outputs(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, `model` returns a tuple of tensors wherever its output holds anything unknown to torch.export.
+
+    A hook, not a module around the model: names of parameters and modules stay what they are.
+    """
+
+    def flatten(_: torch.nn.Module, __: Any, output: Any) -> Any:
+        known = all(leaf is None or isinstance(leaf, _EXPORTABLE) for leaf in pytree.tree_leaves(output))
+        return None if known else tuple(tensors_in(output))
+
+    handle = model.register_forward_hook(flatten)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _head(error: BaseException) -> str:

@@ -83,6 +83,8 @@ def _not_pruned(
     if not skipped and not trait.filter_prunable:
         kind = "depthwise, its channels follow from its input's" if trait.type in FILTER_PRUNABLE else trait.type
         return f"its own output channels are not removed ({kind})"
+    if not skipped and trait.type in SPARSE_PRUNABLE and not trait.sparse_prunable:
+        return trait.why_not_quantizable
     return skipped or _NOT_REACHED
 
 
