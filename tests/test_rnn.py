@@ -34,7 +34,6 @@ SETTINGS = {
     "int4": INT4,
     "two_batches": "batch_num: 2\n" + small.QUANT,
 }
-# A quantised GRU or LSTM needs no Linear to be told per channel from per tensor.
 every_kind = pytest.mark.parametrize("kind", list(KINDS))
 every_setting = pytest.mark.parametrize("setting", list(SETTINGS))
 
@@ -211,6 +210,26 @@ def test_fixed_min_only_where_it_is_asked_for(tmp_path: Path, kind: str) -> None
     job.net = Behind()
     model = job.create()
     assert model.rnn.act_quant.fixed_min and not model.rnn.hidden_quant.fixed_min
+
+
+@every_kind
+def test_shared_input_keeps_own_clips(tmp_path: Path, kind: str) -> None:
+    job = Job(tmp_path, kind, PER_TENSOR)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc, self.beside = job.net.rnn, job.net.fc, nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.rnn(x)[0][-1]) + self.beside(x)[-1]
+
+    job.net = Both()
+    model = job.create()
+    assert model.rnn.act_quant is not None and model.beside.act_quant is not None
+    assert model.rnn.act_quant is not model.beside.act_quant
+    train(model, range(2))
+    assert_same(model, job.restore(amct_ext.to_amct_state_dict(model)))
 
 
 @every_kind
