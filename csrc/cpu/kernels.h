@@ -32,7 +32,7 @@ struct Range {
   double largest, smallest;  // both NaN where one value is NaN
 };
 
-// Four rows (or fewer, with the rest null) of one 2:4 group and where to put what is kept.
+// Rows along the axis of a 2:4 mask, and where to put the mask and what is kept.
 struct Plane {
   const void* w;  // `count` rows of `inner` values
   uint8_t* mask;  // same shape

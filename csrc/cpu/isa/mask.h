@@ -81,9 +81,8 @@ AMCT_INLINE void gather(const T* __restrict w, int64_t planes, int64_t inner, Gr
 }
 
 // Back to memory order. Pieces that run over are overwritten by the rows that follow: rows go out in rising order.
-template <typename T, bool Apply>
-AMCT_INLINE void scatter(const GroupStage<Bits<T>>& s, const T* __restrict w, int64_t planes, int64_t inner,
-                         uint8_t* __restrict mask, T* __restrict y) {
+template <typename B>
+AMCT_INLINE void scatter(const GroupStage<B>& s, int64_t planes, int64_t inner, uint8_t* __restrict mask) {
   if (inner == 1) {
     for (int64_t g = 0; g < planes; ++g) {
       for (int r = 0; r < 4; ++r) mask[4 * g + r] = static_cast<uint8_t>(s.keep[r][g]);
@@ -92,7 +91,7 @@ AMCT_INLINE void scatter(const GroupStage<Bits<T>>& s, const T* __restrict w, in
     const int64_t whole = inner <= kChunk && planes * inner >= 2 * kChunk ? planes - (kChunk / inner + 1) : 0;
     for (int64_t g = 0; g < planes; ++g) {
       for (int r = 0; r < 4; ++r) {
-        const Bits<T>* __restrict from = s.keep[r] + g * inner;
+        const B* __restrict from = s.keep[r] + g * inner;
         uint8_t* __restrict to = mask + (4 * g + r) * inner;
         if (g < whole) {
           for (int i = 0; i < kChunk; ++i) to[i] = static_cast<uint8_t>(from[i]);
@@ -102,14 +101,11 @@ AMCT_INLINE void scatter(const GroupStage<Bits<T>>& s, const T* __restrict w, in
       }
     }
   }
-  if (Apply) {
-    for (int64_t i = 0; i < planes * 4 * inner; ++i) y[i] = masked(w[i], mask[i] != 0);
-  }
 }
 
 // Groups in rows long enough to be worked on where they lie, or a partial group.
-template <typename T, bool Apply>
-void mask_group(const T* __restrict w, uint8_t* __restrict mask, T* __restrict y, int64_t inner, int rows) {
+template <typename T>
+void mask_long_rows(const T* __restrict w, uint8_t* __restrict mask, int64_t inner, int rows) {
   GroupStage<Bits<T>> s;
   for (int64_t begin = 0; begin < inner; begin += kGroups) {
     const int n = inner - begin < kGroups ? static_cast<int>(inner - begin) : kGroups;
@@ -124,18 +120,13 @@ void mask_group(const T* __restrict w, uint8_t* __restrict mask, T* __restrict y
     for (int r = 0; r < rows; ++r) {
       uint8_t* __restrict to = mask + begin + r * inner;
       for (int i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(s.keep[r][i]);
-      if (Apply) {
-        const T* __restrict from = w + begin + r * inner;
-        T* __restrict kept = y + begin + r * inner;
-        for (int i = 0; i < n; ++i) kept[i] = masked(from[i], to[i] != 0);
-      }
     }
   }
 }
 
-// As many whole groups with short rows as fit the stage at once.
-template <typename T, bool Apply>
-AMCT_INLINE int64_t mask_short_rows(const T* w, uint8_t* mask, T* y, int64_t groups, int64_t inner) {
+// Whole groups with short rows, as many as fit the stage at a time.
+template <typename T>
+void mask_short_rows(const T* w, uint8_t* mask, int64_t groups, int64_t inner) {
   GroupStage<Bits<T>> s;
   const int64_t fit = kGroups / inner;
   for (int64_t g = 0; g < groups; g += fit) {
@@ -143,39 +134,7 @@ AMCT_INLINE int64_t mask_short_rows(const T* w, uint8_t* mask, T* y, int64_t gro
     gather(w + at, planes, inner, s);
     mask_groups(s.in[0], s.in[1], s.in[2], s.in[3], s.keep[0], s.keep[1], s.keep[2], s.keep[3],
                 static_cast<int>(planes * inner));
-    scatter<T, Apply>(s, w + at, planes, inner, mask + at, Apply ? y + at : nullptr);
-  }
-  return groups;
-}
-
-template <typename T, bool Apply>
-void mask_rows(const Plane& p) {
-  const T* w = static_cast<const T*>(p.w);
-  T* y = static_cast<T*>(p.y);
-  if (p.count <= 2) {
-    const int64_t n = p.count * p.inner;
-    for (int64_t i = 0; i < n; ++i) p.mask[i] = 1;
-    if (Apply) __builtin_memcpy(y, w, sizeof(T) * n);
-    return;
-  }
-  int64_t first = 0;
-  if (p.inner < kGroups / 4) {
-    const int64_t whole = mask_short_rows<T, Apply>(w, p.mask, y, p.count / 4, p.inner);
-    first = 4 * whole;
-  }
-  for (; first < p.count; first += 4) {
-    const int rows = p.count - first < 4 ? static_cast<int>(p.count - first) : 4;
-    const int64_t at = first * p.inner;
-    mask_group<T, Apply>(w + at, p.mask + at, Apply ? y + at : nullptr, p.inner, rows);
-  }
-}
-
-template <typename T>
-void mask_plane(const Plane& p) {
-  if (p.y) {
-    mask_rows<T, true>(p);
-  } else {
-    mask_rows<T, false>(p);
+    scatter(s, planes, inner, mask + at);
   }
 }
 
@@ -183,7 +142,30 @@ template <typename T>
 void apply_mask(const void* w_, const uint8_t* __restrict mask, void* y_, int64_t n) {
   const T* __restrict w = static_cast<const T*>(w_);
   T* __restrict y = static_cast<T*>(y_);
-  for (int64_t i = 0; i < n; ++i) y[i] = masked(w[i], mask[i] != 0);
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits<T> keep = static_cast<Bits<T>>(0 - static_cast<Bits<T>>(mask[i]));  // a bool is 0 or 1
+    y[i] = as<T>(static_cast<Bits<T>>(as<Bits<T>>(w[i]) & keep));
+  }
+}
+
+template <typename T>
+void mask_plane(const Plane& p) {
+  const T* w = static_cast<const T*>(p.w);
+  const int64_t n = p.count * p.inner;
+  if (p.count <= 2) {
+    for (int64_t i = 0; i < n; ++i) p.mask[i] = 1;
+  } else {
+    int64_t first = 0;
+    if (p.inner < kGroups / 4) {
+      first = p.count / 4 * 4;
+      mask_short_rows(w, p.mask, first / 4, p.inner);
+    }
+    for (; first < p.count; first += 4) {
+      const int rows = p.count - first < 4 ? static_cast<int>(p.count - first) : 4;
+      mask_long_rows(w + first * p.inner, p.mask + first * p.inner, p.inner, rows);
+    }
+  }
+  if (p.y) apply_mask<T>(w, p.mask, p.y, n);
 }
 
 }  // namespace

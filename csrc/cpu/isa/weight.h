@@ -1,6 +1,8 @@
 // Weights: range, symmetric fake quantisation, integer codes, the gradient of learned scales, norms.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/isa/scalar.h"
 #include "cpu/kernels.h"
 
@@ -8,39 +10,38 @@ namespace amct_ext::cpu {
 namespace {
 
 template <typename T>
-Range range(const void* w_, int64_t n) {
-  const T* __restrict w = static_cast<const T*>(w_);
-  // Sixteen running extremes: they depend on each other only at the end, and extremes do not depend on the order.
-  constexpr int kWide = 64;
-  Acc<T> largest[kWide], smallest[kWide];
-  Bits<T> most[kWide] = {};
-  const Acc<T> first = widen(w[0]);
-  for (int l = 0; l < kWide; ++l) largest[l] = smallest[l] = first;
-  int64_t i = 0;
-  for (; i + kWide <= n; i += kWide) {
-    for (int l = 0; l < kWide; ++l) {
-      const T raw = w[i + l];
-      const Acc<T> v = widen(raw);
-      const Bits<T> bits = magnitude_bits(raw);
-      largest[l] = v > largest[l] ? v : largest[l];
-      smallest[l] = v < smallest[l] ? v : smallest[l];
-      most[l] = bits > most[l] ? bits : most[l];
-    }
-  }
-  for (; i < n; ++i) {
+Range range_by_value(const T* __restrict w, int64_t n) {
+  Acc<T> largest = widen(w[0]), smallest = largest;
+  for (int64_t i = 1; i < n; ++i) {
     const Acc<T> v = widen(w[i]);
-    const Bits<T> bits = magnitude_bits(w[i]);
-    largest[0] = v > largest[0] ? v : largest[0];
-    smallest[0] = v < smallest[0] ? v : smallest[0];
-    most[0] = bits > most[0] ? bits : most[0];
+    largest = v > largest ? v : largest;
+    smallest = v < smallest ? v : smallest;
   }
-  for (int l = 1; l < kWide; ++l) {
-    largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
-    smallest[0] = smallest[l] < smallest[0] ? smallest[l] : smallest[0];
-    most[0] = most[l] > most[0] ? most[l] : most[0];
+  return {static_cast<double>(largest), static_cast<double>(smallest)};
+}
+
+// Bit patterns are ordered as the magnitudes: the largest pattern read as a signed number is the largest value, the
+// largest read as an unsigned one the smallest, provided that there are values of both signs. Two integer maxima, NaN
+// included.
+template <typename T>
+Range range(const void* w_, int64_t n) {
+  using Unsigned = Bits<T>;
+  using Signed = std::make_signed_t<Unsigned>;
+  const T* __restrict w = static_cast<const T*>(w_);
+  Signed high = static_cast<Signed>(as<Unsigned>(w[0]));
+  Unsigned low = as<Unsigned>(w[0]);
+  for (int64_t i = 1; i < n; ++i) {
+    const Unsigned bits = as<Unsigned>(w[i]);
+    high = static_cast<Signed>(bits) > high ? static_cast<Signed>(bits) : high;
+    low = bits > low ? bits : low;
   }
-  if (most[0] > Traits<T>::kInfinity) return {__builtin_nan(""), __builtin_nan("")};
-  return {static_cast<double>(largest[0]), static_cast<double>(smallest[0])};
+  constexpr Unsigned infinity = Traits<T>::kInfinity, sign = Traits<T>::kSign;
+  const bool negative = low >= sign, positive = high >= 0;
+  if ((positive && static_cast<Unsigned>(high) > infinity) || (negative && (low ^ sign) > infinity)) {
+    return {__builtin_nan(""), __builtin_nan("")};
+  }
+  if (!negative || !positive) return range_by_value(w, n);
+  return {static_cast<double>(widen(as<T>(static_cast<Unsigned>(high)))), static_cast<double>(widen(as<T>(low)))};
 }
 
 // Codes times `scale`, or the codes themselves as int8.

@@ -1,0 +1,15 @@
+"""pytest-benchmark suite of the range search and the shift search: `pytest benchmarks/bench_search.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bench_ops import run
+from rows import search_rows
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])
+@pytest.mark.parametrize("index", range(3))
+def test_search(benchmark: Any, index: int, count: int) -> None:
+    run(benchmark, list(search_rows())[index], count)

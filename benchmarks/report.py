@@ -1,0 +1,96 @@
+"""One table of every op: ours, its rivals, the floor; writes the CPU part of docs/performance.md.
+
+python benchmarks/report.py [--quick] [--no-compile] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from _harness import median_ms, threads
+from rows import Row, all_rows
+
+import amct_ext
+from amct_ext import ops
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- cpu: begin (written by benchmarks/report.py) -->", "<!-- cpu: end -->"
+HEAD = "| op | threads | floor ms | ours ms | ours/floor | aim | eager/ours | torch op/ours | Inductor/ours |"
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
+    with threads(count):
+        # Ours between two measurements of the floor: a neighbour's load then shows in both.
+        floor = median_ms(row.floor, seconds)
+        ours = median_ms(row.ours, seconds)
+        floor = min(floor, median_ms(row.floor, seconds))
+        rivals = [row.eager, row.torch_op, row.inductor if compile_too else None]
+        ratios = [f"{median_ms(r, seconds / 2, 1, 20) / ours:.1f}x" if r else "" for r in rivals]
+    aim = f"{row.limit:.2f}{'' if ours / floor <= row.limit else ' (missed)'}" if row.limit else ""
+    cells = [row.name, str(count), f"{floor:.3f} {row.floor_name}", f"{ours:.3f}", f"{ours / floor:.2f}", aim, *ratios]
+    return "| " + " | ".join(cells) + " |"
+
+
+def small_call_us() -> float:
+    """Forward and backward of 64 elements with autograd, in microseconds."""
+    x = torch.randn(64, requires_grad=True)
+    high, low = (torch.tensor(v, requires_grad=True) for v in (2.0, -1.5))
+    none, g = torch.tensor(math.nan), torch.randn(64)
+
+    def step() -> None:
+        y = ops.ulq_fake_quantize(x, high, low, none, none)[0]
+        torch.autograd.grad(y, (x, high, low), g)
+
+    for _ in range(200):
+        step()
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            step()
+        best = min(best, (time.perf_counter() - start) * 1e4)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="float32 only, less time per figure")
+    parser.add_argument("--no-compile", action="store_true", help="leave Inductor out")
+    parser.add_argument("--write", action="store_true", help="replace the CPU part of docs/performance.md")
+    arguments = parser.parse_args()
+    seconds = 0.15 if arguments.quick else 0.5
+    info = amct_ext.build_info()
+    head = (
+        f"{date.today()}, {processor()}, torch {torch.__version__}, {info['compiler']}, instruction set {info['simd']}. "
+        "Medians; ours/floor below 1 is faster than moving the same bytes with one torch call."
+    )
+    lines = [head, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
+    print("\n".join(lines), flush=True)
+    rows = all_rows((torch.float32,)) if arguments.quick else all_rows()
+    for row in rows:
+        for count in (1, 2):
+            lines.append(measure(row, count, seconds, not arguments.no_compile))
+            print(lines[-1], flush=True)
+    lines += ["", f"Small call (64 elements, forward and backward with autograd): {small_call_us():.1f} us."]
+    print("\n".join(lines[-2:]))
+    if arguments.write:
+        text = DOCUMENT.read_text()
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        DOCUMENT.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""The rows of the op table: for each op what to time, its rivals and its floor (the same bytes moved by one torch call)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from _harness import (
+    ACTIVATIONS,
+    DTYPES,
+    WEIGHTS,
+    Call,
+    clips,
+    eager_arq,
+    eager_lsq,
+    eager_lsq_backward,
+    eager_mask,
+    eager_search,
+    eager_ulq,
+    eager_ulq_backward,
+    written_out_mask,
+    written_out_ulq,
+)
+from torch import Tensor
+
+from amct_ext import ops
+
+
+@dataclass
+class Row:
+    """One op on one input. `limit` is the ratio to the floor that we mean to keep."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ours: Call
+    floor: Call
+    floor_name: str
+    limit: float | None = None
+    eager: Call | None = None
+    torch_op: Call | None = None
+    inductor: Call | None = None
+    keep: list[object] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+
+
+def _compiled(function: object, *arguments: object) -> Call:
+    compiled = torch.compile(function, dynamic=False)  # type: ignore[call-overload]
+    return lambda: compiled(*arguments)
+
+
+def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = ACTIVATIONS) -> Iterator[Row]:
+    for shape in shapes:
+        x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        out = torch.empty_like(x)
+        high, low, none = clips()
+        first = shape == ACTIVATIONS[0]
+        single = dtype == torch.float32
+        near = (high.to(dtype), low.to(dtype))
+        scale, zero = torch.tensor([3.5 / 255]), torch.tensor([0.0])
+        leaf = x.clone().requires_grad_()
+        yield Row(
+            "ulq forward",
+            shape,
+            dtype,
+            lambda x=x, h=high, l=low, n=none: ops.ulq_fake_quantize(x, h, l, n, n),
+            lambda x=x, out=out: out.copy_(x),
+            "copy_",
+            1.10 if single else None,
+            lambda x=x, c=near: eager_ulq(x, *c),
+            (lambda x=x: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, -128, 127, 1.0))
+            if single
+            else None,
+            _compiled(written_out_ulq, x, *near) if first else None,
+        )
+        yield Row(
+            "ulq backward",
+            shape,
+            dtype,
+            lambda x=x, g=g, h=high, l=low: ops.ulq_fake_quantize_backward(g, x, h, l),
+            lambda x=x, g=g, out=out: torch.add(x, g, out=out),
+            "add(out=)",
+            1.30 if single else None,
+            lambda x=x, g=g, c=near: eager_ulq_backward(g, x, *c),
+            _learnable_backward(leaf, g) if single else None,
+            _compiled(eager_ulq_backward, g, x, *near) if first else None,
+        )
+
+
+def _learnable_backward(leaf: Tensor, g: Tensor) -> Call:
+    scale = torch.tensor([3.5 / 255], requires_grad=True)
+    zero = torch.tensor([0.0], requires_grad=True)
+    y = torch._fake_quantize_learnable_per_tensor_affine(leaf, scale, zero, -128, 127, 1.0)
+    return lambda: torch.autograd.grad(y, (leaf, scale, zero), g, retain_graph=True)
+
+
+def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHTS) -> Iterator[Row]:
+    for shape in shapes:
+        w, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        out = torch.empty_like(w)
+        scale = torch.full(shape[:1], 0.03)
+        near = scale.to(dtype)
+        zero = torch.zeros(shape[0], dtype=torch.int32)
+        single = dtype == torch.float32
+
+        def copy(w: Tensor = w, out: Tensor = out) -> object:
+            return out.copy_(w)
+
+        def row(op: str, ours: Call, limit: float | None, eager: Call, inductor: Call | None, *rest: Call) -> Row:
+            return Row(
+                op,
+                shape,  # noqa: B023 - called at once
+                dtype,
+                ours,
+                copy if not op.endswith("backward") else lambda w=w, g=g, out=out: torch.add(w, g, out=out),  # noqa: B023
+                "add(out=)" if op.endswith("backward") else "copy_",
+                limit if single else None,  # noqa: B023
+                eager,
+                rest[0] if rest and single else None,  # noqa: B023
+                inductor,
+            )
+
+        yield row(
+            "arq",
+            lambda w=w: ops.arq_fake_quantize(w, 8, 0),
+            1.0,
+            lambda w=w: eager_arq(w),
+            _compiled(eager_arq, w),
+            lambda w=w, s=scale, z=zero: torch.fake_quantize_per_channel_affine(w, s, z, 0, -128, 127),
+        )
+        yield row(
+            "lsq forward",
+            lambda w=w, s=scale: ops.lsq_fake_quantize(w, s, 8, 0),
+            1.10,
+            lambda w=w, s=near: eager_lsq(w, s),
+            _compiled(eager_lsq, w, near),
+        )
+        yield row(
+            "lsq backward",
+            lambda w=w, g=g, s=scale: ops.lsq_fake_quantize_backward(g, w, s, 8, 0),
+            1.30,
+            lambda w=w, g=g, s=near: eager_lsq_backward(g, w, s),
+            _compiled(eager_lsq_backward, g, w, near),
+        )
+        if not single:
+            continue
+        yield row(
+            "2:4 mask and apply",
+            lambda w=w: ops.sparsify_2to4(w),
+            1.3,
+            lambda w=w: w * eager_mask(w),
+            _compiled(lambda w: w * written_out_mask(w), w),
+        )
+        yield row(
+            "2:4 and arq",
+            lambda w=w: ops.sparse_arq_fake_quantize_2to4(w, 1, 8, 0),
+            1.5,
+            lambda w=w: eager_arq(w * eager_mask(w)),
+            _compiled(lambda w: eager_arq(w * written_out_mask(w)), w),
+        )
+        mask = ops.mask_2to4(w)
+        yield row(
+            "masked arq",
+            lambda w=w, m=mask: ops.sparse_arq_fake_quantize(w, m, 8, 0),
+            1.5,
+            lambda w=w, m=mask: eager_arq(w * m),
+            _compiled(lambda w, m: eager_arq(w * m), w, mask),
+        )
+
+
+def search_rows(shapes: tuple[tuple[int, ...], ...] = ACTIVATIONS[:1]) -> Iterator[Row]:
+    for shape in shapes:
+        normal = torch.randn(shape)
+        for name, x in {"normal": normal, "relu": normal.relu()}.items():
+            out = torch.empty_like(x)
+            yield Row(
+                f"range search ({name})",
+                shape,
+                torch.float32,
+                lambda x=x: ops.search_clip_range(x),
+                lambda x=x, out=out: out.copy_(x),
+                "copy_",
+                20.0,
+                lambda x=x: eager_search(x),
+            )
+        errors, scale = torch.zeros(shape[1], 16, dtype=torch.float64), torch.full((shape[1],), 1e-4)
+        yield Row(
+            "shift search",
+            shape,
+            torch.float32,
+            lambda e=errors, s=scale, x=normal: ops.shift_error_(x, s, e),
+            lambda x=normal, out=out: out.copy_(x),
+            "copy_",
+        )
+
+
+def all_rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
+    for dtype in dtypes:
+        yield from activation_rows(dtype, ACTIVATIONS if dtype == torch.float32 else ACTIVATIONS[:1])
+        yield from weight_rows(dtype, WEIGHTS if dtype == torch.float32 else WEIGHTS[1:])
+    yield from search_rows()
