@@ -37,8 +37,8 @@ def main() -> int:
     subprocess.run(["cmake", "--build", BUILD / "cmake"], check=True)
     subprocess.run(["cmake", "--install", BUILD / "cmake", "--component", "python"], check=True)
 
-    # The interpreter is not instrumented: the runtime comes first by LD_PRELOAD; its own leaks are not ours. libstdc++ must
-    # be there from the start for exceptions to be intercepted.
+    # The interpreter is not instrumented: the runtime comes first by LD_PRELOAD; its own leaks are not ours. libstdc++
+    # must be there from the start for exceptions to be intercepted.
     compiler = os.environ.get("CXX", "c++")
     runtimes = [
         subprocess.run(
