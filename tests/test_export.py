@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from export_models import (
@@ -190,3 +191,26 @@ def test_equal_tensors_of_two_layers_stay_apart(tmp_path: Path) -> None:
         assert {"0", "1"} <= set(nodes(path))
         assert {name for name in tensors(path) if "dequant" not in name} == {"0.weight", "0.bias", "1.weight", "1.bias"}
     np.testing.assert_allclose(run(paths[0], x), simulate(model, x, records, {}), atol=2e-5)
+
+
+class Cache:
+    """What torch.export does not know: a class of the user's own."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors = list(tensors)
+
+
+class Cached(Tokens):
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        up = self.up(self.norm(x))
+        return {"score": self.down(up), "cache": Cache(up, up + 1)}
+
+
+def test_outputs_of_unknown_classes_become_the_tensors_in_them(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model, x = Cached().eval(), torch.randn(SHAPES[Tokens])
+    path = export_quantized(model, x, record_all(model, {}), {}, tmp_path / "m")[0]
+    outputs = ort.InferenceSession(str(path)).run(None, {"x": x.numpy()})
+    assert [output.shape for output in outputs] == [(2, 5, 8), (2, 5, 12), (2, 5, 12)]
+    np.testing.assert_allclose(outputs[2], outputs[1] + 1, rtol=1e-6)
+    assert isinstance(model(x)["cache"], Cache)  # the caller's model returns what it did

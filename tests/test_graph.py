@@ -333,6 +333,15 @@ def test_int4_weights_need_even_input_channels_in_one_group(layer, data, even):
     assert trait(layer, data).int4_weights is even
 
 
+def test_a_layer_tied_to_an_embedding():
+    net = Net(lambda m, x: m.head(m.table(x)), table=nn.Embedding(8, 4), head=nn.Linear(4, 8, bias=False))
+    net.head.weight = net.table.weight
+    traits = trace(net, torch.arange(6).view(2, 3)).traits(net)
+    assert list(traits) == ["head"]
+    assert traits["head"].why_not_quantizable == "its weight is shared with table"
+    assert not traits["head"].sparse_prunable
+
+
 def test_reused_shared_and_idle_layers():
     def forward(m, x):
         return m.twin(m.reused(m.reused(x))) + m.other(x)
