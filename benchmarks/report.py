@@ -74,7 +74,7 @@ def main() -> None:
     seconds = 0.15 if arguments.quick else 0.5
     info = amct_ext.build_info()
     head = (
-        f"{date.today()}, {processor()}, torch {torch.__version__}, {info['compiler']}, instruction set {info['simd']}. "
+        f"{date.today()}, {processor()}, torch {torch.__version__}, {info['compiler']}, {info['simd']}. "
         "Medians; ours/floor below 1 is faster than moving the same bytes with one torch call."
     )
     lines = [head, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]

@@ -1,4 +1,4 @@
-"""The rows of the op table: for each op what to time, its rivals and its floor (the same bytes moved by one torch call)."""
+"""The rows of the op table: what to time for each op, its rivals and its floor (one torch call moving the bytes)."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = AC
             "ulq forward",
             shape,
             dtype,
-            lambda x=x, h=high, l=low, n=none: ops.ulq_fake_quantize(x, h, l, n, n),
+            lambda x=x, high=high, low=low, n=none: ops.ulq_fake_quantize(x, high, low, n, n),
             lambda x=x, out=out: out.copy_(x),
             "copy_",
             1.10 if single else None,
             lambda x=x, c=near: eager_ulq(x, *c),
-            (lambda x=x: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, -128, 127, 1.0))
+            (lambda x=x, s=scale, z=zero: torch._fake_quantize_learnable_per_tensor_affine(x, s, z, -128, 127, 1.0))
             if single
             else None,
             _compiled(written_out_ulq, x, *near) if first else None,
@@ -81,7 +81,7 @@ def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = AC
             "ulq backward",
             shape,
             dtype,
-            lambda x=x, g=g, h=high, l=low: ops.ulq_fake_quantize_backward(g, x, h, l),
+            lambda x=x, g=g, high=high, low=low: ops.ulq_fake_quantize_backward(g, x, high, low),
             lambda x=x, g=g, out=out: torch.add(x, g, out=out),
             "add(out=)",
             1.30 if single else None,

@@ -108,8 +108,9 @@ Tensor mask_2to4(const Tensor& w, int64_t axis) {
   return call.call(w, axis);
 }
 
-void refresh_mask_(const Tensor& w, Tensor& mask, Tensor& step, int64_t update_freq, int64_t axis) {
-  static const auto call = op<void(const Tensor&, Tensor&, Tensor&, int64_t, int64_t)>("amct_ext::refresh_mask_");
+void refresh_mask_(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
+  static const auto call =
+      op<void(const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t)>("amct_ext::refresh_mask_");
   call.call(w, mask, step, update_freq, axis);
 }
 
@@ -128,8 +129,8 @@ Tensor filter_norms(const Tensor& w, int64_t axis) {
   return call.call(w, axis);
 }
 
-void shift_error_(const Tensor& x, const Tensor& deq_scale, Tensor& errors, int64_t channel_axis) {
-  static const auto call = op<void(const Tensor&, const Tensor&, Tensor&, int64_t)>("amct_ext::shift_error_");
+void shift_error_(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
+  static const auto call = op<void(const Tensor&, const Tensor&, const Tensor&, int64_t)>("amct_ext::shift_error_");
   call.call(x, deq_scale, errors, channel_axis);
 }
 

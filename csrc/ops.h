@@ -46,12 +46,13 @@ AMCT_API std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(
     const Tensor& w, int64_t axis = 1, int64_t num_bits = 8, std::optional<int64_t> channel_axis = std::nullopt);
 
 AMCT_API Tensor mask_2to4(const Tensor& w, int64_t axis = 1);
-AMCT_API void refresh_mask_(const Tensor& w, Tensor& mask, Tensor& step, int64_t update_freq, int64_t axis = 1);
+AMCT_API void refresh_mask_(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq,
+                            int64_t axis = 1);
 AMCT_API Tensor pack_mask(const Tensor& mask);
 AMCT_API Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape);
 AMCT_API Tensor filter_norms(const Tensor& w, int64_t axis = 0);
 
-AMCT_API void shift_error_(const Tensor& x, const Tensor& deq_scale, Tensor& errors, int64_t channel_axis = 1);
+AMCT_API void shift_error_(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis = 1);
 AMCT_API Tensor best_shift(const Tensor& errors);
 
 }  // namespace amct_ext

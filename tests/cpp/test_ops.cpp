@@ -24,7 +24,8 @@ void test_gradients() {
   const at::Tensor y = std::get<0>(amct_ext::ulq_fake_quantize(x, high, low, none, none));
   torch::autograd::backward({y.sum()}, {});
   const at::Tensor inside = (x.detach() <= 1.5) & (x.detach() >= -1.0);
-  expect((y.detach() - x.detach()).masked_select(inside).abs().max().item<float>() <= 2.5f / 255, "error within a step");
+  expect((y.detach() - x.detach()).masked_select(inside).abs().max().item<float>() <= 2.5f / 255,
+         "error within a step");
   expect(x.grad().defined() && high.grad().defined() && low.grad().defined(), "gradients of input and clips");
 }
 
@@ -39,7 +40,7 @@ void test_weights() {
 void test_searches() {
   const auto [scale, offset, high, low] = amct_ext::search_clip_range(at::rand({1000}));
   expect(scale.item<float>() > 0 && offset.item<float>() == 0 && high.item<float>() > 0.6f, "range of uniform data");
-  at::Tensor errors = at::zeros({1, 16}, at::kDouble);
+  const at::Tensor errors = at::zeros({1, 16}, at::kDouble);
   amct_ext::shift_error_(at::full({2, 1}, 100000.0), at::ones({1}), errors);
   expect(amct_ext::best_shift(errors).item<int>() == 2, "100000 fits 16 bits after two shifts");
 }
