@@ -35,7 +35,9 @@ def layer_traits(calls: Calls, model: nn.Module) -> dict[str, LayerTraits]:
         if kind not in QUANTIZABLE:
             continue
         usable = why_not_usable(calls, name, module)
-        others = [other for other in owners.get(id(getattr(module, "weight", None)), []) if other != name]
+        # A recurrent layer has several weights.
+        weights = [value for key, value in module._parameters.items() if key.startswith("weight")]
+        others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o != name))
         shared = ", ".join(other or "the model itself" for other in others)
         # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)

@@ -81,6 +81,15 @@ def test_a_layer_tied_to_an_embedding():
     assert not traits["head"].sparse_prunable
 
 
+def test_recurrent_layers_with_a_common_weight():
+    first, second = nn.GRU(4, 4), nn.GRU(4, 4)
+    second.weight_hh_l0 = first.weight_hh_l0
+    net = Net(lambda m, x: m.b(m.a(x)[0])[0], a=first, b=second)
+    traits = trace(net, torch.randn(3, 2, 4)).traits(net)
+    assert not traits["a"].quantizable
+    assert "shared with b" in traits["a"].why_not_quantizable
+
+
 def test_reused_shared_and_idle_layers():
     def forward(m, x):
         return m.twin(m.reused(m.reused(x))) + m.other(x)
