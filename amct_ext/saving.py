@@ -53,7 +53,10 @@ def save_quantised(
     raise_if_invalid(model)
     record = Record.read(record_file)
     if not record.quant:
-        raise RecordError(f"{record_file}: no quantisation factors recorded; run a forward in eval mode first")
+        raise RecordError(
+            f"{record_file}: no quantisation factors recorded; run a forward in eval mode first "
+            "(a compiled model needs amct_ext.update_record(model) after it)"
+        )
     check_record(model, record, record_file)
     export.export_quantized(
         plain, input_data, record.quant, session.conv_bn, save_path, **names, write_shift=session.plan.write_shift_bit
