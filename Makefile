@@ -63,7 +63,8 @@ test: venv ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: venv ## fused against eager: every op, then one whole training step
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/report.py --write $(ARGS)
+	$(BIN)/python benchmarks/bench_retrain_step.py
 
 lint: venv ## ruff, clang-format, mypy, generated files up to date; changes nothing
 	$(BIN)/ruff check .
