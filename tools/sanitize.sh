@@ -10,7 +10,7 @@ package=$folder/package/amct_ext
 torch_root=$(python -c 'import torch; print(torch.__path__[0])')
 
 cmake -S . -B "$folder" -G Ninja -DAMCT_SANITIZE=ON -DAMCT_TORCH_ROOT="$torch_root" \
-  -DPython_EXECUTABLE="$(command -v python)" \
+  -DAMCT_TORCH_VERSION="$(python -c 'import torch; print(torch.__version__)')" -DPython_EXECUTABLE="$(command -v python)" \
   -Dpybind11_DIR="$(python -c 'import pybind11; print(pybind11.get_cmake_dir())')"
 cmake --build "$folder"
 
