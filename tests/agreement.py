@@ -71,7 +71,7 @@ def run(file: onnx.ModelProto, data: Tensor) -> tuple[list[Tensor], dict[str, Te
     sources = {
         node.name: node.input[0]
         for node in file.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul") and ".quant.fakequant.sub" in node.input[0]
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and ".quant.fakequant.sub" in node.input[0]
     }
     known = [output.name for output in file.graph.output]
     extra = list(dict.fromkeys(sources.values()))
