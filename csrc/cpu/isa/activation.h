@@ -13,7 +13,7 @@ AMCT_INLINE void ulq_exact(const T* __restrict x, T* __restrict y, int64_t n, ma
   for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(math::fake_quantize(widen(x[i]), affine, lowest, highest));
 }
 
-// Returns the largest distance from an integer, as bits.
+// Returns the largest distance from an integer, as bits; a value that is not finite makes it large.
 template <typename T>
 AMCT_INLINE BitsOf<Acc<T>> ulq_fast(const T* __restrict x, T* __restrict y, int64_t n, math::Affine<Acc<T>> affine,
                                     Acc<T> inverse, Acc<T> lowest, Acc<T> highest) {
@@ -46,13 +46,15 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
   const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
   const auto limit = as<BitsOf<Acc<T>>>(fast.limit);
   Bits<T> most = 0;
-  for (int64_t begin = 0; begin < n; begin += kRetry) {
-    const int64_t count = n - begin < kRetry ? n - begin : kRetry;
+  for (int64_t begin = 0; begin < n; begin += kRetryOf<T>) {
+    const int64_t count = n - begin < kRetryOf<T> ? n - begin : kRetryOf<T>;
     const Bits<T> largest = largest_bits(x + begin, count);
     most = largest > most ? largest : most;
-    if (!fast.usable || ulq_fast(x + begin, y + begin, count, affine, fast.inverse, lowest, highest) >= limit) {
-      ulq_exact(x + begin, y + begin, count, affine, lowest, highest);
-    }
+    converted(x + begin, y + begin, count, [&](const auto* in, auto* out) __attribute__((always_inline)) {
+      if (!fast.usable || ulq_fast(in, out, count, affine, fast.inverse, lowest, highest) >= limit) {
+        ulq_exact(in, out, count, affine, lowest, highest);
+      }
+    });
   }
   return most >= Traits<T>::kInfinity;
 }

@@ -81,10 +81,18 @@ AMCT_INLINE void symmetric(const void* w_, Out* y, int64_t n, const Symmetric& p
                highest = static_cast<Acc<T>>(p.highest);
   const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
   const auto limit = as<BitsOf<Acc<T>>>(fast.limit);
-  for (int64_t begin = 0; begin < n; begin += kRetry) {
-    const int64_t count = n - begin < kRetry ? n - begin : kRetry;
-    if (!fast.usable || symmetric_fast(w + begin, y + begin, count, scale, fast.inverse, lowest, highest) >= limit) {
-      symmetric_exact(w + begin, y + begin, count, scale, lowest, highest);
+  for (int64_t begin = 0; begin < n; begin += kRetryOf<T>) {
+    const int64_t count = n - begin < kRetryOf<T> ? n - begin : kRetryOf<T>;
+    const auto loop = [&](const auto* in, auto* out) __attribute__((always_inline)) {
+      using From = std::remove_cvref_t<decltype(*in)>;
+      if (!fast.usable || symmetric_fast<From>(in, out, count, scale, fast.inverse, lowest, highest) >= limit) {
+        symmetric_exact<From>(in, out, count, scale, lowest, highest);
+      }
+    };
+    if constexpr (std::is_same_v<T, Out>) {
+      converted(w + begin, y + begin, count, loop);
+    } else {
+      loop(w + begin, y + begin);
     }
   }
 }
