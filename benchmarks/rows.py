@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from _harness import (
@@ -67,12 +68,12 @@ def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = AC
             "ulq forward",
             shape,
             dtype,
-            lambda x=x, high=high, low=low, n=none: ops.ulq_fake_quantize(x, high, low, n, n),
-            lambda x=x, out=out: out.copy_(x),
+            partial(ops.ulq_fake_quantize, x, high, low, none, none),
+            partial(out.copy_, x),
             "copy_",
             1.10 if single else None,
-            lambda x=x, c=near: eager_ulq(x, *c),
-            (lambda x=x, s=scale, z=zero: torch._fake_quantize_learnable_per_tensor_affine(x, s, z, -128, 127, 1.0))
+            partial(eager_ulq, x, *near),
+            (partial(torch._fake_quantize_learnable_per_tensor_affine, x, scale, zero, -128, 127, 1.0))
             if single
             else None,
             _compiled(written_out_ulq, x, *near) if first else None,
@@ -81,14 +82,34 @@ def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = AC
             "ulq backward",
             shape,
             dtype,
-            lambda x=x, g=g, high=high, low=low: ops.ulq_fake_quantize_backward(g, x, high, low),
-            lambda x=x, g=g, out=out: torch.add(x, g, out=out),
+            partial(ops.ulq_fake_quantize_backward, g, x, high, low),
+            partial(torch.add, x, g, out=out),
             "add(out=)",
             1.30 if single else None,
-            lambda x=x, g=g, c=near: eager_ulq_backward(g, x, *c),
+            partial(eager_ulq_backward, g, x, *near),
             _learnable_backward(leaf, g) if single else None,
             _compiled(eager_ulq_backward, g, x, *near) if first else None,
         )
+
+
+def eager_sparsify(w: Tensor) -> Tensor:
+    return w * eager_mask(w)
+
+
+def written_out_sparsify(w: Tensor) -> Tensor:
+    return w * written_out_mask(w)
+
+
+def eager_sparse_arq(w: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_arq(w * eager_mask(w))
+
+
+def written_out_sparse_arq(w: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_arq(w * written_out_mask(w))
+
+
+def eager_masked_arq(w: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_arq(w * mask)
 
 
 def _learnable_backward(leaf: Tensor, g: Tensor) -> Call:
@@ -116,7 +137,7 @@ def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHT
                 shape,  # noqa: B023 - called at once
                 dtype,
                 ours,
-                copy if not op.endswith("backward") else lambda w=w, g=g, out=out: torch.add(w, g, out=out),  # noqa: B023
+                copy if not op.endswith("backward") else partial(torch.add, w, g, out=out),  # noqa: B023
                 "add(out=)" if op.endswith("backward") else "copy_",
                 limit if single else None,  # noqa: B023
                 eager,
@@ -126,49 +147,49 @@ def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHT
 
         yield row(
             "arq",
-            lambda w=w: ops.arq_fake_quantize(w, 8, 0),
+            partial(ops.arq_fake_quantize, w, 8, 0),
             1.0,
-            lambda w=w: eager_arq(w),
+            partial(eager_arq, w),
             _compiled(eager_arq, w),
-            lambda w=w, s=scale, z=zero: torch.fake_quantize_per_channel_affine(w, s, z, 0, -128, 127),
+            partial(torch.fake_quantize_per_channel_affine, w, scale, zero, 0, -128, 127),
         )
         yield row(
             "lsq forward",
-            lambda w=w, s=scale: ops.lsq_fake_quantize(w, s, 8, 0),
+            partial(ops.lsq_fake_quantize, w, scale, 8, 0),
             1.10,
-            lambda w=w, s=near: eager_lsq(w, s),
+            partial(eager_lsq, w, near),
             _compiled(eager_lsq, w, near),
         )
         yield row(
             "lsq backward",
-            lambda w=w, g=g, s=scale: ops.lsq_fake_quantize_backward(g, w, s, 8, 0),
+            partial(ops.lsq_fake_quantize_backward, g, w, scale, 8, 0),
             1.30,
-            lambda w=w, g=g, s=near: eager_lsq_backward(g, w, s),
+            partial(eager_lsq_backward, g, w, near),
             _compiled(eager_lsq_backward, g, w, near),
         )
         if not single:
             continue
         yield row(
             "2:4 mask and apply",
-            lambda w=w: ops.sparsify_2to4(w),
+            partial(ops.sparsify_2to4, w),
             1.3,
-            lambda w=w: w * eager_mask(w),
-            _compiled(lambda w: w * written_out_mask(w), w),
+            partial(eager_sparsify, w),
+            _compiled(written_out_sparsify, w),
         )
         yield row(
             "2:4 and arq",
-            lambda w=w: ops.sparse_arq_fake_quantize_2to4(w, 1, 8, 0),
+            partial(ops.sparse_arq_fake_quantize_2to4, w, 1, 8, 0),
             1.5,
-            lambda w=w: eager_arq(w * eager_mask(w)),
-            _compiled(lambda w: eager_arq(w * written_out_mask(w)), w),
+            partial(eager_sparse_arq, w),
+            _compiled(written_out_sparse_arq, w),
         )
         mask = ops.mask_2to4(w)
         yield row(
             "masked arq",
-            lambda w=w, m=mask: ops.sparse_arq_fake_quantize(w, m, 8, 0),
+            partial(ops.sparse_arq_fake_quantize, w, mask, 8, 0),
             1.5,
-            lambda w=w, m=mask: eager_arq(w * m),
-            _compiled(lambda w, m: eager_arq(w * m), w, mask),
+            partial(eager_masked_arq, w, mask),
+            _compiled(eager_masked_arq, w, mask),
         )
 
 
@@ -181,19 +202,19 @@ def search_rows(shapes: tuple[tuple[int, ...], ...] = ACTIVATIONS[:1]) -> Iterat
                 f"range search ({name})",
                 shape,
                 torch.float32,
-                lambda x=x: ops.search_clip_range(x),
-                lambda x=x, out=out: out.copy_(x),
+                partial(ops.search_clip_range, x),
+                partial(out.copy_, x),
                 "copy_",
                 20.0,
-                lambda x=x: eager_search(x),
+                partial(eager_search, x),
             )
         errors, scale = torch.zeros(shape[1], 16, dtype=torch.float64), torch.full((shape[1],), 1e-4)
         yield Row(
             "shift search",
             shape,
             torch.float32,
-            lambda e=errors, s=scale, x=normal: ops.shift_error_(x, s, e),
-            lambda x=normal, out=out: out.copy_(x),
+            partial(ops.shift_error_, normal, scale, errors),
+            partial(out.copy_, normal),
             "copy_",
         )
 
