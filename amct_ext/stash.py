@@ -1,0 +1,96 @@
+"""No quantised input kept for backward: it is made again, bit for bit, from the input that the clips need anyway.
+
+The gradient of a weight needs the quantised input of its layer. The gradient of the clips needs the input as it was:
+the rounding error is part of it. Both are the size of the activation, and the first follows from the second by the
+very op of the forward, so only the second is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from amct_ext import ops
+
+Hook = Callable[[Any], Any]
+
+
+class _Recipe(NamedTuple):
+    """How a quantised tensor is made again."""
+
+    clip_max: Tensor
+    clip_min: Tensor
+    num_bits: int
+    layout: tuple[int, ...]  # strides of the quantised tensor
+    version: int  # of the float input
+
+
+class _Part(NamedTuple):
+    """What stands in the graph for the quantised tensor or a view of it."""
+
+    x: Any  # the float input, or what the surrounding hook made of it
+    recipe: _Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    start: int
+
+
+def stashed(quantised: Tensor, x: Tensor, clips: list[Tensor], num_bits: int) -> AbstractContextManager[Any]:
+    """A context in which the graph keeps neither ``quantised`` nor views of it; backward gets the same bits.
+
+    ``quantised`` is what `ulq_fake_quantize` made of ``x`` with the effective ``clips`` (maximum, minimum) that it
+    returned. Hooks for saved tensors around the context see ``x`` in its place, and everything else as it is. Does
+    nothing where it would save nothing (no gradient, or neither input nor clips with one, so that the graph does not
+    hold ``x``), and where hooks cannot work: torch.compile plans memory by itself, torch.func forbids them, and
+    subclasses of Tensor need not have memory of their own. Errors: RuntimeError in backward where ``x`` was modified
+    in place since.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and quantised.requires_grad):
+        return nullcontext()
+    autograd = torch._C._autograd
+    if type(quantised) is not Tensor or not quantised.numel() or not autograd._saved_tensors_hooks_is_enabled():
+        return nullcontext()
+    recipe = _Recipe(clips[0], clips[1], num_bits, quantised.stride(), x._version)
+    # `detach` takes the data without the history; it shares the version counter.
+    return saved_tensors_hooks(*_hooks(quantised, x.detach(), recipe, autograd._top_saved_tensors_default_hooks(False)))
+
+
+def _hooks(quantised: Tensor, x: Tensor, recipe: _Recipe, outer: tuple[Hook, Hook] | None) -> tuple[Hook, Hook]:
+    # The address, not the tensor: hooks live as long as the graph. It is unique while the context lasts.
+    address, dtype = quantised.untyped_storage().data_ptr(), quantised.dtype
+
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != address or saved.dtype != dtype:
+            return saved if outer is None else outer[0](saved)
+        kept = x if outer is None else outer[0](x)
+        return _Part(kept, recipe, saved.size(), saved.stride(), saved.storage_offset())
+
+    def unpack(packed: Any) -> Tensor:
+        if not isinstance(packed, _Part):
+            other: Tensor = packed if outer is None else outer[1](packed)
+            return other
+        if outer is not None:
+            return _rebuilt(outer[1](packed.x), packed)
+        if packed.x._version != packed.recipe.version:
+            raise RuntimeError(
+                f"the input of a quantised layer, shape {tuple(packed.x.shape)}, was modified by an in-place operation "
+                "after the layer's forward; its gradients need it as it was"
+            )
+        return _rebuilt(packed.x, packed)
+
+    return pack, unpack
+
+
+@torch.no_grad()
+def _rebuilt(x: Tensor, part: _Part) -> Tensor:
+    clip_max, clip_min, num_bits, layout, _ = part.recipe
+    # Effective clips pass the guards of the op unchanged, and stand for the previous ones too.
+    y = ops.ulq_fake_quantize(x, clip_max, clip_min, clip_max, clip_min, num_bits)[0]
+    if y.stride() != layout:  # a surrounding hook gave the input back in another layout
+        y = torch.empty_strided(y.size(), layout, dtype=y.dtype, device=y.device).copy_(y)
+    return y.as_strided(part.size, part.stride, part.start)
