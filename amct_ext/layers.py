@@ -102,7 +102,8 @@ class CompressedLayer(nn.Module):
     # -- the forward
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        quantizer, quantised, clips = self.activation, x, list[Tensor]()
+        quantizer, quantised = self.activation, x
+        clips: list[Tensor] = []
         if self.act_quant is not None:
             quantised = self.act_quant(x, clips)
         elif quantizer is not None:

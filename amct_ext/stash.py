@@ -37,7 +37,7 @@ class _Part(NamedTuple):
     recipe: _Recipe
     size: torch.Size
     stride: tuple[int, ...]
-    start: int
+    start: int | torch.SymInt
 
 
 def stashed(quantised: Tensor, x: Tensor, clips: list[Tensor], num_bits: int) -> AbstractContextManager[Any]:
@@ -52,38 +52,46 @@ def stashed(quantised: Tensor, x: Tensor, clips: list[Tensor], num_bits: int) ->
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and quantised.requires_grad):
         return nullcontext()
-    autograd = torch._C._autograd
-    if type(quantised) is not Tensor or not quantised.numel() or not autograd._saved_tensors_hooks_is_enabled():
+    allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    if type(quantised) is not Tensor or quantised.numel() == 0 or not allowed:
         return nullcontext()
     recipe = _Recipe(clips[0], clips[1], num_bits, quantised.stride(), x._version)
-    # `detach` takes the data without the history; it shares the version counter.
-    return saved_tensors_hooks(*_hooks(quantised, x.detach(), recipe, autograd._top_saved_tensors_default_hooks(False)))
+    return _Stash(quantised, x, recipe)
 
 
-def _hooks(quantised: Tensor, x: Tensor, recipe: _Recipe, outer: tuple[Hook, Hook] | None) -> tuple[Hook, Hook]:
-    # The address, not the tensor: hooks live as long as the graph. It is unique while the context lasts.
-    address, dtype = quantised.untyped_storage().data_ptr(), quantised.dtype
+class _Stash(saved_tensors_hooks):
+    def __init__(self, quantised: Tensor, x: Tensor, recipe: _Recipe) -> None:
+        super().__init__(self._pack, self._unpack)
+        # Data without the history; it shares the version counter.
+        self._x: Tensor | None = x.detach()
+        # The address, not the tensor; it is unique while the context lasts.
+        self._address, self._dtype = quantised.untyped_storage().data_ptr(), quantised.dtype
+        self._recipe = recipe
+        self._outer: tuple[Hook, Hook] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
-    def pack(saved: Tensor) -> Any:
-        if saved.untyped_storage().data_ptr() != address or saved.dtype != dtype:
-            return saved if outer is None else outer[0](saved)
-        kept = x if outer is None else outer[0](x)
-        return _Part(kept, recipe, saved.size(), saved.stride(), saved.storage_offset())
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        # Hooks live as long as the graph, which must not hold more than was packed.
+        self._x = None
 
-    def unpack(packed: Any) -> Tensor:
+    def _pack(self, saved: Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != self._address or saved.dtype != self._dtype:
+            return saved if self._outer is None else self._outer[0](saved)
+        kept = self._x if self._outer is None else self._outer[0](self._x)
+        return _Part(kept, self._recipe, saved.size(), saved.stride(), saved.storage_offset())
+
+    def _unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, _Part):
-            other: Tensor = packed if outer is None else outer[1](packed)
+            other: Tensor = packed if self._outer is None else self._outer[1](packed)
             return other
-        if outer is not None:
-            return _rebuilt(outer[1](packed.x), packed)
+        if self._outer is not None:
+            return _rebuilt(self._outer[1](packed.x), packed)
         if packed.x._version != packed.recipe.version:
             raise RuntimeError(
                 f"the input of a quantised layer, shape {tuple(packed.x.shape)}, was modified by an in-place operation "
                 "after the layer's forward; its gradients need it as it was"
             )
         return _rebuilt(packed.x, packed)
-
-    return pack, unpack
 
 
 @torch.no_grad()
