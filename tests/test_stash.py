@@ -14,7 +14,7 @@ import small_models as small
 import torch
 from test_restore import Job, optimizer_of, train
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
@@ -100,7 +100,7 @@ def test_layers_get_the_same_bits(kind: str, dtype: torch.dtype, tmp_path: Path)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_get_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Shared inputs, 2:4 sparsity, learned scales; a checkpoint of the same state goes on alike."""
+    """Shared inputs, 2:4 sparsity, learned scales, autocast."""
     model = Job(tmp_path, small.CONFIGS[name]).create()
     model.drop.p = 0.0
     train(model, optimizer_of(model), range(1))
@@ -173,8 +173,7 @@ class Watch:
         return self.ref.expired()
 
 
-@pytest.mark.parametrize("name", ["conv1", "fc"])
-def test_the_quantised_input_is_freed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quantised_input_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Job(tmp_path, small.QUANT).create().train()
     model(small.batch(0)[0])
     made: list[Watch] = []
@@ -232,6 +231,31 @@ def test_hooks_around_the_model(tmp_path: Path) -> None:
     for run in (contiguous, offloaded):
         for name, value in gradients(model, lambda run=run: run(model)).items():
             torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5)
+
+
+def test_where_hooks_are_forbidden_nothing_changes(tmp_path: Path) -> None:
+    model = compressed(Chain(nn.Linear(7, 4)), torch.randn(5, 7), tmp_path)
+    x = torch.randn(5, 7)
+
+    def run() -> Tensor:
+        with disable_saved_tensors_hooks("no hooks here"):
+            return model(x)
+
+    allowed, forbidden = gradients(model, lambda: model(x)), gradients(model, run)
+    assert all(torch.equal(allowed[name], forbidden[name]) for name in allowed)
+
+
+def test_compiled_and_eager_keep_the_same_results(tmp_path: Path) -> None:
+    """The setting changes nothing in a compiled graph, forward and backward in one piece."""
+    torch.compiler.reset()
+    model = compressed(Chain(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
+    x = torch.randn(2, 4, 8, 8)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for setting in ("int8", "off"):
+        amct_ext.configure(model, stash=setting)
+        eager, compiled = gradients(model, lambda: model(x)), gradients(model, lambda: run(x))
+        for name, value in eager.items():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_an_input_changed_in_place_is_noticed(tmp_path: Path) -> None:
