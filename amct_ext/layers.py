@@ -103,15 +103,15 @@ class CompressedLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         quantizer, quantised = self.activation, x
-        clips: list[Tensor] = []
+        used: list[Tensor] = []
         if self.act_quant is not None:
-            quantised = self.act_quant(x, clips)
+            quantised = self.act_quant(x, used)
         elif quantizer is not None:
-            quantised = quantizer.reuse(x, clips)
+            quantised = quantizer.reuse(x, used)
         weight = self._compressed_weight()
         # Only the gradient of the weight reads the input again.
         if quantizer is not None and quantizer.stash and weight.requires_grad:
-            with stashed(quantised, x, clips, quantizer.num_bits):
+            with stashed(quantizer.num_bits, *used):
                 y = self._compute(quantised, weight, *args)
         else:
             y = self._compute(quantised, weight, *args)

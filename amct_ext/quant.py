@@ -65,15 +65,15 @@ class ActivationQuantizer(KeepsPrecision):
     def forward(self, x: Tensor, used: list[Tensor] | None = None) -> Tensor:
         """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input.
 
-        ``used`` takes up the clips of this very forward, maximum and minimum.
+        ``used`` takes up the result and what it was made of: the input, the effective clips (maximum, minimum).
         """
         self.calibrate(x)
         y, scale, offset, clip_max, clip_min, invalid = self._quantize(x)
         self._write_back(scale, offset, clip_max, clip_min, invalid)
         if self.num_readers > 1:
-            self._last = (x, y, [clip_max, clip_min], self.num_readers - 1)
+            self._last = (x, y, [y, x, clip_max, clip_min], self.num_readers - 1)
         if used is not None:
-            used += [clip_max, clip_min]
+            used += [y, x, clip_max, clip_min]
         return y
 
     def calibrate(self, x: Tensor) -> None:
@@ -95,12 +95,12 @@ class ActivationQuantizer(KeepsPrecision):
         """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
         if self._last is None or self._last[0] is not x:
             y, _, _, clip_max, clip_min, _ = self._quantize(x)
-            used += [clip_max, clip_min]
+            used += [y, x, clip_max, clip_min]
             return y
-        _, y, clips, readers = self._last
-        used += clips
+        _, y, made, readers = self._last
+        used += made
         # The last reader lets go, so that no activation outlives the forward.
-        self._last = (x, y, clips, readers - 1) if readers > 1 else None
+        self._last = (x, y, made, readers - 1) if readers > 1 else None
         return y
 
     @torch.no_grad()

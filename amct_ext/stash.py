@@ -40,22 +40,24 @@ class _Part(NamedTuple):
     start: int | torch.SymInt
 
 
-def stashed(quantised: Tensor, x: Tensor, clips: list[Tensor], num_bits: int) -> AbstractContextManager[Any]:
+def stashed(
+    num_bits: int, quantised: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor
+) -> AbstractContextManager[Any]:
     """A context in which the graph keeps neither ``quantised`` nor views of it; backward gets the same bits.
 
-    ``quantised`` is what `ulq_fake_quantize` made of ``x`` with the effective ``clips`` (maximum, minimum) that it
-    returned. Hooks for saved tensors around the context see ``x`` in its place, and everything else as it is. Does
-    nothing where it would save nothing (no gradient, or neither input nor clips with one, so that the graph does not
-    hold ``x``), and where hooks cannot work: torch.compile plans memory by itself, torch.func forbids them, and
-    subclasses of Tensor need not have memory of their own. Errors: RuntimeError in backward where ``x`` was modified
-    in place since.
+    ``quantised`` is what `ulq_fake_quantize` itself made of ``x``, and the clips are the effective ones it returned.
+    Hooks for saved tensors around the context see ``x`` in its place, and everything else as it is. Does nothing where
+    it would save nothing (no gradient, or neither input nor clips with one, so that the graph does not hold ``x``),
+    where ``quantised`` was modified in place, and where hooks cannot work: torch.compile plans memory by itself,
+    torch.func forbids them, and subclasses of Tensor need not have memory of their own. Errors: RuntimeError in
+    backward where ``x`` was modified in place since.
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and quantised.requires_grad):
         return nullcontext()
     allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    if type(quantised) is not Tensor or quantised.numel() == 0 or not allowed:
+    if type(quantised) is not Tensor or quantised.numel() == 0 or quantised._version or not allowed:
         return nullcontext()
-    recipe = _Recipe(clips[0], clips[1], num_bits, quantised.stride(), x._version)
+    recipe = _Recipe(clip_max, clip_min, num_bits, quantised.stride(), x._version)
     return _Stash(quantised, x, recipe)
 
 
