@@ -15,6 +15,7 @@ from amct_ext.calibrate import ShiftSearch
 from amct_ext.plan import LayerPlan, SparsePrune
 from amct_ext.quant import ActivationQuantizer, WeightQuantizer
 from amct_ext.sparsity import Sparsity
+from amct_ext.stash import stashed
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -101,11 +102,19 @@ class CompressedLayer(nn.Module):
     # -- the forward
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
+        quantizer, quantised = self.activation, x
+        used: list[Tensor] = []
         if self.act_quant is not None:
-            x = self.act_quant(x)
-        elif (shared := self.links.act_quant) is not None:
-            x = shared.reuse(x)
-        y = self._compute(x, self._compressed_weight(), *args)
+            quantised = self.act_quant(x, used)
+        elif quantizer is not None:
+            quantised = quantizer.reuse(x, used)
+        weight = self._compressed_weight()
+        # Only the gradient of the weight reads the input again.
+        if quantizer is not None and quantizer.stash and weight.requires_grad:
+            with stashed(quantizer.num_bits, *used):
+                y = self._compute(quantised, weight, *args)
+        else:
+            y = self._compute(quantised, weight, *args)
         if self.search_n is not None:
             if self.training:
                 self.search_n.forget()

@@ -52,22 +52,28 @@ class ActivationQuantizer(KeepsPrecision):
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("calibration_data", torch.zeros(0, device=device))
         self.validate_now = False
+        self.stash = True
         self.num_readers = 1
         # Host mirror of batches_seen: the branch must not read a tensor.
         self._seen = 0
-        self._last: tuple[Tensor, Tensor, int] | None = None
+        self._last: tuple[Tensor, Tensor, list[Tensor], int] | None = None
 
     @property
     def calibrated(self) -> bool:
         return self._seen >= self.batch_num
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input."""
+    def forward(self, x: Tensor, used: list[Tensor] | None = None) -> Tensor:
+        """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input.
+
+        ``used`` takes up the result and what it was made of: the input, the effective clips (maximum, minimum).
+        """
         self.calibrate(x)
         y, scale, offset, clip_max, clip_min, invalid = self._quantize(x)
         self._write_back(scale, offset, clip_max, clip_min, invalid)
         if self.num_readers > 1:
-            self._last = (x, y, self.num_readers - 1)
+            self._last = (x, y, [y, x, clip_max, clip_min], self.num_readers - 1)
+        if used is not None:
+            used += [y, x, clip_max, clip_min]
         return y
 
     def calibrate(self, x: Tensor) -> None:
@@ -85,13 +91,16 @@ class ActivationQuantizer(KeepsPrecision):
         _, scale, offset, clip_max, clip_min, _ = steps[-1]
         self._write_back(scale, offset, clip_max, clip_min, torch.stack([step[5] for step in steps]).any())
 
-    def reuse(self, x: Tensor) -> Tensor:
+    def reuse(self, x: Tensor, used: list[Tensor]) -> Tensor:
         """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
         if self._last is None or self._last[0] is not x:
-            return self._quantize(x)[0]
-        y, left = self._last[1], self._last[2] - 1
+            y, _, _, clip_max, clip_min, _ = self._quantize(x)
+            used += [y, x, clip_max, clip_min]
+            return y
+        _, y, made, readers = self._last
+        used += made
         # The last reader lets go, so that no activation outlives the forward.
-        self._last = (x, y, left) if left else None
+        self._last = (x, y, made, readers - 1) if readers > 1 else None
         return y
 
     @torch.no_grad()

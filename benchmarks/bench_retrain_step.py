@@ -21,6 +21,7 @@ from resnet import small_resnet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
 
@@ -59,6 +60,18 @@ def first_step_time(step: Callable[[], None]) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
+def bytes_kept(model: nn.Module, images: Tensor) -> int:
+    """What the graph of one forward holds, weights included, every storage once."""
+    storages: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        return storages.setdefault(x.untyped_storage().data_ptr(), x)
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        model(images)
+    return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
 def take_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):  # two rounds warm up
@@ -84,22 +97,25 @@ def main() -> None:
     models = {
         "float32": seeded(),
         "INT8, fused": compressed(INT8, images[:2]),
+        "INT8, fused, stash off": compressed(INT8, images[:2]),
         "2:4 + INT8, fused, masks kept": compressed(SPARSE % 0, images[:2]),
         "2:4 + INT8, fused, masks renewed each step": compressed(SPARSE % 1, images[:2]),
         "INT8, eager torch": quantise_eagerly(seeded()),
     }
+    amct.configure(models["INT8, fused, stash off"], stash="off")
     steps = {name: stepper(model, images, labels) for name, model in models.items()}
     first = {name: first_step_time(step) for name, step in steps.items()}
+    kept = {name: bytes_kept(model, images) for name, model in models.items()}
     times = {name: statistics.median(values) for name, values in take_turns(steps, args.rounds).items()}
 
     table = Table(
         title=f"one training step, batch {args.batch} of {args.size}x{args.size}, {args.threads} threads, median ms"
     )
-    for heading in ("", "step", "against float", "against eager INT8", "first step"):
+    for heading in ("", "step", "against float", "against eager INT8", "first step", "kept for backward"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, value in times.items():
         ratios = [f"{value / times[rival]:.2f}x" for rival in ("float32", "INT8, eager torch")]
-        table.add_row(name, f"{value:.1f}", *ratios, f"{first[name]:.0f}")
+        table.add_row(name, f"{value:.1f}", *ratios, f"{first[name]:.0f}", f"{kept[name] / 2**20:.1f} MiB")
     Console(width=120).print(table)
 
 
