@@ -52,7 +52,7 @@ class ActivationQuantizer(KeepsPrecision):
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("calibration_data", torch.zeros(0, device=device))
         self.validate_now = False
-        self.stash = True
+        self.stash = False
         self.num_readers = 1
         # Host mirror of batches_seen: the branch must not read a tensor.
         self._seen = 0

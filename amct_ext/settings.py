@@ -15,21 +15,21 @@ def configure(
     model: nn.Module,
     *,
     validation: Literal["deferred", "eager"] | None = None,
-    stash: Literal["int8", "off"] | None = None,
+    stash: Literal["rebuild", "off"] | None = None,
 ) -> None:
     """Change settings of a compressed model; what is not given stays as it is.
 
     ``validation``: when NaN/Inf in an activation raises. "deferred" (how a model starts) notes it on the device and
     raises at the next evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in
-    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward. "int8"
-    (how a model starts) allows at most its codes; none are stored in fact, the values are rounded again from the float
-    input that the gradient of the clips needs anyway, with the same bits. "off" keeps them as floats. Errors:
-    ValueError (unknown value), ModelError (not a compressed model).
+    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward. "off"
+    (how a model starts) keeps it as floats; "rebuild" keeps nothing and rounds it again, with the same bits, from the
+    float input that the gradient of the clips needs anyway: the memory of the float model for some percent of the
+    step's time. Errors: ValueError (unknown value), ModelError (not a compressed model).
     """
     if validation not in (None, "deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
-    if stash not in (None, "int8", "off"):
-        raise ValueError(f"stash must be 'int8' or 'off', not {stash!r}")
+    if stash not in (None, "rebuild", "off"):
+        raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
     inner = unwrap(model)
     session_of(inner)
     for _, layer in compressed_layers(inner):
@@ -37,7 +37,7 @@ def configure(
             if validation is not None:
                 quantizer.validate_now = validation == "eager"
             if stash is not None:
-                quantizer.stash = stash == "int8"
+                quantizer.stash = stash == "rebuild"
 
 
 def update_record(model: nn.Module, record_file: str | None = None) -> None:

@@ -97,12 +97,12 @@ def main() -> None:
     models = {
         "float32": seeded(),
         "INT8, fused": compressed(INT8, images[:2]),
-        "INT8, fused, stash off": compressed(INT8, images[:2]),
+        "INT8, fused, inputs rebuilt": compressed(INT8, images[:2]),
         "2:4 + INT8, fused, masks kept": compressed(SPARSE % 0, images[:2]),
         "2:4 + INT8, fused, masks renewed each step": compressed(SPARSE % 1, images[:2]),
         "INT8, eager torch": quantise_eagerly(seeded()),
     }
-    amct.configure(models["INT8, fused, stash off"], stash="off")
+    amct.configure(models["INT8, fused, inputs rebuilt"], stash="rebuild")
     steps = {name: stepper(model, images, labels) for name, model in models.items()}
     first = {name: first_step_time(step) for name, step in steps.items()}
     kept = {name: bytes_kept(model, images) for name, model in models.items()}

@@ -159,7 +159,7 @@ def test_the_quantised_input_is_freed(tmp_path: Path, monkeypatch: pytest.Monkey
         return result
 
     monkeypatch.setattr(ops, "ulq_fake_quantize", watched)
-    for stash, expected in (("int8", True), ("off", False)):
+    for stash, expected in (("rebuild", True), ("off", False)):
         amct_ext.configure(model, stash=stash)
         made.clear()
         y = model(small.batch(1)[0])
@@ -176,7 +176,7 @@ def test_saved_bytes(tmp_path: Path) -> None:
     model = Job(tmp_path, small.QUANT).create().train()
     x = torch.randn(16, 3, 24, 24)
     model(x)
-    for run, setting in ((plain, None), (model, "int8"), (model, "off")):
+    for run, setting in ((plain, None), (model, "rebuild"), (model, "off")):
         if setting is not None:
             amct_ext.configure(model, stash=setting)
         with saved_bytes(sizes):
@@ -192,7 +192,7 @@ def test_compiled_and_eager_keep_the_same_results(tmp_path: Path) -> None:
     model = compressed(Chain(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
     x = torch.randn(2, 4, 8, 8)
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for setting in ("int8", "off"):
+    for setting in ("rebuild", "off"):
         amct_ext.configure(model, stash=setting)
         eager, compiled = gradients(model, lambda: model(x)), gradients(model, lambda: run(x))
         for name, value in eager.items():
@@ -201,7 +201,7 @@ def test_compiled_and_eager_keep_the_same_results(tmp_path: Path) -> None:
 
 def test_an_input_changed_in_place_is_noticed(tmp_path: Path) -> None:
     model = compressed(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
-    for setting in ("int8", "off"):
+    for setting in ("rebuild", "off"):
         amct_ext.configure(model, stash=setting)
         x = torch.randn(2, 4, 8, 8)
         y = model(x)
@@ -239,16 +239,16 @@ def test_frozen_parameters(frozen: str, tmp_path: Path) -> None:
 def test_copies_keep_the_setting(tmp_path: Path) -> None:
     model = Job(tmp_path, small.QUANT).create().train()
     model(small.batch(0)[0])
-    for setting in ("off", "int8"):
+    for setting in ("off", "rebuild"):
         amct_ext.configure(model, stash=setting)
         amct_ext.configure(model, validation="eager")  # leaves the other setting alone
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert {other.conv1.act_quant.stash, other.down.activation.stash} == {setting == "int8"}
+            assert {other.conv1.act_quant.stash, other.down.activation.stash} == {setting == "rebuild"}
             assert other.conv1.act_quant.validate_now
 
 
 def test_unknown_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stash must be 'int8' or 'off', not 'int4'"):
+    with pytest.raises(ValueError, match="stash must be 'rebuild' or 'off', not 'int4'"):
         amct_ext.configure(Job(tmp_path, small.QUANT).create(), stash="int4")
     with pytest.raises(RuntimeError, match="not made by"):
         amct_ext.configure(small.build(), stash="off")
