@@ -1,6 +1,6 @@
 """One table of every op: ours, its rivals, the floor; writes the CPU part of docs/performance.md.
 
-python benchmarks/report.py [--quick] [--no-compile] [--write]
+python benchmarks/report.py [--quick] [--seconds S] [--no-compile] [--write]
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def small_call_us() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="float32 only, less time per figure")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time per figure without --quick")
     parser.add_argument("--no-compile", action="store_true", help="leave Inductor out")
     parser.add_argument("--write", action="store_true", help="replace the CPU part of docs/performance.md")
     arguments = parser.parse_args()
-    seconds = 0.15 if arguments.quick else 0.5
+    seconds = 0.15 if arguments.quick else arguments.seconds
     info = amct_ext.build_info()
     head = (
         f"{date.today()}, {processor()}, torch {torch.__version__}, {info['compiler']}, {info['simd']}. "

@@ -24,8 +24,12 @@ from _harness import (
     written_out_ulq,
 )
 from torch import Tensor
+from torch._dynamo import config as compiler
 
 from amct_ext import ops
+
+# A function is compiled anew for every dtype, shape and number of threads; past the limit it would run eagerly.
+compiler.recompile_limit = 64
 
 
 @dataclass
