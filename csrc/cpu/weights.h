@@ -12,7 +12,7 @@ namespace amct_ext::cpu {
 double scale_of(Range range, int num_bits, bool wide);
 
 // Adaptive-range quantisation of `source` (no holes, not empty) into `y` of the same layout; `scale` receives the
-// scales. `source` and `y` may be the same tensor.
+// scales. `source` and `y` must be different tensors: a step may be quantised again from `source`.
 void range_and_quantize(const at::Tensor& source, const at::Tensor& y, const at::Tensor& scale, int num_bits,
                         std::optional<int64_t> channel_axis);
 
