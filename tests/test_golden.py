@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import CLOSE, compare
-from golden_run import Case
+from golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
@@ -34,95 +34,6 @@ RECURRENT = ("gru_cwfalse", "gru_quant", "lstm_quant")
 PRUNED_FURTHER = ("group_filter_asc", "group_filter_noasc", "odd_filter_quant", "deconv_filter")
 # Counters that AMCT only compares with zero; ours are written as 0 or 1, and only training forwards count.
 COUNTERS = ("cur_batch", "prune_cur_batch", "quant_layer_num")
-
-
-def case_names() -> list[str]:
-    """Names are listed here, not read from the folder, so that collection does not need the golden data."""
-    return [
-        "cnn_24_f0",
-        "cnn_24_f0_quant",
-        "cnn_24_f2",
-        "cnn_24_f2_quant_ulqw",
-        "cnn_a16w8",
-        "cnn_a4w4",
-        "cnn_a4w8_error",
-        "cnn_arq_cwfalse",
-        "cnn_clip",
-        "cnn_clip_fixedmin",
-        "cnn_filter_asc",
-        "cnn_filter_noasc",
-        "cnn_filter_quant",
-        "cnn_fixedmin_false",
-        "cnn_fixedmin_true",
-        "cnn_fp16_mode",
-        "cnn_linear_cw_error",
-        "cnn_mixed_prune",
-        "cnn_mixed_prune_quant",
-        "cnn_only_data_cfg",
-        "cnn_override_prune",
-        "cnn_override_types",
-        "cnn_quant",
-        "cnn_quant_bn2",
-        "cnn_quant_bn2_early_eval",
-        "cnn_skip_types",
-        "cnn_skips",
-        "cnn_two_evals",
-        "cnn_ulqw",
-        "cnn_ulqw_cwfalse",
-        "cnn_ulqw_lr05",
-        "cnn_w4_arq",
-        "cnn_w4_ulqw",
-        "concat_filter_asc",
-        "concat_filter_quant",
-        "concat_quant",
-        "conv1d_quant",
-        "conv1d_ulqw",
-        "conv3d_quant",
-        "conv3d_ulqw",
-        "deconv_24_quant",
-        "deconv_filter",
-        "deconv_quant",
-        "deconv_ulqw",
-        "deconv_ulqw_cwfalse",
-        "encoder_24_quant",
-        "encoder_filter",
-        "encoder_quant",
-        "group_24_quant",
-        "group_filter_asc",
-        "group_filter_noasc",
-        "group_quant",
-        "gru_cwfalse",
-        "gru_quant",
-        "lstm_quant",
-        "lstm_ulqw",
-        "mlp_24",
-        "mlp_filter_asc",
-        "mlp_filter_quant",
-        "mlp_quant",
-        "mlp_ulqw_w4",
-        "mobile_24_quant",
-        "mobile_filter_asc",
-        "mobile_filter_noasc",
-        "mobile_quant",
-        "odd_24_quant",
-        "odd_filter_quant",
-        "odd_quant",
-        "res_24_quant",
-        "res_filter_asc",
-        "res_filter_noasc",
-        "res_filter_quant",
-        "res_quant",
-        "reused_24",
-        "reused_filter",
-        "reused_quant",
-        "shared_24_quant",
-        "shared_override",
-        "shared_quant",
-        "shared_quant_bn2",
-        "shared_rev_clip",
-        "shared_rev_pool_quant",
-        "shared_rev_quant",
-    ]
 
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
