@@ -76,8 +76,8 @@ def main() -> None:
     info = amct_ext.build_info()
     head = (
         f"{date.today()}, {processor()}, torch {torch.__version__}, {info['compiler']}, {info['simd']}. "
-        "Medians; other work on the machine moves single figures. ours/floor below 1 is faster than moving the same bytes "
-        "with one torch call."
+        "Medians; other work on the machine moves single figures. ours/floor below 1 is faster than moving the same "
+        "bytes with one torch call."
     )
     lines = [head, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     print("\n".join(lines), flush=True)
