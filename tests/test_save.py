@@ -122,3 +122,28 @@ def test_names_and_dynamic_axes(tmp_path: Path) -> None:
     assert [i.name for i in session.get_inputs()] == ["image"]
     assert [o.name for o in session.get_outputs()] == ["score"]
     assert session.run(None, {"image": np.zeros((7, 3, 12, 12), np.float32)})[0].shape == (7, 5)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 3, 4, 8)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_on_inputs_of_two_to_four_dimensions(tmp_path: Path, shape: tuple[int, ...], bias: bool) -> None:
+    (tmp_path / "c.cfg").write_text(small.LEARNED)
+    files = str(tmp_path / "c.cfg"), str(tmp_path / "record.txt")
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 6, bias=bias), nn.ReLU(), nn.Linear(6, 4, bias=bias)), torch.randn(shape)
+    model = amct_ext.create_compressed_retrain_model(net, x, *files).train()
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        expected = model.eval()(x)
+    assert expected.shape == (*shape[:-1], 4)
+    torch.save(model.state_dict(), tmp_path / "state.pth")
+    restored = amct_ext.restore_compressed_retrain_model(net, x, *files, str(tmp_path / "state.pth"))
+    with torch.no_grad():
+        assert torch.equal(restored.eval()(x), expected)
+    amct_ext.save_compressed_retrain_model(restored, files[1], str(tmp_path / "net"), x)
+    out = run_onnx(tmp_path / "net_fake_quant_model.onnx", x)
+    assert ((out - expected).abs() > 2e-5).float().mean() <= 0.1
