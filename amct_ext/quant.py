@@ -56,7 +56,7 @@ class ActivationQuantizer(KeepsPrecision):
         self.num_readers = 1
         # Host mirror of batches_seen: the branch must not read a tensor.
         self._seen = 0
-        self._last: tuple[Tensor, Tensor, list[Tensor], int] | None = None
+        self._last: tuple[tuple[Tensor, ...], int] | None = None  # what was made, and how many readers wait for it
 
     @property
     def calibrated(self) -> bool:
@@ -70,10 +70,11 @@ class ActivationQuantizer(KeepsPrecision):
         self.calibrate(x)
         y, scale, offset, clip_max, clip_min, invalid = self._quantize(x)
         self._write_back(scale, offset, clip_max, clip_min, invalid)
+        made = (y, x, clip_max, clip_min)
         if self.num_readers > 1:
-            self._last = (x, y, [y, x, clip_max, clip_min], self.num_readers - 1)
+            self._last = (made, self.num_readers - 1)
         if used is not None:
-            used += [y, x, clip_max, clip_min]
+            used += made
         return y
 
     def calibrate(self, x: Tensor) -> None:
@@ -93,15 +94,15 @@ class ActivationQuantizer(KeepsPrecision):
 
     def reuse(self, x: Tensor, used: list[Tensor]) -> Tensor:
         """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
-        if self._last is None or self._last[0] is not x:
+        if self._last is None or self._last[0][1] is not x:
             y, _, _, clip_max, clip_min, _ = self._quantize(x)
-            used += [y, x, clip_max, clip_min]
-            return y
-        _, y, made, readers = self._last
+            made: tuple[Tensor, ...] = (y, x, clip_max, clip_min)
+        else:
+            made, readers = self._last
+            # The last reader lets go, so that no activation outlives the forward.
+            self._last = (made, readers - 1) if readers > 1 else None
         used += made
-        # The last reader lets go, so that no activation outlives the forward.
-        self._last = (x, y, made, readers - 1) if readers > 1 else None
-        return y
+        return made[0]
 
     @torch.no_grad()
     def present_scale(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,6 @@ from amct_ext.record import ChannelRecord, QuantRecord, Record, SparseRecord
 from amct_ext.rnn import CompressedRNN
 from amct_ext.surgery import compressed_layers
 
-logger = logging.getLogger(__name__)
 _ATTRIBUTE = "amct_ext_session"
 _SMALLEST_FP16, _LARGEST_FP16 = 2.0**-14, 65504.0
 
@@ -66,17 +64,16 @@ def session_of(model: nn.Module) -> Session:
 
 def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     """The record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
-    session = session_of(model)
+    layers = compressed_layers(model)
+    sparse = tuple(_sparse_record(name, layer) for name, layer in layers if layer.sparsity is not None)
+    return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
+
+
+def link_norms(model: nn.Module) -> None:
+    """Point convolutions to the BatchNorm modules that follow them now; they may be exchanged (SyncBatchNorm)."""
     layers = dict(compressed_layers(model))
-    for conv, norm in session.conv_bn.items():
-        # BatchNorm modules may have been exchanged (SyncBatchNorm): link the present one.
+    for conv, norm in session_of(model).conv_bn.items():
         layers[conv].links.norm = model.get_submodule(norm)
-    sparse = tuple(_sparse_record(name, layer) for name, layer in layers.items() if layer.sparsity is not None)
-    quantised = [name for name in session.order if layers[name].weight_quant is not None]
-    if not with_factors or not all(_calibrated(layers[name]) for name in quantised):
-        quantised = []
-    quant = tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
-    return Record(quant=quant, channel=session.channel, sparse=sparse)
 
 
 def write_record(model: nn.Module, record_file: str | None = None, with_factors: bool = True) -> None:
@@ -87,13 +84,12 @@ def write_record(model: nn.Module, record_file: str | None = None, with_factors:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
         record.write(record_file or session.record_file)
     if record_file is None or os.path.abspath(record_file) == session.record_file:
-        unfinished = session.plan.quant_active and not (record.quant and _shifts_complete(model, session.plan))
-        session.dirty = unfinished
+        session.dirty = session.plan.quant_active and not (record.quant and _shifts_complete(model, session.plan))
 
 
 def check_record(model: nn.Module, record: Record, source: str) -> None:
     """Raise StaleStateError, naming the layers, where recorded factors are not those of the model's present state."""
-    present = {entry.key: entry for entry in build_record(model).quant}
+    present = {entry.key: entry for entry in _factors(model)}
     recorded = {entry.key: entry for entry in record.quant}
     wrong = [key for key in present if key not in recorded] + [key for key in recorded if key not in present]
     for key in present.keys() & recorded.keys():
@@ -115,6 +111,17 @@ def raise_if_invalid(model: nn.Module) -> None:
     if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
+
+
+def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
+    """The factors of all quantised layers in execution order; none before every calibration is finished."""
+    session = session_of(model)
+    layers = dict(compressed_layers(model))
+    quantised = [name for name in session.order if layers[name].weight_quant is not None]
+    if not all(_calibrated(layers[name]) for name in quantised):
+        return ()
+    link_norms(model)
+    return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
 
 
 def _shifts_complete(model: nn.Module, plan: Plan) -> bool:

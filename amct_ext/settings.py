@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from amct_ext.arguments import unwrap
-from amct_ext.session import build_record, session_of, write_record
+from amct_ext.session import link_norms, session_of, write_record
 from amct_ext.surgery import compressed_layers
 
 
@@ -56,7 +56,7 @@ def shift_bits(model: nn.Module) -> dict[str, list[int]]:
     evaluation yet).
     """
     inner = unwrap(model)
-    build_record(inner)  # links exchanged BatchNorm modules
+    link_norms(inner)
     layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
     return {
         name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None

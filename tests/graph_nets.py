@@ -1,4 +1,4 @@
-"""Nets that the tests of the graph build from a forward and layers."""
+"""Nets that the tests of graph and pruning build from a forward and layers."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_nets import Net, conv
 from pruning_proof import masked, outputs, plan_for
 from torch import nn
 
@@ -19,23 +20,6 @@ from amct_ext.plan import LayerPlan, Plan
 from amct_ext.prune import apply_channels, discover, plan_channels
 from amct_ext.prune_choice import importance, least_important, removal_count
 from amct_ext.record import ChannelRecord, PruneNode
-
-
-class Net(nn.Module):
-    """A module from layers and a forward given as a function of (layers, x)."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.run = forward
-
-    def forward(self, *args):
-        return self.run(self, *args)
-
-
-def conv(cin, cout, **kwargs):
-    return nn.Conv2d(cin, cout, 3, padding=1, **kwargs)
 
 
 def image(channels=3, batch=2):

@@ -6,23 +6,11 @@ import pytest
 import real_models
 import torch
 import torch.nn.functional as F
+from graph_nets import Net
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pruning_proof import prove
 from torch import nn
-
-
-class Net(nn.Module):
-    """A module from layers and a forward given as a function of (layers, x)."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.run = forward
-
-    def forward(self, *args):
-        return self.run(self, *args)
 
 
 def conv(cin, cout, kernel=3, **kwargs):
