@@ -49,10 +49,8 @@ class CMakeBuild(build_ext):
         import torch
 
         refresh_descriptors()
-        # An editable install (`editable_mode`) keeps both libraries beside the Python sources.
-        beside_sources = self.inplace or getattr(self, "editable_mode", False)
-        package = ROOT / "amct_ext" if beside_sources else Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        folder = self.build_folder
         configure = [
             tool("cmake"),
             "-S",
@@ -74,10 +72,27 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(folder), "--parallel", jobs], check=True)
-        subprocess.run([tool("cmake"), "--install", str(folder), "--component", "python"], check=True)
+        self.place(package)
 
     def copy_extensions_to_source(self) -> None:
-        """Nothing to copy: CMake installed them there."""
+        """An editable install and `build_ext --inplace` keep both libraries beside the Python sources."""
+        self.place(ROOT / "amct_ext")
+
+    @property
+    def build_folder(self) -> Path:
+        return ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+
+    def place(self, package: Path) -> None:
+        install = [
+            tool("cmake"),
+            "--install",
+            str(self.build_folder),
+            "--component",
+            "python",
+            "--prefix",
+            str(package),
+        ]
+        subprocess.run(install, check=True)
 
 
 setup(ext_modules=[Extension("amct_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
