@@ -28,7 +28,7 @@ from amct_ext.retrain_quant import (
     restore_quant_retrain_model,
     save_quant_retrain_model,
 )
-from amct_ext.settings import configure, shift_bits, update_record
+from amct_ext.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.targets import TARGETS, Target, check_target
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "create_quant_retrain_config",
     "create_quant_retrain_model",
     "explain",
+    "forward_choices",
     "from_amct_state_dict",
     "restore_compressed_retrain_model",
     "restore_prune_retrain_model",

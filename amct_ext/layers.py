@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.calibrate import ShiftSearch
+from amct_ext.integer import IntegerForward
 from amct_ext.plan import LayerPlan, SparsePrune
 from amct_ext.quant import ActivationQuantizer, WeightQuantizer
 from amct_ext.sparsity import Sparsity
@@ -47,6 +48,7 @@ class CompressedLayer(nn.Module):
     weight_quant: WeightQuantizer | None
     act_quant: ActivationQuantizer | None
     search_n: ShiftSearch | None
+    integer: IntegerForward | None  # None: the product is computed on floats
 
     @classmethod
     def from_float(cls, layer: nn.Module, plan: LayerPlan, batch_num: int, fixed_min: bool) -> CompressedLayer:
@@ -56,6 +58,7 @@ class CompressedLayer(nn.Module):
         new._modules = dict(layer._modules)
         new.layer_name = plan.name
         new.links = Links()
+        new.integer = None
         for name in cls.own_children:
             setattr(new, name, None)
         new._add_children(plan, batch_num, fixed_min)
@@ -102,6 +105,17 @@ class CompressedLayer(nn.Module):
     # -- the forward
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
+        y = None if self.integer is None else self.integer(self, x)
+        if y is None:
+            y = self._float_forward(x, *args)
+        if self.search_n is not None:
+            if self.training:
+                self.search_n.forget()
+            elif self.search_n.wants_data:
+                self._search_shift(self.search_n, y.detach())
+        return y
+
+    def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         quantizer, quantised = self.activation, x
         used: list[Tensor] = []
         if self.act_quant is not None:
@@ -112,15 +126,8 @@ class CompressedLayer(nn.Module):
         # Only the gradient of the weight reads the input again.
         if quantizer is not None and quantizer.stash and weight.requires_grad:
             with stashed(quantizer.num_bits, *used):
-                y = self._compute(quantised, weight, *args)
-        else:
-            y = self._compute(quantised, weight, *args)
-        if self.search_n is not None:
-            if self.training:
-                self.search_n.forget()
-            elif self.search_n.wants_data:
-                self._search_shift(self.search_n, y.detach())
-        return y
+                return self._compute(quantised, weight, *args)
+        return self._compute(quantised, weight, *args)
 
     def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         y: Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
@@ -265,7 +272,7 @@ def to_float(layer: CompressedLayer) -> nn.Module:
     """The plain float layer again, 2:4 mask folded into the weight (the compressed object is used up)."""
     parent = next(base for base in type(layer).__bases__ if not issubclass(base, CompressedLayer))
     plain: Any = parent.__new__(parent)
-    own = {"links", "layer_name"}
+    own = {"links", "layer_name", "integer"}
     plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in own}
     plain._modules = {k: v for k, v in layer._modules.items() if k not in layer.own_children}
     if layer.sparsity is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
+from amct_ext.integer import SharedCodes
 from amct_ext.plan import DataQuant, WeightQuant
 from amct_ext.precision import KeepsPrecision
 
@@ -54,6 +55,7 @@ class ActivationQuantizer(KeepsPrecision):
         self.validate_now = False
         self.stash = False
         self.num_readers = 1
+        self.shared_codes = SharedCodes()
         # Host mirror of batches_seen: the branch must not read a tensor.
         self._seen = 0
         self._last: tuple[tuple[Tensor, ...], int] | None = None  # what was made, and how many readers wait for it
@@ -174,6 +176,7 @@ class ActivationQuantizer(KeepsPrecision):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._seen = int(self.batches_seen)
         self._last = None
+        self.shared_codes = SharedCodes()
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor kept for a further reader is not part of the quantiser: copies and pickles go without.

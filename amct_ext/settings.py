@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn
 
 from amct_ext.arguments import unwrap
+from amct_ext.integer import IntegerForward, obstacle
+from amct_ext.layers import CompressedLayer
 from amct_ext.session import link_norms, session_of, write_record
 from amct_ext.surgery import compressed_layers
+
+Forward = Literal["float", "auto", "integer"]
 
 
 def configure(
@@ -16,6 +21,7 @@ def configure(
     *,
     validation: Literal["deferred", "eager"] | None = None,
     stash: Literal["rebuild", "off"] | None = None,
+    forward: Forward | Mapping[str, Forward] | None = None,
 ) -> None:
     """Change settings of a compressed model; what is not given stays as it is.
 
@@ -24,7 +30,13 @@ def configure(
     the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward. "off"
     (how a model starts) keeps it as floats; "rebuild" keeps nothing and rounds it again, with the same bits, from the
     float input that the gradient of the clips needs anyway: the memory of the float model for some percent of the
-    step's time. Errors: ValueError (unknown value), ModelError (not a compressed model).
+    step's time. ``forward``: what convolutions and linear layers multiply, for the model or by layer name. "float" (how
+    a model starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a
+    kernel (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once;
+    "auto" times both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float"
+    but do not differentiate twice. An evaluation keeps integer weights until a training step or a change of the
+    parameter; writing through ``weight.data`` goes unnoticed. Errors: ValueError (unknown value or layer), ModelError
+    (not a compressed model).
     """
     if validation not in (None, "deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
@@ -32,12 +44,44 @@ def configure(
         raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
     inner = unwrap(model)
     session_of(inner)
-    for _, layer in compressed_layers(inner):
+    layers = dict(compressed_layers(inner))
+    wanted = _per_layer(forward, layers)
+    for name, layer in layers.items():
+        if name in wanted:
+            layer.integer = None if wanted[name] == "float" or obstacle(layer) else IntegerForward(wanted[name])
         for quantizer in layer.own_quantizers:
             if validation is not None:
                 quantizer.validate_now = validation == "eager"
             if stash is not None:
                 quantizer.stash = stash == "rebuild"
+
+
+def _per_layer(
+    forward: Forward | Mapping[str, Forward] | None, layers: Mapping[str, CompressedLayer]
+) -> dict[str, Forward]:
+    if forward is None:
+        return {}
+    wanted = dict(forward) if isinstance(forward, Mapping) else dict.fromkeys(layers, forward)
+    for name, value in wanted.items():
+        if value not in ("float", "auto", "integer"):
+            raise ValueError(f"forward must be 'float', 'auto' or 'integer', not {value!r}")
+        if name not in layers:
+            raise ValueError(f"forward: the model has no compressed layer '{name}'")
+    return wanted
+
+
+def forward_choices(model: nn.Module) -> dict[str, Forward]:
+    """Which forward each compressed layer took last: layer -> "integer" or "float".
+
+    `configure(model, forward=...)` takes the result: what "auto" chose in one run, another run repeats. Errors:
+    ModelError.
+    """
+    inner = unwrap(model)
+    session_of(inner)
+    return {
+        name: "integer" if layer.integer is not None and layer.integer.used else "float"
+        for name, layer in compressed_layers(inner)
+    }
 
 
 def update_record(model: nn.Module, record_file: str | None = None) -> None:

@@ -36,6 +36,23 @@ TORCH_LIBRARY(amct_ext, m) {
       "arq_fake_quantize_many(Tensor[] weights, int num_bits=8, int[] channel_axes=[]) -> (Tensor[] y, Tensor[] scale)",
       tags);
 
+  // integer products: codes are unsigned (code + 128), weights packed in blocks of sixteen output channels
+  m.def(
+      "ulq_quantize(Tensor x, Tensor clip_max, Tensor clip_min, Tensor prev_clip_max, Tensor prev_clip_min, "
+      "int num_bits=8, bool fixed_min=False) "
+      "-> (Tensor codes, Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor invalid)",
+      tags);
+  m.def("pack_weight(Tensor w, Tensor scale, int num_bits=8) -> (Tensor packed, Tensor sums)", tags);
+  m.def(
+      "integer_conv2d(Tensor codes, Tensor x_scale, Tensor x_offset, Tensor packed, Tensor sums, Tensor w_scale, "
+      "Tensor? bias, int[2] kernel_size, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
+      "bool channels_last=False) -> Tensor",
+      tags);
+  m.def(
+      "integer_linear(Tensor codes, Tensor x_scale, Tensor x_offset, Tensor packed, Tensor sums, Tensor w_scale, "
+      "Tensor? bias=None) -> Tensor",
+      tags);
+
   // sparse weights
   m.def("apply_mask(Tensor w, Tensor mask) -> Tensor", tags);
   m.def("sparsify_2to4(Tensor w, int axis=1) -> (Tensor y, Tensor mask)", tags);

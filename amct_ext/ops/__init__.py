@@ -8,6 +8,7 @@ from amct_ext import _library
 
 _library.load()
 
+from amct_ext.ops.integer import integer_conv2d, integer_linear, pack_weight, ulq_quantize  # noqa: E402
 from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
 from amct_ext.ops.norms import filter_norms  # noqa: E402
 from amct_ext.ops.search import search_clip_range  # noqa: E402
@@ -33,10 +34,13 @@ __all__ = [
     "arq_fake_quantize_many",
     "best_shift",
     "filter_norms",
+    "integer_conv2d",
+    "integer_linear",
     "lsq_fake_quantize",
     "lsq_fake_quantize_backward",
     "mask_2to4",
     "pack_mask",
+    "pack_weight",
     "quantize_weight",
     "refresh_mask_",
     "search_clip_range",
@@ -46,5 +50,6 @@ __all__ = [
     "sparsify_2to4",
     "ulq_fake_quantize",
     "ulq_fake_quantize_backward",
+    "ulq_quantize",
     "unpack_mask",
 ]

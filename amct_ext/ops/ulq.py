@@ -85,7 +85,7 @@ def ulq_fake_quantize_backward(
     return torch.ops.amct_ext.ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits)
 
 
-def _effective_clips(
+def effective_clips(
     clip_max: Tensor, clip_min: Tensor, prev_max: Tensor, prev_min: Tensor, fixed_min: bool
 ) -> tuple[Tensor, Tensor]:
     if fixed_min:
@@ -133,7 +133,7 @@ def _reference(
         check_scalar(op, name, value)
     acc = accumulate_type(x)
     clips = [value.reshape(()).to(acc) for value in (clip_max, clip_min, prev_clip_max, prev_clip_min)]
-    high, low = _effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
+    high, low = effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
     scale, offset = affine(high, low, num_bits)
     wide = x.to(acc)
     code = torch.clamp(torch.round(wide / scale + offset), *code_range(num_bits))

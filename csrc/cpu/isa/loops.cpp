@@ -2,6 +2,7 @@
 // may include a header with inline functions of external linkage: the linker keeps one copy of those for the whole
 // library.
 #include "cpu/isa/activation.h"
+#include "cpu/isa/codes.h"
 #include "cpu/isa/mask.h"
 #include "cpu/isa/search.h"
 #include "cpu/isa/shift.h"
@@ -21,6 +22,8 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .level = AMCT_TEXT(AMCT_LEVEL),
     .ulq_forward = AMCT_EACH(ulq_forward),
     .ulq_backward = AMCT_EACH(ulq_backward),
+    .ulq_codes = AMCT_EACH(ulq_codes),
+    .transpose_bytes = transpose_bytes,
     .range = AMCT_EACH(range),
     .quantize = AMCT_EACH(quantize),
     .codes = AMCT_EACH(codes),

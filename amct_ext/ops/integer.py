@@ -1,0 +1,291 @@
+"""Products of integers: activations and weights as 8-bit codes, 32-bit sums, one rounding to float32 at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amct_ext.ops._common import (
+    FLT_EPSILON,
+    accumulate_type,
+    along_channels,
+    check_bits,
+    check_floating,
+    check_scalar,
+    code_range,
+    reference,
+)
+from amct_ext.ops.ulq import affine, effective_clips
+
+_COLUMNS = 16  # output channels of a block of packed weights
+
+
+def ulq_quantize(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The codes of an activation between two learned clips: what `ulq_fake_quantize` rounds to, one byte each.
+
+    Args: as `ulq_fake_quantize`; num_bits 2 to 8.
+
+    Returns: `(codes, scale, offset, clip_max, clip_min, invalid)`: codes, uint8 with the shape of x, hold code + 128
+        (tensors of four dimensions in channels_last memory, others contiguous); the rest as `ulq_fake_quantize`, whose
+        y is (codes - 128 - offset) * scale, bit for bit. A NaN becomes the lowest code (and sets invalid).
+
+    Gradients: none.
+
+    Errors: TypeError for a dtype that is not floating, ValueError for num_bits or clips of more than one value.
+
+    Source: as `ulq_fake_quantize`.
+
+        >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
+        >>> ulq_quantize(torch.tensor([-2.0, 0.0, 2.0]), one, -one, none, none)[0].tolist()
+        [0, 127, 255]
+    """
+    return torch.ops.amct_ext.ulq_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
+
+
+def pack_weight(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
+    """The codes of a weight in the order in which the integer product reads them.
+
+    Args:
+        w: (outputs, inputs) or (outputs, inputs, height, width), floating; a fake-quantised weight gives its own codes.
+        scale: one value, or one per output channel. Values below FLT_EPSILON count as FLT_EPSILON.
+        num_bits: 2 to 8.
+
+    Returns: `(packed, sums)`: packed, int8 of shape (blocks, taps, quads, 16, 4), holds the codes of `quantize_weight`
+        for every block of 16 output channels, position in the filter and 4 input channels, padded with zeros; sums,
+        int32 (outputs,), the sum of the codes of each output channel.
+
+    Errors: TypeError, ValueError (num_bits, number of scales, fewer than two dimensions).
+
+    Source: the layout that the dot-product instructions of CPUs take four at a time.
+
+        >>> packed, sums = pack_weight(torch.tensor([[1.0, -2.0]]), torch.tensor([1.0]))
+        >>> packed.shape, packed[0, 0, 0, 0].tolist(), sums.tolist()
+        (torch.Size([1, 1, 1, 16, 4]), [1, -2, 0, 0], [-1])
+    """
+    return torch.ops.amct_ext.pack_weight(w, scale, num_bits)
+
+
+def integer_conv2d(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    channels_last: bool = False,
+) -> Tensor:
+    """2-D convolution of codes: exact integer sums, times the scales, plus the bias, rounded to float32 once.
+
+    Args:
+        codes, x_scale, x_offset: as `ulq_quantize` returns them; codes (images, channels, height, width).
+        packed, sums: of `pack_weight`.
+        w_scale: the scale given to `pack_weight`; one value or one per output channel.
+        bias: one value per output channel, or None.
+        kernel_size, stride, padding, dilation: (height, width) each; padding is with the code of zero.
+        channels_last: memory layout of the result.
+
+    Returns: float32. Equal to the convolution of the fake-quantised tensors in exact arithmetic, rounded once, provided
+        that the sums fit 32 bits (up to 65793 weights per output channel).
+
+    Gradients: none.
+
+    Errors: TypeError (dtypes), ValueError (shapes).
+
+    Source: INT8 inference as devices do it (Jacob et al. 2018), scales per channel.
+
+        >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
+        >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 1, 2, 2), one, 0 * one, none, none)
+        >>> packed, sums = pack_weight(torch.ones(1, 1, 2, 2), torch.tensor([1 / 127]))
+        >>> w_scale = torch.tensor([1 / 127])
+        >>> integer_conv2d(codes, scale, offset, packed, sums, w_scale, None, (2, 2)).flatten().tolist()
+        [4.0]
+    """
+    return torch.ops.amct_ext.integer_conv2d(
+        codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation, channels_last
+    )
+
+
+def integer_linear(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Linear layer on codes: exact integer sums, times the scales, plus the bias, rounded to float32 once.
+
+    Args: as `integer_conv2d`; codes (..., inputs).
+
+    Returns: float32 (..., outputs).
+
+    Gradients: none.
+
+    Errors: TypeError (dtypes), ValueError (shapes).
+
+    Source: as `integer_conv2d`.
+
+        >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
+        >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 2), one, 0 * one, none, none)
+        >>> w_scale = torch.tensor([1 / 127])
+        >>> packed, sums = pack_weight(torch.ones(3, 2), w_scale)
+        >>> integer_linear(codes, scale, offset, packed, sums, w_scale, torch.ones(3)).tolist()
+        [[3.0, 3.0, 3.0]]
+    """
+    return torch.ops.amct_ext.integer_linear(codes, x_scale, x_offset, packed, sums, w_scale, bias)
+
+
+@reference("ulq_quantize")
+def _reference_codes(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "ulq_quantize"
+    check_floating(op, "x", x)
+    check_bits(op, num_bits, 8)
+    given = (clip_max, clip_min, prev_clip_max, prev_clip_min)
+    for name, value in zip(("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"), given, strict=True):
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+    acc = accumulate_type(x)
+    clips = [value.reshape(()).to(acc) for value in given]
+    high, low = effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
+    scale, offset = affine(high, low, num_bits)
+    wide = x.to(acc)
+    lowest, highest = code_range(num_bits)
+    rounded = torch.round(wide / scale + offset)
+    code = torch.clamp(torch.where(rounded.isnan(), torch.full_like(rounded, lowest), rounded), lowest, highest)
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    codes = (code + 128).to(torch.uint8).contiguous(memory_format=layout)
+    valid = torch.isfinite(wide).all() & torch.isfinite(scale) & (scale > 0)
+    out = clip_max.dtype
+    # copy=True: an output must never share storage with an input
+    return codes, scale.to(out), offset.to(out), high.to(out, copy=True), low.to(out, copy=True), ~valid
+
+
+@reference("pack_weight")
+def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
+    op = "pack_weight"
+    check_floating(op, "w", w)
+    check_bits(op, num_bits, 8)
+    check_floating(op, "scale", scale)
+    torch._check_value(w.dim() >= 2, lambda: f"{op}: w must have at least two dimensions, not {w.dim()}")
+    torch._check_value(
+        scale.numel() in (1, w.shape[0]),
+        lambda: (
+            f"{op}: scale must hold 1 or {w.shape[0]} values for a weight of shape {list(w.shape)}, "
+            f"not shape {list(scale.shape)}"
+        ),
+    )
+    wide = w.to(accumulate_type(w))
+    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, 0 if scale.numel() > 1 else None)
+    codes = torch.clamp(torch.round(wide / shaped), *code_range(num_bits)).nan_to_num(0.0).to(torch.int8)
+    rows = codes.reshape(w.shape[0], w.shape[1], -1).transpose(1, 2)  # outputs, taps, inputs
+    padding = (0, -w.shape[1] % 4, 0, 0, 0, -w.shape[0] % _COLUMNS)
+    padded = torch.nn.functional.pad(rows, padding).unflatten(2, (-1, 4)).unflatten(0, (-1, _COLUMNS))
+    return padded.permute(0, 2, 3, 1, 4).contiguous(), codes.flatten(1).sum(1, dtype=torch.int32)
+
+
+def _unpacked(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The codes as (outputs, inputs, taps), float64."""
+    rows = packed.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
+    return rows[:outputs, :inputs].to(torch.float64)
+
+
+def _check_product(
+    op: str, codes: Tensor, scalars: dict[str, Tensor], packed: Tensor, sums: Tensor, w_scale: Tensor, taps: int
+) -> None:
+    torch._check_type(codes.dtype == torch.uint8, lambda: f"{op}: codes must be uint8, not {codes.dtype}")
+    torch._check_type(packed.dtype == torch.int8, lambda: f"{op}: packed must be int8, not {packed.dtype}")
+    torch._check_type(sums.dtype == torch.int32, lambda: f"{op}: sums must be int32, not {sums.dtype}")
+    for name, value in scalars.items():
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+    check_floating(op, "w_scale", w_scale)
+    outputs, inputs = sums.numel(), codes.shape[1 if op == "integer_conv2d" else -1]
+    expected = [-(-outputs // _COLUMNS), taps, -(-inputs // 4), _COLUMNS, 4]
+    torch._check_value(
+        list(packed.shape) == expected, lambda: f"{op}: packed must have shape {expected}, not {list(packed.shape)}"
+    )
+    torch._check_value(
+        w_scale.numel() in (1, outputs),
+        lambda: f"{op}: w_scale must hold 1 or {outputs} values, not shape {list(w_scale.shape)}",
+    )
+
+
+def _centred(codes: Tensor, x_offset: Tensor) -> Tensor:
+    offset = torch.where(x_offset.isnan(), torch.full_like(x_offset, -128), x_offset)
+    return codes.to(torch.float64) - 128 - offset.reshape(()).to(torch.float64)
+
+
+@reference("integer_conv2d")
+def _reference_conv2d(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    channels_last: bool = False,
+) -> Tensor:
+    op = "integer_conv2d"
+    torch._check_value(codes.dim() == 4, lambda: f"{op}: codes must have four dimensions, not {codes.dim()}")
+    taps = kernel_size[0] * kernel_size[1]
+    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, taps)
+    weight = _unpacked(packed, sums.numel(), codes.shape[1]).unflatten(2, tuple(kernel_size))
+    total = torch.nn.functional.conv2d(
+        _centred(codes, x_offset), weight, None, tuple(stride), tuple(padding), tuple(dilation)
+    )
+    scale = x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64)
+    y = total * scale.view(1, -1, 1, 1)
+    if bias is not None:
+        y = y + bias.to(torch.float64).view(1, -1, 1, 1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return y.to(torch.float32).contiguous(memory_format=layout)
+
+
+@reference("integer_linear")
+def _reference_linear(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    op = "integer_linear"
+    torch._check_value(codes.dim() >= 1, lambda: f"{op}: codes must have at least one dimension")
+    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, 1)
+    weight = _unpacked(packed, sums.numel(), codes.shape[-1]).squeeze(2)
+    total = torch.nn.functional.linear(_centred(codes, x_offset), weight)
+    y = total * (x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64))
+    if bias is not None:
+        y = y + bias.to(torch.float64)
+    return y.to(torch.float32)

@@ -1,0 +1,235 @@
+// integer_conv2d and integer_linear: the product of codes, its sums turned into floats in one rounding.
+#include "cpu/product.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "cpu/tensors.h"
+
+namespace amct_ext::cpu {
+
+extern const ProductKernel product_baseline;
+#ifdef AMCT_X86_LEVELS
+extern const ProductKernel product_vnni;
+#endif
+
+namespace {
+
+using at::Tensor;
+
+const ProductKernel& choose() {
+#ifdef AMCT_X86_LEVELS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) return product_vnni;
+#endif
+  return product_baseline;
+}
+
+const ProductKernel& kernel() {
+  static const ProductKernel& chosen = choose();
+  return chosen;
+}
+
+// A convolution over images with channels last; a matrix product is one of 1x1 positions.
+struct Shape {
+  int64_t images, height, width, channels;       // of the input
+  int64_t out_height, out_width, outputs;        // of the output
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+struct Weights {
+  const int8_t* packed;
+  int64_t quads;
+  std::vector<uint32_t> zeros;
+  std::vector<double> scales, biases;
+};
+
+constexpr int64_t kRows = 96;  // positions of one piece of work: their sums stay in the first-level cache
+
+Weights weights_of(const char* op, const Shape& s, const Tensor& packed, const Tensor& sums, const Tensor& x_scale,
+                   const Tensor& x_offset, const Tensor& w_scale, const std::optional<Tensor>& bias) {
+  const int64_t quads = (s.channels + 3) / 4, blocks = (s.outputs + kColumns - 1) / kColumns;
+  const std::vector<int64_t> expected{blocks, s.kernel[0] * s.kernel[1], quads, kColumns, 4};
+  TORCH_CHECK_VALUE(packed.sizes() == at::IntArrayRef(expected), op, ": packed must have shape ",
+                    at::IntArrayRef(expected), ", not ", packed.sizes());
+  TORCH_CHECK_VALUE(packed.is_contiguous() && sums.is_contiguous(), op, ": packed and sums must be contiguous");
+  check_type(op, "packed", packed, at::kChar);
+  check_type(op, "sums", sums, at::kInt);
+  check_floating(op, "x_scale", x_scale);
+  check_floating(op, "x_offset", x_offset);
+  check_floating(op, "w_scale", w_scale);
+  check_scalar(op, "x_scale", x_scale);
+  check_scalar(op, "x_offset", x_offset);
+  TORCH_CHECK_VALUE(w_scale.numel() == 1 || w_scale.numel() == s.outputs, op, ": w_scale must hold 1 or ", s.outputs,
+                    " values, not shape ", w_scale.sizes());
+  Weights result{static_cast<const int8_t*>(packed.const_data_ptr()), quads, {}, {}, {}};
+  const size_t padded = static_cast<size_t>(blocks * kColumns);
+  result.zeros.assign(padded, 0);
+  result.scales.assign(padded, 0);
+  result.biases.assign(padded, 0);
+  // An offset that is no number comes with a scale that is none, which decides the result.
+  const double scale = value_at(x_scale, 0), offset = value_at(x_offset, 0);
+  const uint32_t zero = offset >= -128 && offset <= 127 ? static_cast<uint32_t>(static_cast<int32_t>(offset) + 128) : 0;
+  const Tensor factors = w_scale.contiguous(), terms = bias ? bias->contiguous() : Tensor();
+  if (bias) {
+    check_floating(op, "bias", *bias);
+    TORCH_CHECK_VALUE(bias->numel() == s.outputs, op, ": bias must hold ", s.outputs, " values, not shape ",
+                      bias->sizes());
+  }
+  const int32_t* totals = static_cast<const int32_t*>(sums.const_data_ptr());
+  for (int64_t c = 0; c < s.outputs; ++c) {
+    result.zeros[c] = zero * static_cast<uint32_t>(totals[c]);
+    result.scales[c] = scale * value_at(factors, factors.numel() == 1 ? 0 : c);
+    if (bias) result.biases[c] = value_at(terms, c);
+  }
+  return result;
+}
+
+// The codes where the kernel may read them: channels last, and some bytes beyond the end.
+Tensor readable(const Tensor& codes, at::MemoryFormat format) {
+  const Tensor dense = codes.contiguous(format);
+  const int64_t past = (static_cast<int64_t>(dense.storage().nbytes()) - dense.storage_offset()) - dense.numel();
+  if (past >= 4) return dense;
+  const Tensor room = at::empty({dense.numel() + 4}, dense.options());
+  return room.as_strided(dense.sizes(), dense.strides()).copy_(dense);
+}
+
+// Where each tap of each position [first, last) is read: pointers[tap * stride + position - first].
+void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int64_t first, int64_t last,
+                 int64_t stride, const uint8_t** pointers) {
+  const int64_t plane = s.out_height * s.out_width;
+  int64_t image = first / plane, y = first % plane / s.out_width, x = first % s.out_width;
+  for (int64_t p = 0; p < last - first; ++p) {
+    const uint8_t* base = codes + image * s.height * s.width * s.channels;
+    int64_t tap = 0;
+    for (int64_t i = 0; i < s.kernel[0]; ++i) {
+      const int64_t row = y * s.stride[0] - s.padding[0] + i * s.dilation[0];
+      for (int64_t j = 0; j < s.kernel[1]; ++j, ++tap) {
+        const int64_t column = x * s.stride[1] - s.padding[1] + j * s.dilation[1];
+        const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
+        pointers[tap * stride + p] = inside ? base + (row * s.width + column) * s.channels : blank;
+      }
+    }
+    if (++x == s.out_width) {
+      x = 0;
+      if (++y == s.out_height) {
+        y = 0;
+        ++image;
+      }
+    }
+  }
+}
+
+// y: channels last where `last`, else planes.
+void product(const Shape& s, const uint8_t* codes, uint8_t zero, const Weights& w, float* y, bool channels_last) {
+  const int64_t positions = s.images * s.out_height * s.out_width, plane = s.out_height * s.out_width;
+  if (positions == 0 || s.outputs == 0) return;
+  const int64_t taps = s.kernel[0] * s.kernel[1], block_stride = taps * w.quads * kQuadBytes;
+  const int64_t blocks = (s.outputs + kColumns - 1) / kColumns, wide = (blocks + kTileBlocks - 1) / kTileBlocks;
+  const int64_t pieces = (positions + kRows - 1) / kRows, even = (positions + pieces - 1) / pieces;
+  const int64_t rows = (even + kTileRows - 1) / kTileRows * kTileRows;
+  const int64_t count = (positions + rows - 1) / rows;
+  // Few positions: the output channels are shared out too.
+  const int64_t wanted = 4 * at::get_num_threads();
+  const int64_t groups = std::min(wide, std::max<int64_t>(1, (wanted + count - 1) / count));
+  const std::vector<uint8_t> blank(4 * w.quads, zero);
+  const ProductKernel& loops = kernel();
+  at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<const uint8_t*> pointers(taps * rows);
+    alignas(64) int32_t sums[kRows * kBlockColumns];
+    int64_t prepared = -1;
+    for (int64_t work = begin; work < end; ++work) {
+      const int64_t piece = work / groups, group = work % groups;
+      const int64_t first = piece * rows, last = std::min(first + rows, positions);
+      if (piece != prepared) pointers_of(s, codes, blank.data(), first, last, rows, pointers.data());
+      prepared = piece;
+      for (int64_t b = wide * group / groups; b < wide * (group + 1) / groups; ++b) {
+        const int64_t block = b * kTileBlocks;
+        const int tile_blocks = static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - block));
+        for (int64_t row = 0; row < last - first; row += kTileRows) {
+          const Tile tile{pointers.data() + row, rows, taps, w.quads, w.packed + block * block_stride, block_stride,
+                          sums + row * kBlockColumns};
+          loops.sums(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
+        }
+        const int64_t column = block * kColumns;
+        const Output output{static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column)), &w.zeros[column],
+                            &w.scales[column], &w.biases[column]};
+        if (channels_last) {
+          loops.write_rows(output, sums, last - first, y + first * s.outputs + column, s.outputs);
+          continue;
+        }
+        for (int64_t from = first; from < last;) {
+          const int64_t image = from / plane, to = std::min(last, (image + 1) * plane);
+          loops.write_columns(output, sums + (from - first) * kBlockColumns, to - from,
+                              y + (image * s.outputs + column) * plane + from % plane, plane);
+          from = to;
+        }
+      }
+    }
+  });
+}
+
+uint8_t zero_code(const Tensor& x_offset) {
+  const double offset = value_at(x_offset, 0);
+  return offset >= -128 && offset <= 127 ? static_cast<uint8_t>(static_cast<int32_t>(offset) + 128) : uint8_t{0};
+}
+
+Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
+              at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+              bool channels_last) {
+  const char* op = "integer_conv2d";
+  check_type(op, "codes", codes, at::kByte);
+  TORCH_CHECK_VALUE(codes.dim() == 4, op, ": codes must have four dimensions, not ", codes.dim());
+  TORCH_CHECK_VALUE(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+                    ": kernel_size, stride, padding and dilation must hold two values each");
+  Shape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, sums.numel(), {}, {}, {}, {}};
+  int64_t* out[2] = {&s.out_height, &s.out_width};
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK_VALUE(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, op,
+                      ": kernel_size, stride and dilation must be positive, padding not negative");
+    s.kernel[i] = kernel_size[i];
+    s.stride[i] = stride[i];
+    s.padding[i] = padding[i];
+    s.dilation[i] = dilation[i];
+    const int64_t room = codes.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    TORCH_CHECK_VALUE(room >= 0, op, ": the filter is larger than the padded input");
+    *out[i] = room / stride[i] + 1;
+  }
+  const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
+  const Tensor source = readable(codes, at::MemoryFormat::ChannelsLast);
+  Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kFloat),
+                       channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), zero_code(x_offset), w,
+          static_cast<float*>(y.mutable_data_ptr()), channels_last);
+  return y;
+}
+
+Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias) {
+  const char* op = "integer_linear";
+  check_type(op, "codes", codes, at::kByte);
+  TORCH_CHECK_VALUE(codes.dim() >= 1, op, ": codes must have at least one dimension");
+  const int64_t channels = codes.size(-1), rows = channels ? codes.numel() / channels : 0;
+  const Shape s{rows, 1, 1, channels, 1, 1, sums.numel(), {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
+  const Tensor source = readable(codes, at::MemoryFormat::Contiguous);
+  std::vector<int64_t> sizes = codes.sizes().vec();
+  sizes.back() = s.outputs;
+  Tensor y = at::empty(sizes, codes.options().dtype(at::kFloat));
+  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), zero_code(x_offset), w,
+          static_cast<float*>(y.mutable_data_ptr()), true);
+  return y;
+}
+
+TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
+  m.impl("integer_conv2d", conv2d);
+  m.impl("integer_linear", linear);
+}
+
+}  // namespace
+}  // namespace amct_ext::cpu
