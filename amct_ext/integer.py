@@ -106,7 +106,8 @@ class IntegerForward:
 
 def obstacle(layer: Any) -> str | None:
     """Why no input can take the integer forward of ``layer``; None where one can."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
+    linear, conv = isinstance(layer, nn.Linear), isinstance(layer, nn.Conv2d)
+    if not (linear or conv):
         return "no integer kernel for this type"
     if layer.weight_quant is None or layer.activation is None:
         return "not quantised"
@@ -115,7 +116,7 @@ def obstacle(layer: Any) -> str | None:
     weight = layer.weight
     if weight[0].numel() > _MOST_WEIGHTS:
         return "sums may exceed 32 bits"
-    if isinstance(layer, nn.Linear):
+    if linear:
         return None
     if layer.groups != 1:
         return "groups"

@@ -14,7 +14,7 @@ from torch import Tensor
 import amct_ext
 from amct_ext import ops
 
-MODULES = ("masks", "norms", "search", "shift", "sparse", "ulq", "weights")
+MODULES = ("integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
@@ -25,6 +25,10 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     high, low, none = (torch.tensor(v, device=device) for v in (1.5, -1.2, math.nan))
     mask = w > 0
     errors = torch.zeros(8, 16, dtype=torch.float64, device=device)
+
+    codes, pixels = (torch.randint(0, 256, n, device=device, dtype=torch.uint8) for n in ((5, 8), (2, 8, 6, 5)))
+    scale, offset = (torch.tensor(v, device=device) for v in (0.02, -7.0))
+    matrix, filters = ops.pack_weight(w[:, :, 0, 0], scales), ops.pack_weight(w, scales)
 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
@@ -37,6 +41,13 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (leaf(w.bfloat16()), leaf(high), leaf(low), none, none),
         ],
         "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
+        "ulq_quantize": [(w, high, low, none, none), (w[0, 0], high, low, none, none, 4, True)],
+        "pack_weight": [(w, scales), (w[:, :, 0, 0], scales[:1], 4)],
+        "integer_conv2d": [
+            (pixels, scale, offset, *filters, scales, None, (3, 3)),
+            (pixels, scale, offset, *filters, scales, scales, (3, 3), (2, 1), (1, 1), (1, 2), True),
+        ],
+        "integer_linear": [(codes, scale, offset, *matrix, scales), (codes, scale, offset, *matrix, scales, scales)],
         "search_clip_range": [(w,), (w, 4, True)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -199,11 +200,12 @@ def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor
         ),
     )
     wide = w.to(accumulate_type(w))
-    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, 0 if scale.numel() > 1 else None)
+    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, None if scale.numel() == 1 else 0)
     codes = torch.clamp(torch.round(wide / shaped), *code_range(num_bits)).nan_to_num(0.0).to(torch.int8)
-    rows = codes.reshape(w.shape[0], w.shape[1], -1).transpose(1, 2)  # outputs, taps, inputs
+    rows = codes.reshape(*w.shape[:2], math.prod(w.shape[2:])).transpose(1, 2)  # outputs, taps, inputs
     padding = (0, -w.shape[1] % 4, 0, 0, 0, -w.shape[0] % _COLUMNS)
-    padded = torch.nn.functional.pad(rows, padding).unflatten(2, (-1, 4)).unflatten(0, (-1, _COLUMNS))
+    padded = torch.nn.functional.pad(rows, padding).unflatten(2, (-(-w.shape[1] // 4), 4))
+    padded = padded.unflatten(0, (-(-w.shape[0] // _COLUMNS), _COLUMNS))
     return padded.permute(0, 2, 3, 1, 4).contiguous(), codes.flatten(1).sum(1, dtype=torch.int32)
 
 
@@ -256,6 +258,10 @@ def _reference_conv2d(
 ) -> Tensor:
     op = "integer_conv2d"
     torch._check_value(codes.dim() == 4, lambda: f"{op}: codes must have four dimensions, not {codes.dim()}")
+    torch._check_value(
+        all(len(pair) == 2 for pair in (kernel_size, stride, padding, dilation)),
+        lambda: f"{op}: kernel_size, stride, padding and dilation must hold two values each",
+    )
     taps = kernel_size[0] * kernel_size[1]
     _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, taps)
     weight = _unpacked(packed, sums.numel(), codes.shape[1]).unflatten(2, tuple(kernel_size))
