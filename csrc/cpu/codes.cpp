@@ -18,8 +18,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPositions = 256;  // positions of an image turned at a time
-constexpr int64_t kSlack = 64;       // bytes after the codes that the product may read
+constexpr int64_t kPositions = 128, kChannels = 64;  // of an image turned at a time
+constexpr int64_t kSlack = 64;                       // bytes after the codes that the product may read
 
 struct Clips {
   double scale, offset, high, low;
@@ -40,19 +40,16 @@ void turned(const char* x, uint8_t* y, int64_t images, int64_t channels, int64_t
   const auto transpose = kernels().transpose_bytes;
   for_rows(images * pieces, channels * std::min(plane, kPositions), [&](int64_t row) {
     const int64_t image = row / pieces, first = row % pieces * kPositions, n = std::min(kPositions, plane - first);
-    alignas(64) uint8_t codes[16 * kPositions];
+    alignas(64) uint8_t codes[kChannels * kPositions];
     uint8_t* to = y + (image * plane + first) * channels;
-    for (int64_t c = 0; c < channels; c += 16) {
-      const int64_t count = std::min<int64_t>(16, channels - c);
+    for (int64_t c = 0; c < channels; c += kChannels) {
+      const int64_t count = std::min(kChannels, channels - c), whole = count / 16 * 16;
       for (int64_t i = 0; i < count; ++i) {
         loop(x + ((image * channels + c + i) * plane + first) * static_cast<int64_t>(size), codes + i * kPositions, n);
       }
-      if (count == 16) {
-        transpose(codes, kPositions, to + c, channels, n);
-      } else {
-        for (int64_t p = 0; p < n; ++p) {
-          for (int64_t i = 0; i < count; ++i) to[p * channels + c + i] = codes[i * kPositions + p];
-        }
+      transpose(codes, kPositions, static_cast<int>(whole), to + c, channels, n);
+      for (int64_t p = 0; p < n; ++p) {
+        for (int64_t i = whole; i < count; ++i) to[p * channels + c + i] = codes[i * kPositions + p];
       }
     }
   });
@@ -75,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
     values[i] = value_at(*clips[i], 0);
   }
   const int bits = static_cast<int>(num_bits);
-  const Clips used =
-      wide(x) ? clips_of<double>(values, bits, fixed_min) : clips_of<float>(values, bits, fixed_min);
+  const Clips used = wide(x) ? clips_of<double>(values, bits, fixed_min) : clips_of<float>(values, bits, fixed_min);
   const math::CodeRange range = math::code_range(bits);
   const UlqForward parameters{used.scale, used.offset, range.lowest, range.highest};
   std::atomic<bool> bad{!(math::is_finite(used.scale) && used.scale > 0)};
@@ -87,9 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
 
   const bool image = x.dim() == 4;
   const Tensor room = at::empty({x.numel() + kSlack}, x.options().dtype(at::kByte));
-  Tensor codes = image ? room.as_strided(x.sizes(), {x.size(1) * x.size(2) * x.size(3), 1, x.size(1) * x.size(3),
-                                                     x.size(1)})
-                       : room.narrow(0, 0, x.numel()).view(x.sizes());
+  Tensor codes =
+      image ? room.as_strided(x.sizes(), {x.size(1) * x.size(2) * x.size(3), 1, x.size(1) * x.size(3), x.size(1)})
+            : room.narrow(0, 0, x.numel()).view(x.sizes());
   uint8_t* out = static_cast<uint8_t*>(room.mutable_data_ptr());
   std::fill_n(out + x.numel(), kSlack, uint8_t{0});
   if (image && !x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.numel() > 0) {

@@ -58,7 +58,7 @@ struct Kernels {
   void (*ulq_backward[kElements])(const void* grad, const void* x, void* dx, int64_t n, const UlqBackward&, UlqSums&);
 
   bool (*ulq_codes[kElements])(const void* x, uint8_t* y, int64_t n, const UlqForward&);  // codes + 128; same result
-  void (*transpose_bytes)(const uint8_t* from, int64_t stride, uint8_t* to, int64_t width, int64_t n);
+  void (*transpose_bytes)(const uint8_t* from, int64_t stride, int rows, uint8_t* to, int64_t width, int64_t n);
 
   Range (*range[kElements])(const void* w, int64_t n);
   void (*quantize[kElements])(const void* w, void* y, int64_t n, const Symmetric&);

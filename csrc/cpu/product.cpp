@@ -34,10 +34,10 @@ const ProductKernel& kernel() {
   return chosen;
 }
 
-// A convolution over images with channels last; a matrix product is one of 1x1 positions.
+// A convolution over images with channels last; a matrix product is one over a single line of positions.
 struct Shape {
-  int64_t images, height, width, channels;       // of the input
-  int64_t out_height, out_width, outputs;        // of the output
+  int64_t images, height, width, channels;  // of the input
+  int64_t out_height, out_width, outputs;   // of the output
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
@@ -98,29 +98,33 @@ Tensor readable(const Tensor& codes, at::MemoryFormat format) {
   return room.as_strided(dense.sizes(), dense.strides()).copy_(dense);
 }
 
-// Where each tap of each position [first, last) is read: pointers[tap * stride + position - first].
+// Where each tap of each position [first, last) is read: pointers[tap * stride + position - first]. Positions of a row
+// of the output follow each other in the input, but for those beyond its borders.
 void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int64_t first, int64_t last,
                  int64_t stride, const uint8_t** pointers) {
-  const int64_t plane = s.out_height * s.out_width;
-  int64_t image = first / plane, y = first % plane / s.out_width, x = first % s.out_width;
-  for (int64_t p = 0; p < last - first; ++p) {
-    const uint8_t* base = codes + image * s.height * s.width * s.channels;
-    int64_t tap = 0;
+  const int64_t width = s.out_width, step = s.stride[1] * s.channels;
+  for (int64_t begin = first; begin < last;) {
+    const int64_t line = begin / width, from = begin % width, n = std::min(width - from, last - begin);
+    const uint8_t* image = codes + line / s.out_height * s.height * s.width * s.channels;
+    const uint8_t** out = pointers + (begin - first);
     for (int64_t i = 0; i < s.kernel[0]; ++i) {
-      const int64_t row = y * s.stride[0] - s.padding[0] + i * s.dilation[0];
-      for (int64_t j = 0; j < s.kernel[1]; ++j, ++tap) {
-        const int64_t column = x * s.stride[1] - s.padding[1] + j * s.dilation[1];
-        const bool inside = row >= 0 && row < s.height && column >= 0 && column < s.width;
-        pointers[tap * stride + p] = inside ? base + (row * s.width + column) * s.channels : blank;
+      const int64_t row = line % s.out_height * s.stride[0] - s.padding[0] + i * s.dilation[0];
+      const bool inside = row >= 0 && row < s.height;
+      for (int64_t j = 0; j < s.kernel[1]; ++j, out += stride) {
+        const int64_t column = from * s.stride[1] - s.padding[1] + j * s.dilation[1];
+        // Positions [enter, leave) lie within the row.
+        const auto until = [&](int64_t border) {
+          return std::clamp<int64_t>((border - column + s.stride[1] - 1) / s.stride[1], 0, n);
+        };
+        const int64_t enter = !inside ? n : column >= 0 ? 0 : until(0);
+        const int64_t leave = !inside ? n : column >= s.width ? enter : std::max(enter, until(s.width));
+        const uint8_t* base = image + (row * s.width + column) * s.channels;
+        std::fill(out, out + enter, blank);
+        for (int64_t p = enter; p < leave; ++p) out[p] = base + p * step;
+        std::fill(out + leave, out + n, blank);
       }
     }
-    if (++x == s.out_width) {
-      x = 0;
-      if (++y == s.out_height) {
-        y = 0;
-        ++image;
-      }
-    }
+    begin += n;
   }
 }
 
@@ -151,7 +155,7 @@ void product(const Shape& s, const uint8_t* codes, uint8_t zero, const Weights& 
         const int64_t block = b * kTileBlocks;
         const int tile_blocks = static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - block));
         for (int64_t row = 0; row < last - first; row += kTileRows) {
-          const Tile tile{pointers.data() + row, rows, taps, w.quads, w.packed + block * block_stride, block_stride,
+          const Tile tile{pointers.data() + row,     rows, taps, w.quads, w.packed + block * block_stride, block_stride,
                           sums + row * kBlockColumns};
           loops.sums(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
         }
@@ -179,9 +183,8 @@ uint8_t zero_code(const Tensor& x_offset) {
 }
 
 Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
-              at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-              bool channels_last) {
+              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last) {
   const char* op = "integer_conv2d";
   check_type(op, "codes", codes, at::kByte);
   TORCH_CHECK_VALUE(codes.dim() == 4, op, ": codes must have four dimensions, not ", codes.dim());
@@ -215,7 +218,7 @@ Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
   check_type(op, "codes", codes, at::kByte);
   TORCH_CHECK_VALUE(codes.dim() >= 1, op, ": codes must have at least one dimension");
   const int64_t channels = codes.size(-1), rows = channels ? codes.numel() / channels : 0;
-  const Shape s{rows, 1, 1, channels, 1, 1, sums.numel(), {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const Shape s{1, 1, rows, channels, 1, rows, sums.numel(), {1, 1}, {1, 1}, {0, 0}, {1, 1}};
   const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
   const Tensor source = readable(codes, at::MemoryFormat::Contiguous);
   std::vector<int64_t> sizes = codes.sizes().vec();

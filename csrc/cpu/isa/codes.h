@@ -50,8 +50,8 @@ bool ulq_codes(const void* x_, uint8_t* y, int64_t n, const UlqForward& p) {
   return most >= Traits<T>::kInfinity;
 }
 
-// Rows of `stride` bytes to columns, sixteen bytes square at a time: to[p * width + c] = from[c * stride + p] for
-// sixteen rows and n columns.
+// Rows of `stride` bytes to columns: to[p * width + c] = from[c * stride + p] for `rows` (a multiple of sixteen) rows
+// and n columns, sixteen columns at a time: what is written then lies together, whatever the width.
 using Bytes = uint8_t __attribute__((vector_size(16)));
 
 AMCT_INLINE Bytes low_halves(Bytes a, Bytes b) {
@@ -61,26 +61,30 @@ AMCT_INLINE Bytes high_halves(Bytes a, Bytes b) {
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-void transpose_bytes(const uint8_t* from, int64_t stride, uint8_t* to, int64_t width, int64_t n) {
+AMCT_INLINE void transpose_square(const uint8_t* from, int64_t stride, uint8_t* to, int64_t width) {
+  Bytes a[16], b[16];
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(&a[r], from + r * stride, 16);
+  // Four perfect shuffles of rows r and r + 8.
+  for (int round = 0; round < 2; ++round) {
+    for (int r = 0; r < 8; ++r) {
+      b[2 * r] = low_halves(a[r], a[r + 8]);
+      b[2 * r + 1] = high_halves(a[r], a[r + 8]);
+    }
+    for (int r = 0; r < 8; ++r) {
+      a[2 * r] = low_halves(b[r], b[r + 8]);
+      a[2 * r + 1] = high_halves(b[r], b[r + 8]);
+    }
+  }
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(to + r * width, &a[r], 16);
+}
+
+void transpose_bytes(const uint8_t* from, int64_t stride, int rows, uint8_t* to, int64_t width, int64_t n) {
   int64_t p = 0;
   for (; p + 16 <= n; p += 16) {
-    Bytes a[16], b[16];
-    for (int r = 0; r < 16; ++r) __builtin_memcpy(&a[r], from + r * stride + p, 16);
-    // Four perfect shuffles of rows r and r + 8.
-    for (int round = 0; round < 2; ++round) {
-      for (int r = 0; r < 8; ++r) {
-        b[2 * r] = low_halves(a[r], a[r + 8]);
-        b[2 * r + 1] = high_halves(a[r], a[r + 8]);
-      }
-      for (int r = 0; r < 8; ++r) {
-        a[2 * r] = low_halves(b[r], b[r + 8]);
-        a[2 * r + 1] = high_halves(b[r], b[r + 8]);
-      }
-    }
-    for (int r = 0; r < 16; ++r) __builtin_memcpy(to + (p + r) * width, &a[r], 16);
+    for (int r = 0; r < rows; r += 16) transpose_square(from + r * stride + p, stride, to + p * width + r, width);
   }
   for (; p < n; ++p) {
-    for (int r = 0; r < 16; ++r) to[p * width + r] = from[r * stride + p];
+    for (int r = 0; r < rows; ++r) to[p * width + r] = from[r * stride + p];
   }
 }
 
