@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +40,15 @@ class Logits(nn.Module):
         return logits
 
 
-def resnet50(_: Tensor) -> nn.Module:
-    return Logits(ResNetForImageClassification(ResNetConfig(num_labels=10)), "pixel_values")
+def resnet50() -> nn.Module:
+    config = ResNetConfig()
+    config.num_labels = 10
+    return Logits(ResNetForImageClassification(config), "pixel_values")
 
 
-def bert_small(_: Tensor) -> nn.Module:
-    config = BertConfig(
-        hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048, num_labels=10
-    )
+def bert_small() -> nn.Module:
+    config = BertConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048)
+    config.num_labels = 10
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
     return Logits(BertForSequenceClassification(config), "input_ids")
 
@@ -57,12 +59,12 @@ MODELS = {
 }
 
 
-def compressed(make: Callable[[Tensor], nn.Module], x: Tensor) -> nn.Module:
+def compressed(make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "compress.cfg"
         path.write_text(INT8)
-        return amct.create_compressed_retrain_model(make(x), x[:1], str(path), str(Path(folder) / "record.txt"))
+        return amct.create_compressed_retrain_model(make(), x[:1], str(path), str(Path(folder) / "record.txt"))
 
 
 def step(model: nn.Module, x: Tensor) -> Run:
@@ -99,23 +101,26 @@ def turns(runs: dict[str, Run], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def channels_last(x: Any) -> Any:
+    return x.to(memory_format=torch.channels_last)
+
+
 def variants(name: str) -> tuple[dict[str, tuple[nn.Module, Tensor]], nn.Module]:
     make, sample = MODELS[name]
     torch.manual_seed(0)
     x = sample()
-    plain = make(x)
+    plain = make()
     models: dict[str, tuple[nn.Module, Tensor]] = {"float32": (plain, x)}
     if x.dim() == 4:
-        last = torch.channels_last
-        models["float32, channels last"] = (make(x).to(memory_format=last), x.to(memory_format=last))
+        models["float32, channels last"] = channels_last(make()), channels_last(x)
     for forward in ("float", "auto", "integer"):
         model = compressed(make, x)
         amct.configure(model, forward=forward)
-        models[f"INT8, {forward}"] = (model, x)
+        models[f"INT8, {forward}"] = model, x
         if x.dim() == 4 and forward == "integer":
-            model = compressed(make, x).to(memory_format=last)
+            model = channels_last(compressed(make, x))
             amct.configure(model, forward=forward)
-            models["INT8, integer, channels last"] = (model, x.to(memory_format=last))
+            models["INT8, integer, channels last"] = (model, channels_last(x))
     return models, models["INT8, auto"][0]
 
 

@@ -69,6 +69,42 @@ Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits, s
   return call.call(w, scale, num_bits, channel_axis);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Tensor& x, const Tensor& clip_max,
+                                                                        const Tensor& clip_min,
+                                                                        const Tensor& prev_clip_max,
+                                                                        const Tensor& prev_clip_min, int64_t num_bits,
+                                                                        bool fixed_min) {
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  static const auto call =
+      op<Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, bool)>(
+          "amct_ext::ulq_quantize");
+  return call.call(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+}
+
+std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int64_t num_bits) {
+  using Results = std::tuple<Tensor, Tensor>;
+  static const auto call = op<Results(const Tensor&, const Tensor&, int64_t)>("amct_ext::pack_weight");
+  return call.call(w, scale, num_bits);
+}
+
+Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+                      const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                      at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, bool channels_last) {
+  static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     const Tensor&, const std::optional<Tensor>&, at::IntArrayRef, at::IntArrayRef,
+                                     at::IntArrayRef, at::IntArrayRef, bool)>("amct_ext::integer_conv2d");
+  return call.call(codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation,
+                   channels_last);
+}
+
+Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+                      const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias) {
+  static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                     const Tensor&, const std::optional<Tensor>&)>("amct_ext::integer_linear");
+  return call.call(codes, x_scale, x_offset, packed, sums, w_scale, bias);
+}
+
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights, int64_t num_bits,
                                                                             at::IntArrayRef channel_axes) {
   using Results = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;

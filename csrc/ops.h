@@ -34,6 +34,19 @@ AMCT_API Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, 
 AMCT_API Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
                                 std::optional<int64_t> channel_axis = std::nullopt);
 
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(
+    const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+    const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
+AMCT_API std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8);
+AMCT_API Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+                               const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                               at::IntArrayRef kernel_size, at::IntArrayRef stride = {1, 1},
+                               at::IntArrayRef padding = {0, 0}, at::IntArrayRef dilation = {1, 1},
+                               bool channels_last = false);
+AMCT_API Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+                               const Tensor& sums, const Tensor& w_scale,
+                               const std::optional<Tensor>& bias = std::nullopt);
+
 AMCT_API std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights,
                                                                                      int64_t num_bits,
                                                                                      at::IntArrayRef channel_axes);

@@ -216,7 +216,14 @@ def _unpacked(packed: Tensor, outputs: int, inputs: int) -> Tensor:
 
 
 def _check_product(
-    op: str, codes: Tensor, scalars: dict[str, Tensor], packed: Tensor, sums: Tensor, w_scale: Tensor, taps: int
+    op: str,
+    codes: Tensor,
+    scalars: dict[str, Tensor],
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    taps: int,
 ) -> None:
     torch._check_type(codes.dtype == torch.uint8, lambda: f"{op}: codes must be uint8, not {codes.dtype}")
     torch._check_type(packed.dtype == torch.int8, lambda: f"{op}: packed must be int8, not {packed.dtype}")
@@ -234,6 +241,10 @@ def _check_product(
         w_scale.numel() in (1, outputs),
         lambda: f"{op}: w_scale must hold 1 or {outputs} values, not shape {list(w_scale.shape)}",
     )
+    if bias is not None:
+        shape = list(bias.shape)
+        check_floating(op, "bias", bias)
+        torch._check_value(bias.numel() == outputs, lambda: f"{op}: bias must hold {outputs} values, not shape {shape}")
 
 
 def _centred(codes: Tensor, x_offset: Tensor) -> Tensor:
@@ -263,7 +274,7 @@ def _reference_conv2d(
         lambda: f"{op}: kernel_size, stride, padding and dilation must hold two values each",
     )
     taps = kernel_size[0] * kernel_size[1]
-    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, taps)
+    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, taps)
     weight = _unpacked(packed, sums.numel(), codes.shape[1]).unflatten(2, tuple(kernel_size))
     total = torch.nn.functional.conv2d(
         _centred(codes, x_offset), weight, None, tuple(stride), tuple(padding), tuple(dilation)
@@ -288,7 +299,7 @@ def _reference_linear(
 ) -> Tensor:
     op = "integer_linear"
     torch._check_value(codes.dim() >= 1, lambda: f"{op}: codes must have at least one dimension")
-    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, 1)
+    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, 1)
     weight = _unpacked(packed, sums.numel(), codes.shape[-1]).squeeze(2)
     total = torch.nn.functional.linear(_centred(codes, x_offset), weight)
     y = total * (x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64))

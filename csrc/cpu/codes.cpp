@@ -18,7 +18,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPositions = 128, kChannels = 64;  // of an image turned at a time
+constexpr int64_t kPositions = 256, kChannels = 64;  // of an image turned at a time
 constexpr int64_t kSlack = 64;                       // bytes after the codes that the product may read
 
 struct Clips {
@@ -37,6 +37,7 @@ Clips clips_of(const std::array<double, 4>& values, int num_bits, bool fixed_min
 template <typename Loop>
 void turned(const char* x, uint8_t* y, int64_t images, int64_t channels, int64_t plane, size_t size, const Loop& loop) {
   const int64_t pieces = (plane + kPositions - 1) / kPositions;
+  const int64_t stride = std::min(plane, kPositions);
   const auto transpose = kernels().transpose_bytes;
   for_rows(images * pieces, channels * std::min(plane, kPositions), [&](int64_t row) {
     const int64_t image = row / pieces, first = row % pieces * kPositions, n = std::min(kPositions, plane - first);
@@ -44,12 +45,15 @@ void turned(const char* x, uint8_t* y, int64_t images, int64_t channels, int64_t
     uint8_t* to = y + (image * plane + first) * channels;
     for (int64_t c = 0; c < channels; c += kChannels) {
       const int64_t count = std::min(kChannels, channels - c), whole = count / 16 * 16;
-      for (int64_t i = 0; i < count; ++i) {
-        loop(x + ((image * channels + c + i) * plane + first) * static_cast<int64_t>(size), codes + i * kPositions, n);
+      const char* from = x + ((image * channels + c) * plane + first) * static_cast<int64_t>(size);
+      if (n == plane) {
+        loop(from, codes, count * plane);  // small planes follow each other
+      } else {
+        for (int64_t i = 0; i < count; ++i) loop(at_element(from, i * plane, size), codes + i * stride, n);
       }
-      transpose(codes, kPositions, static_cast<int>(whole), to + c, channels, n);
+      transpose(codes, stride, static_cast<int>(whole), to + c, channels, n);
       for (int64_t p = 0; p < n; ++p) {
-        for (int64_t i = whole; i < count; ++i) to[p * channels + c + i] = codes[i * kPositions + p];
+        for (int64_t i = whole; i < count; ++i) to[p * channels + c + i] = codes[i * stride + p];
       }
     }
   });

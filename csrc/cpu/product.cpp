@@ -43,6 +43,7 @@ struct Shape {
 
 struct Weights {
   const int8_t* packed;
+  uint8_t zero;  // the code of zero
   int64_t quads;
   std::vector<uint32_t> zeros;
   std::vector<double> scales, biases;
@@ -66,23 +67,25 @@ Weights weights_of(const char* op, const Shape& s, const Tensor& packed, const T
   check_scalar(op, "x_offset", x_offset);
   TORCH_CHECK_VALUE(w_scale.numel() == 1 || w_scale.numel() == s.outputs, op, ": w_scale must hold 1 or ", s.outputs,
                     " values, not shape ", w_scale.sizes());
-  Weights result{static_cast<const int8_t*>(packed.const_data_ptr()), quads, {}, {}, {}};
-  const size_t padded = static_cast<size_t>(blocks * kColumns);
-  result.zeros.assign(padded, 0);
-  result.scales.assign(padded, 0);
-  result.biases.assign(padded, 0);
-  // An offset that is no number comes with a scale that is none, which decides the result.
-  const double scale = value_at(x_scale, 0), offset = value_at(x_offset, 0);
-  const uint32_t zero = offset >= -128 && offset <= 127 ? static_cast<uint32_t>(static_cast<int32_t>(offset) + 128) : 0;
-  const Tensor factors = w_scale.contiguous(), terms = bias ? bias->contiguous() : Tensor();
   if (bias) {
     check_floating(op, "bias", *bias);
     TORCH_CHECK_VALUE(bias->numel() == s.outputs, op, ": bias must hold ", s.outputs, " values, not shape ",
                       bias->sizes());
   }
+  const double scale = value_at(x_scale, 0), offset = value_at(x_offset, 0);
+  // An offset that is no number comes with a scale that is none, which decides the result.
+  const int zero = offset >= -128 && offset <= 127 ? static_cast<int>(offset) + 128 : 0;
+  const size_t padded = static_cast<size_t>(blocks * kColumns);
+  Weights result{static_cast<const int8_t*>(packed.const_data_ptr()),
+                 static_cast<uint8_t>(zero),
+                 quads,
+                 std::vector<uint32_t>(padded),
+                 std::vector<double>(padded),
+                 std::vector<double>(padded)};
+  const Tensor factors = w_scale.contiguous(), terms = bias ? bias->contiguous() : Tensor();
   const int32_t* totals = static_cast<const int32_t*>(sums.const_data_ptr());
   for (int64_t c = 0; c < s.outputs; ++c) {
-    result.zeros[c] = zero * static_cast<uint32_t>(totals[c]);
+    result.zeros[c] = static_cast<uint32_t>(zero) * static_cast<uint32_t>(totals[c]);
     result.scales[c] = scale * value_at(factors, factors.numel() == 1 ? 0 : c);
     if (bias) result.biases[c] = value_at(terms, c);
   }
@@ -129,7 +132,7 @@ void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int
 }
 
 // y: channels last where `last`, else planes.
-void product(const Shape& s, const uint8_t* codes, uint8_t zero, const Weights& w, float* y, bool channels_last) {
+void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, bool channels_last) {
   const int64_t positions = s.images * s.out_height * s.out_width, plane = s.out_height * s.out_width;
   if (positions == 0 || s.outputs == 0) return;
   const int64_t taps = s.kernel[0] * s.kernel[1], block_stride = taps * w.quads * kQuadBytes;
@@ -140,7 +143,7 @@ void product(const Shape& s, const uint8_t* codes, uint8_t zero, const Weights& 
   // Few positions: the output channels are shared out too.
   const int64_t wanted = 4 * at::get_num_threads();
   const int64_t groups = std::min(wide, std::max<int64_t>(1, (wanted + count - 1) / count));
-  const std::vector<uint8_t> blank(4 * w.quads, zero);
+  const std::vector<uint8_t> blank(4 * w.quads, w.zero);
   const ProductKernel& loops = kernel();
   at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<const uint8_t*> pointers(taps * rows);
@@ -177,11 +180,6 @@ void product(const Shape& s, const uint8_t* codes, uint8_t zero, const Weights& 
   });
 }
 
-uint8_t zero_code(const Tensor& x_offset) {
-  const double offset = value_at(x_offset, 0);
-  return offset >= -128 && offset <= 127 ? static_cast<uint8_t>(static_cast<int32_t>(offset) + 128) : uint8_t{0};
-}
-
 Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
               const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last) {
@@ -207,8 +205,8 @@ Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
   const Tensor source = readable(codes, at::MemoryFormat::ChannelsLast);
   Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kFloat),
                        channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
-  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), zero_code(x_offset), w,
-          static_cast<float*>(y.mutable_data_ptr()), channels_last);
+  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()),
+          channels_last);
   return y;
 }
 
@@ -224,8 +222,7 @@ Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
   std::vector<int64_t> sizes = codes.sizes().vec();
   sizes.back() = s.outputs;
   Tensor y = at::empty(sizes, codes.options().dtype(at::kFloat));
-  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), zero_code(x_offset), w,
-          static_cast<float*>(y.mutable_data_ptr()), true);
+  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()), true);
   return y;
 }
 
