@@ -18,8 +18,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPositions = 256, kChannels = 64;  // of an image turned at a time
-constexpr int64_t kSlack = 64;                       // bytes after the codes that the product may read
+// Of an image turned at a time: the codes stay in the first-level cache. A plane up to kWhole is not cut.
+constexpr int64_t kPositions = 128, kWhole = 256, kChannels = 64;
+constexpr int64_t kSlack = 64;  // bytes after the codes that the product may read
 
 struct Clips {
   double scale, offset, high, low;
@@ -36,12 +37,11 @@ Clips clips_of(const std::array<double, 4>& values, int num_bits, bool fixed_min
 // Codes of an image whose channels are planes, channels last.
 template <typename Loop>
 void turned(const char* x, uint8_t* y, int64_t images, int64_t channels, int64_t plane, size_t size, const Loop& loop) {
-  const int64_t pieces = (plane + kPositions - 1) / kPositions;
-  const int64_t stride = std::min(plane, kPositions);
+  const int64_t stride = plane <= kWhole ? plane : kPositions, pieces = (plane + stride - 1) / stride;
   const auto transpose = kernels().transpose_bytes;
-  for_rows(images * pieces, channels * std::min(plane, kPositions), [&](int64_t row) {
-    const int64_t image = row / pieces, first = row % pieces * kPositions, n = std::min(kPositions, plane - first);
-    alignas(64) uint8_t codes[kChannels * kPositions];
+  for_rows(images * pieces, channels * stride, [&](int64_t row) {
+    const int64_t image = row / pieces, first = row % pieces * stride, n = std::min(stride, plane - first);
+    alignas(64) uint8_t codes[kChannels * kWhole];
     uint8_t* to = y + (image * plane + first) * channels;
     for (int64_t c = 0; c < channels; c += kChannels) {
       const int64_t count = std::min(kChannels, channels - c), whole = count / 16 * 16;
