@@ -137,8 +137,8 @@ class CompressedLayer(nn.Module):
     def _search_shift(self, search: ShiftSearch, y: Tensor) -> None:
         norm = self.links.norm
         if norm is not None:
-            affine = [p if p is None else whole(p) for p in (norm.weight, norm.bias)]
-            y = F.batch_norm(y, norm.running_mean, norm.running_var, *affine, False, 0.0, norm.eps)
+            weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
+            y = F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
         axis = self.channel_axis_out if y.dim() > 1 else 0
         search.observe(y, self.deq_scale(), axis % y.dim())
 
