@@ -35,16 +35,18 @@ class Idle {
     return block;
   }
 
-  // Keeps the block. Returns the one that has to make room, the smaller of two, or nullptr.
+  // Keeps the block. Returns the one that has to make room, or nullptr: the smallest, of equal ones the oldest.
   Block* keep(Block* block) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto smaller = [](const Block* a, const Block* b) { return (a ? a->size : 0) < (b ? b->size : 0); };
-    const auto smallest = std::min_element(blocks_.begin(), blocks_.end(), smaller);
-    if (*smallest && (*smallest)->size >= block->size) return block;
-    Block* leaves = *smallest;
-    std::move_backward(blocks_.begin(), smallest, smallest + 1);
-    blocks_.front() = block;
-    return leaves;
+    const auto size = [](const Block* b) { return b ? b->size : 0; };
+    auto leaves = blocks_.begin();
+    for (auto it = leaves; it != blocks_.end(); ++it) {
+      if (size(*it) <= size(*leaves)) leaves = it;
+    }
+    if (size(*leaves) > block->size) return block;
+    std::rotate(blocks_.begin(), leaves, leaves + 1);
+    std::swap(blocks_.front(), block);
+    return block;
   }
 
  private:
