@@ -41,6 +41,34 @@ struct UlqFunction : torch::autograd::Function<UlqFunction> {
   }
 };
 
+// The state is written below autograd, as an optimiser writes parameters: what backward needs is saved apart from it.
+struct UlqUpdateFunction : torch::autograd::Function<UlqUpdateFunction> {
+  static variable_list forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max,
+                               const Variable& clip_min, const Variable& prev_clip_max, const Variable& prev_clip_min,
+                               const Variable& scale, const Variable& offset, const Variable& invalid, int64_t num_bits,
+                               bool fixed_min) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, high, low] = ulq_fake_quantize_(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset,
+                                             invalid, num_bits, fixed_min);
+    ctx->save_for_backward({x, high, low});
+    ctx->saved_data["num_bits"] = num_bits;
+    ctx->saved_data["max_shape"] = clip_max.sizes();
+    ctx->saved_data["min_shape"] = clip_min.sizes();
+    ctx->mark_non_differentiable({high, low});
+    ctx->set_materialize_grads(false);
+    for (const Variable& state : {clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid}) {
+      state.unsafeGetTensorImpl()->bump_version();
+    }
+    return {y, high, low};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list results = UlqFunction::backward(ctx, grads);
+    results.resize(10);
+    return results;
+  }
+};
+
 struct ArqFunction : torch::autograd::Function<ArqFunction> {
   static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t num_bits,
                                std::optional<int64_t> channel_axis) {
@@ -194,6 +222,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq(const Tensor& x, 
   return {r[0], r[1], r[2], r[3], r[4], r[5]};
 }
 
+std::tuple<Tensor, Tensor, Tensor> ulq_update(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min,
+                                              const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+                                              const Tensor& scale, const Tensor& offset, const Tensor& invalid,
+                                              int64_t num_bits, bool fixed_min) {
+  const auto r = UlqUpdateFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid,
+                                          num_bits, fixed_min);
+  return {r[0], r[1], r[2]};
+}
+
 std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
   const auto r = ArqFunction::apply(w, num_bits, channel_axis);
   return {r[0], r[1]};
@@ -208,6 +245,7 @@ Tensor lsq(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional
 
 TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize", ulq);
+  m.impl("ulq_fake_quantize_", ulq_update);
   m.impl("arq_fake_quantize", arq);
   m.impl("lsq_fake_quantize", lsq);
   m.impl("apply_mask", apply_mask_rule);
