@@ -11,6 +11,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/resize_cpu_dispatch.h>
 #include <ATen/ops/set_cpu_dispatch.h>
 #include <ATen/ops/unfold_cpu_dispatch.h>
@@ -105,8 +106,7 @@ Tensor empty(IntArrayRef size, optional<at::ScalarType> type, optional<at::Layou
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<at::ScalarType> type, optional<at::Layout>,
                      optional<at::Device>, optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &allocator,
-                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+  return at::detail::empty_strided_generic(size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                            c10::dtype_or_default(type));
 }
 
@@ -143,6 +143,17 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
   return {on_device(dx), on_device(dw), on_device(db)};
 }
 
+// Not by the fallback: the schema does not say that the running statistics are written to.
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const optional<Tensor>& weight,
+                                              const optional<Tensor>& bias, const optional<Tensor>& mean,
+                                              const optional<Tensor>& variance, bool training, double momentum,
+                                              double eps) {
+  const auto given = [](const optional<Tensor>& value) { return value ? on_host(*value) : Tensor(); };
+  auto [y, saved_mean, saved_inverse] = at::native_batch_norm(on_host(x), given(weight), given(bias), given(mean),
+                                                              given(variance), training, momentum, eps);
+  return {on_device(y), on_device(saved_mean), on_device(saved_inverse)};
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape)) {
     note(c10::toString(op.operator_name()));
@@ -174,8 +185,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", at::cpu::_reshape_alias);
   m.impl("unfold", at::cpu::unfold);
   m.impl("resize_", at::cpu::resize_);
+  m.impl("set_", static_cast<Tensor& (*)(Tensor&)>(&at::cpu::set_));
+  m.impl("set_.source_Tensor", static_cast<Tensor& (*)(Tensor&, const Tensor&)>(&at::cpu::set_));
+  m.impl("set_.source_Storage", static_cast<Tensor& (*)(Tensor&, at::Storage)>(&at::cpu::set_));
   m.impl("set_.source_Storage_storage_offset",
          static_cast<Tensor& (*)(Tensor&, at::Storage, int64_t, IntArrayRef, IntArrayRef)>(&at::cpu::set_));
+  m.impl("native_batch_norm", batch_norm);
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
 }
