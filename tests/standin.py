@@ -28,7 +28,8 @@ def library(source: Path, *options: str) -> Path:
     """Compile one source to a shared library, once per content, torch and options; safe against parallel tests."""
     package = Path(torch.__file__).parent
     include = package / "include"
-    content = "\n".join([torch.__version__, *options, source.read_text()])
+    headers = [h for o in options if o.startswith("-I") for h in sorted(Path(o.removeprefix("-I")).rglob("*.h"))]
+    content = "\n".join([torch.__version__, *options, *(file.read_text() for file in (source, *headers))])
     target = ROOT / "build" / "tests" / f"{source.stem}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
