@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -35,7 +36,7 @@ def load() -> None:
         return
     _run("amct_ext's NPU adapter", _library.load_npu)
     for point in sorted(entry_points(group=GROUP), key=lambda found: (found.name, found.value)):
-        _run(f"back end '{point.name}' ({point.value}{_source(point)})", lambda point=point: point.load()())
+        _run(f"back end '{point.name}' ({point.value}{_source(point)})", partial(_call, point))
 
 
 def kernels(device: str) -> tuple[str, ...]:
@@ -64,6 +65,10 @@ def reference(op: str) -> Callable[..., Any]:
     kernel = torch.library.get_kernel(f"amct_ext::{op}", "Meta")  # no device's kernel: meta tensors run the reference
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)  # which the kernel of a Python function never reads
     return lambda *arguments: kernel.call_boxed(keys, *arguments)
+
+
+def _call(point: EntryPoint) -> None:
+    point.load()()
 
 
 def _source(point: EntryPoint) -> str:

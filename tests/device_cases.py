@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rnn_job
 import small_models as small
 import standin
 import torch
@@ -280,6 +281,28 @@ def test_a_training_step_makes_nothing_wait(config: str, tmp_path: Path) -> None
     assert waits_in_training(Job(tmp_path / "files", config, DEVICE)) == []
     float(torch.ones(2, device=DEVICE).sum())
     assert standin.waits() == ["item"]  # it does count
+
+
+@pytest.mark.parametrize("setting", ["quant", "learned"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_recurrent_layers(kind: str, setting: str, tmp_path: Path) -> None:
+    losses = {}
+    for device in (CPU, DEVICE):
+        folder = tmp_path / device.type
+        folder.mkdir()
+        model = rnn_job.Job(folder, kind, setting).create().to(device)  # traced on the CPU: torch's own cell runs there
+        optimizer = rnn_job.optimizer_of(model)
+        losses[device] = []
+        for i in range(4):
+            x, y = (t.to(device) for t in rnn_job.batch(i))
+            standin.waits() if EXACT else None
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            assert not EXACT or i == 0 or standin.waits() == []
+            losses[device].append(loss.detach().cpu())
+    torch.testing.assert_close(losses[DEVICE], losses[CPU], rtol=1e-4, atol=1e-5)
 
 
 def test_the_onnx_files_are_those_of_the_cpu(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def library(source: Path, *options: str) -> Path:
         partial = target.with_suffix(f".{os.getpid()}")
         launcher = [found] if (found := shutil.which("ccache")) else []
         command = [
-            *launcher, str(compiler()), "-std=c++20", "-O0", "-fPIC", "-shared", "-Wall", "-Werror", "-ffp-contract=off",
+            *launcher, str(compiler()), "-std=c++20",
+            "-O0", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror",
             f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *options, str(source), "-o", str(partial),

@@ -1,8 +1,7 @@
 // ulq_fake_quantize and its backward on Ascend NPUs, through torch_npu's interface for extensions. Everything is queued
 // on the current stream of the tensors' device; no value is read on the host.
-//
-// Passes over the data (float32, 8 bits): forward 4 instead of the reference's 9, backward 12 instead of 16, and no
-// float64, which the vector cores lack.
+// What it gains over the reference: at 8 bits one pass over x makes the codes where the reference makes four, and there
+// is no float64, which the vector cores lack.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/div.h>
