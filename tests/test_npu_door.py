@@ -5,6 +5,7 @@ A process has one such device for good, so everything runs in child processes, o
 
 from __future__ import annotations
 
+import doctest
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import reference_cost
 import standin
+
+from amct_ext import backends
 
 HERE = Path(__file__).resolve().parent
 needs_compiler = pytest.mark.skipif(
@@ -107,8 +111,19 @@ def test_entry_points_can_be_left_out(distribution: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "()\n", "")
 
 
-def test_an_unknown_device_is_an_error() -> None:
-    from amct_ext import backends
+def test_the_snippets_of_the_documentation_run() -> None:
+    result = doctest.testmod(backends)
+    assert (result.attempted, result.failed) == (2, 0)
 
+
+def test_the_cost_of_the_references_is_counted_for_the_table() -> None:
+    table = (HERE.parent / "docs" / "npu.md").read_text()
+    for op, arguments in reference_cost.samples().items():
+        calls, moved, _ = reference_cost.cost(backends.reference(op), arguments)
+        assert calls > 1 and moved > 2
+        assert f"| `{op}` |" in table
+
+
+def test_an_unknown_device_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="abacus"):
         backends.kernels("abacus")

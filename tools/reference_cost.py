@@ -23,7 +23,7 @@ WEIGHT = (512, 512, 3, 3)
 
 
 class Count(TorchDispatchMode):
-    """Counts calls and bytes of what is no view; `wide` counts the calls on float64 data of more than one value."""
+    """Counts calls and bytes of what is no view; `wide` counts the calls that read or write float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Count(TorchDispatchMode):
         if not func.is_view and tensors:
             self.calls += 1
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-            self.wide += any(t.dtype == torch.float64 and t.numel() > 1 for t in tensors)
+            self.wide += any(t.dtype == torch.float64 for t in tensors)
         return result
 
 
@@ -66,14 +66,14 @@ def samples() -> dict[str, tuple[Any, ...]]:
 
 
 def cost(op: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[int, float, int]:
-    """Calls, bytes in units of the first argument, calls on float64 data."""
+    """Calls, bytes in units of the first argument, calls with float64."""
     with Count() as count:
         op(*arguments)
     return count.calls, count.bytes / (arguments[0].numel() * arguments[0].element_size()), count.wide
 
 
 def main() -> None:
-    print("| op | torch calls | data moved, reads of the input | of the calls, on float64 data |\n|---|---|---|---|")
+    print("| op | torch calls | data moved, reads of the input | of the calls, with float64 |\n|---|---|---|---|")
     for op, arguments in samples().items():
         calls, moved, wide = cost(backends.reference(op), arguments)
         print(f"| `{op}` | {calls} | {moved:.1f} | {wide} |")
