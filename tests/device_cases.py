@@ -71,7 +71,7 @@ def references_on_the_cpu() -> Iterator[None]:
     """The CPU's kernels set aside: they sum in another order than the references."""
     library = torch.library.Library("amct_ext", "IMPL")
     for op in ops.__all__:
-        library.impl(op, backends.reference(op), "CPU")
+        library.impl(op, backends.reference(op), "CPU", allow_override=True)
     try:
         yield
     finally:
@@ -121,7 +121,7 @@ def test_a_kernel_of_the_device_wins_and_keeps_the_autograd_rule(op: str) -> Non
     plain, before = getattr(ops, op)(*there)[0], backends.kernels(NAME)
     library = torch.library.Library("amct_ext", "IMPL")
     try:
-        library.impl(op, kernel, "PrivateUse1")
+        library.impl(op, kernel, "PrivateUse1", allow_override=True)
         assert op in backends.kernels(NAME)
         y = getattr(ops, op)(*there)[0]
         assert calls == [op]
