@@ -4,7 +4,7 @@ Schemas stand in `csrc/ops.cpp`. Every op has a plain-torch reference here, regi
 op, serves devices without a kernel and checks the kernels.
 """
 
-from amct_ext import _library
+from amct_ext import _library, backends
 
 _library.load()
 
@@ -26,6 +26,8 @@ from amct_ext.ops.weights import (  # noqa: E402
     lsq_fake_quantize_backward,
     quantize_weight,
 )
+
+backends.load()  # after the schemas and references, which other packages' kernels build on
 
 __all__ = [
     "apply_mask",
