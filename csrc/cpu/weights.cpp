@@ -1,6 +1,4 @@
-// arq_fake_quantize, lsq_fake_quantize and its backward, quantize_weight, filter_norms.
-#include "cpu/weights.h"
-
+// lsq_fake_quantize and its backward, quantize_weight, filter_norms.
 #include <torch/library.h>
 
 #include <cmath>
@@ -156,69 +154,9 @@ Tensor filter_norms(const Tensor& w, int64_t axis) {
   return from_values(sums, {w.size(axis)}, w.options().dtype(accumulate_type(w)));
 }
 
-std::tuple<Tensor, Tensor> arq_forward(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
-  channel_axis = check_weight("arq_fake_quantize", w, num_bits, channel_axis);
-  const Tensor source = without_holes(w);
-  Tensor y = at::empty_like(source);
-  Tensor scale = at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w)));
-  if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
-  range_and_quantize(source, y, scale, static_cast<int>(num_bits), channel_axis);
-  return {std::move(y), std::move(scale)};
-}
-
 }  // namespace
 
-double scale_of(Range range, int num_bits, bool wide) {
-  return wide ? math::symmetric_scale(range.largest, range.smallest, num_bits)
-              : static_cast<double>(math::symmetric_scale(static_cast<float>(range.largest),
-                                                          static_cast<float>(range.smallest), num_bits));
-}
-
-void range_and_quantize(const Tensor& source, const Tensor& y, const Tensor& scale, int num_bits,
-                        std::optional<int64_t> channel_axis) {
-  const auto codes = math::code_range(num_bits);
-  const Element element = element_of(source);
-  const auto range = kernels().range[element];
-  const auto quantize = kernels().quantize[element];
-  const void* in = source.const_data_ptr();
-  void* out = y.mutable_data_ptr();
-  const size_t size = source.element_size();
-  const Runs runs = runs_along(source, channel_axis);
-  const auto joined = [](Range a, Range b) {
-    const bool nan = a.largest != a.largest || b.largest != b.largest;
-    return nan ? Range{NAN, NAN} : Range{std::max(a.largest, b.largest), std::min(a.smallest, b.smallest)};
-  };
-  if (runs.count == 1) {
-    const int64_t n = source.numel();
-    std::vector<Range> parts((n + kBlock - 1) / kBlock);
-    for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {
-      parts[block] = range(at_element(in, begin, size), end - begin);
-    });
-    Range whole = parts[0];
-    for (const Range& part : parts) whole = joined(whole, part);
-    const Symmetric symmetric{scale_of(whole, num_bits, wide(source)), codes.lowest, codes.highest};
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
-      quantize(at_element(in, begin, size), at_element(out, begin, size), end - begin, symmetric);
-    });
-    set_value(scale, 0, symmetric.scale);
-    return;
-  }
-  for_rows(runs.count, runs.outer * runs.inner, [&](int64_t channel) {
-    const auto first = [&](int64_t o) { return (o * runs.count + channel) * runs.inner; };
-    Range whole = range(at_element(in, first(0), size), runs.inner);
-    for (int64_t o = 1; o < runs.outer; ++o) {
-      whole = joined(whole, range(at_element(in, first(o), size), runs.inner));
-    }
-    const Symmetric symmetric{scale_of(whole, num_bits, wide(source)), codes.lowest, codes.highest};
-    for (int64_t o = 0; o < runs.outer; ++o) {
-      quantize(at_element(in, first(o), size), at_element(out, first(o), size), runs.inner, symmetric);
-    }
-    set_value(scale, channel, symmetric.scale);
-  });
-}
-
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("arq_fake_quantize", arq_forward);
   m.impl("lsq_fake_quantize", lsq_forward);
   m.impl("lsq_fake_quantize_backward", lsq_backward);
   m.impl("quantize_weight", quantize_weight);
