@@ -2,76 +2,18 @@
 // last. Work goes by four registers that hold the members of as many groups as a register has lanes.
 #pragma once
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 #include <utility>
 
-#include "cpu/isa/scalar.h"
+#include "cpu/isa/register.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
 namespace {
 
-// A register of the instruction set. Patterns without their sign are compared as signed numbers, which every
-// instruction set can; comparisons give all ones or zero.
-#if defined(__AVX512BW__)
-constexpr int kRegister = 64;
-#elif defined(__AVX2__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-
-template <typename Bits>
-struct Register;
-template <>
-struct Register<uint16_t> {
-  using Lane = int16_t;
-  using V = int16_t __attribute__((vector_size(kRegister)));
-};
-template <>
-struct Register<uint32_t> {
-  using Lane = int32_t;
-  using V = int32_t __attribute__((vector_size(kRegister)));
-};
-template <>
-struct Register<uint64_t> {
-  using Lane = int64_t;
-  using V = int64_t __attribute__((vector_size(kRegister)));
-};
-
-template <typename T>
-using V = typename Register<Bits<T>>::V;
-template <typename T>
-constexpr int kWidth = kRegister / static_cast<int>(sizeof(T));
-
-template <typename T>
-AMCT_INLINE V<T> load(const T* from) {
-  V<T> v;
-  __builtin_memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-template <typename T>
-AMCT_INLINE V<T> magnitudes(V<T> v) {
-  return v & static_cast<typename Register<Bits<T>>::Lane>(~Traits<T>::kSign);
-}
-
-template <typename V>
-AMCT_INLINE V larger(V a, V b) {
-  return a > b ? a : b;
-}
-template <typename V>
-AMCT_INLINE V smaller(V a, V b) {
-  return a < b ? a : b;
-}
-
 // What is kept of a register, from comparisons: a mask register where there are such, else all ones or zero in a lane.
 // `put` writes the mask as bytes and, where y is not null, what is kept of `raw`.
-#if defined(__AVX512BW__)
-AMCT_INLINE __m512i plain(auto v) { return reinterpret_cast<__m512i>(v); }
+#if defined(AMCT_AVX512)
+AMCT_INLINE __m512i plain(auto v) { return as<__m512i>(v); }
 
 template <int kBytes>
 struct Choice;
@@ -102,10 +44,6 @@ struct Choice<2> {
     if (y) _mm512_storeu_si512(y, _mm512_maskz_mov_epi16(keep, plain(raw)));
   }
 };
-template <typename V>
-AMCT_INLINE bool any(V v) {
-  return _mm512_test_epi64_mask(plain(v), plain(v)) != 0;
-}
 #else
 // Lanes that are all ones or zero as bytes 1 or 0. Compilers make poor code of the conversion.
 template <int kBytes, typename V>
@@ -144,14 +82,6 @@ struct Choice {
     __builtin_memcpy(y, &kept, sizeof(kept));
   }
 };
-template <typename V>
-AMCT_INLINE bool any(V v) {
-  using Words = uint64_t __attribute__((vector_size(kRegister)));
-  const Words words = reinterpret_cast<Words>(v);
-  uint64_t all = 0;
-  for (int i = 0; i < kRegister / 8; ++i) all |= words[i];
-  return all != 0;
-}
 #endif
 
 template <typename V>
@@ -181,14 +111,14 @@ AMCT_INLINE bool second_largest(const V<T>* m, V<T>& second) {
   const V<T> first = larger(m[0], m[1]), other = larger(m[2], m[3]);
   const V<T> p = smaller(first, other), q = larger(smaller(m[0], m[1]), smaller(m[2], m[3]));
   second = larger(p, q);
-  constexpr auto infinity = static_cast<typename Register<Bits<T>>::Lane>(Traits<T>::kInfinity);
+  constexpr auto infinity = static_cast<Lane<T>>(Traits<T>::kInfinity);
   return !any((p == q) | (larger(first, other) > infinity));
 }
 
 // All NaN are equal and larger than infinity.
 template <typename T>
 AMCT_INLINE void chosen_exactly(const V<T>* m, V<T>* keep) {
-  const V<T> nan = V<T>{} + static_cast<typename Register<Bits<T>>::Lane>(Traits<T>::kInfinity + 1);
+  const V<T> nan = V<T>{} + static_cast<Lane<T>>(Traits<T>::kInfinity + 1);
   const V<T> ordered[4] = {smaller(m[0], nan), smaller(m[1], nan), smaller(m[2], nan), smaller(m[3], nan)};
   kept_of_four(ordered, keep);
 }
