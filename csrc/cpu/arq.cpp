@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "check.h"
+#include "cpu/channels.h"
 #include "quant_math.h"
 
 namespace amct_ext::cpu {
@@ -39,11 +40,22 @@ class Weight {
 
   void channel(int64_t channel) const {
     if (prepare_) prepare_(channel);
-    Range whole = range(channel * runs.inner, runs.inner);
-    for (int64_t o = 1; o < runs.outer; ++o) whole = joined(whole, range(first(o, channel), runs.inner));
+    Range whole = range_at(channel * runs.inner, runs.inner);
+    for (int64_t o = 1; o < runs.outer; ++o) whole = joined(whole, range_at(first(o, channel), runs.inner));
     const Symmetric symmetric = parameters(whole);
-    for (int64_t o = 0; o < runs.outer; ++o) quantize(first(o, channel), runs.inner, symmetric);
+    for (int64_t o = 0; o < runs.outer; ++o) quantize_at(first(o, channel), runs.inner, symmetric);
     put_scale(channel, symmetric.scale);
+  }
+
+  // All channels, where their weights are scattered.
+  void gathered() const {
+    for_gathered<2>(runs, {{{in_, size_}, {mask_, 1}}}, out_, size_,
+                    [&](int64_t channel, const std::array<const char*, 2>& in, char* out, int64_t n) {
+                      const auto* mask = reinterpret_cast<const uint8_t*>(in[1]);
+                      const Symmetric symmetric = parameters(range(in[0], mask, n));
+                      quantize(in[0], mask, out, n, symmetric);
+                      put_scale(channel, symmetric.scale);
+                    });
   }
 
   // A single scale: the blocks of the tensor share it.
@@ -51,29 +63,32 @@ class Weight {
     if (prepare_) prepare_(0);
     const int64_t n = runs.outer * runs.inner;
     std::vector<Range> parts((n + kBlock - 1) / kBlock);
-    for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) { parts[block] = range(begin, end - begin); });
+    for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) { parts[block] = range_at(begin, end - begin); });
     Range all = parts[0];
     for (const Range& part : parts) all = joined(all, part);
     const Symmetric symmetric = parameters(all);
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) { quantize(begin, end - begin, symmetric); });
+    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) { quantize_at(begin, end - begin, symmetric); });
     put_scale(0, symmetric.scale);
   }
 
  private:
   int64_t first(int64_t o, int64_t channel) const { return (o * runs.count + channel) * runs.inner; }
 
-  Range range(int64_t begin, int64_t n) const {
-    const void* in = at_element(in_, begin, size_);
-    return mask_ ? kernels().masked_range[element_](in, mask_ + begin, n) : kernels().range[element_](in, n);
+  Range range(const void* in, const uint8_t* mask, int64_t n) const {
+    return mask ? kernels().masked_range[element_](in, mask, n) : kernels().range[element_](in, n);
   }
-  void quantize(int64_t begin, int64_t n, const Symmetric& symmetric) const {
-    const void* in = at_element(in_, begin, size_);
-    void* out = at_element(out_, begin, size_);
-    if (mask_) {
-      kernels().masked_quantize[element_](in, mask_ + begin, out, n, symmetric);
+  void quantize(const void* in, const uint8_t* mask, void* out, int64_t n, const Symmetric& symmetric) const {
+    if (mask) {
+      kernels().masked_quantize[element_](in, mask, out, n, symmetric);
     } else {
       kernels().quantize[element_](in, out, n, symmetric);
     }
+  }
+
+  const uint8_t* mask_at(int64_t begin) const { return mask_ ? mask_ + begin : nullptr; }
+  Range range_at(int64_t begin, int64_t n) const { return range(at_element(in_, begin, size_), mask_at(begin), n); }
+  void quantize_at(int64_t begin, int64_t n, const Symmetric& symmetric) const {
+    quantize(at_element(in_, begin, size_), mask_at(begin), at_element(out_, begin, size_), n, symmetric);
   }
 
   Symmetric parameters(Range range) const {
@@ -162,6 +177,10 @@ void run_arq(const std::vector<ArqJob>& jobs, int num_bits) {
     const int64_t count = weight.runs.count, size = weight.runs.outer * weight.runs.inner;
     if (count == 1) {
       weight.whole();
+      continue;
+    }
+    if (short_runs(weight.runs)) {
+      weight.gathered();
       continue;
     }
     const int64_t step = std::max<int64_t>(1, kGrain * kBlock / size);

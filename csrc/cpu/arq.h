@@ -22,7 +22,7 @@ struct ArqJob {
 // A job on `w` with new results; `w` may have holes, `mask` any layout.
 ArqJob arq_job(const at::Tensor& w, const at::Tensor& mask, std::optional<int64_t> channel_axis);
 
-// All jobs in one parallel region, except those with a single scale.
+// All jobs in one parallel region, except those with a single scale or with channels in short runs.
 void run_arq(const std::vector<ArqJob>& jobs, int num_bits);
 
 }  // namespace amct_ext::cpu

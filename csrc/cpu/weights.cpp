@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/channels.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
 
@@ -89,7 +90,14 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
   void* out = y.mutable_data_ptr();
   const size_t size = w.element_size();
   const auto loop = kernels().quantize[element_of(w)];
-  for_pieces(runs_along(source, channel_axis), [&](int64_t channel, int64_t begin, int64_t n) {
+  const Runs runs = runs_along(source, channel_axis);
+  if (short_runs(runs)) {
+    for_gathered<1>(runs, {{{in, size}}}, out, size, [&](int64_t channel, const auto& row, char* to, int64_t n) {
+      loop(row[0], to, n, {scales[channel], range.lowest, range.highest});
+    });
+    return y;
+  }
+  for_pieces(runs, [&](int64_t channel, int64_t begin, int64_t n) {
     loop(at_element(in, begin, size), at_element(out, begin, size), n, {scales[channel], range.lowest, range.highest});
   });
   return y;
@@ -110,11 +118,19 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
   const size_t size = w.element_size();
   const auto loop = kernels().lsq_backward[element_of(w)];
   const Runs runs = runs_along(source, channel_axis);
-  std::vector<double> sums = channel_sums(runs, [&](int64_t begin, int64_t n) {
-    const int64_t channel = runs.count == 1 ? 0 : begin / runs.inner % runs.count;
-    return loop(at_element(up, begin, size), at_element(in, begin, size), n,
-                {scales[channel], range.lowest, range.highest});
-  });
+  std::vector<double> sums(runs.count, 0.0);
+  if (short_runs(runs)) {
+    for_gathered<2>(runs, {{{up, size}, {in, size}}}, nullptr, 0,
+                    [&](int64_t channel, const auto& row, char*, int64_t n) {
+                      sums[channel] = loop(row[0], row[1], n, {scales[channel], range.lowest, range.highest});
+                    });
+  } else {
+    sums = channel_sums(runs, [&](int64_t begin, int64_t n) {
+      const int64_t channel = runs.count == 1 ? 0 : begin / runs.inner % runs.count;
+      return loop(at_element(up, begin, size), at_element(in, begin, size), n,
+                  {scales[channel], range.lowest, range.highest});
+    });
+  }
   const int64_t weights = scale.numel() ? std::max<int64_t>(w.numel() / scale.numel(), 1) : 1;
   const double factor = grad_factor.value_or(1.0 / std::sqrt(static_cast<double>(weights) * range.highest));
   for (double& sum : sums) sum *= factor;
