@@ -80,15 +80,15 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
     };
     fast_pair(x + i, y + i);
     fast_pair(x + i + kPair<T>, y + i + kPair<T>);
-    // A value that is not finite has no distance, which counts as a large one.
     if (__builtin_expect(reach<A>(farthest, fast.limit), 0)) {
-      if (finite(x + i, kGroup)) {
-        for (int64_t k = i; k < i + kGroup; k += kPair<T>) {
-          const Pair<T> v = load_pair(x + k);
-          store_pair(y + k, Pair<T>{rows.exact(v.first), rows.exact(v.second)});
-        }
-      } else {
+      // What is not finite has no distance: NaN.
+      if (reach<A>(farthest, as<A>(Traits<A>::kInfinity))) {
         good &= each(i, i + kGroup);
+        continue;
+      }
+      for (int64_t k = i; k < i + kGroup; k += kPair<T>) {
+        const Pair<T> v = load_pair(x + k);
+        store_pair(y + k, Pair<T>{rows.exact(v.first), rows.exact(v.second)});
       }
     }
   }
