@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const UlqForward parameters{scale, offset, range.lowest, range.highest};
 
   const Tensor source = without_holes(x);
-  Tensor y = at::empty_like(source);
+  Tensor y = new_like(source);
   std::atomic<bool> bad{!(math::is_finite(scale) && scale > 0)};
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
       bad.store(true, std::memory_order_relaxed);
     }
   });
-  Tensor invalid = at::empty({}, x.options().dtype(at::kBool));
+  Tensor invalid = new_scalar(at::kBool);
   *static_cast<bool*>(invalid.mutable_data_ptr()) = bad.load();
   return {std::move(y),
           scalar_like(clip_max, scale),
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
   const Tensor source = without_holes(x), upstream = laid_out_as(grad, source);
-  Tensor dx = at::empty_like(source);
+  Tensor dx = new_like(source);
   const int64_t n = x.numel();
   std::vector<UlqSums> parts((n + kBlock - 1) / kBlock);
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
