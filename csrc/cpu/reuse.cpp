@@ -1,12 +1,13 @@
 #include "cpu/reuse.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <array>
 #include <mutex>
+
+#include "cpu/tensors.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -81,7 +82,7 @@ Reusing* reusing() {
 
 at::Tensor reused_like(const at::Tensor& x) {
   const size_t size = x.numel() * x.element_size();
-  if (size < kSmallest || size > kLargest) return at::empty_like(x);
+  if (size < kSmallest || size > kLargest) return new_like(x);
   return at::Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), reusing(),
                                                       c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
 }

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
       bad.store(true, std::memory_order_relaxed);
     }
   });
-  Tensor invalid = at::empty({}, x.options().dtype(at::kBool));
+  Tensor invalid = new_scalar(at::kBool);
   *static_cast<bool*>(invalid.mutable_data_ptr()) = bad.load();
   return {std::move(y),
           scalar_like(clip_max, scale),
