@@ -127,7 +127,9 @@ def obstacle(layer: Any) -> str | None:
 
 def applies(layer: Any, x: Tensor) -> bool:
     """Whether ``x`` can take the integer forward: plain float32 on the CPU, outside of compilers and autocast."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(x) not in (Tensor, nn.Parameter) or type(layer.weight) not in (Tensor, nn.Parameter):
         return False
     if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
@@ -177,7 +179,7 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
         carrier = _Carrier.apply(x, quantizer.clip_max, quantizer.clip_min, clip_max, clip_min, quantizer.num_bits)
     made = Codes(carrier, x, clip_max, clip_min, codes, scale, offset, quantizer.num_bits)
     if first:
-        quantizer._write_back(scale, offset, clip_max, clip_min, invalid)
+        quantizer.write_back(scale, offset, clip_max, clip_min, invalid)
         quantizer.shared_codes.keep(made, quantizer.num_readers - 1)
     return made
 

@@ -27,16 +27,16 @@ def configure(
 
     ``validation``: when NaN/Inf in an activation raises. "deferred" (how a model starts) notes it on the device and
     raises at the next evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in
-    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward. "off"
-    (how a model starts) keeps it as floats; "rebuild" keeps nothing and rounds it again, with the same bits, from the
-    float input that the gradient of the clips needs anyway: the memory of the float model for some percent of the
-    step's time. ``forward``: what convolutions and linear layers multiply, for the model or by layer name. "float" (how
-    a model starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a
-    kernel (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once;
-    "auto" times both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float"
-    but do not differentiate twice. An evaluation keeps integer weights until a training step or a change of the
-    parameter; writing through ``weight.data`` goes unnoticed. Errors: ValueError (unknown value or layer), ModelError
-    (not a compressed model).
+    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward.
+    "rebuild" (how a model starts) keeps nothing, not even codes, and rounds it again, with the same bits, from the
+    float input that the gradient of the clips needs anyway: the memory of the float model. "off" keeps it as floats.
+    ``forward``: what convolutions and linear layers multiply, for the model or by layer name. "float" (how a model
+    starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a kernel
+    (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once; "auto" times
+    both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float" but do not
+    differentiate twice, and nothing is kept whatever ``stash`` says. An evaluation keeps integer weights until a
+    training step or a change of the parameter; a change through ``weight.data`` goes unnoticed. Errors: ValueError
+    (unknown value or layer), ModelError (not a compressed model).
     """
     if validation not in (None, "deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")

@@ -1,82 +1,60 @@
 """The integer forward: whole training steps and evaluations, models taking turns in one process.
 
-    python benchmarks/bench_integer.py [--threads 2] [--rounds 7] [--models resnet50,bert-small]
+    python benchmarks/bench_integer.py [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
 
-Columns are medians and ratios to the float model; the float model runs in the faster of its two memory layouts.
+Printed: medians, and the medians of the rounds' ratios to the float model (images: to the faster of its two memory
+layouts). ``--clock cpu`` counts the process's own time instead of the wall's: for one thread on a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from step_models import JOBS, Job
+from step_variants import FLOAT, make, stepper
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 import amct_ext as amct
 
-INT8 = "batch_num: 1 retrain_data_quant_config { ulq_quantize { } } retrain_weight_quant_config { arq_retrain { } }"
+LAST = "channels last"
 Run = Callable[[], None]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-class Logits(nn.Module):
-    """A transformers model that takes one tensor and gives one."""
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(**{self.name: x}).logits
-        return logits
+def channels_last(x: Any) -> Any:
+    return x.to(memory_format=torch.channels_last)
 
 
-def resnet50() -> nn.Module:
-    config = ResNetConfig()
-    config.num_labels = 10
-    return Logits(ResNetForImageClassification(config), "pixel_values")
+def models(job: Job, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Each model and the batch in its layout; the float ones come first."""
+    pictures = x.dim() == 4
+    result = {FLOAT: (make(FLOAT, job, x[:1]), x)}
+    if pictures:
+        result[f"{FLOAT}, {LAST}"] = channels_last(make(FLOAT, job, x[:1])), channels_last(x)
+    for forward in ("float", "auto", "integer"):
+        model = make("INT8", job, x[:1])
+        amct.configure(model, forward=forward)
+        result[f"INT8, {forward}"] = model, x
+    if pictures:
+        model = channels_last(make("INT8", job, x[:1]))
+        amct.configure(model, forward="auto")
+        result[f"INT8, auto, {LAST}"] = model, channels_last(x)
+    return result
 
 
-def bert_small() -> nn.Module:
-    config = BertConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048)
-    config.num_labels = 10
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return Logits(BertForSequenceClassification(config), "input_ids")
-
-
-MODELS = {
-    "resnet50": (resnet50, lambda: torch.randn(8, 3, 224, 224)),
-    "bert-small": (bert_small, lambda: torch.randint(0, 30000, (8, 128))),
-}
-
-
-def compressed(make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "compress.cfg"
-        path.write_text(INT8)
-        return amct.create_compressed_retrain_model(make(), x[:1], str(path), str(Path(folder) / "record.txt"))
-
-
-def step(model: nn.Module, x: Tensor) -> Run:
-    """One step of plain SGD; the learning rate is so small that all steps do the same work."""
-    labels = torch.randint(0, 10, (x.shape[0],))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-8)
+def training(model: nn.Module, x: Tensor, labels: Tensor) -> Run:
+    step = stepper(model, x, labels)
 
     def run() -> None:
         model.train()
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), labels).backward()
-        optimizer.step()
+        step()
 
     return run
 
@@ -90,62 +68,56 @@ def evaluation(model: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def turns(runs: dict[str, Run], rounds: int) -> dict[str, float]:
+def turns(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):  # two rounds warm up, calibrate and choose
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if turn > 1:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append((clock() - started) * 1e3)
+    return times
 
 
-def channels_last(x: Any) -> Any:
-    return x.to(memory_format=torch.channels_last)
-
-
-def variants(name: str) -> tuple[dict[str, tuple[nn.Module, Tensor]], nn.Module]:
-    make, sample = MODELS[name]
-    torch.manual_seed(0)
-    x = sample()
-    plain = make()
-    models: dict[str, tuple[nn.Module, Tensor]] = {"float32": (plain, x)}
-    if x.dim() == 4:
-        models["float32, channels last"] = channels_last(make()), channels_last(x)
-    for forward in ("float", "auto", "integer"):
-        model = compressed(make, x)
-        amct.configure(model, forward=forward)
-        models[f"INT8, {forward}"] = model, x
-        if x.dim() == 4 and forward == "integer":
-            model = channels_last(compressed(make, x))
-            amct.configure(model, forward=forward)
-            models["INT8, integer, channels last"] = (model, channels_last(x))
-    return models, models["INT8, auto"][0]
+def columns(times: dict[str, list[float]]) -> dict[str, tuple[str, str]]:
+    """Median, and median ratio to the float model whose median is the smaller."""
+    floats = min((name for name in times if name.startswith(FLOAT)), key=lambda name: statistics.median(times[name]))
+    return {
+        name: (
+            f"{statistics.median(values):.0f}",
+            f"{statistics.median(a / b for a, b in zip(values, times[floats], strict=True)):.2f}x",
+        )
+        for name, values in times.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--batch", type=int, help="default: the model's own")
+    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "BERT-small"])
+    parser.add_argument("--only", nargs="+", help="variants, by the names of the table")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for name in args.models.split(","):
-        models, auto = variants(name)
-        steps = turns({key: step(model, x) for key, (model, x) in models.items()}, args.rounds)
-        evals = turns({key: evaluation(model, x) for key, (model, x) in models.items()}, args.rounds)
-        table = Table(title=f"{name}, {args.threads} threads, median ms")
-        for heading in ("", "step", "against float", "evaluation", "against float"):
+    for name in args.models:
+        job = JOBS[name]
+        torch.manual_seed(0)
+        x, labels = job.batch(args.batch or job.samples)
+        made = {key: pair for key, pair in models(job, x).items() if not args.only or key in args.only}
+        clock = CLOCKS[args.clock]
+        steps = turns({key: training(model, batch, labels) for key, (model, batch) in made.items()}, args.rounds, clock)
+        evals = turns({key: evaluation(model, batch) for key, (model, batch) in made.items()}, args.rounds, clock)
+        table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, median ms ({args.clock})")
+        for heading in ("", "step", "to float", "evaluation", "to float", "on integers"):
             table.add_column(heading, justify="right" if heading else "left")
-        floats = [key for key in models if key.startswith("float32")]
-        best, best_eval = min(steps[key] for key in floats), min(evals[key] for key in floats)
-        for key in models:
-            ratios = f"{steps[key] / best:.2f}x", f"{evals[key] / best_eval:.2f}x"
-            table.add_row(key, f"{steps[key]:.0f}", ratios[0], f"{evals[key]:.0f}", ratios[1])
+        step_columns, eval_columns = columns(steps), columns(evals)
+        for key, (model, _) in made.items():
+            chosen = [] if key.startswith(FLOAT) else list(amct.forward_choices(model).values())
+            count = f"{chosen.count('integer')} of {len(chosen)}" if chosen else ""
+            table.add_row(key, *step_columns[key], *eval_columns[key], count)
         Console(width=120).print(table)
-        chosen = list(amct.forward_choices(auto).values())
-        print(f"auto took integers in {chosen.count('integer')} of {len(chosen)} layers")
 
 
 if __name__ == "__main__":
