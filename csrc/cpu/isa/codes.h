@@ -34,20 +34,19 @@ bool ulq_codes(const void* x_, uint8_t* y, int64_t n, const UlqForward& p) {
                lowest = static_cast<Acc<T>>(p.lowest), highest = static_cast<Acc<T>>(p.highest);
   const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
   const auto limit = as<BitsOf<Acc<T>>>(fast.limit);
-  Bits<T> most = 0;
+  bool good = true;
   for (int64_t begin = 0; begin < n; begin += kRetryOf<T>) {
     const int64_t count = n - begin < kRetryOf<T> ? n - begin : kRetryOf<T>;
     const T* __restrict in = x + begin;
     uint8_t* __restrict out = y + begin;
-    const Bits<T> largest = largest_bits(in, count);
-    most = largest > most ? largest : most;
+    good &= finite(in, count);
     if (!fast.usable || codes_fast(in, out, count, offset, fast.inverse, lowest, highest) >= limit) {
       for (int64_t i = 0; i < count; ++i) {
         out[i] = code_byte(math::round_even(widen(in[i]) / scale + offset), lowest, highest);
       }
     }
   }
-  return most >= Traits<T>::kInfinity;
+  return !good;
 }
 
 // Rows of `stride` bytes to columns: to[p * width + c] = from[c * stride + p] for `rows` (a multiple of sixteen) rows
