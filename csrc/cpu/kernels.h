@@ -51,6 +51,9 @@ constexpr int kBinBits = 16, kFractionBits = 15, kCountShift = 40;
 constexpr uint64_t kOne = uint64_t{1} << kCountShift;
 constexpr int64_t kHistogramRun = (int64_t{1} << (64 - kCountShift)) - 1;
 
+// Sum of squares of 32-bit integers, exact: 2^64 of them fit.
+__extension__ typedef unsigned __int128 ShiftSum;
+
 struct Kernels {
   const char* level;
 
@@ -71,7 +74,8 @@ struct Kernels {
   void (*losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
   void (*offset_losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
 
-  void (*shift_errors[kElements])(const void* x, int64_t n, double scale, double* errors);
+  // Adds to 16 sums; true: a value is NaN.
+  bool (*shift_errors[kElements])(const void* x, int64_t n, double scale, ShiftSum* sums);
 };
 
 const Kernels& kernels();
