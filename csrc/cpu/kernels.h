@@ -69,6 +69,7 @@ struct Kernels {
   void (*mask_plane[kElements])(const Plane&);
   void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
 
+  Range (*extremes[kElements])(const void* x, int64_t n);  // zero included
   // Magnitudes times `scale` must stay below 2^31.
   void (*histogram[kElements])(const void* x, int64_t n, double scale, uint64_t* bins);
   void (*losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
