@@ -20,9 +20,12 @@ using at::Tensor;
 
 using math::kCandidates;
 constexpr double kPercentile = 0.999999;
-constexpr int64_t kSmall = 32768;  // below, trying every range costs less than a histogram
+constexpr int64_t kSmall = 8192;   // below, trying every range costs less than a histogram
 constexpr int64_t kMostBits = 10;  // above, bins are no finer than steps
 constexpr int64_t kPiece = 4096;   // values whose extremes are taken at a time
+
+// Bins for n values: fewer of them are made and searched sooner, more leave fewer ranges to evaluate exactly.
+int bin_bits(int64_t n) { return n < (int64_t{1} << 18) ? 13 : kMostBinBits; }
 
 // The largest `rank` values seen, in the order of `Better`. Zero takes the place of every value of the other sign.
 template <typename Better>
@@ -87,7 +90,7 @@ void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bo
 Part gather(const Tensor& x, bool with_histogram) {
   const int64_t n = x.numel();
   const size_t rank = static_cast<size_t>(n - static_cast<int64_t>(kPercentile * static_cast<double>(n)));
-  const Part empty{Leaders<std::greater<double>>(rank), Leaders<std::less<double>>(rank), {}, true};
+  const Part empty{Leaders<std::greater<double>>(rank), Leaders<std::less<double>>(rank), Histogram(bin_bits(n)), true};
   const int64_t parts = std::clamp<int64_t>(n / (8 * kBlock), 1, at::get_num_threads());
   std::vector<Part> gathered(parts, empty);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {

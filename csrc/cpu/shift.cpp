@@ -33,7 +33,7 @@ struct Sums {
     for (int64_t i = 0; i < channels; ++i) nan[first + i] |= part.nan[i];
   }
 
-  std::vector<ShiftSum> of_shift;
+  std::vector<WideSum> of_shift;
   std::vector<char> nan;
 };
 
@@ -133,7 +133,7 @@ class Scan {
   int64_t size_, numel_;
   Runs runs_;
   const std::vector<double>& scales_;
-  bool (*loop_)(const void*, int64_t, double, ShiftSum*);
+  bool (*loop_)(const void*, int64_t, double, WideSum*);
   bool gathers_ = false;
   int64_t together_ = 1, steps_ = 1;
 };

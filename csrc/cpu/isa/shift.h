@@ -79,7 +79,7 @@ AMCT_INLINE uint64_t dot(const Held& c, Left left, Right right) {
 
 // Errors of the shifts from `first` on, for which no accumulator of the chunk overflows: squares of the low bits.
 // Beyond kLowBits they are put together from two parts, (l + 2^10 h)^2 = l^2 + 2^11 l h + 2^20 h^2.
-AMCT_INLINE void low_bits(const Held& c, int first, ShiftSum* sums) {
+AMCT_INLINE void low_bits(const Held& c, int first, WideSum* sums) {
   uint64_t below = 0;
   for (int shift = 1; shift <= kLowBits; ++shift) {
     if (shift < first && shift < kLowBits) continue;
@@ -100,7 +100,7 @@ AMCT_INLINE void low_bits(const Held& c, int first, ShiftSum* sums) {
 }
 
 // The error of one shift where accumulators may overflow: below 2^31, so squares are added in two halves.
-AMCT_INLINE void with_overflow(const Held& c, int shift, ShiftSum* sums) {
+AMCT_INLINE void with_overflow(const Held& c, int shift, WideSum* sums) {
   const int32_t mask = static_cast<int32_t>(~((uint32_t{1} << shift) - 1));
   const int32_t top = 32767 << shift, bottom = -32768 * (1 << shift);
   uint64_t low = 0, high = 0;
@@ -111,11 +111,11 @@ AMCT_INLINE void with_overflow(const Held& c, int shift, ShiftSum* sums) {
     low += square & 0xffffffffu;
     high += square >> 32;
   }
-  sums[shift - 1] += (static_cast<ShiftSum>(high) << 32) + low;
+  sums[shift - 1] += (static_cast<WideSum>(high) << 32) + low;
 }
 
 template <typename T>
-bool shift_errors(const void* x_, int64_t n, double scale, ShiftSum* sums) {
+bool shift_errors(const void* x_, int64_t n, double scale, WideSum* sums) {
   const T* x = static_cast<const T*>(x_);
   const auto by = reciprocal<double>(scale, -2147483648.0, 2147483647.0);
   bool nan = false;
