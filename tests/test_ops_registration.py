@@ -30,12 +30,19 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
 
+    def state() -> tuple[Tensor, ...]:
+        return none.clone(), none.clone(), torch.tensor(False, device=device)
+
     return {
         "ulq_fake_quantize": [
             (leaf(w), leaf(high), leaf(low), none, none),
             (leaf(w), leaf(high), leaf(low), none, none, 4, True),
             (leaf(w[:, ::2]), high, low, none, none),
             (leaf(w.bfloat16()), leaf(high), leaf(low), none, none),
+        ],
+        "ulq_fake_quantize_": [
+            (leaf(w), leaf(high), leaf(low), none.clone(), none.clone(), *state()),
+            (leaf(w.half()), high.clone(), low.clone(), none.clone(), none.clone(), *state(), 4, True),
         ],
         "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
         "search_clip_range": [(w,), (w, 4, True)],

@@ -19,7 +19,7 @@ from amct_ext.ops.sparse import (  # noqa: E402
     sparse_arq_fake_quantize_2to4,
     sparsify_2to4,
 )
-from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_backward  # noqa: E402
+from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_, ulq_fake_quantize_backward  # noqa: E402
 from amct_ext.ops.weights import (  # noqa: E402
     arq_fake_quantize,
     lsq_fake_quantize,
@@ -47,6 +47,7 @@ __all__ = [
     "sparse_arq_fake_quantize_2to4",
     "sparsify_2to4",
     "ulq_fake_quantize",
+    "ulq_fake_quantize_",
     "ulq_fake_quantize_backward",
     "unpack_mask",
 ]
