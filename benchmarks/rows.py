@@ -34,7 +34,8 @@ compiler.recompile_limit = 64
 
 @dataclass
 class Row:
-    """One op on one input. `limit` is the ratio to the floor that we mean to keep."""
+    """One op on one input. `limit` is the ratio to the floor that we mean to keep; `fresh` is the floor with a result
+    that is allocated, as that of an op is."""
 
     op: str
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Row:
     eager: Call | None = None
     torch_op: Call | None = None
     inductor: Call | None = None
+    fresh: Call | None = None
     keep: list[object] = field(default_factory=list)
 
     @property
@@ -81,6 +83,7 @@ def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = AC
             if single
             else None,
             _compiled(written_out_ulq, x, *near) if first else None,
+            partial(torch.clone, x),
         )
         yield Row(
             "ulq backward",
@@ -147,6 +150,7 @@ def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHT
                 eager,
                 rest[0] if rest and single else None,  # noqa: B023
                 inductor,
+                partial(torch.clone, w) if not op.endswith("backward") else None,  # noqa: B023
             )
 
         yield row(
