@@ -229,11 +229,12 @@ def _shorter(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def all_rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
     for dtype in dtypes:
-        activations, weights = (ACTIVATIONS, WEIGHTS) if dtype == torch.float32 else (ACTIVATIONS[:1], WEIGHTS[1:])
+        activations: list[tuple[int, ...]] = list(ACTIVATIONS if dtype == torch.float32 else ACTIVATIONS[:1])
+        weights: list[tuple[int, ...]] = list(WEIGHTS if dtype == torch.float32 else WEIGHTS[1:])
         if dtype == torch.float64:
-            # As many bytes as float32 has. glibc maps results of more than 32 MiB anew in every call; clearing their pages
-            # takes several times the op, while the floor writes to memory that is there.
-            activations, weights = (_shorter(activations[0]),), (_shorter(weights[0]),)
-        yield from activation_rows(dtype, activations)
-        yield from weight_rows(dtype, weights)
+            # As many bytes as float32 has. glibc maps results of more than 32 MiB anew in every call; clearing their
+            # pages takes several times the op, while the floor writes to memory that is there.
+            activations, weights = [_shorter(s) for s in activations], [_shorter(s) for s in weights]
+        yield from activation_rows(dtype, tuple(activations))
+        yield from weight_rows(dtype, tuple(weights))
     yield from search_rows()
