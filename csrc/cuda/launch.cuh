@@ -17,6 +17,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 #define AMCT_DEVICE_KEY CUDA
+#define AMCT_SHARED(name, ...) __shared__ __VA_ARGS__
 #endif
 
 #include <cstring>

@@ -32,7 +32,7 @@ __device__ State shuffled_down(const State& state, int lanes) {
 template <typename Job>
 __device__ void join_block(typename Job::State& state) {
   using State = typename Job::State;
-  __shared__ State parts[kWarp];
+  AMCT_SHARED(parts, State parts[kWarp]);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) Job::join(state, shuffled_down(state, lanes));
   if (blockDim.x == kWarp) return;
@@ -84,7 +84,7 @@ template <typename Job>
 __global__ void __launch_bounds__(kThreads)
     reduce_columns(Job job, Runs runs, int64_t chunk, int64_t tiles, typename Job::State* partial) {
   using State = typename Job::State;
-  __shared__ State parts[kRowsAtOnce][kWarp];
+  AMCT_SHARED(parts, State parts[kRowsAtOnce][kWarp]);
   const int64_t width = runs.count * runs.inner, split = blockIdx.x / tiles;
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int64_t column = blockIdx.x % tiles * kWarp + lane;
@@ -101,7 +101,11 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (row != 0 || column >= width) return;
   for (int r = 1; r < kRowsAtOnce; ++r) Job::join(state, parts[r][lane]);
-  partial[split * width + column] = state;
+  if (partial == nullptr) {
+    job.finish(state, column);
+  } else {
+    partial[split * width + column] = state;
+  }
 }
 
 template <typename Job>
@@ -131,7 +135,7 @@ inline bool whole_packets(const Runs& runs, int64_t v) {
 }
 
 // Short runs that lie apart would waste most of every memory access where a block takes one channel.
-inline bool by_columns(const Runs& runs) { return runs.inner < kWarp && runs.count > 1 && runs.outer * runs.inner > 1; }
+inline bool by_columns(const Runs& runs) { return runs.inner < kWarp && runs.count > 1 && runs.outer > 0; }
 
 // `vector`: the job's addresses allow packets of V. `kChannels` is false where there is always one channel.
 template <int V, bool kChannels = true, typename Job>
@@ -148,6 +152,11 @@ void reduce(const Job& job, const Runs& runs, bool vector, const at::TensorOptio
     if (by_columns(runs)) {
       const int64_t width = runs.count * runs.inner, tiles = ceil_div(width, kWarp);
       const int64_t chunk = std::max<int64_t>(kWarp, ceil_div(runs.outer, 64)), splits = ceil_div(runs.outer, chunk);
+      if (splits == 1 && runs.inner == 1) {
+        State* none = nullptr;
+        launch(reduce_columns<Job>, tiles, kThreads, job, runs, chunk, tiles, none);
+        return;
+      }
       const at::Tensor memory = room(splits * width);
       State* partial = static_cast<State*>(memory.mutable_data_ptr());
       launch(reduce_columns<Job>, splits * tiles, kThreads, job, runs, chunk, tiles, partial);
