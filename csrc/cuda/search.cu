@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (!selection->finite) {
-    *scale = *offset = *clip_max = *clip_min = std::numeric_limits<A>::quiet_NaN();
+    *scale = *offset = *clip_max = *clip_min = static_cast<A>(NAN);
     return;
   }
   int best = 0;

@@ -40,7 +40,7 @@ struct ShiftErrors {
 
   __device__ Local prepare(int64_t channel) const {
     const double scale = read(scales, one_scale ? 0 : channel);
-    return {math::is_finite(scale) && scale > 0 ? scale : std::numeric_limits<double>::quiet_NaN()};
+    return {math::is_finite(scale) && scale > 0 ? scale : static_cast<double>(NAN)};
   }
 
   template <int V>

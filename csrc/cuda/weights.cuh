@@ -36,7 +36,7 @@ struct Range {
   int num_bits;
 
   AMCT_INLINE static State identity() {
-    return {-std::numeric_limits<A>::infinity(), std::numeric_limits<A>::infinity()};
+    return {-static_cast<A>(INFINITY), static_cast<A>(INFINITY)};
   }
 
   AMCT_INLINE static void join(State& into, const State& other) {
