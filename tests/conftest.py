@@ -9,6 +9,8 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Every device that is there and that kernels exist for.
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line + f" (in {unbound} of those passed, noise decides the reference's numbers)")
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that is there and that a kernel exists for."""
+    """Every device of `DEVICES` in turn."""
     return torch.device(request.param)
