@@ -70,7 +70,7 @@ __device__ __forceinline__ void quantize_channel(const Weight& weight, int64_t c
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) quantize_channels(const Weights<N> weights) {
+__global__ void __launch_bounds__(kThreads) quantize_channels(const __grid_constant__ Weights<N> weights) {
   AMCT_SHARED(scale, Acc<T> scale);
   int low = 0, high = weights.count - 1;  // the last weight that begins at or before this block
   while (low < high) {
