@@ -144,8 +144,7 @@ void reduce_and_map(const Tensor& source, const Tensor& mask, const Tensor& y, c
   const Range<T> range{w, weight.mask, static_cast<Acc<T>*>(weight.scale), num_bits};
   reduce<kPacket<T>>(range, runs, vector, source.options());
   const Symmetric<T, T> quantize{
-      w,       weight.mask, static_cast<T*>(weight.y), value_of(scale), runs, -static_cast<Acc<T>>(INFINITY),
-      num_bits};
+      w, weight.mask, static_cast<T*>(weight.y), value_of(scale), runs, -static_cast<Acc<T>>(INFINITY), num_bits};
   map<kPacket<T>>(quantize, source.numel(), vector);
 }
 

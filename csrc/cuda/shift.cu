@@ -45,25 +45,22 @@ struct ShiftErrors {
 
   template <int V>
   __device__ void add(const Local& local, State& state, int64_t i) const {
-    const auto in = load<V>(x + i);
+    static_assert(V == 1);
+    const double value = static_cast<double>(static_cast<Acc<T>>(load<1>(x + i).v[0]));
+    const double total = math::clamp(math::round_even(value / local.scale), -2147483648.0, 2147483647.0);
+    if (total != total) {
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const double rounded = math::round_even(static_cast<double>(static_cast<Acc<T>>(in.v[k])) / local.scale);
-      const double total = math::clamp(rounded, -2147483648.0, 2147483647.0);
-      if (total != total) {
+      for (int s = 0; s < kShifts; ++s) state.sums[s] = total;
+      return;
+    }
+    // Whole numbers: shifted as such; the square of the difference is rounded once, as that of float64 is.
+    const int64_t whole = static_cast<int64_t>(total);
 #pragma unroll
-        for (int s = 0; s < kShifts; ++s) state.sums[s] = total;
-        continue;
-      }
-      // Whole numbers: shifted as such; the square of the difference is rounded once, as that of float64 is.
-      const int64_t whole = static_cast<int64_t>(total);
-#pragma unroll
-      for (int s = 0; s < kShifts; ++s) {
-        const int64_t floored = whole >> (s + 1);
-        const int64_t kept = floored < -32768 ? -32768 : floored > 32767 ? 32767 : floored;
-        const double difference = static_cast<double>(kept * (int64_t{2} << s) - whole);
-        state.sums[s] += difference * difference;
-      }
+    for (int s = 0; s < kShifts; ++s) {
+      const int64_t floored = whole >> (s + 1);
+      const int64_t kept = floored < -32768 ? -32768 : floored > 32767 ? 32767 : floored;
+      const double difference = static_cast<double>(kept * (int64_t{2} << s) - whole);
+      state.sums[s] += difference * difference;
     }
   }
 
@@ -121,7 +118,7 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
                              rows ? static_cast<double*>(batch.mutable_data_ptr()) : out,
                              rows ? kShifts : errors.stride(0),
                              rows ? 1 : errors.stride(1)};
-    reduce<kPacket<T>>(job, runs, aligned(job.x), x.options());
+    reduce<1>(job, runs, false, x.options());  // sixteen sums a value: memory is not what takes the time
   });
   if (rows) {
     const AddRows job{static_cast<const double*>(batch.const_data_ptr()), channels, out, errors.stride(1)};

@@ -35,9 +35,7 @@ struct Range {
   A* scale;
   int num_bits;
 
-  AMCT_INLINE static State identity() {
-    return {-static_cast<A>(INFINITY), static_cast<A>(INFINITY)};
-  }
+  AMCT_INLINE static State identity() { return {-static_cast<A>(INFINITY), static_cast<A>(INFINITY)}; }
 
   AMCT_INLINE static void join(State& into, const State& other) {
     into.largest = other.largest > into.largest || other.largest != other.largest ? other.largest : into.largest;
