@@ -31,6 +31,7 @@ from _harness import (
     written_out_ulq,
 )
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import amct_ext
@@ -95,7 +96,7 @@ def launches(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+    return sum(event.device_type == DeviceType.CUDA for event in trace.events())
 
 
 def copy_us(bytes_moved: int) -> float:
@@ -173,7 +174,7 @@ def compiled(call: Call) -> Call:
     def run() -> object:
         return call()
 
-    return torch.compile(run, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(run, dynamic=False)
 
 
 def measure(op: Op, compile_too: bool) -> str:
