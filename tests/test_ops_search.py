@@ -122,6 +122,59 @@ def test_shift_errors_agree_with_the_reference(dtype: torch.dtype, device: torch
                 torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
+def exact_shift_errors(x: Tensor, scale: float) -> list[float]:
+    """The definition in integers of Python, rounded once."""
+    quotient = torch.round(x.double() / scale).clamp(-(2.0**31), 2.0**31 - 1)
+    totals = [int(v) for v in quotient.flatten().tolist()]
+    return [
+        float(sum((max(-32768, min(32767, total >> n)) * 2**n - total) ** 2 for total in totals)) for n in range(1, 17)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
+def test_shift_errors_are_exact_sums_in_any_layout(dtype: torch.dtype, size: float) -> None:
+    """Saturated or not, ties included: integers add up to the same however the data lies, and are rounded once."""
+    x = (torch.randn(3, 5, 24, 25) * size * 20).to(dtype)
+    x.view(-1)[:3] = torch.tensor([math.inf, -math.inf, 0.0])
+    scales = torch.tensor([1.0, 0.5, 0.037, 3e-4, 2.0**-9])
+    expected = torch.tensor([exact_shift_errors(x[:, c], float(scales[c])) for c in range(5)], dtype=torch.float64)
+    for values, axis in (
+        (x, 1),
+        (x.to(memory_format=torch.channels_last), 1),
+        (x.transpose(0, 1).contiguous(), 0),
+        (x.movedim(1, 3).contiguous(), -1),
+        (x.permute(2, 0, 1, 3).contiguous(), 2),  # runs of a few values
+    ):
+        errors = torch.zeros(5, 16, dtype=torch.float64)
+        ops.shift_error_(values, scales, errors, axis)
+        assert torch.equal(errors, expected)
+
+
+def test_the_same_shift_errors_for_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        for x in (torch.randn(20, 70, 30, 30), torch.randn(5000, 70), torch.randn(300_001, 1)):
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                errors = torch.zeros(x.shape[1], 16, dtype=torch.float64)
+                ops.shift_error_(x, torch.tensor([1e-7]), errors)
+                results.append(errors)
+            assert all(torch.equal(results[0], r) for r in results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_shows_in_the_errors_of_its_channel() -> None:
+    x = torch.ones(300, 4)
+    x[299, 2] = math.nan
+    for function in (ops.shift_error_, shift._reference_error):
+        errors = torch.zeros(4, 16, dtype=torch.float64)
+        function(x, torch.ones(1), errors)
+        assert errors.isnan().all(1).tolist() == [False, False, True, False]
+
+
 def test_shift_errors_add_up_over_batches_and_pick_a_shift(device: torch.device) -> None:
     x = torch.randn(4, 3, 5, 5, device=device) * torch.tensor([1.0, 30.0, 900.0], device=device).view(3, 1, 1) * 1e4
     whole, parts = (torch.zeros(3, 16, dtype=torch.float64, device=device) for _ in range(2))

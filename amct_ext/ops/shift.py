@@ -23,6 +23,9 @@ def shift_error_(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int
             scales to share a shift between channels.
         channel_axis: where the channels are.
 
+    The errors of a batch are sums of squares of integers. The CPU kernel adds them up exactly and rounds once, so they
+    have the same bits for any number of threads, instruction set and memory layout; the reference adds in float64.
+
     NaN in x (or a scale that is not positive and finite) makes the errors of its channel NaN; no value is read on the
     host.
 

@@ -16,7 +16,7 @@ namespace amct_ext::cpu {
 
 class Histogram {
  public:
-  static constexpr int kBins = 1 << kBinBits;
+  explicit Histogram(int bin_bits);  // at most kMostBinBits
 
   // Add n values (memory type `element`) none of whose magnitudes exceeds `largest`.
   void add(const void* x, int64_t n, Element element, double largest);
@@ -38,13 +38,17 @@ class Histogram {
   void cover(double largest);
   void widen();
   void empty();
+  double unit() const;
   double edge(int64_t bin) const;
 
+  int bin_bits_;
+  int64_t bins_;
   int exponent_ = -149;  // values lie below 2^exponent_
   int64_t pending_ = 0;  // values in `packed_` that `counts_` and `sums_` do not hold yet
   std::vector<uint64_t> packed_, counts_, sums_;
   std::vector<double> count_before_, sum_before_;  // over the bins below, after `finish`
   double unit_ = 0, width_ = 0, squares_ = 0, total_ = 0;
+  double lost_ = 0;  // at most this much of the sum of all values
 };
 
 }  // namespace amct_ext::cpu

@@ -47,9 +47,12 @@ struct Candidate {
 
 // A histogram word counts values in its upper bits and adds up their positions within the bin in the lower ones: one
 // addition per value. It holds 2^24 values before it must be emptied.
-constexpr int kBinBits = 16, kFractionBits = 15, kCountShift = 40;
+constexpr int kMostBinBits = 15, kFractionBits = 15, kCountShift = 40;
 constexpr uint64_t kOne = uint64_t{1} << kCountShift;
 constexpr int64_t kHistogramRun = (int64_t{1} << (64 - kCountShift)) - 1;
+
+// Sum of squares of 32-bit integers, exact: 2^64 of them fit.
+__extension__ typedef unsigned __int128 WideSum;
 
 struct Kernels {
   const char* level;
@@ -72,12 +75,14 @@ struct Kernels {
   void (*mask_plane[kElements])(const Plane&);
   void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
 
+  Range (*extremes[kElements])(const void* x, int64_t n);  // zero included
   // Magnitudes times `scale` must stay below 2^31.
   void (*histogram[kElements])(const void* x, int64_t n, double scale, uint64_t* bins);
   void (*losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
   void (*offset_losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
 
-  void (*shift_errors[kElements])(const void* x, int64_t n, double scale, double* errors);
+  // Adds to 16 sums; true: a value is NaN.
+  bool (*shift_errors[kElements])(const void* x, int64_t n, double scale, WideSum* sums);
 };
 
 const Kernels& kernels();

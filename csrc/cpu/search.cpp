@@ -20,11 +20,14 @@ using at::Tensor;
 
 using math::kCandidates;
 constexpr double kPercentile = 0.999999;
-constexpr int64_t kSmall = 32768;  // below, trying every range costs less than a histogram
+constexpr int64_t kSmall = 8192;   // below, trying every range costs less than a histogram
 constexpr int64_t kMostBits = 10;  // above, bins are no finer than steps
 constexpr int64_t kPiece = 4096;   // values whose extremes are taken at a time
 
-// The largest `rank` values seen, in the order of `Better`.
+// Bins for n values: fewer of them are made and searched sooner, more leave fewer ranges to evaluate exactly.
+int bin_bits(int64_t n) { return n < (int64_t{1} << 18) ? 13 : kMostBinBits; }
+
+// The largest `rank` values seen, in the order of `Better`. Zero takes the place of every value of the other sign.
 template <typename Better>
 class Leaders {
  public:
@@ -57,14 +60,14 @@ template <typename T>
 void add_leaders(const T* x, int64_t n, Part& part) {
   for (int64_t i = 0; i < n; ++i) {
     const double v = static_cast<double>(x[i]);
-    part.largest.add(v);
-    part.smallest.add(v);
+    part.largest.add(std::max(v, 0.0));
+    part.smallest.add(std::min(v, 0.0));
   }
 }
 
 void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bool one_leader, Part& part) {
   const Element element = element_of(x);
-  const auto range = kernels().range[element];
+  const auto range = kernels().extremes[element];
   for (int64_t at = begin; at < end && part.finite; at += kPiece) {
     const int64_t n = std::min(kPiece, end - at);
     const char* data = at_element(x.const_data_ptr(), at, x.element_size());
@@ -87,7 +90,7 @@ void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bo
 Part gather(const Tensor& x, bool with_histogram) {
   const int64_t n = x.numel();
   const size_t rank = static_cast<size_t>(n - static_cast<int64_t>(kPercentile * static_cast<double>(n)));
-  const Part empty{Leaders<std::greater<double>>(rank), Leaders<std::less<double>>(rank), {}, true};
+  const Part empty{Leaders<std::greater<double>>(rank), Leaders<std::less<double>>(rank), Histogram(bin_bits(n)), true};
   const int64_t parts = std::clamp<int64_t>(n / (8 * kBlock), 1, at::get_num_threads());
   std::vector<Part> gathered(parts, empty);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
@@ -107,8 +110,7 @@ Part gather(const Tensor& x, bool with_histogram) {
 
 template <typename Acc>
 std::vector<Candidate> make_candidates(double largest_, double smallest_, int num_bits, bool with_offset) {
-  const Acc largest = std::max(static_cast<Acc>(largest_), Acc(0)),
-            smallest = std::min(static_cast<Acc>(smallest_), Acc(0));
+  const Acc largest = static_cast<Acc>(largest_), smallest = static_cast<Acc>(smallest_);
   const auto codes = math::code_range(num_bits);
   const Acc bound = std::max(largest, -smallest);
   const Acc limit = static_cast<Acc>(largest < -smallest ? -codes.lowest : codes.highest);

@@ -33,6 +33,7 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .sum_squares = AMCT_EACH(sum_squares),
     .mask_plane = AMCT_EACH(mask_plane),
     .apply_mask = AMCT_EACH(apply_mask),
+    .extremes = AMCT_EACH(extremes),
     .histogram = AMCT_EACH(histogram),
     .losses = AMCT_EACH(losses),
     .offset_losses = AMCT_EACH(offset_losses),

@@ -1,6 +1,8 @@
 // Range search: histogram of magnitudes, and the exact error of candidates.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/isa/scalar.h"
 #include "cpu/isa/weight.h"
 #include "cpu/kernels.h"
@@ -15,6 +17,29 @@ AMCT_INLINE int64_t stage(const T* x, int64_t begin, int64_t n, Acc<T>* values) 
   const int64_t count = n - begin < kStage ? n - begin : kStage;
   for (int64_t i = 0; i < count; ++i) values[i] = widen(x[begin + i]);
   return count;
+}
+
+// The largest value and the smallest one, zero included: with zero in, the largest bit pattern read as a signed number
+// is the largest value, read as an unsigned one the smallest, whatever signs there are. Two integer maxima, NaN
+// included.
+template <typename T>
+Range extremes(const void* x_, int64_t n) {
+  using Unsigned = Bits<T>;
+  using Signed = std::make_signed_t<Unsigned>;
+  const T* __restrict x = static_cast<const T*>(x_);
+  constexpr Unsigned infinity = Traits<T>::kInfinity, sign = Traits<T>::kSign;
+  Signed high = 0;
+  Unsigned low = sign;
+  for (int64_t i = 0; i < n; ++i) {
+    const Unsigned bits = as<Unsigned>(x[i]);
+    high = static_cast<Signed>(bits) > high ? static_cast<Signed>(bits) : high;
+    low = bits > low ? bits : low;
+  }
+  if (static_cast<Unsigned>(high) > infinity || static_cast<Unsigned>(low ^ sign) > infinity) {
+    return {__builtin_nan(""), __builtin_nan("")};
+  }
+  return {static_cast<double>(widen(as<T>(static_cast<Unsigned>(high)))),
+          0.0 - static_cast<double>(widen(as<T>(static_cast<Unsigned>(low ^ sign))))};
 }
 
 template <typename T>
