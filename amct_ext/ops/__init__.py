@@ -8,6 +8,7 @@ from amct_ext import _library
 
 _library.load()
 
+from amct_ext.ops.histogram import range_histogram_, search_clip_range_histogram  # noqa: E402
 from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
 from amct_ext.ops.norms import filter_norms  # noqa: E402
 from amct_ext.ops.search import search_clip_range  # noqa: E402
@@ -38,8 +39,10 @@ __all__ = [
     "mask_2to4",
     "pack_mask",
     "quantize_weight",
+    "range_histogram_",
     "refresh_mask_",
     "search_clip_range",
+    "search_clip_range_histogram",
     "shift_error_",
     "sparse_arq_fake_quantize",
     "sparse_arq_fake_quantize_2to4",
