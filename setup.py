@@ -32,6 +32,12 @@ def tool(name: str) -> str:
     return found
 
 
+def npu_arguments() -> list[str]:
+    """Where torch_npu is, if it is installed. It is not imported: that would need its driver."""
+    spec = find_spec("torch_npu")
+    return [f"-DAMCT_TORCH_NPU_ROOT={Path(spec.origin).parent}"] if spec is not None and spec.origin else []
+
+
 def refresh_descriptors() -> None:
     """Bring the carried protobuf descriptors up to date where a protobuf compiler is installed; else they stay."""
     script = ROOT / "tools" / "generate_proto.py"
@@ -67,6 +73,7 @@ class CMakeBuild(build_ext):
             f"-DAMCT_TORCH_VERSION={torch.__version__}",
             f"-DAMCT_VERSION={self.distribution.get_version()}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *npu_arguments(),
             *shlex.split(os.environ.get("AMCT_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

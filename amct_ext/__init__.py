@@ -4,6 +4,7 @@ from amct_ext._library import build_info
 from amct_ext.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
+from amct_ext.parallel import average_gradients, replicated_parameters
 from amct_ext.prune_search import (
     GreedySearch,
     SearchChannelBase,
@@ -43,6 +44,7 @@ __all__ = [
     "Target",
     "TaylorLossSensitivity",
     "auto_channel_prune_search",
+    "average_gradients",
     "build_info",
     "check_target",
     "configure",
@@ -52,6 +54,7 @@ __all__ = [
     "create_quant_retrain_model",
     "explain",
     "from_amct_state_dict",
+    "replicated_parameters",
     "restore_compressed_retrain_model",
     "restore_prune_retrain_model",
     "restore_quant_retrain_model",

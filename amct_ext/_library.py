@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def load() -> None:
             f"amct_ext: {_PATH.name} does not load with torch {torch.__version__} ({error}); "
             "it must be built against the torch that is installed: `pip install --no-build-isolation -e .`"
         ) from error
+
+
+def load_npu() -> None:
+    """Load the NPU adapter where it was built and torch_npu is in use. Errors: OSError where it does not load."""
+    path = _PATH.with_name("libamct_ext_npu.so")
+    if path.is_file() and "torch_npu" in sys.modules:
+        torch.ops.load_library(str(path))
 
 
 def build_info() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from amct_ext import ops
 from amct_ext.calibrate import ShiftSearch
 from amct_ext.plan import LayerPlan, SparsePrune
 from amct_ext.quant import ActivationQuantizer, WeightQuantizer
+from amct_ext.ranks import whole
 from amct_ext.sparsity import Sparsity
 from amct_ext.stash import stashed
 
@@ -136,7 +137,8 @@ class CompressedLayer(nn.Module):
     def _search_shift(self, search: ShiftSearch, y: Tensor) -> None:
         norm = self.links.norm
         if norm is not None:
-            y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+            weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
+            y = F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
         axis = self.channel_axis_out if y.dim() > 1 else 0
         search.observe(y, self.deq_scale(), axis % y.dim())
 
@@ -145,7 +147,7 @@ class CompressedLayer(nn.Module):
     @torch.no_grad()
     def masked_weight(self) -> Tensor:
         """The float weight with the present 2:4 mask folded in."""
-        weight = self.weight.detach()
+        weight = whole(self.weight.detach())
         return weight if self.sparsity is None else ops.apply_mask(weight, self.sparsity.mask)
 
     @torch.no_grad()
@@ -159,7 +161,7 @@ class CompressedLayer(nn.Module):
             return scale
         factor: Tensor = norm.running_var.add(norm.eps).rsqrt()
         if norm.weight is not None:
-            factor = factor * norm.weight.detach()
+            factor = factor * whole(norm.weight.detach())
         return scale.abs() * factor.abs()
 
     @torch.no_grad()

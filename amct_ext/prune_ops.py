@@ -33,8 +33,15 @@ def op_rule(node: Node) -> Rule | None:
     return None
 
 
-# Elementwise ops that torch does not tag as such, and ops that only take the shape of their input.
+# Elementwise ops that torch (some version of it, for the in-place form) does not tag as such, and ops that only take the
+# shape of their input.
 _ELEMENTWISE = {
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "hardsigmoid",
+    "hardtanh",
     "hardswish",
     "log_sigmoid_forward",
     "_prelu_kernel",

@@ -52,10 +52,11 @@ class ActivationQuantizer(KeepsPrecision):
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("calibration_data", torch.zeros(0, device=device))
         self.validate_now = False
-        self.stash = False
+        self.stash = True
         self.num_readers = 1
         # Host mirror of batches_seen: the branch must not read a tensor.
         self._seen = 0
+        self._own_range = False
         self._last: tuple[tuple[Tensor, ...], int] | None = None  # what was made, and how many readers wait for it
 
     @property
@@ -68,8 +69,20 @@ class ActivationQuantizer(KeepsPrecision):
         ``used`` takes up the result and what it was made of: the input, the effective clips (maximum, minimum).
         """
         self.calibrate(x)
-        y, scale, offset, clip_max, clip_min, invalid = self._quantize(x)
-        self._write_back(scale, offset, clip_max, clip_min, invalid)
+        y, clip_max, clip_min = ops.ulq_fake_quantize_(
+            x,
+            self.clip_max,
+            self.clip_min,
+            self.prev_clip_max,
+            self.prev_clip_min,
+            self.scale,
+            self.offset,
+            self.invalid,
+            self.num_bits,
+            self.fixed_min,
+        )
+        if self.validate_now:
+            self.raise_if_invalid()
         made = (y, x, clip_max, clip_min)
         if self.num_readers > 1:
             self._last = (made, self.num_readers - 1)
@@ -90,7 +103,14 @@ class ActivationQuantizer(KeepsPrecision):
     def end_sequence(self, steps: list[tuple[Tensor, ...]]) -> None:
         """Write the effective clips back, once per sequence: they are the same at every step, as are those of AMCT."""
         _, scale, offset, clip_max, clip_min, _ = steps[-1]
-        self._write_back(scale, offset, clip_max, clip_min, torch.stack([step[5] for step in steps]).any())
+        with torch.no_grad():
+            torch._foreach_copy_(
+                [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
+                [clip_max, clip_min, clip_max, clip_min, scale, offset],
+            )
+            self.invalid.logical_or_(torch.stack([step[5] for step in steps]).any())
+        if self.validate_now:
+            self.raise_if_invalid()
 
     def reuse(self, x: Tensor, used: list[Tensor]) -> Tensor:
         """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
@@ -133,16 +153,6 @@ class ActivationQuantizer(KeepsPrecision):
         )
 
     @torch.no_grad()
-    def _write_back(self, scale: Tensor, offset: Tensor, clip_max: Tensor, clip_min: Tensor, invalid: Tensor) -> None:
-        torch._foreach_copy_(
-            [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
-            [clip_max, clip_min, clip_max, clip_min, scale, offset],
-        )
-        self.invalid.logical_or_(invalid)
-        if self.validate_now:
-            self.raise_if_invalid()
-
-    @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
         data = x.flatten()
         data = data if data.dtype == torch.float64 else data.float()
@@ -157,7 +167,6 @@ class ActivationQuantizer(KeepsPrecision):
             clip_max, clip_min = data.max(), data.min()
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
             raise InvalidDataError(f"layer '{self.layer}': its input holds NaN or Inf, no clip range can be found")
-        clip_max, clip_min = _mean_over_ranks(clip_max, clip_min)
         self.calibration_data = gathered
         self.clip_max.copy_(clip_max)
         self.clip_min.copy_(clip_min)
@@ -165,7 +174,16 @@ class ActivationQuantizer(KeepsPrecision):
             self.prev_clip_max.copy_(clip_max)
             self.prev_clip_min.copy_(clip_min)
         self._seen += 1
+        self._own_range = True
         self.batches_seen.add_(1)
+
+    def found_range(self) -> list[Tensor]:
+        """The clips that the last forward found on this rank's data alone, once; nothing where it found none."""
+        if not self._own_range:
+            return []
+        self._own_range = False
+        clips = [self.clip_max.detach(), self.clip_min.detach()]
+        return clips + ([self.prev_clip_max, self.prev_clip_min] if self.calibrated else [])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         data = state_dict.get(prefix + "calibration_data")
@@ -182,18 +200,6 @@ class ActivationQuantizer(KeepsPrecision):
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
         return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
-
-
-def _mean_over_ranks(*scalars: Tensor) -> tuple[Tensor, ...]:
-    """Ranks calibrate on different data but must start from the same clips; equal gradients keep them equal later."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scalars
-    world = torch.distributed.get_world_size()
-    if world == 1:
-        return scalars
-    both = torch.stack(scalars)
-    torch.distributed.all_reduce(both)
-    return tuple((both / world).unbind())
 
 
 class WeightQuantizer(KeepsPrecision):

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from amct_ext import ops
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.layers import CompressedLayer
 from amct_ext.plan import Plan
+from amct_ext.ranks import average_, several_ranks
 from amct_ext.reasons import LayerReasons
 from amct_ext.record import ChannelRecord, QuantRecord, Record, SparseRecord
 from amct_ext.rnn import CompressedRNN
@@ -34,11 +36,14 @@ class Session:
     order: tuple[str, ...] = ()  # compressed layers in execution order
     reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
     dirty: bool = True  # the record does not hold the factors of the present parameters
+    calibrating: bool = True  # forwards may still find clip ranges, each rank its own
 
 
 def attach(model: nn.Module, session: Session) -> None:
     """Give the model its session and the hooks that keep the record file up to date."""
     setattr(model, _ATTRIBUTE, session)
+    # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_hook(_after_forward)
     model.register_state_dict_pre_hook(_before_state_dict)
     model.register_load_state_dict_post_hook(_after_load)
@@ -46,7 +51,8 @@ def attach(model: nn.Module, session: Session) -> None:
 
 def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
-    vars(model).pop(_ATTRIBUTE, None)
+    for name in (_ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
+        vars(model).pop(name, None)
     for hooks in (model._forward_hooks, model._state_dict_pre_hooks, model._load_state_dict_post_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_after_forward, _before_state_dict, _after_load)]:
             del hooks[key]
@@ -130,8 +136,25 @@ def _shifts_complete(model: nn.Module, plan: Plan) -> bool:
     return not plan.write_shift_bit or not any(search.wants_data for search in searches)
 
 
+def own_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that compressed layers add to the float model."""
+    children = (
+        (f"{name}.{own}", getattr(layer, own)) for name, layer in compressed_layers(model) for own in layer.own_children
+    )
+    return [f"{prefix}.{key}" for prefix, child in children if child is not None for key, _ in child.named_buffers()]
+
+
+def share_ranges(model: nn.Module) -> None:
+    """Give every rank the mean of the clips that the ranks found on data of their own, by one collective."""
+    quantisers = [quantiser for _, layer in compressed_layers(model) for quantiser in layer.own_quantizers]
+    average_([clip for quantiser in quantisers for clip in quantiser.found_range()])
+    session_of(model).calibrating = not all(quantiser.calibrated for quantiser in quantisers)
+
+
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     session = getattr(model, _ATTRIBUTE)
+    if session.calibrating and several_ranks():
+        share_ranges(model)
     if model.training:
         session.dirty = True
     elif session.dirty and not torch.compiler.is_compiling():
@@ -143,7 +166,8 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _after_load(model: nn.Module, incompatible: Any) -> None:
-    getattr(model, _ATTRIBUTE).dirty = True
+    session = getattr(model, _ATTRIBUTE)
+    session.dirty = session.calibrating = True
 
 
 def _calibrated(layer: CompressedLayer) -> bool:

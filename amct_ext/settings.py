@@ -21,10 +21,10 @@ def configure(
 
     ``validation``: when NaN/Inf in an activation raises. "deferred" (how a model starts) notes it on the device and
     raises at the next evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in
-    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward. "off"
-    (how a model starts) keeps it as floats; "rebuild" keeps nothing and rounds it again, with the same bits, from the
-    float input that the gradient of the clips needs anyway: the memory of the float model for some percent of the
-    step's time. Errors: ValueError (unknown value), ModelError (not a compressed model).
+    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward.
+    "rebuild" (how a model starts) keeps nothing, not even codes, and rounds it again, with the same bits, from the
+    float input that the gradient of the clips needs anyway: the memory of the float model. "off" keeps it as floats.
+    Errors: ValueError (unknown value), ModelError (not a compressed model).
     """
     if validation not in (None, "deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")

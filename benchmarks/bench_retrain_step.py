@@ -1,122 +1,144 @@
-"""One whole training step of a small ResNet: float against fused, fused with 2:4, and the same maths in eager torch.
+"""One whole training step: float against ours in every form, against the same in eager torch and in torch's own ops.
 
-    python benchmarks/bench_retrain_step.py [--batch 32] [--size 32] [--threads 2] [--rounds 15]
+    python benchmarks/bench_retrain_step.py [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--quick]
 
-The models take turns in one process, so a busy moment of the machine hits them all. Printed: medians and ratios.
+The models of a network take turns in one process, so a busy moment of the machine hits them all. Printed: medians,
+their ratios to the float model's, the first step (which searches the clip ranges), what the graph holds for backward,
+peak memory of a process of its own, and the time of create, restore, record and save. ``--quick``: fewer rounds, no
+peak memory, no verbs. ``--write`` puts the tables into docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
+import step_memory
+import step_verbs
 import torch
-import torch.nn.functional as F
-from eager_quant import quantise_eagerly
-from resnet import small_resnet
+from report import processor
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from step_models import JOBS, Job
+from step_variants import EAGER, FLOAT, VARIANTS, bytes_kept, make, stepper
 
-import amct_ext as amct
-
-INT8 = "batch_num: 1 retrain_data_quant_config { ulq_quantize { } } retrain_weight_quant_config { arq_retrain { } }"
-SPARSE = "prune_config { n_out_of_m_pruner { l1_selective_prune { update_freq: %d } } } " + INT8
-
-
-def compressed(config: str, sample: Tensor) -> nn.Module:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "compress.cfg"
-        path.write_text(config)
-        return amct.create_compressed_retrain_model(seeded(), sample, str(path), str(Path(folder) / "record.txt"))
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- step: begin (written by benchmarks/bench_retrain_step.py) -->", "<!-- step: end -->"
+HEADINGS = ("", "step ms", "to float", "to eager INT8", "first ms", "kept MiB", "to float", "peak MiB", "to float")
 
 
-def seeded() -> nn.Module:
-    torch.manual_seed(0)
-    return small_resnet()
+@dataclass
+class Figures:
+    """Of one variant of one network; milliseconds and MiB."""
+
+    step: float = 0.0
+    ratio: float = 0.0  # median of the rounds' ratios to the float model
+    eager: float = 0.0
+    first: float = 0.0
+    kept: float = 0.0
+    peak: float | None = None
 
 
-def stepper(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One step of plain SGD; the learning rate is so small that all steps do the same work."""
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-8, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return step
-
-
-def first_step_time(step: Callable[[], None]) -> float:
+def milliseconds(call: Callable[[], None]) -> float:
     started = time.perf_counter()
-    step()
+    call()
     return (time.perf_counter() - started) * 1e3
 
 
-def bytes_kept(model: nn.Module, images: Tensor) -> int:
-    """What the graph of one forward holds, weights included, every storage once."""
-    storages: dict[int, Tensor] = {}
+def measure(job: Job, args: argparse.Namespace) -> dict[str, Figures]:
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    x, labels = (value.to(device) for value in job.batch(args.batch or job.samples))
+    models = {v: make(v, job, x[:1].cpu(), args.compile).to(device) for v in VARIANTS}
+    steps = {v: stepper(model, x, labels) for v, model in models.items()}
+    found = {v: Figures(first=milliseconds(step)) for v, step in steps.items()}
+    for v, model in models.items():
+        found[v].kept = bytes_kept(model, x) / 2**20
+    times: dict[str, list[float]] = {v: [] for v in VARIANTS}
+    for turn in range(args.rounds + 1):  # the first one warms up
+        for v, step in steps.items():
+            taken = milliseconds(step)
+            if turn:
+                times[v].append(taken)
+    for v, figures in found.items():
+        figures.step = statistics.median(times[v])
+        figures.ratio, figures.eager = (
+            statistics.median(own / other for own, other in zip(times[v], times[rival], strict=True))
+            for rival in (FLOAT, EAGER)
+        )
+    return found
 
-    def pack(x: Tensor) -> Tensor:
-        return storages.setdefault(x.untyped_storage().data_ptr(), x)
 
-    with saved_tensors_hooks(pack, lambda x: x):
-        model(images)
-    return sum(x.untyped_storage().nbytes() for x in storages.values())
+def peaks(name: str, found: dict[str, Figures], args: argparse.Namespace) -> None:
+    samples = args.batch or JOBS[name].samples
+    for v, figures in found.items():
+        if args.device == "cpu":
+            figures.peak = step_memory.peak_resident(name, v, samples, args.threads)
+        else:
+            figures.peak = step_memory.peak_cuda(name, v, samples)
 
 
-def take_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):  # two rounds warm up
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if turn > 1:
-                times[name].append((time.perf_counter() - started) * 1e3)
-    return times
+def cells(variant: str, figures: Figures, base: Figures) -> list[str]:
+    peak = ["", ""]
+    if figures.peak is not None and base.peak is not None:
+        peak = [f"{figures.peak:.0f}", f"{figures.peak / base.peak:.2f}x"]
+    return [
+        variant,
+        f"{figures.step:.0f}",
+        f"{figures.ratio:.3f}x",
+        f"{figures.eager:.2f}x",
+        f"{figures.first:.0f}",
+        f"{figures.kept:.0f}",
+        f"{figures.kept / base.kept:.2f}x",
+        *peak,
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=32, help="pixels of an image's side")
+    parser.add_argument("--models", nargs="+", choices=list(JOBS), default=[name for name in JOBS if name[0].isupper()])
+    parser.add_argument("--batch", type=int, help="samples (default: 8, 32 for the small ResNet)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="every model through torch.compile")
+    parser.add_argument("--quick", action="store_true", help="two rounds, neither peak memory nor verbs")
+    parser.add_argument("--write", action="store_true", help="replace this part of docs/performance.md")
     args = parser.parse_args()
+    args.rounds = 2 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    images, labels = torch.randn(args.batch, 3, args.size, args.size), torch.randint(0, 10, (args.batch,))
 
-    models = {
-        "float32": seeded(),
-        "INT8, fused": compressed(INT8, images[:2]),
-        "INT8, fused, inputs rebuilt": compressed(INT8, images[:2]),
-        "2:4 + INT8, fused, masks kept": compressed(SPARSE % 0, images[:2]),
-        "2:4 + INT8, fused, masks renewed each step": compressed(SPARSE % 1, images[:2]),
-        "INT8, eager torch": quantise_eagerly(seeded()),
-    }
-    amct.configure(models["INT8, fused, inputs rebuilt"], stash="rebuild")
-    steps = {name: stepper(model, images, labels) for name, model in models.items()}
-    first = {name: first_step_time(step) for name, step in steps.items()}
-    kept = {name: bytes_kept(model, images) for name, model in models.items()}
-    times = {name: statistics.median(values) for name, values in take_turns(steps, args.rounds).items()}
-
-    table = Table(
-        title=f"one training step, batch {args.batch} of {args.size}x{args.size}, {args.threads} threads, median ms"
-    )
-    for heading in ("", "step", "against float", "against eager INT8", "first step", "kept for backward"):
+    table = Table(title=f"One training step, {args.device}, {args.threads} threads, medians of {args.rounds} rounds")
+    for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left")
-    for name, value in times.items():
-        ratios = [f"{value / times[rival]:.2f}x" for rival in ("float32", "INT8, eager torch")]
-        table.add_row(name, f"{value:.1f}", *ratios, f"{first[name]:.0f}", f"{kept[name] / 2**20:.1f} MiB")
-    Console(width=120).print(table)
+    how = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    how += ", compiled" if args.compile else ""
+    lines = [f"{date.today()}, {processor()}, torch {torch.__version__}, {how}; medians of {args.rounds} rounds."]
+    for name in args.models:
+        found = measure(JOBS[name], args)
+        if not args.quick:
+            peaks(name, found, args)
+        title = f"{name}, batch {args.batch or JOBS[name].samples}"
+        if not args.quick:
+            verbs = step_verbs.times(JOBS[name])
+            title += ", 2:4 + INT8: " + ", ".join(f"{verb} {verbs[verb]:.1f} s" for verb in step_verbs.NAMES)
+        table.add_row(f"[bold]{title}[/bold]", end_section=False)
+        rows = [cells(v, figures, found[FLOAT]) for v, figures in found.items()]
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+        lines += ["", f"**{title}**", "", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    Console(width=130).print(table)
+    if args.write:
+        text = DOCUMENT.read_text()
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        DOCUMENT.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
 
 
 if __name__ == "__main__":

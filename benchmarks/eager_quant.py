@@ -1,4 +1,4 @@
-"""The rival: the same quantisation, written with ordinary tensor operations as eager toolkits do it."""
+"""The rivals: the same quantisation in ordinary tensor operations, as eager toolkits do it, and in torch's own ops."""
 
 from __future__ import annotations
 
@@ -75,13 +75,54 @@ class EagerLinear(_Clips, nn.Linear):
         return F.linear(self.quantised(x), RangeScale.apply(self.weight), self.bias)
 
 
-def quantise_eagerly(model: nn.Module) -> nn.Module:
-    """Turns the convolutions and linear layers of `model` into their eager quantised forms, in place."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = EagerConv2d
-            module.add_clips()  # type: ignore[operator]
-        elif type(module) is nn.Linear:
-            module.__class__ = EagerLinear
+class _LearnedScale(nn.Module):
+    """As torch.ao's learnable fake-quantisation module does it: a learned scale and zero point, torch's fused ops."""
+
+    weight: Any
+    weight_zero: Tensor
+    scale: nn.Parameter
+    zero_point: nn.Parameter
+
+    def add_clips(self) -> None:
+        self.scale, self.zero_point = nn.Parameter(torch.tensor([8 / 255])), nn.Parameter(torch.tensor([0.0]))
+        self.register_buffer("weight_zero", torch.zeros(len(self.weight), dtype=torch.int32))
+
+    def quantised(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.clamp_(min=EPS)
+        return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero_point, -128, 127, 1.0)
+
+    def quantised_weight(self) -> Tensor:
+        with torch.no_grad():  # a min-max observer
+            low, high = torch.aminmax(self.weight.flatten(1), dim=1)
+            scale = torch.maximum(-low, high).div(127.5).clamp_(min=EPS)
+        return torch.fake_quantize_per_channel_affine(self.weight, scale, self.weight_zero, 0, -128, 127)
+
+
+class TorchConv2d(_LearnedScale, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.quantised(x), self.quantised_weight(), self.bias)
+
+
+class TorchLinear(_LearnedScale, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.quantised(x), self.quantised_weight(), self.bias)
+
+
+def _replace(model: nn.Module, conv: type, linear: type) -> nn.Module:
+    for module in list(model.modules()):
+        cls = {nn.Conv2d: conv, nn.Linear: linear}.get(type(module))
+        if cls is not None:
+            module.__class__ = cls
             module.add_clips()  # type: ignore[operator]
     return model
+
+
+def quantise_eagerly(model: nn.Module) -> nn.Module:
+    """Turns the convolutions and linear layers of `model` into their eager quantised forms, in place."""
+    return _replace(model, EagerConv2d, EagerLinear)
+
+
+def quantise_with_torch_ops(model: nn.Module) -> nn.Module:
+    """The same with the fake-quantisation ops that torch brings."""
+    return _replace(model, TorchConv2d, TorchLinear)

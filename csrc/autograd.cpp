@@ -13,31 +13,66 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+using UlqResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Only y is a variable of the graph. What goes with it is handed out beside it: every output that a graph knows of
+// costs time, which counts for small activations.
 struct UlqFunction : torch::autograd::Function<UlqFunction> {
+  static Variable forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max, const Variable& clip_min,
+                          const Variable& prev_clip_max, const Variable& prev_clip_min, int64_t num_bits,
+                          bool fixed_min, UlqResults* results) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    *results = ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+    ctx->save_for_backward({x, std::get<3>(*results), std::get<4>(*results)});
+    ctx->saved_data["num_bits"] = num_bits;
+    if (clip_max.dim()) ctx->saved_data["max_shape"] = clip_max.sizes();
+    if (clip_min.dim()) ctx->saved_data["min_shape"] = clip_min.sizes();
+    ctx->set_materialize_grads(false);
+    return std::get<0>(*results);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list results(8);
+    if (!grads[0].defined()) return results;
+    const auto saved = ctx->get_saved_variables();
+    const auto shaped = [&](Tensor value, const char* key) {
+      const auto shape = ctx->saved_data.find(key);
+      return shape == ctx->saved_data.end() ? value : value.view(shape->second.toDimVector());
+    };
+    auto [dx, d_max, d_min] =
+        ulq_fake_quantize_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["num_bits"].toInt());
+    results[0] = std::move(dx);
+    results[1] = shaped(std::move(d_max), "max_shape");
+    results[2] = shaped(std::move(d_min), "min_shape");
+    return results;
+  }
+};
+
+// The state is written below autograd, as an optimiser writes parameters: what backward needs is saved apart from it.
+struct UlqUpdateFunction : torch::autograd::Function<UlqUpdateFunction> {
   static variable_list forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max,
                                const Variable& clip_min, const Variable& prev_clip_max, const Variable& prev_clip_min,
-                               int64_t num_bits, bool fixed_min) {
+                               const Variable& scale, const Variable& offset, const Variable& invalid, int64_t num_bits,
+                               bool fixed_min) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, scale, offset, high, low, invalid] =
-        ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+    auto [y, high, low] = ulq_fake_quantize_(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset,
+                                             invalid, num_bits, fixed_min);
     ctx->save_for_backward({x, high, low});
     ctx->saved_data["num_bits"] = num_bits;
     ctx->saved_data["max_shape"] = clip_max.sizes();
     ctx->saved_data["min_shape"] = clip_min.sizes();
-    ctx->mark_non_differentiable({scale, offset, high, low, invalid});
+    ctx->mark_non_differentiable({high, low});
     ctx->set_materialize_grads(false);
-    return {y, scale, offset, high, low, invalid};
+    for (const Variable& state : {clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid}) {
+      state.unsafeGetTensorImpl()->bump_version();
+    }
+    return {y, high, low};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(7);
-    const auto saved = ctx->get_saved_variables();
-    auto [dx, d_max, d_min] =
-        ulq_fake_quantize_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["num_bits"].toInt());
-    const auto shaped = [&](const Tensor& value, const char* key) {
-      return value.view(ctx->saved_data[key].toDimVector());
-    };
-    return {dx, shaped(d_max, "max_shape"), shaped(d_min, "min_shape"), {}, {}, {}, {}};
+    variable_list results = UlqFunction::backward(ctx, grads);
+    results.resize(10);
+    return results;
   }
 };
 
@@ -186,12 +221,21 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
   return {std::vector<Tensor>(r.begin(), middle), std::vector<Tensor>(middle, r.end())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq(const Tensor& x, const Tensor& clip_max,
-                                                               const Tensor& clip_min, const Tensor& prev_clip_max,
-                                                               const Tensor& prev_clip_min, int64_t num_bits,
-                                                               bool fixed_min) {
-  const auto r = UlqFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
-  return {r[0], r[1], r[2], r[3], r[4], r[5]};
+UlqResults ulq(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+               const Tensor& prev_clip_min, int64_t num_bits, bool fixed_min) {
+  UlqResults results;
+  std::get<0>(results) =
+      UlqFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, &results);
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ulq_update(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min,
+                                              const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+                                              const Tensor& scale, const Tensor& offset, const Tensor& invalid,
+                                              int64_t num_bits, bool fixed_min) {
+  const auto r = UlqUpdateFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid,
+                                          num_bits, fixed_min);
+  return {r[0], r[1], r[2]};
 }
 
 std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
@@ -208,6 +252,7 @@ Tensor lsq(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional
 
 TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize", ulq);
+  m.impl("ulq_fake_quantize_", ulq_update);
   m.impl("arq_fake_quantize", arq);
   m.impl("lsq_fake_quantize", lsq);
   m.impl("apply_mask", apply_mask_rule);

@@ -26,6 +26,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(con
   return call.call(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
 }
 
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min,
+                                                      const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+                                                      const Tensor& scale, const Tensor& offset, const Tensor& invalid,
+                                                      int64_t num_bits, bool fixed_min) {
+  using Results = std::tuple<Tensor, Tensor, Tensor>;
+  static const auto call =
+      op<Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                 const Tensor&, const Tensor&, int64_t, bool)>("amct_ext::ulq_fake_quantize_");
+  return call.call(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid, num_bits, fixed_min);
+}
+
 std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
                                                               const Tensor& clip_max, const Tensor& clip_min,
                                                               int64_t num_bits) {

@@ -11,6 +11,11 @@ TORCH_LIBRARY(amct_ext, m) {
       "-> (Tensor y, Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor invalid)",
       tags);
   m.def(
+      "ulq_fake_quantize_(Tensor x, Tensor(a!) clip_max, Tensor(b!) clip_min, Tensor(c!) prev_clip_max, "
+      "Tensor(d!) prev_clip_min, Tensor(e!) scale, Tensor(f!) offset, Tensor(g!) invalid, int num_bits=8, "
+      "bool fixed_min=False) -> (Tensor y, Tensor used_max, Tensor used_min)",
+      tags);
+  m.def(
       "ulq_fake_quantize_backward(Tensor grad, Tensor x, Tensor clip_max, Tensor clip_min, int num_bits=8) "
       "-> (Tensor dx, Tensor d_clip_max, Tensor d_clip_min)",
       tags);

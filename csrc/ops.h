@@ -17,6 +17,11 @@ using at::Tensor;
 AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(
     const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
     const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
+AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, const Tensor& clip_max,
+                                                               const Tensor& clip_min, const Tensor& prev_clip_max,
+                                                               const Tensor& prev_clip_min, const Tensor& scale,
+                                                               const Tensor& offset, const Tensor& invalid,
+                                                               int64_t num_bits = 8, bool fixed_min = false);
 AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
                                                                        const Tensor& clip_max, const Tensor& clip_min,
                                                                        int64_t num_bits = 8);

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import standin
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,7 +48,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line + f" (in {unbound} of those passed, noise decides the reference's numbers)")
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def devices() -> list[str]:
+    """The CPU, CUDA where there is a card, and the device that `AMCT_TEST_DEVICE` names (`npu`, `standin`, ...)."""
+    found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    extra = os.environ.get("AMCT_TEST_DEVICE", "")
+    if extra == standin.NAME:
+        standin.load()
+    return found + [extra] * (extra not in ("", *found))
+
+
+DEVICES = devices()
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that is there and that a kernel exists for."""
+    """Every device that is there."""
     return torch.device(request.param)

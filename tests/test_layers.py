@@ -52,8 +52,8 @@ def test_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert model.down.act_quant is None and model.down.activation is model.conv1.act_quant
     assert not any(k.startswith("down.act_quant") for k in model.state_dict())
     calls = []
-    real = ops.ulq_fake_quantize
-    monkeypatch.setattr(ops, "ulq_fake_quantize", lambda x, *args: calls.append(x.numel()) or real(x, *args))
+    real = ops.ulq_fake_quantize_
+    monkeypatch.setattr(ops, "ulq_fake_quantize_", lambda x, *args: calls.append(x.numel()) or real(x, *args))
     model.train()(small.batch(0)[0])
     assert len([n for n in calls if n]) == 4  # stem, conv1 = down, conv2, fc
     assert model.conv1.act_quant._last is None  # nothing outlives the forward

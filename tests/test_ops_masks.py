@@ -46,6 +46,18 @@ def test_ties_fall_as_in_the_selection_of_the_reference(device: torch.device) ->
     assert torch.equal(masks._reference_mask(groups), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_that_are_not_clear_beside_groups_that_are(dtype: torch.dtype, device: torch.device) -> None:
+    """Kernels choose by the second largest magnitude and look again where the third is as large, or NaN is there."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf, math.nan, -math.nan])
+    for inner in (1, 2, 3, 9, 16, 33, 64):
+        for count in (7, 64, 130):
+            w = torch.randn(2, count, inner)
+            odd = torch.rand(w.shape) < 0.03
+            w = torch.where(odd, values[torch.randint(len(values), w.shape)], w).to(device, dtype)
+            assert same_bits(masks._reference_mask(w, 1), ops.mask_2to4(w, 1)), (inner, count)
+
+
 def test_special_values(device: torch.device) -> None:
     w = torch.tensor([[math.nan, math.inf, 1.0, -math.inf], [-0.0, 0.0, 1e-45, 0.0]], device=device)
     assert ops.mask_2to4(w).tolist() == [[True, True, False, False], [True, False, True, False]]

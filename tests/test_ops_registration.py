@@ -15,6 +15,7 @@ import amct_ext
 from amct_ext import ops
 from amct_ext.ops import histogram
 
+UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 MODULES = ("histogram", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
 
 
@@ -33,12 +34,19 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
 
+    def state() -> tuple[Tensor, ...]:
+        return none.clone(), none.clone(), torch.tensor(False, device=device)
+
     return {
         "ulq_fake_quantize": [
             (leaf(w), leaf(high), leaf(low), none, none),
             (leaf(w), leaf(high), leaf(low), none, none, 4, True),
             (leaf(w[:, ::2]), high, low, none, none),
             (leaf(w.bfloat16()), leaf(high), leaf(low), none, none),
+        ],
+        "ulq_fake_quantize_": [
+            (leaf(w), leaf(high), leaf(low), none.clone(), none.clone(), *state()),
+            (leaf(w.half()), high.clone(), low.clone(), none.clone(), none.clone(), *state(), 4, True),
         ],
         "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
         "search_clip_range": [(w,), (w, 4, True)],
@@ -66,13 +74,23 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("op", ops.__all__)
 def test_opcheck(op: str, device: torch.device) -> None:
     overload = getattr(torch.ops.amct_ext, op).default
+    checks = [  # torch checks the autograd registration of the devices that it knows by name only
+        check for check in UTILS if check != "test_autograd_registration" or device.type in ("cpu", "cuda", "xpu")
+    ]
     for sample in arguments(op, device):
-        torch.library.opcheck(overload, sample)
+        torch.library.opcheck(overload, sample, test_utils=checks)
 
 
 def test_every_registered_op_has_a_function() -> None:
     registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("amct_ext::")}
     assert registered == set(ops.__all__)
+
+
+def _has_inductor(device: torch.device) -> bool:
+    from torch._inductor.codegen import common
+
+    common.init_backend_registration()
+    return common.get_scheduling_for_device(device.type) is not None
 
 
 def step(x: Tensor, w: Tensor, scale: Tensor, high: Tensor, low: Tensor) -> Tensor:
@@ -85,6 +103,8 @@ def step(x: Tensor, w: Tensor, scale: Tensor, high: Tensor, low: Tensor) -> Tens
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_without_graph_breaks(backend: str, device: torch.device) -> None:
     torch.compiler.reset()
+    if backend == "inductor" and not _has_inductor(device):
+        pytest.skip(f"Inductor generates no code for {device.type}")
     values = [torch.randn(s, device=device) for s in ((2, 8, 6, 6), (6, 8, 3, 3))]
     values += [torch.full(s, v, device=device) for s, v in (((6,), 0.01), ((), 1.5), ((), -1.2))]
     results = []

@@ -41,6 +41,22 @@ def test_rows_of_every_length(device: torch.device) -> None:
             assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)), (inner, channels)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_rows_of_every_length(dtype: torch.dtype, device: torch.device) -> None:
+    for length in (1, 3, 8, 15, 16, 17, 33, 64, 257, 1000):
+        w = torch.randn(6, length, device=device).to(dtype)
+        w[1] = w[1].abs()
+        mask = torch.rand(w.shape, device=device) > 0.5
+        mask[2] = False
+        mask[3] = True
+        w[4, 0] = math.nan
+        mask[4, 0] = False
+        for a, b in zip(
+            sparse._reference_sparse(w, mask, 8, 0), ops.sparse_arq_fake_quantize(w, mask, 8, 0), strict=True
+        ):
+            assert same_bits(a, b), length
+
+
 def test_gradients_are_masked(device: torch.device) -> None:
     w = torch.randn(4, 8, 3, 3, device=device)
     mask = ops.mask_2to4(w)
@@ -79,6 +95,20 @@ def test_many_weights_at_once(device: torch.device) -> None:
     assert torch.equal(weights[0].grad, torch.full_like(weights[0], 2))
     assert torch.equal(weights[2].grad, torch.ones_like(weights[2]))
     assert weights[1].grad is None or not weights[1].grad.any()
+
+
+def test_many_weights_have_the_same_bits_for_any_number_of_threads() -> None:
+    weights = [torch.randn(s) for s in ((300, 700), (3, 5), (64, 64, 3, 3), (1, 9000), (2, 40000))]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for w, y, scale in zip(weights, *ops.arq_fake_quantize_many(weights), strict=True):
+                expected = sparse._reference_arq(w, 8, 0)
+                assert same_bits(expected[0], y)
+                assert same_bits(expected[1], scale)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bad_input_is_refused() -> None:

@@ -59,6 +59,44 @@ def test_every_half_value_converts_exactly(device: torch.device) -> None:
         assert same_bits(weights._reference_lsq(w, scale, 16), ops.lsq_fake_quantize(w, scale, 16))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_values_beside_the_middle_of_two_codes(bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Kernels multiply by the reciprocal where that cannot change a code; here it often could, or nearly could."""
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for scale in (1.0, 1 / 3, 0.1, 7e-5, 1234.567):
+        scales = torch.tensor([scale], dtype=dtype)
+        middles = (torch.randint(lowest - 2, highest + 3, (1500,)) + 0.5).to(dtype) * scales
+        ulps = torch.randint(-3, 4, middles.shape)
+        whole = torch.int64 if dtype == torch.float64 else torch.int32
+        w = (middles.view(whole) + ulps.to(whole)).view(dtype).to(device)
+        assert same_bits(
+            weights._reference_lsq(w, scales.to(device), bits), ops.lsq_fake_quantize(w, scales.to(device), bits)
+        )
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ranges_of_one_sign_of_every_length(sign: int, device: torch.device) -> None:
+    for length in (1, 2, 15, 16, 17, 31, 33, 100):
+        w = (torch.rand(5, length, device=device) + 0.1) * sign
+        w[3] = 0.25 * sign
+        w[4] = 0.0 * sign
+        for a, b in zip(weights._reference_arq(w, 8, 0), ops.arq_fake_quantize(w, 8, 0), strict=True):
+            assert same_bits(a, b), length
+
+
+def test_the_scale_says_what_is_wrong_with_a_channel(device: torch.device) -> None:
+    w = torch.randn(5, 40, device=device)
+    w[1] = 0
+    w[2] = 1e-7
+    w[3, 7] = math.nan
+    w[4, 8] = -math.inf
+    y, scale = ops.arq_fake_quantize(w, 8, 0)
+    assert torch.isfinite(scale).tolist() == [True, True, True, False, False]
+    assert (scale == 1).tolist() == [False, True, True, False, False]
+    assert (y == 0).all(1).tolist() == [False, True, True, False, False]
+
+
 def test_arq_passes_the_gradient_through() -> None:
     w = torch.randn(4, 3, requires_grad=True)
     y, scale = ops.arq_fake_quantize(w, 8, 0)

@@ -151,14 +151,14 @@ def test_the_quantised_input_is_freed(tmp_path: Path, monkeypatch: pytest.Monkey
     model = Job(tmp_path, small.QUANT).create().train()
     model(small.batch(0)[0])
     made: list[Watch] = []
-    real = ops.ulq_fake_quantize
+    real = ops.ulq_fake_quantize_
 
     def watched(*args: Any) -> tuple[Tensor, ...]:
         result = real(*args)
         made.append(Watch(result[0]))
         return result
 
-    monkeypatch.setattr(ops, "ulq_fake_quantize", watched)
+    monkeypatch.setattr(ops, "ulq_fake_quantize_", watched)
     for stash, expected in (("rebuild", True), ("off", False)):
         amct_ext.configure(model, stash=stash)
         made.clear()

@@ -4,7 +4,7 @@ Schemas stand in `csrc/ops.cpp`. Every op has a plain-torch reference here, regi
 op, serves devices without a kernel and checks the kernels.
 """
 
-from amct_ext import _library
+from amct_ext import _library, backends
 
 _library.load()
 
@@ -20,13 +20,15 @@ from amct_ext.ops.sparse import (  # noqa: E402
     sparse_arq_fake_quantize_2to4,
     sparsify_2to4,
 )
-from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_backward  # noqa: E402
+from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_, ulq_fake_quantize_backward  # noqa: E402
 from amct_ext.ops.weights import (  # noqa: E402
     arq_fake_quantize,
     lsq_fake_quantize,
     lsq_fake_quantize_backward,
     quantize_weight,
 )
+
+backends.load()  # after the schemas and references, which other packages' kernels build on
 
 __all__ = [
     "apply_mask",
@@ -48,6 +50,7 @@ __all__ = [
     "sparse_arq_fake_quantize_2to4",
     "sparsify_2to4",
     "ulq_fake_quantize",
+    "ulq_fake_quantize_",
     "ulq_fake_quantize_backward",
     "unpack_mask",
 ]

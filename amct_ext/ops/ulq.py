@@ -59,6 +59,45 @@ def ulq_fake_quantize(
     )
 
 
+def ulq_fake_quantize_(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    invalid: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ulq_fake_quantize` that writes what it used into the state of a quantiser: one call for a layer's forward.
+
+    Args:
+        x, num_bits, fixed_min: as `ulq_fake_quantize`.
+        clip_max, clip_min, prev_clip_max, prev_clip_min: one value each, floating; all become the clips that were used.
+        scale, offset: one value each, floating; become those that were used.
+        invalid: bool, one value; becomes true when x holds NaN or Inf or the scale is not finite, and else stays.
+
+    Returns: `(y, used_max, used_min)`: y like x, and the clips that were used as tensors of their own.
+
+    Gradients: those of `ulq_fake_quantize`. The clips may be parameters: they are written as an optimiser would.
+
+    Errors: as `ulq_fake_quantize`; TypeError and ValueError for a state of another type or size.
+
+    Source: AMCT writes the effective clips back to the parameters in every forward.
+
+        >>> x, invalid = torch.tensor([-2.0, 0.0, 3.0]), torch.tensor(False)
+        >>> high, low, last_high, last_low, scale, offset = (torch.tensor(v) for v in (-1.0, -1.0, 2.0, -1.0, 0.0, 0.0))
+        >>> y, used_max, used_min = ulq_fake_quantize_(x, high, low, last_high, last_low, scale, offset, invalid)
+        >>> high.item(), round(scale.item(), 6), offset.item(), invalid.item()
+        (2.0, 0.011765, -43.0, False)
+    """
+    return torch.ops.amct_ext.ulq_fake_quantize_(
+        x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid, num_bits, fixed_min
+    )
+
+
 def ulq_fake_quantize_backward(
     grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +181,36 @@ def _reference(
     out = clip_max.dtype
     # copy=True: an output must never share storage with an input
     return y, scale.to(out), offset.to(out), high.to(out, copy=True), low.to(out, copy=True), ~valid
+
+
+@reference("ulq_fake_quantize_")
+def _reference_with_state(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    invalid: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "ulq_fake_quantize_"
+    for name, value in (("scale", scale), ("offset", offset)):
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+    check_scalar(op, "invalid", invalid)
+    torch._check_type(invalid.dtype == torch.bool, lambda: f"{op}: invalid must be Bool, not {invalid.dtype}")
+    made = torch.ops.amct_ext.ulq_fake_quantize(
+        x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min
+    )
+    y, used_scale, used_offset, used_max, used_min, bad = made
+    state = (clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset)
+    for tensor, value in zip(state, (used_max, used_min, used_max, used_min, used_scale, used_offset), strict=True):
+        tensor.copy_(value.view_as(tensor))
+    invalid.logical_or_(bad.view_as(invalid))
+    return y, used_max, used_min
 
 
 @reference("ulq_fake_quantize_backward")

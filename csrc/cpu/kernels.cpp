@@ -6,6 +6,7 @@ extern const Kernels kernels_baseline;
 #ifdef AMCT_X86_LEVELS
 extern const Kernels kernels_v3;
 extern const Kernels kernels_v4;
+extern const Kernels kernels_v4bf16;
 #endif
 
 namespace {
@@ -13,7 +14,9 @@ namespace {
 const Kernels& choose() {
 #ifdef AMCT_X86_LEVELS
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return kernels_v4;
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    return __builtin_cpu_supports("avx512bf16") ? kernels_v4bf16 : kernels_v4;
+  }
   if (__builtin_cpu_supports("x86-64-v3")) return kernels_v3;
 #endif
   return kernels_baseline;

@@ -62,6 +62,9 @@ struct Kernels {
 
   Range (*range[kElements])(const void* w, int64_t n);
   void (*quantize[kElements])(const void* w, void* y, int64_t n, const Symmetric&);
+  // The same where what the mask does not keep counts as zero.
+  Range (*masked_range[kElements])(const void* w, const uint8_t* mask, int64_t n);
+  void (*masked_quantize[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n, const Symmetric&);
   void (*codes[kElements])(const void* w, int8_t* y, int64_t n, const Symmetric&);
   double (*lsq_backward[kElements])(const void* grad, const void* w, int64_t n, const Symmetric&);
   double (*sum_squares[kElements])(const void* w, int64_t n);

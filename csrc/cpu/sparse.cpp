@@ -1,15 +1,12 @@
 // Weights that are sparse and quantised: masks applied, made and combined with adaptive-range quantisation.
 #include <torch/library.h>
 
-#include <memory>
 #include <tuple>
-#include <vector>
 
 #include "check.h"
+#include "cpu/arq.h"
 #include "cpu/mask.h"
 #include "cpu/tensors.h"
-#include "cpu/weights.h"
-#include "quant_math.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -44,29 +41,6 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   return {std::move(y), std::move(mask)};
 }
 
-// A row of the weight at a time, all in the first-level caches: masked into a scratch row, its range, its codes.
-// `row_mask` fills the scratch row (and the mask, where it is made here).
-template <typename F>
-void quantize_rows(const Tensor& y, const Tensor& scale, int num_bits, const F& masked_row) {
-  const auto codes = math::code_range(num_bits);
-  const Element element = element_of(y);
-  const size_t size = y.element_size();
-  const int64_t rows = y.size(0), length = y.numel() / rows;
-  const auto range = kernels().range[element];
-  const auto quantize = kernels().quantize[element];
-  void* out = y.mutable_data_ptr();
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain * kBlock / length), [&](int64_t first, int64_t last) {
-    // Not initialised: every row is filled before it is read.
-    const std::unique_ptr<char[]> scratch(new char[length * size]);
-    for (int64_t row = first; row < last; ++row) {
-      masked_row(row * length, length, scratch.get());
-      const Symmetric symmetric{scale_of(range(scratch.get(), length), num_bits, wide(y)), codes.lowest, codes.highest};
-      quantize(scratch.get(), at_element(out, row * length, size), length, symmetric);
-      set_value(scale, row, symmetric.scale);
-    }
-  });
-}
-
 // Rows along axis 0 lie one after the other and hold whole groups of the mask's axis.
 bool rows_lie_together(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
   const Runs runs = channel_axis ? runs_along(source, *channel_axis) : Runs{0, 0, 0};
@@ -81,22 +55,9 @@ std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64
   check_type(op, "mask", mask, at::kBool);
   check_same_shape(op, "mask", mask, "w", w);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
-  const int bits = static_cast<int>(num_bits);
-  const Tensor source = without_holes(w), keep = mask_laid_out_as(mask, source);
-  Tensor y = at::empty_like(source);
-  Tensor scale = at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w)));
-  if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
-  if (!rows_lie_together(source, channel_axis, 1)) {
-    range_and_quantize(apply_mask(source, keep), y, scale, bits, channel_axis);
-    return {std::move(y), std::move(scale)};
-  }
-  const auto apply = kernels().apply_mask[element_of(w)];
-  const void* in = source.const_data_ptr();
-  const uint8_t* kept = static_cast<const uint8_t*>(keep.const_data_ptr());
-  const size_t size = w.element_size();
-  quantize_rows(y, scale, bits,
-                [&](int64_t begin, int64_t n, void* row) { apply(at_element(in, begin, size), kept + begin, row, n); });
-  return {std::move(y), std::move(scale)};
+  ArqJob job = arq_job(w, mask, channel_axis);
+  run_arq({job}, static_cast<int>(num_bits));
+  return {std::move(job.y), std::move(job.scale)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
@@ -106,56 +67,31 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   check_bits(op, num_bits);
   axis = check_axis(op, "axis", w, axis);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
-  const int bits = static_cast<int>(num_bits);
-  const Tensor source = without_holes(w);
-  Tensor y = at::empty_like(source), mask = at::empty_like(source, source.options().dtype(at::kBool));
-  Tensor scale = at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w)));
-  if (w.numel() == 0) return {std::move(y), scale.fill_(1), std::move(mask)};
+  ArqJob job = arq_job(w, {}, channel_axis);
+  const Tensor& source = job.source;
+  job.mask = at::empty_like(source, source.options().dtype(at::kBool));
   if (!rows_lie_together(source, channel_axis, axis)) {
-    const Tensor kept = at::empty_like(source);
-    make_mask(source, axis, mask, kept);
-    range_and_quantize(kept, y, scale, bits, channel_axis);
-    return {std::move(y), std::move(scale), std::move(mask)};
+    make_mask(source, axis, job.mask, std::nullopt);
+    run_arq({job}, static_cast<int>(num_bits));
+    return {std::move(job.y), std::move(job.scale), std::move(job.mask)};
   }
+  // The mask of a row is made when the row is about to be read, so that both stay in the first caches.
   const auto plane = kernels().mask_plane[element_of(w)];
   Runs runs = runs_along(source, axis);
+  const int64_t row = source.numel() / source.size(0);
   // One or two weights along the axis are all kept: any cut of the row will do.
-  if (runs.count <= 2) runs = {1, 1, source.numel() / source.size(0)};
+  if (runs.count <= 2) runs = {1, 1, row};
   const void* in = source.const_data_ptr();
-  uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  uint8_t* keep = static_cast<uint8_t*>(job.mask.mutable_data_ptr());
   const size_t size = w.element_size();
   const int64_t length = runs.count * runs.inner;
-  quantize_rows(y, scale, bits, [&](int64_t begin, int64_t n, void* row) {
-    for (int64_t at = 0; at < n; at += length) {
-      plane({at_element(in, begin + at, size), keep + begin + at, at_element(row, at, size), runs.count, runs.inner});
+  job.prepare = [=](int64_t channel) {
+    for (int64_t at = channel * row; at < (channel + 1) * row; at += length) {
+      plane({at_element(in, at, size), keep + at, nullptr, runs.count, runs.inner});
     }
-  });
-  return {std::move(y), std::move(scale), std::move(mask)};
-}
-
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
-                                                              at::IntArrayRef channel_axes) {
-  const char* op = "arq_fake_quantize_many";
-  check_bits(op, num_bits);
-  TORCH_CHECK_VALUE(channel_axes.size() == weights.size(), op,
-                    ": channel_axes must hold one axis (-1 for none) for each of ", weights.size(), " weights, not ",
-                    channel_axes.size());
-  std::vector<Tensor> ys, scales;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor& w = weights[i];
-    check_floating(op, "a weight", w);
-    std::optional<int64_t> axis;
-    if (channel_axes[i] >= 0) axis = check_axis(op, "channel axis", w, channel_axes[i]);
-    const Tensor source = without_holes(w);
-    ys.push_back(at::empty_like(source));
-    scales.push_back(at::empty({axis ? w.size(*axis) : 1}, w.options().dtype(accumulate_type(w))));
-    if (w.numel() == 0) {
-      scales.back().fill_(1);
-    } else {
-      range_and_quantize(source, ys.back(), scales.back(), static_cast<int>(num_bits), axis);
-    }
-  }
-  return {std::move(ys), std::move(scales)};
+  };
+  run_arq({job}, static_cast<int>(num_bits));
+  return {std::move(job.y), std::move(job.scale), std::move(job.mask)};
 }
 
 }  // namespace
@@ -165,7 +101,6 @@ TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
   m.impl("sparsify_2to4", sparsify_2to4);
   m.impl("sparse_arq_fake_quantize", sparse_arq);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
-  m.impl("arq_fake_quantize_many", arq_many);
 }
 
 }  // namespace amct_ext::cpu

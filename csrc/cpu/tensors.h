@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -64,8 +65,16 @@ inline void set_value(const at::Tensor& x, int64_t i, double v) {
   }
 }
 
+// Allocations without the way through the dispatcher: most of the time of a small call.
+inline at::Tensor new_scalar(at::ScalarType type) { return at::Tensor(at::detail::empty_cpu({}, type)); }
+
+// For a tensor without holes: one with its type and layout.
+inline at::Tensor new_like(const at::Tensor& x) {
+  return at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()));
+}
+
 inline at::Tensor scalar_like(const at::Tensor& like, double v) {
-  at::Tensor result = at::empty({}, like.options());
+  at::Tensor result = new_scalar(like.scalar_type());
   set_value(result, 0, v);
   return result;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/reuse.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
 
@@ -54,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const UlqForward parameters{scale, offset, range.lowest, range.highest};
 
   const Tensor source = without_holes(x);
-  Tensor y = at::empty_like(source);
+  Tensor y = reused_like(source);
   std::atomic<bool> bad{!(math::is_finite(scale) && scale > 0)};
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
       bad.store(true, std::memory_order_relaxed);
     }
   });
-  Tensor invalid = at::empty({}, x.options().dtype(at::kBool));
+  Tensor invalid = new_scalar(at::kBool);
   *static_cast<bool*>(invalid.mutable_data_ptr()) = bad.load();
   return {std::move(y),
           scalar_like(clip_max, scale),
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
   const Tensor source = without_holes(x), upstream = laid_out_as(grad, source);
-  Tensor dx = at::empty_like(source);
+  Tensor dx = reused_like(source);
   const int64_t n = x.numel();
   std::vector<UlqSums> parts((n + kBlock - 1) / kBlock);
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();

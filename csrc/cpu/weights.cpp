@@ -1,6 +1,4 @@
-// arq_fake_quantize, lsq_fake_quantize and its backward, quantize_weight, filter_norms.
-#include "cpu/weights.h"
-
+// lsq_fake_quantize and its backward, quantize_weight, filter_norms.
 #include <torch/library.h>
 
 #include <cmath>
@@ -8,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/channels.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
 
@@ -91,7 +90,14 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
   void* out = y.mutable_data_ptr();
   const size_t size = w.element_size();
   const auto loop = kernels().quantize[element_of(w)];
-  for_pieces(runs_along(source, channel_axis), [&](int64_t channel, int64_t begin, int64_t n) {
+  const Runs runs = runs_along(source, channel_axis);
+  if (short_runs(runs)) {
+    for_gathered<1>(runs, {{{in, size}}}, out, size, [&](int64_t channel, const auto& row, char* to, int64_t n) {
+      loop(row[0], to, n, {scales[channel], range.lowest, range.highest});
+    });
+    return y;
+  }
+  for_pieces(runs, [&](int64_t channel, int64_t begin, int64_t n) {
     loop(at_element(in, begin, size), at_element(out, begin, size), n, {scales[channel], range.lowest, range.highest});
   });
   return y;
@@ -112,11 +118,19 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
   const size_t size = w.element_size();
   const auto loop = kernels().lsq_backward[element_of(w)];
   const Runs runs = runs_along(source, channel_axis);
-  std::vector<double> sums = channel_sums(runs, [&](int64_t begin, int64_t n) {
-    const int64_t channel = runs.count == 1 ? 0 : begin / runs.inner % runs.count;
-    return loop(at_element(up, begin, size), at_element(in, begin, size), n,
-                {scales[channel], range.lowest, range.highest});
-  });
+  std::vector<double> sums(runs.count, 0.0);
+  if (short_runs(runs)) {
+    for_gathered<2>(runs, {{{up, size}, {in, size}}}, nullptr, 0,
+                    [&](int64_t channel, const auto& row, char*, int64_t n) {
+                      sums[channel] = loop(row[0], row[1], n, {scales[channel], range.lowest, range.highest});
+                    });
+  } else {
+    sums = channel_sums(runs, [&](int64_t begin, int64_t n) {
+      const int64_t channel = runs.count == 1 ? 0 : begin / runs.inner % runs.count;
+      return loop(at_element(up, begin, size), at_element(in, begin, size), n,
+                  {scales[channel], range.lowest, range.highest});
+    });
+  }
   const int64_t weights = scale.numel() ? std::max<int64_t>(w.numel() / scale.numel(), 1) : 1;
   const double factor = grad_factor.value_or(1.0 / std::sqrt(static_cast<double>(weights) * range.highest));
   for (double& sum : sums) sum *= factor;
@@ -156,69 +170,9 @@ Tensor filter_norms(const Tensor& w, int64_t axis) {
   return from_values(sums, {w.size(axis)}, w.options().dtype(accumulate_type(w)));
 }
 
-std::tuple<Tensor, Tensor> arq_forward(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
-  channel_axis = check_weight("arq_fake_quantize", w, num_bits, channel_axis);
-  const Tensor source = without_holes(w);
-  Tensor y = at::empty_like(source);
-  Tensor scale = at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w)));
-  if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
-  range_and_quantize(source, y, scale, static_cast<int>(num_bits), channel_axis);
-  return {std::move(y), std::move(scale)};
-}
-
 }  // namespace
 
-double scale_of(Range range, int num_bits, bool wide) {
-  return wide ? math::symmetric_scale(range.largest, range.smallest, num_bits)
-              : static_cast<double>(math::symmetric_scale(static_cast<float>(range.largest),
-                                                          static_cast<float>(range.smallest), num_bits));
-}
-
-void range_and_quantize(const Tensor& source, const Tensor& y, const Tensor& scale, int num_bits,
-                        std::optional<int64_t> channel_axis) {
-  const auto codes = math::code_range(num_bits);
-  const Element element = element_of(source);
-  const auto range = kernels().range[element];
-  const auto quantize = kernels().quantize[element];
-  const void* in = source.const_data_ptr();
-  void* out = y.mutable_data_ptr();
-  const size_t size = source.element_size();
-  const Runs runs = runs_along(source, channel_axis);
-  const auto joined = [](Range a, Range b) {
-    const bool nan = a.largest != a.largest || b.largest != b.largest;
-    return nan ? Range{NAN, NAN} : Range{std::max(a.largest, b.largest), std::min(a.smallest, b.smallest)};
-  };
-  if (runs.count == 1) {
-    const int64_t n = source.numel();
-    std::vector<Range> parts((n + kBlock - 1) / kBlock);
-    for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {
-      parts[block] = range(at_element(in, begin, size), end - begin);
-    });
-    Range whole = parts[0];
-    for (const Range& part : parts) whole = joined(whole, part);
-    const Symmetric symmetric{scale_of(whole, num_bits, wide(source)), codes.lowest, codes.highest};
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
-      quantize(at_element(in, begin, size), at_element(out, begin, size), end - begin, symmetric);
-    });
-    set_value(scale, 0, symmetric.scale);
-    return;
-  }
-  for_rows(runs.count, runs.outer * runs.inner, [&](int64_t channel) {
-    const auto first = [&](int64_t o) { return (o * runs.count + channel) * runs.inner; };
-    Range whole = range(at_element(in, first(0), size), runs.inner);
-    for (int64_t o = 1; o < runs.outer; ++o) {
-      whole = joined(whole, range(at_element(in, first(o), size), runs.inner));
-    }
-    const Symmetric symmetric{scale_of(whole, num_bits, wide(source)), codes.lowest, codes.highest};
-    for (int64_t o = 0; o < runs.outer; ++o) {
-      quantize(at_element(in, first(o), size), at_element(out, first(o), size), runs.inner, symmetric);
-    }
-    set_value(scale, channel, symmetric.scale);
-  });
-}
-
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("arq_fake_quantize", arq_forward);
   m.impl("lsq_fake_quantize", lsq_forward);
   m.impl("lsq_fake_quantize_backward", lsq_backward);
   m.impl("quantize_weight", quantize_weight);

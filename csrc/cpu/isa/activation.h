@@ -1,103 +1,161 @@
 // ULQ: fake quantisation of an activation and its gradients.
 #pragma once
 
-#include "cpu/isa/scalar.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
 namespace {
 
 template <typename T>
-AMCT_INLINE void ulq_exact(const T* __restrict x, T* __restrict y, int64_t n, math::Affine<Acc<T>> affine,
-                           Acc<T> lowest, Acc<T> highest) {
-  for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(math::fake_quantize(widen(x[i]), affine, lowest, highest));
-}
+struct UlqRows {
+  using A = Acc<T>;
+  Row<A> scale, inverse, offset, lowest, highest, lowest_step, highest_step, signed_zero, zero = {};
+  bool usable;
 
-// Returns the largest distance from an integer, as bits; a value that is not finite makes it large.
-template <typename T>
-AMCT_INLINE BitsOf<Acc<T>> ulq_fast(const T* __restrict x, T* __restrict y, int64_t n, math::Affine<Acc<T>> affine,
-                                    Acc<T> inverse, Acc<T> lowest, Acc<T> highest) {
-  BitsOf<Acc<T>> farthest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Acc<T> t = widen(x[i]) * inverse + affine.offset, code = math::round_even(t);
-    const BitsOf<Acc<T>> distance = magnitude_bits(t - code);
-    farthest = distance > farthest ? distance : farthest;
-    y[i] = narrow<T>((math::clamp(code, lowest, highest) - affine.offset) * affine.scale);
+  AMCT_INLINE UlqRows(math::Affine<A> affine, const Reciprocal<A>& fast, A low, A high)
+      : scale(filled(affine.scale)),
+        inverse(filled(fast.inverse)),
+        offset(filled(affine.offset)),
+        lowest(filled(low)),
+        highest(filled(high)),
+        lowest_step(filled(low - affine.offset)),
+        highest_step(filled(high - affine.offset)) {
+    const bool plus_zero = as<Bits<A>>(affine.offset) == 0;
+    signed_zero = filled(plus_zero ? A(-0.0) : A(0.0));
+    // Where the sign of a result depends on it, no product may vanish.
+    usable = fast.usable && (!plus_zero || affine.scale <= A(0.5));
   }
-  return farthest;
-}
+
+  // What the division gives.
+  AMCT_INLINE Row<A> exact(Row<A> v) const {
+    return (clamped(rounded(v / scale + offset), lowest, highest) - offset) * scale;
+  }
+
+  // The same by the reciprocal, noting how far values are from an integer. The offset is an integer, so a value can be
+  // rounded without it: taking it off again then leaves bounds that have moved, and zeros: they are +0, as the
+  // difference of equal numbers is, but for an offset of +0, where what rounds to zero keeps its sign and a -0 loses
+  // it.
+  AMCT_INLINE Row<A> fast(Row<A> v, Mask<A>& farthest) const {
+    const Row<A> t = product(v, inverse, zero), code = rounded(t);
+    const Mask<A> distance = magnitude_bits_of<A>(t - code);
+    farthest = distance > farthest ? distance : farthest;
+    return product(clamped(code, lowest_step, highest_step), scale, signed_zero);
+  }
+};
 
 template <typename T>
-AMCT_INLINE Bits<T> largest_bits(const T* __restrict x, int64_t n) {
+AMCT_INLINE bool finite(const T* x, int64_t n) {
   Bits<T> most = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Bits<T> bits = magnitude_bits(x[i]);
     most = bits > most ? bits : most;
   }
-  return most;
+  return most < Traits<T>::kInfinity;
 }
 
 template <typename T>
 bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
+  using A = Acc<T>;
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
-  const math::Affine<Acc<T>> affine{static_cast<Acc<T>>(p.scale), static_cast<Acc<T>>(p.offset)};
-  const Acc<T> lowest = static_cast<Acc<T>>(p.lowest), highest = static_cast<Acc<T>>(p.highest);
-  const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
-  const auto limit = as<BitsOf<Acc<T>>>(fast.limit);
-  Bits<T> most = 0;
-  for (int64_t begin = 0; begin < n; begin += kRetryOf<T>) {
-    const int64_t count = n - begin < kRetryOf<T> ? n - begin : kRetryOf<T>;
-    const Bits<T> largest = largest_bits(x + begin, count);
-    most = largest > most ? largest : most;
-    converted(x + begin, y + begin, count, [&](const auto* in, auto* out) __attribute__((always_inline)) {
-      if (!fast.usable || ulq_fast(in, out, count, affine, fast.inverse, lowest, highest) >= limit) {
-        ulq_exact(in, out, count, affine, lowest, highest);
+  const math::Affine<A> affine{static_cast<A>(p.scale), static_cast<A>(p.offset)};
+  const A lowest = static_cast<A>(p.lowest), highest = static_cast<A>(p.highest);
+  const auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) y[i] = narrow<T>(math::fake_quantize(widen(x[i]), affine, lowest, highest));
+    return finite(x + begin, end - begin);
+  };
+  const auto fast = reciprocal<A>(p.scale, p.lowest, p.highest);
+  const UlqRows<T> rows(affine, fast, lowest, highest);
+  if (!rows.usable) return !each(0, n);
+
+  constexpr int kGroup = 2 * kPair<T>;
+  const int64_t whole = n / kGroup * kGroup;
+  bool good = true;
+  for (int64_t i = 0; i < whole; i += kGroup) {
+    Mask<A> farthest = {};
+    const auto fast_pair = [&](const T* from, T* to) __attribute__((always_inline)) {
+      const Pair<T> v = load_pair(from);
+      store_pair(to, Pair<T>{rows.fast(v.first, farthest), rows.fast(v.second, farthest)});
+    };
+    fast_pair(x + i, y + i);
+    fast_pair(x + i + kPair<T>, y + i + kPair<T>);
+    if (__builtin_expect(reach<A>(farthest, fast.limit), 0)) {
+      // What is not finite has no distance: NaN.
+      if (reach<A>(farthest, as<A>(Traits<A>::kInfinity))) {
+        good &= each(i, i + kGroup);
+        continue;
       }
-    });
+      for (int64_t k = i; k < i + kGroup; k += kPair<T>) {
+        const Pair<T> v = load_pair(x + k);
+        store_pair(y + k, Pair<T>{rows.exact(v.first), rows.exact(v.second)});
+      }
+    }
   }
-  return most >= Traits<T>::kInfinity;
+  return !(good & each(whole, n));
 }
+
+// Sums over the 32 lanes of a group: a few values in the arithmetic type, those in float64. What a lane holds, and so
+// the order of additions, does not depend on the width of a row.
+template <typename A>
+struct GroupSums {
+  static constexpr int kGroup = 2 * kLanes, kSteps = 8;
+  alignas(64) A partial[kGroup] = {};
+  LaneSums sums;
+
+  AMCT_INLINE void add(int lane, Row<A> v) { store_row(partial + lane, load_row<Row<A>>(partial + lane) + v); }
+
+  AMCT_INLINE void flush() {
+    for (int lane = 0; lane < kGroup; lane += kLanes) sums.add(partial + lane);
+    for (int lane = 0; lane < kGroup; ++lane) partial[lane] = 0;
+  }
+};
 
 template <typename T>
 void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackward& p, UlqSums& out) {
-  const T* __restrict grad = static_cast<const T*>(grad_);
-  const T* __restrict x = static_cast<const T*>(x_);
-  T* __restrict dx = static_cast<T*>(dx_);
-  const Acc<T> scale = static_cast<Acc<T>>(p.scale), clip_max = static_cast<Acc<T>>(p.clip_max),
-               clip_min = static_cast<Acc<T>>(p.clip_min), upper = static_cast<Acc<T>>(p.upper),
-               lower = static_cast<Acc<T>>(p.lower);
-  constexpr int kStep = 512;
-  LaneSums error, above, below;
-  // Terms of a step go through the first-level cache: one loop of arithmetic, then one of additions.
-  Acc<T> errors[kStep], aboves[kStep], belows[kStep];
+  using A = Acc<T>;
+  constexpr int kGroup = GroupSums<A>::kGroup, kStep = kGroup * GroupSums<A>::kSteps;
+  const T* grad = static_cast<const T*>(grad_);
+  const T* x = static_cast<const T*>(x_);
+  T* dx = static_cast<T*>(dx_);
+  const Row<A> scale = filled(static_cast<A>(p.scale)), clip_max = filled(static_cast<A>(p.clip_max)),
+               clip_min = filled(static_cast<A>(p.clip_min)), upper = filled(static_cast<A>(p.upper)),
+               lower = filled(static_cast<A>(p.lower)), zero = {};
+  GroupSums<A> error, above, below;
+  const auto row = [&](Row<A> v, Row<A> g, int lane) __attribute__((always_inline)) {
+    const Mask<A> over = v > upper, under = v < lower;
+    const Row<A> z = (over ? clip_max : under ? clip_min : v) / scale;
+    error.add(lane, (rounded(z) - z) * g);
+    above.add(lane, over ? g : zero);
+    below.add(lane, under ? g : zero);
+    return ~(over | under);
+  };
+  const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
+    for (int k = 0; k < kGroup; k += kPair<T>) {
+      const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
+      const int lane = kAlternating<T> ? k / 2 : k, other = kAlternating<T> ? (k + kGroup) / 2 : k + kRow<A>;
+      const Mask<A> first = row(v.first, g.first, lane), second = row(v.second, g.second, other);
+      store_kept(ds + k, gs + k, first, second);
+    }
+  };
   for (int64_t begin = 0; begin < n; begin += kStep) {
-    const int count = n - begin < kStep ? static_cast<int>(n - begin) : kStep;
-    const T* __restrict gs = grad + begin;
-    const T* __restrict xs = x + begin;
-    T* __restrict ds = dx + begin;
-    for (int i = 0; i < count; ++i) {
-      const Acc<T> v = widen(xs[i]), g = widen(gs[i]);
-      const bool over = v > upper, under = v < lower;
-      Acc<T> z = under ? clip_min : v;
-      z = (over ? clip_max : z) / scale;
-      errors[i] = (math::round_even(z) - z) * g;
-      const Acc<T> high = over ? g : Acc<T>(0), low = under ? g : Acc<T>(0);
-      aboves[i] = high;
-      belows[i] = low;
-      ds[i] = masked(gs[i], !(over | under));
+    const int64_t end = n - begin < kStep ? n : begin + kStep;
+    int64_t i = begin;
+    for (; i + kGroup <= end; i += kGroup) group(grad + i, x + i, dx + i);
+    if (i < end) {
+      T gs[kGroup] = {}, xs[kGroup] = {}, ds[kGroup];
+      __builtin_memcpy(gs, grad + i, (end - i) * sizeof(T));
+      __builtin_memcpy(xs, x + i, (end - i) * sizeof(T));
+      group(gs, xs, ds);
+      __builtin_memcpy(dx + i, ds, (end - i) * sizeof(T));
     }
-    const int padded = (count + kLanes - 1) / kLanes * kLanes;
-    for (int i = count; i < padded; ++i) errors[i] = aboves[i] = belows[i] = 0;
-    for (int i = 0; i < padded; i += kLanes) {
-      error.add(errors + i);
-      above.add(aboves + i);
-      below.add(belows + i);
-    }
+    error.flush();
+    above.flush();
+    below.flush();
   }
-  out.error += error.total();
-  out.above += above.total();
-  out.below += below.total();
+  out.error += error.sums.total();
+  out.above += above.sums.total();
+  out.below += below.sums.total();
 }
 
 }  // namespace

@@ -1,59 +1,88 @@
 // 2:4 masks. The rule is stated in amct_ext/ops/masks.py; magnitudes are compared as bit patterns, which orders NaN
-// last.
+// last. Work goes by four registers that hold the members of as many groups as a register has lanes.
 #pragma once
 
-#include "cpu/isa/scalar.h"
+#include <utility>
+
+#include "cpu/isa/register.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
 namespace {
 
-// A register of the instruction set. Patterns without their sign are compared as signed numbers, which every
-// instruction set can; comparisons give all ones or zero.
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;
-#elif defined(__AVX2__)
-constexpr int kRegister = 32;
+// What is kept of a register, from comparisons: a mask register where there are such, else all ones or zero in a lane.
+// `put` writes the mask as bytes and, where y is not null, what is kept of `raw`.
+#if defined(AMCT_AVX512)
+AMCT_INLINE __m512i plain(auto v) { return as<__m512i>(v); }
+
+template <int kBytes>
+struct Choice;
+template <>
+struct Choice<4> {
+  static AMCT_INLINE __mmask16 at_least(auto a, auto b) { return _mm512_cmpge_epi32_mask(plain(a), plain(b)); }
+  static AMCT_INLINE __mmask16 ones(auto v) { return _mm512_movepi32_mask(plain(v)); }
+  static AMCT_INLINE void put(__mmask16 keep, auto raw, uint8_t* mask, void* y) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(mask), _mm_maskz_mov_epi8(keep, _mm_set1_epi8(1)));
+    if (y) _mm512_storeu_si512(y, _mm512_maskz_mov_epi32(keep, plain(raw)));
+  }
+};
+template <>
+struct Choice<8> {
+  static AMCT_INLINE __mmask8 at_least(auto a, auto b) { return _mm512_cmpge_epi64_mask(plain(a), plain(b)); }
+  static AMCT_INLINE __mmask8 ones(auto v) { return _mm512_movepi64_mask(plain(v)); }
+  static AMCT_INLINE void put(__mmask8 keep, auto raw, uint8_t* mask, void* y) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(mask), _mm_maskz_mov_epi8(keep, _mm_set1_epi8(1)));
+    if (y) _mm512_storeu_si512(y, _mm512_maskz_mov_epi64(keep, plain(raw)));
+  }
+};
+template <>
+struct Choice<2> {
+  static AMCT_INLINE __mmask32 at_least(auto a, auto b) { return _mm512_cmpge_epi16_mask(plain(a), plain(b)); }
+  static AMCT_INLINE __mmask32 ones(auto v) { return _mm512_movepi16_mask(plain(v)); }
+  static AMCT_INLINE void put(__mmask32 keep, auto raw, uint8_t* mask, void* y) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), _mm256_maskz_mov_epi8(keep, _mm256_set1_epi8(1)));
+    if (y) _mm512_storeu_si512(y, _mm512_maskz_mov_epi16(keep, plain(raw)));
+  }
+};
 #else
-constexpr int kRegister = 16;
+// Lanes that are all ones or zero as bytes 1 or 0. Compilers make poor code of the conversion.
+template <int kBytes, typename V>
+AMCT_INLINE void put_bytes(V keep, uint8_t* mask) {
+  constexpr int kLanes = kRegister / kBytes;
+#if defined(__SSE2__)
+  __m128i half[2];
+  __builtin_memcpy(&half[0], &keep, 16);
+  __builtin_memcpy(&half[1], reinterpret_cast<const char*>(&keep) + kRegister - 16, 16);
+  __m128i v = kBytes == 2 ? _mm_packs_epi16(half[0], half[1]) : _mm_packs_epi32(half[0], half[1]);
+  for (int size = kBytes; size > 2; size /= 2) v = _mm_packs_epi16(v, v);
+  v = _mm_and_si128(v, _mm_set1_epi8(1));
+  __builtin_memcpy(mask, &v, kLanes);
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  const Bytes bytes = __builtin_convertvector(keep, Bytes) & 1;
+  __builtin_memcpy(mask, &bytes, kLanes);
 #endif
-
-template <typename Bits>
-struct Register;
-template <>
-struct Register<uint16_t> {
-  using Lane = int16_t;
-  using V = int16_t __attribute__((vector_size(kRegister)));
-};
-template <>
-struct Register<uint32_t> {
-  using Lane = int32_t;
-  using V = int32_t __attribute__((vector_size(kRegister)));
-};
-template <>
-struct Register<uint64_t> {
-  using Lane = int64_t;
-  using V = int64_t __attribute__((vector_size(kRegister)));
-};
-
-template <typename B>
-constexpr int kWidth = kRegister / static_cast<int>(sizeof(B));
-
-// All NaN are equal and larger than infinity.
-template <typename T>
-AMCT_INLINE Bits<T> order(T v) {
-  const Bits<T> bits = magnitude_bits(v);
-  constexpr Bits<T> nan = Traits<T>::kInfinity + 1;
-  return bits > nan ? nan : bits;
 }
 
-// One vector at a time, each a value of its own: an array filled in a loop goes through memory.
-template <typename V>
-AMCT_INLINE V load(const void* from) {
-  V v;
-  __builtin_memcpy(&v, from, sizeof(V));
-  return v;
-}
+template <int kBytes>
+struct Choice {
+  template <typename V>
+  static AMCT_INLINE V at_least(V a, V b) {
+    return a >= b;
+  }
+  template <typename V>
+  static AMCT_INLINE V ones(V v) {
+    return v;
+  }
+  template <typename V>
+  static AMCT_INLINE void put(V keep, V raw, uint8_t* mask, void* y) {
+    put_bytes<kBytes>(keep, mask);
+    if (!y) return;
+    const V kept = raw & keep;
+    __builtin_memcpy(y, &kept, sizeof(kept));
+  }
+};
+#endif
 
 template <typename V>
 AMCT_INLINE V two_of(V a, V b, V c) {
@@ -75,78 +104,145 @@ AMCT_INLINE void kept_of_four(const V* m, V* keep) {
   keep[3] = two_of(~a_d, ~b_d, ~c_d);
 }
 
-constexpr int kGroups = 256;  // groups handled at a time
-
-constexpr int kChunk = 16;  // longest row that moves in one piece
-
-// What a step works on: magnitudes of the four members of each group and what is kept of them, -1 or 0. Rows are moved
-// in pieces of kChunk that run over into the next row, hence the padding.
-template <typename B>
-struct GroupStage {
-  alignas(64) B in[4][kGroups + kChunk];
-  alignas(64) B keep[4][kGroups + kChunk];
-};
-
-// The first n groups of a stage, and what is left of the last register.
+// The second largest of every four and whether the choice is clear: it is not where the third is as large, or where a
+// value is NaN.
 template <typename T>
-AMCT_INLINE void mask_groups(GroupStage<Bits<T>>& s, int n) {
-  using V = typename Register<Bits<T>>::V;
-  for (int i = 0; i < n; i += kWidth<T>) {
-    const V in[4] = {load<V>(s.in[0] + i), load<V>(s.in[1] + i), load<V>(s.in[2] + i), load<V>(s.in[3] + i)};
-    V keep[4];
-    kept_of_four(in, keep);
-    __builtin_memcpy(s.keep[0] + i, &keep[0], sizeof(V));
-    __builtin_memcpy(s.keep[1] + i, &keep[1], sizeof(V));
-    __builtin_memcpy(s.keep[2] + i, &keep[2], sizeof(V));
-    __builtin_memcpy(s.keep[3] + i, &keep[3], sizeof(V));
-  }
+AMCT_INLINE bool second_largest(const V<T>* m, V<T>& second) {
+  const V<T> first = larger(m[0], m[1]), other = larger(m[2], m[3]);
+  const V<T> p = smaller(first, other), q = larger(smaller(m[0], m[1]), smaller(m[2], m[3]));
+  second = larger(p, q);
+  constexpr auto infinity = static_cast<Lane<T>>(Traits<T>::kInfinity);
+  return !any((p == q) | (larger(first, other) > infinity));
 }
 
-// Rows of `inner` values from memory order to member order. Whole pieces are moved where what follows may be read,
-// which is not known of the last plane.
+// All NaN are equal and larger than infinity.
 template <typename T>
-AMCT_INLINE void gather(const T* __restrict w, int64_t planes, int64_t inner, GroupStage<Bits<T>>& s) {
-  if (inner == 1) {
-    for (int64_t g = 0; g < planes; ++g) {
-      for (int r = 0; r < 4; ++r) s.in[r][g] = order(w[4 * g + r]);
-    }
-    return;
-  }
-  const int64_t whole = inner <= kChunk && planes * inner >= 2 * kChunk ? planes - (kChunk / inner + 1) : 0;
-  for (int64_t g = 0; g < planes; ++g) {
-    for (int r = 0; r < 4; ++r) {
-      const T* __restrict row = w + (4 * g + r) * inner;
-      Bits<T>* __restrict to = s.in[r] + g * inner;
-      if (g < whole) {
-        for (int i = 0; i < kChunk; ++i) to[i] = order(row[i]);
-      } else {
-        for (int64_t i = 0; i < inner; ++i) to[i] = order(row[i]);
-      }
-    }
-  }
+AMCT_INLINE void chosen_exactly(const V<T>* m, V<T>* keep) {
+  const V<T> nan = V<T>{} + static_cast<Lane<T>>(Traits<T>::kInfinity + 1);
+  const V<T> ordered[4] = {smaller(m[0], nan), smaller(m[1], nan), smaller(m[2], nan), smaller(m[3], nan)};
+  kept_of_four(ordered, keep);
 }
 
-// Back to memory order. Pieces that run over are overwritten by the rows that follow: rows go out in rising order.
-template <typename B>
-AMCT_INLINE void scatter(const GroupStage<B>& s, int64_t planes, int64_t inner, uint8_t* __restrict mask) {
-  if (inner == 1) {
-    for (int64_t g = 0; g < planes; ++g) {
-      for (int r = 0; r < 4; ++r) mask[4 * g + r] = static_cast<uint8_t>(s.keep[r][g] & 1);
-    }
+// Four rows of a register of groups, `inner` apart.
+template <typename T>
+AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, T* y, int64_t inner) {
+  const V<T> raw[4] = {load(w), load(w + inner), load(w + 2 * inner), load(w + 3 * inner)};
+  const V<T> m[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
+  V<T> second, keep[4];
+  const auto put = [&](int r, auto kept) __attribute__((always_inline)) {
+    Choice<sizeof(T)>::put(kept, raw[r], mask + r * inner, y ? y + r * inner : nullptr);
+  };
+  if (second_largest<T>(m, second)) [[likely]] {
+    for (int r = 0; r < 4; ++r) put(r, Choice<sizeof(T)>::at_least(m[r], second));
   } else {
-    const int64_t whole = inner <= kChunk && planes * inner >= 2 * kChunk ? planes - (kChunk / inner + 1) : 0;
-    for (int64_t g = 0; g < planes; ++g) {
-      for (int r = 0; r < 4; ++r) {
-        const B* __restrict from = s.keep[r] + g * inner;
-        uint8_t* __restrict to = mask + (4 * g + r) * inner;
-        if (g < whole) {
-          for (int i = 0; i < kChunk; ++i) to[i] = static_cast<uint8_t>(from[i] & 1);
-        } else {
-          for (int64_t i = 0; i < inner; ++i) to[i] = static_cast<uint8_t>(from[i] & 1);
-        }
-      }
+    chosen_exactly<T>(m, keep);
+    for (int r = 0; r < 4; ++r) put(r, Choice<sizeof(T)>::ones(keep[r]));
+  }
+}
+
+// Every second lane of two registers, from the first or from the second on.
+template <int kFirst, typename V, int... I>
+AMCT_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + kFirst)...);
+}
+
+// Register kAt of four in memory order, from one value for each group.
+template <int kAt, typename V, int... I>
+AMCT_INLINE V of_groups(V v, std::integer_sequence<int, I...>) {
+  constexpr int kFirst = kAt * static_cast<int>(sizeof...(I));
+  return __builtin_shufflevector(v, v, ((kFirst + I) / 4)...);
+}
+
+// The same from one value for each member.
+template <int kAt, typename V, int... I>
+AMCT_INLINE V of_members(const V* v, std::integer_sequence<int, I...> lanes) {
+  constexpr int kFirst = kAt * static_cast<int>(sizeof...(I));
+  constexpr V member = {((kFirst + I) % 4)...};
+  return (of_groups<kAt>(v[0], lanes) & (member == 0)) | (of_groups<kAt>(v[1], lanes) & (member == 1)) |
+         (of_groups<kAt>(v[2], lanes) & (member == 2)) | (of_groups<kAt>(v[3], lanes) & (member == 3));
+}
+
+// Four registers of groups that lie side by side.
+template <typename T>
+AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, T* y) {
+  constexpr int width = kWidth<T>;
+  constexpr auto lanes = std::make_integer_sequence<int, width>{};
+  const V<T> raw[4] = {load(w), load(w + width), load(w + 2 * width), load(w + 3 * width)};
+  const V<T> in[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
+  const V<T> even[2] = {every_second<0>(in[0], in[1], lanes), every_second<0>(in[2], in[3], lanes)};
+  const V<T> odd[2] = {every_second<1>(in[0], in[1], lanes), every_second<1>(in[2], in[3], lanes)};
+  const V<T> m[4] = {every_second<0>(even[0], even[1], lanes), every_second<0>(odd[0], odd[1], lanes),
+                     every_second<1>(even[0], even[1], lanes), every_second<1>(odd[0], odd[1], lanes)};
+  const auto put = [&](int r, auto kept) __attribute__((always_inline)) {
+    Choice<sizeof(T)>::put(kept, raw[r], mask + r * width, y ? y + r * width : nullptr);
+  };
+  V<T> second, keep[4];
+  if (second_largest<T>(m, second)) [[likely]] {
+    put(0, Choice<sizeof(T)>::at_least(in[0], of_groups<0>(second, lanes)));
+    put(1, Choice<sizeof(T)>::at_least(in[1], of_groups<1>(second, lanes)));
+    put(2, Choice<sizeof(T)>::at_least(in[2], of_groups<2>(second, lanes)));
+    put(3, Choice<sizeof(T)>::at_least(in[3], of_groups<3>(second, lanes)));
+  } else {
+    chosen_exactly<T>(m, keep);
+    put(0, Choice<sizeof(T)>::ones(of_members<0>(keep, lanes)));
+    put(1, Choice<sizeof(T)>::ones(of_members<1>(keep, lanes)));
+    put(2, Choice<sizeof(T)>::ones(of_members<2>(keep, lanes)));
+    put(3, Choice<sizeof(T)>::ones(of_members<3>(keep, lanes)));
+  }
+}
+
+// `n` values of up to four rows, at most a register wide, by way of a copy with zeros around it.
+template <typename T>
+AMCT_INLINE void mask_piece(const T* w, uint8_t* mask, T* y, int64_t inner, int rows, int64_t n) {
+  constexpr int width = kWidth<T>;
+  T in[4 * width] = {}, kept[4 * width];
+  uint8_t bytes[4 * width];
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) in[r * width + i] = w[r * inner + i];
+  }
+  mask_rows(in, bytes, kept, width);
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) mask[r * inner + i] = bytes[r * width + i];
+    if (!y) continue;
+    for (int64_t i = 0; i < n; ++i) y[r * inner + i] = kept[r * width + i];
+  }
+}
+
+// Groups that a register at a time cannot take: the last of a plane, and rows that do not fill a group.
+template <typename T>
+void mask_rest(const T* w, uint8_t* mask, T* y, int64_t count, int64_t inner) {
+  for (int64_t row = 0; row < count; row += 4) {
+    const int rows = count - row < 4 ? static_cast<int>(count - row) : 4;
+    for (int64_t i = 0; i < inner; i += kWidth<T>) {
+      const int64_t at = row * inner + i, n = inner - i < kWidth<T> ? inner - i : kWidth<T>;
+      mask_piece(w + at, mask + at, y ? y + at : nullptr, inner, rows, n);
     }
   }
+}
+
+// Whole groups; returns how many were masked. Rows of a register or more: the last register of a row overlaps the one
+// before. Shorter rows: what is written beyond a row is overwritten by the rows that follow, which go out in rising
+// order, as far as enough of them follow.
+template <typename T, bool kKeeps>
+AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, T* y, int64_t groups, int64_t inner) {
+  constexpr int64_t width = kWidth<T>;
+  const int64_t size = groups * 4 * inner;
+  if (inner == 1) {
+    int64_t at = 0;
+    for (; at + 4 * width <= size; at += 4 * width) {
+      mask_neighbours(w + at, mask + at, kKeeps ? y + at : nullptr);
+    }
+    return at / 4;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t start = g * 4 * inner;
+    if (inner < width && start + 3 * inner + width > size) return g;
+    for (int64_t i = 0; i < inner; i += width) {
+      const int64_t at = start + (i + width <= inner || inner < width ? i : inner - width);
+      mask_rows(w + at, mask + at, kKeeps ? y + at : nullptr, inner);
+    }
+  }
+  return groups;
 }
 
 template <typename T>
@@ -159,99 +255,6 @@ void apply_mask(const void* w_, const uint8_t* __restrict mask, void* y_, int64_
   }
 }
 
-// Groups in rows long enough to be worked on where they lie, or a partial group.
-template <typename T>
-void mask_long_rows(const T* __restrict w, uint8_t* __restrict mask, T* y, int64_t inner, int rows) {
-  GroupStage<Bits<T>> s;
-  for (int64_t begin = 0; begin < inner; begin += kGroups) {
-    const int n = inner - begin < kGroups ? static_cast<int>(inner - begin) : kGroups;
-    for (int r = 0; r < 4; ++r) {
-      if (r < rows) {
-        for (int i = 0; i < n; ++i) s.in[r][i] = order(w[begin + r * inner + i]);
-      } else {
-        for (int i = 0; i < n; ++i) s.in[r][i] = 0;
-      }
-    }
-    mask_groups<T>(s, n);
-    for (int r = 0; r < rows; ++r) {
-      uint8_t* __restrict to = mask + begin + r * inner;
-      for (int i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(s.keep[r][i] & 1);
-      if (y) apply_mask<T>(w + begin + r * inner, to, y + begin + r * inner, n);
-    }
-  }
-}
-
-// Whole groups with short rows, as many as fit the stage at a time.
-template <typename T>
-void mask_short_rows(const T* w, uint8_t* mask, T* y, int64_t groups, int64_t inner) {
-  GroupStage<Bits<T>> s;
-  const int64_t fit = kGroups / inner;
-  for (int64_t g = 0; g < groups; g += fit) {
-    const int64_t planes = groups - g < fit ? groups - g : fit, at = g * 4 * inner;
-    gather(w + at, planes, inner, s);
-    mask_groups<T>(s, static_cast<int>(planes * inner));
-    scatter(s, planes, inner, mask + at);
-    if (y) apply_mask<T>(w + at, mask + at, y + at, 4 * planes * inner);
-  }
-}
-
-#if defined(__AVX512F__)
-template <typename T, typename V>
-AMCT_INLINE V order_register(V v) {
-  using Lane = typename Register<Bits<T>>::Lane;
-  const V bits = v & static_cast<Lane>(~Traits<T>::kSign), nan = V{} + static_cast<Lane>(Traits<T>::kInfinity + 1);
-  return bits > nan ? nan : bits;
-}
-
-template <typename T, typename V>
-AMCT_INLINE void put_register(V raw, V keep, uint8_t* mask, T* y) {
-  typename Register<Bits<T>>::Lane lanes[kWidth<T>];
-  __builtin_memcpy(lanes, &keep, sizeof(V));
-  for (int i = 0; i < kWidth<T>; ++i) mask[i] = static_cast<uint8_t>(lanes[i] & 1);
-  if (!y) return;
-  const V kept = raw & keep;
-  __builtin_memcpy(y, &kept, sizeof(V));
-}
-
-// Four rows of a register of groups, `inner` apart, without a stage: narrowing to bytes takes one instruction here.
-template <typename T>
-AMCT_INLINE void mask_register(const T* w, uint8_t* mask, T* y, int64_t inner) {
-  using V = typename Register<Bits<T>>::V;
-  const V a = load<V>(w), b = load<V>(w + inner), c = load<V>(w + 2 * inner), d = load<V>(w + 3 * inner);
-  const V in[4] = {order_register<T>(a), order_register<T>(b), order_register<T>(c), order_register<T>(d)};
-  V keep[4];
-  kept_of_four(in, keep);
-  put_register(a, keep[0], mask, y);
-  put_register(b, keep[1], mask + inner, y ? y + inner : nullptr);
-  put_register(c, keep[2], mask + 2 * inner, y ? y + 2 * inner : nullptr);
-  put_register(d, keep[3], mask + 3 * inner, y ? y + 3 * inner : nullptr);
-}
-
-// Whole groups; returns how many were masked. Rows of a register or more: the last register of a row overlaps the one
-// before. Shorter rows: what is written beyond a row is overwritten by the rows that follow, which go out in rising
-// order, as far as enough of them follow. Very short rows would waste most of the register.
-template <typename T>
-AMCT_INLINE int64_t mask_registers(const T* w, uint8_t* mask, T* y, int64_t groups, int64_t inner) {
-  constexpr int64_t width = kWidth<T>;
-  if (inner < width / 4 || inner == 1) return 0;
-  const int64_t size = groups * 4 * inner;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t start = g * 4 * inner;
-    if (start + 3 * inner + width > size && inner < width) return g;
-    for (int64_t i = 0; i < inner; i += width) {
-      const int64_t at = start + (i + width <= inner || inner < width ? i : inner - width);
-      mask_register(w + at, mask + at, y ? y + at : nullptr, inner);
-    }
-  }
-  return groups;
-}
-#else
-template <typename T>
-AMCT_INLINE int64_t mask_registers(const T*, uint8_t*, T*, int64_t, int64_t) {
-  return 0;
-}
-#endif
-
 template <typename T>
 void mask_plane(const Plane& p) {
   const T* w = static_cast<const T*>(p.w);
@@ -262,18 +265,11 @@ void mask_plane(const Plane& p) {
     if (y) apply_mask<T>(w, p.mask, y, n);
     return;
   }
-  const int64_t groups = p.count / 4, done = mask_registers(w, p.mask, y, groups, p.inner);
-  int64_t first = 4 * done;
-  if (p.inner < kGroups / 4 && done < groups) {
-    const int64_t at = first * p.inner;
-    mask_short_rows(w + at, p.mask + at, y ? y + at : nullptr, groups - done, p.inner);
-    first = 4 * groups;
-  }
-  for (; first < p.count; first += 4) {
-    const int rows = p.count - first < 4 ? static_cast<int>(p.count - first) : 4;
-    const int64_t at = first * p.inner;
-    mask_long_rows(w + at, p.mask + at, y ? y + at : nullptr, p.inner, rows);
-  }
+  const int64_t groups = p.count / 4;
+  const int64_t done =
+      y ? mask_groups<T, true>(w, p.mask, y, groups, p.inner) : mask_groups<T, false>(w, p.mask, y, groups, p.inner);
+  const int64_t at = 4 * done * p.inner;
+  mask_rest(w + at, p.mask + at, y ? y + at : nullptr, p.count - 4 * done, p.inner);
 }
 
 }  // namespace

@@ -133,7 +133,7 @@ struct Reciprocal {
 template <typename A>
 AMCT_INLINE Reciprocal<A> reciprocal(double scale, double lowest, double highest) {
   constexpr double ulp = sizeof(A) == 8 ? 2.220446049250313e-16 : 1.1920928955078125e-07;
-  const double near = 4 * ulp * (highest - lowest + 2);
+  const double near = 2 * ulp * (highest - lowest + 2);
   // Far from overflow and underflow, for which the bound does not hold.
   const bool ordinary = scale > 1e-30 && scale < 1e30;
   return {A(1) / static_cast<A>(scale), static_cast<A>(0.5 - near), ordinary && near < 0.01};
@@ -215,8 +215,13 @@ struct LaneSums {
     Float8 first, second;
     __builtin_memcpy(&first, v, sizeof(first));
     __builtin_memcpy(&second, v + 8, sizeof(second));
+#if defined(__AVX512F__)
+    low += _mm512_maskz_cvtps_pd(-1, first);  // compilers make two halves of the general form
+    high += _mm512_maskz_cvtps_pd(-1, second);
+#else
     low += __builtin_convertvector(first, Double8);
     high += __builtin_convertvector(second, Double8);
+#endif
   }
 
   AMCT_INLINE void add(const double* v) {

@@ -1,0 +1,32 @@
+"""What the ranks of a distributed job do together; with one process, nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several of a distributed job."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return ready and torch.distributed.get_world_size() > 1
+
+
+@torch.no_grad()
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors (any shapes, one device) by their mean over all ranks: one collective, in the widest dtype."""
+    if not tensors or not several_ranks():
+        return
+    flat = torch.cat([x.reshape(-1) for x in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / torch.distributed.get_world_size()).split([x.numel() for x in tensors])
+    for x, mean in zip(tensors, parts, strict=True):
+        x.copy_(mean.view_as(x))
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor (DTensor) put together, which all ranks must ask for at once; any other as it is."""
+    full = getattr(x, "full_tensor", None)
+    return x if full is None else full()

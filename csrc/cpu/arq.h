@@ -1,0 +1,28 @@
+// Adaptive-range quantisation, shared by the dense and the sparse ops.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "cpu/tensors.h"
+
+namespace amct_ext::cpu {
+
+// One weight to quantise by its own range: tensors of the same layout without holes. `source` and `y` must be different
+// tensors: a step may be quantised again from `source`.
+struct ArqJob {
+  at::Tensor source, mask, y, scale;  // `mask` undefined: all is kept
+  std::optional<int64_t> channel_axis;
+  std::function<void(int64_t)> prepare = nullptr;  // called before a channel is read
+};
+
+// A job on `w` with new results; `w` may have holes, `mask` any layout.
+ArqJob arq_job(const at::Tensor& w, const at::Tensor& mask, std::optional<int64_t> channel_axis);
+
+// All jobs in one parallel region, except those with a single scale or with channels in short runs.
+void run_arq(const std::vector<ArqJob>& jobs, int num_bits);
+
+}  // namespace amct_ext::cpu
