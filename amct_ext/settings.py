@@ -7,8 +7,12 @@ from typing import Literal
 from torch import nn
 
 from amct_ext.arguments import unwrap
+from amct_ext.errors import StaleStateError
+from amct_ext.gathering import Gathering, Histogram, Values, is_histogram
 from amct_ext.session import link_norms, session_of, write_record
 from amct_ext.surgery import compressed_layers
+
+_WAYS: dict[str, type[Gathering]] = {"exact": Values, "histogram": Histogram}
 
 
 def configure(
@@ -16,6 +20,7 @@ def configure(
     *,
     validation: Literal["deferred", "eager"] | None = None,
     stash: Literal["rebuild", "off"] | None = None,
+    calibration: Literal["exact", "histogram"] | None = None,
 ) -> None:
     """Change settings of a compressed model; what is not given stays as it is.
 
@@ -24,20 +29,35 @@ def configure(
     the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward.
     "rebuild" (how a model starts) keeps nothing, not even codes, and rounds it again, with the same bits, from the
     float input that the gradient of the clips needs anyway: the memory of the float model. "off" keeps it as floats.
-    Errors: ValueError (unknown value), ModelError (not a compressed model).
+    ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
+    values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is
+    within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any
+    time; begun as a histogram it ends as one, also in a model restored with "exact", for the values are gone.
+    Errors: ValueError (unknown value), ModelError (not a compressed model), StaleStateError ("exact" where a histogram
+    has begun; nothing is changed).
     """
     if validation not in (None, "deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
     if stash not in (None, "rebuild", "off"):
         raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
+    if calibration not in (None, *_WAYS):
+        raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
     inner = unwrap(model)
     session_of(inner)
-    for _, layer in compressed_layers(inner):
-        for quantizer in layer.own_quantizers:
-            if validation is not None:
-                quantizer.validate_now = validation == "eager"
-            if stash is not None:
-                quantizer.stash = stash == "rebuild"
+    quantizers = [quantizer for _, layer in compressed_layers(inner) for quantizer in layer.own_quantizers]
+    begun = [q.layer for q in quantizers if calibration == "exact" and is_histogram(q.calibration_data)]
+    if begun:
+        raise StaleStateError(
+            f"layer '{begun[0]}': its calibration has begun as a histogram, which does not hold the values; let it "
+            'finish with calibration="histogram", or create the model anew'
+        )
+    for quantizer in quantizers:
+        if validation is not None:
+            quantizer.validate_now = validation == "eager"
+        if stash is not None:
+            quantizer.stash = stash == "rebuild"
+        if calibration is not None:
+            quantizer.gathering = _WAYS[calibration]()
 
 
 def update_record(model: nn.Module, record_file: str | None = None) -> None:

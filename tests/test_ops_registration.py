@@ -27,9 +27,8 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     high, low, none = (torch.tensor(v, device=device) for v in (1.5, -1.2, math.nan))
     mask = w > 0
     errors = torch.zeros(8, 16, dtype=torch.float64, device=device)
-
-    state = torch.zeros(histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
-    ops.range_histogram_(w, *state)
+    gathered = torch.zeros(histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
+    ops.range_histogram_(w, *gathered)
 
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
@@ -50,8 +49,8 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         ],
         "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
         "search_clip_range": [(w,), (w, 4, True)],
-        "range_histogram_": [(w, *state)],
-        "search_clip_range_histogram": [state, (*state, 4)],
+        "range_histogram_": [(w, *gathered), (w.half(), *gathered)],
+        "search_clip_range_histogram": [gathered, (*gathered, 4)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
         "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w, scales[:1], 8, None, 0.5)],
