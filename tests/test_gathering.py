@@ -129,7 +129,7 @@ def test_a_buffer_of_another_size_does_not_load(job: Job, tmp_path: Path) -> Non
     state = model.state_dict()
     state["stem.act_quant.calibration_data"] = state["stem.act_quant.calibration_data"][:-1]
     torch.save(state, tmp_path / "state.pth")
-    with pytest.raises(CheckpointError, match="stem.act_quant.calibration_data .* not gathered by this"):
+    with pytest.raises(CheckpointError, match=r"stem\.act_quant\.calibration_data .* not gathered by this"):
         job.restore(tmp_path / "state.pth", None)
 
 

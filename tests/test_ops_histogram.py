@@ -127,9 +127,11 @@ def test_half_precision_loses_nothing(dtype: torch.dtype, device: torch.device) 
     for shape in SHAPES:
         x = values(shape, 20_000).to(device, dtype)
         *result, excess = ops.search_clip_range_histogram(*gathered(list(x.split(7_000))))
-        exact = ops.search_clip_range(x)
-        assert same(tuple(result), exact), shape
-        assert excess <= 1e-5 * exact[0].double().square(), shape
+        scales, found = errors(x, 8)
+        assert result[0] == scales[found.argmin()], shape
+        assert excess <= 1e-5 * scales.double().max().square(), shape
+        if shape != "constant":  # many ranges hit a single value, and float32 rounding chooses among them
+            assert same(tuple(result), tuple(v.float() for v in ops.search_clip_range(x))), shape
 
 
 def test_values_that_ranges_do_not_cut_lose_nothing(device: torch.device) -> None:
