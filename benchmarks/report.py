@@ -21,7 +21,9 @@ from amct_ext import ops
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- cpu: begin (written by benchmarks/report.py) -->", "<!-- cpu: end -->"
-HEAD = "| op | threads | floor ms | ours ms | ours/floor | aim | eager/ours | torch op/ours | Inductor/ours |"
+HEAD = (
+    "| op | threads | floor ms | ours ms | ours/floor | aim | ours/clone | eager/ours | torch op/ours | Inductor/ours |"
+)
 
 
 def processor() -> str:
@@ -37,10 +39,20 @@ def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
         floor = median_ms(row.floor, seconds)
         ours = median_ms(row.ours, seconds)
         floor = min(floor, median_ms(row.floor, seconds))
+        fresh = f"{ours / median_ms(row.fresh, seconds / 2):.2f}" if row.fresh else ""
         rivals = [row.eager, row.torch_op, row.inductor if compile_too else None]
         ratios = [f"{median_ms(r, seconds / 2, 1, 20) / ours:.1f}x" if r else "" for r in rivals]
     aim = f"{row.limit:.2f}{'' if ours / floor <= row.limit else ' (missed)'}" if row.limit else ""
-    cells = [row.name, str(count), f"{floor:.3f} {row.floor_name}", f"{ours:.3f}", f"{ours / floor:.2f}", aim, *ratios]
+    cells = [
+        row.name,
+        str(count),
+        f"{floor:.3f} {row.floor_name}",
+        f"{ours:.3f}",
+        f"{ours / floor:.2f}",
+        aim,
+        fresh,
+        *ratios,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -34,7 +34,8 @@ compiler.recompile_limit = 64
 
 @dataclass
 class Row:
-    """One op on one input. `limit` is the ratio to the floor that we mean to keep."""
+    """One op on one input. `limit` is the ratio to the floor that we mean to keep; `fresh` is the floor with a result
+    that is allocated, as that of an op is."""
 
     op: str
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Row:
     eager: Call | None = None
     torch_op: Call | None = None
     inductor: Call | None = None
+    fresh: Call | None = None
     keep: list[object] = field(default_factory=list)
 
     @property
@@ -59,11 +61,11 @@ def _compiled(function: object, *arguments: object) -> Call:
 
 
 def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = ACTIVATIONS) -> Iterator[Row]:
-    for shape in shapes:
+    for index, shape in enumerate(shapes):
         x, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         out = torch.empty_like(x)
         high, low, none = clips()
-        first = shape == ACTIVATIONS[0]
+        first = index == 0
         single = dtype == torch.float32
         near = (high.to(dtype), low.to(dtype))
         scale, zero = torch.tensor([3.5 / 255]), torch.tensor([0.0])
@@ -81,6 +83,7 @@ def activation_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = AC
             if single
             else None,
             _compiled(written_out_ulq, x, *near) if first else None,
+            partial(torch.clone, x),
         )
         yield Row(
             "ulq backward",
@@ -147,6 +150,7 @@ def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHT
                 eager,
                 rest[0] if rest and single else None,  # noqa: B023
                 inductor,
+                partial(torch.clone, w) if not op.endswith("backward") else None,  # noqa: B023
             )
 
         yield row(
@@ -223,8 +227,18 @@ def search_rows(shapes: tuple[tuple[int, ...], ...] = ACTIVATIONS[:1]) -> Iterat
         )
 
 
+def _shorter(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0] // 2, *shape[1:])
+
+
 def all_rows(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Row]:
     for dtype in dtypes:
-        yield from activation_rows(dtype, ACTIVATIONS if dtype == torch.float32 else ACTIVATIONS[:1])
-        yield from weight_rows(dtype, WEIGHTS if dtype == torch.float32 else WEIGHTS[1:])
+        activations: list[tuple[int, ...]] = list(ACTIVATIONS if dtype == torch.float32 else ACTIVATIONS[:1])
+        weights: list[tuple[int, ...]] = list(WEIGHTS if dtype == torch.float32 else WEIGHTS[1:])
+        if dtype == torch.float64:
+            # As many bytes as float32 has. glibc maps results of more than 32 MiB anew in every call; clearing their
+            # pages takes several times the op, while the floor writes to memory that is there.
+            activations, weights = [_shorter(s) for s in activations], [_shorter(s) for s in weights]
+        yield from activation_rows(dtype, tuple(activations))
+        yield from weight_rows(dtype, tuple(weights))
     yield from search_rows()

@@ -18,7 +18,7 @@ import amct_ext as amct
 _DATA, _ADAPTIVE = "retrain_data_quant_config { ulq_quantize { } } ", "retrain_weight_quant_config { arq_retrain { } } "
 _SPARSE = "prune_config { n_out_of_m_pruner { l1_selective_prune { update_freq: 1 } } } "
 INT8 = _DATA + _ADAPTIVE
-LEARNED = _DATA + "retrain_weight_quant_config { ulq_retrain { channel_wise: true } } "
+LEARNED = _DATA + "retrain_weight_quant_config { ulq_retrain { } } "
 BOTH = _SPARSE + INT8
 
 FLOAT, EAGER = "float32", "INT8, eager torch"

@@ -37,7 +37,7 @@ def library(source: Path, *options: str) -> Path:
         launcher = [found] if (found := shutil.which("ccache")) else []
         command = [
             *launcher, str(compiler()), "-std=c++20",
-            "-O0", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror",
+            "-O0", "-fPIC", "-shared", "-ffp-contract=off",
             f"-isystem{include}", f"-isystem{include / 'torch' / 'csrc' / 'api' / 'include'}",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *options, str(source), "-o", str(partial),

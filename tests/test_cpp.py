@@ -33,3 +33,4 @@ def test_a_consumer_builds_and_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     run("cmake", "--build", tmp_path / "build")
     run(tmp_path / "build" / "test_ops")
+    run(tmp_path / "build" / "test_splitting")

@@ -46,6 +46,42 @@ def test_backward_has_the_bits_of_the_reference(dtype: torch.dtype, device: torc
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def sliced(name: str, dtype: torch.dtype) -> Tensor:
+    """Tensors with holes whose neighbours are hundreds."""
+    whole = {"channels": (4, 8, 20, 20), "long rows": (3, 50000), "short rows": (90, 300), "permuted": (6, 5, 500)}
+    x = torch.randn(whole.get(name, (7, 3, 11, 13))).to(dtype)
+    return {
+        "channels": lambda: x[:, 2:6],
+        "long rows": lambda: x[:, 7:40007],
+        "short rows": lambda: x[:, :257],
+        "permuted": lambda: x[:, 1:4, :300].permute(2, 0, 1),
+        "every other image": lambda: x[::2],
+        "expanded": lambda: x[:1].expand(7, 3, 11, 13),
+    }[name]()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["channels", "long rows", "short rows", "permuted", "every other image", "expanded"])
+def test_slices_are_read_in_place(name: str, dtype: torch.dtype) -> None:
+    x = sliced(name, dtype)
+    clips, none = scalars(1.7, -0.9), scalars(math.nan, math.nan)
+    expected = reference._reference(x, *clips, *none)
+    grad = torch.randn(x.shape).to(dtype).as_strided_(x.shape, expected[0].stride())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y, *_, invalid = ops.ulq_fake_quantize(x, *clips, *none)
+        gradients = ops.ulq_fake_quantize_backward(grad, x, *clips)
+    assert not any(event.key == "aten::copy_" for event in profile.key_averages())
+    assert same_bits(expected[0], y)
+    assert layout(expected[0]) == layout(y)
+    assert not invalid
+    again = reference._reference_backward(grad, x, *clips)
+    assert same_bits(again[0], gradients[0])
+    for a, b in zip(again[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    x[-1, -1].fill_(math.inf)
+    assert ops.ulq_fake_quantize(x, *clips, *none)[5]
+
+
 def test_gradients_follow_the_formula(device: torch.device) -> None:
     x = torch.randn(1000, device=device, requires_grad=True)
     clip_max, clip_min = (v.requires_grad_() for v in scalars(1.1, -0.7, device=device))
@@ -124,8 +160,11 @@ def test_a_clip_that_is_not_finite_is_flagged(device: torch.device) -> None:
         assert ops.ulq_fake_quantize(x, *scalars(clip, -1.0, math.nan, math.nan, device=device))[5].item()
 
 
-def test_same_bits_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("slices", [False, True])
+def test_same_bits_for_any_number_of_threads(slices: bool) -> None:
     x, g = torch.randn(300001), torch.randn(300001)
+    if slices:
+        x, g = x[:300000].view(500, 600)[:, :400], g[:200000].view(500, 400)
     before = torch.get_num_threads()
     try:
         results = []
@@ -136,6 +175,19 @@ def test_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("high", "low"), [(127.0, -128.0), (1.27, -1.28), (1.0, -1.0), (510.0, -512.0), (2.0, -1.5)])
+def test_ties_and_signs_of_zero(dtype: torch.dtype, high: float, low: float, device: torch.device) -> None:
+    """Values between two codes and what rounds to zero; with an offset of +0 the sign of that zero counts."""
+    codes = torch.arange(-300, 300) / 2
+    tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, -1e-40, 6e-8, -6e-8, -0.2, 0.2])
+    scale = (high - low) / 255
+    x = torch.cat([codes * scale, torch.nextafter(codes * scale, torch.tensor(9.0)), tiny * scale, tiny])
+    x = x.to(device=device, dtype=dtype)
+    arguments = (x, *scalars(high, low, math.nan, math.nan, device=device))
+    assert same_bits(reference._reference(*arguments)[0], ops.ulq_fake_quantize(*arguments)[0])
 
 
 # What ours does where the reference lets crossed clips through or moves a minimum that is fixed.

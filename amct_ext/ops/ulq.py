@@ -109,8 +109,9 @@ def ulq_fake_quantize_backward(
         clip_max, clip_min: the *effective* clips that the forward returned.
         num_bits: as in the forward.
 
-    Returns: dx with the dtype of grad, the two clip gradients 0-dim with the clips' dtype. The sums run in float64 over
-    fixed blocks: the same bits for any number of threads.
+    Returns: dx with the dtype of grad, the two clip gradients 0-dim with the clips' dtype. The CPU kernel adds eight
+    values at a time in the arithmetic type, those sums in float64 over fixed blocks: the same bits for any number of
+    threads.
 
     Errors: ValueError where grad and x differ in shape; else as the forward.
 

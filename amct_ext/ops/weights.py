@@ -31,8 +31,11 @@ def arq_fake_quantize(w: Tensor, num_bits: int = 8, channel_axis: int | None = N
         channel_axis: the output-channel axis (0 for convolutions and Linear, 1 for transposed ones), None for one
             scale.
 
-    Returns: `(y, scale)`: y like w; scale of shape (channels,) or (1,), float32 (float64 for a float64 weight). A
-    weight with NaN or Inf makes its scale NaN or Inf. A channel of (almost) zeros has scale 1.
+    Returns: `(y, scale)`: y like w; scale of shape (channels,) or (1,), float32 (float64 for a float64 weight).
+
+    The scale is the validity flag, found in the same pass: it is NaN or Inf where the channel holds NaN or Inf, and
+    exactly 1 where the channel is degenerate, all zero or so small that its scale would be below FLT_EPSILON (y is zero
+    then). A sound channel has scale 1 only if its extreme is exactly 2^(b-1) or 2^(b-1)-1, and then y is not zero.
 
     Gradients: straight through to w; scale is not differentiable.
 

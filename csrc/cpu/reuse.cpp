@@ -82,7 +82,7 @@ Reusing* reusing() {
 
 at::Tensor reused_like(const at::Tensor& x) {
   const size_t size = x.numel() * x.element_size();
-  if (size < kSmallest || size > kLargest) return new_like(x);
+  if (size < kSmallest || size > kLargest || !x.is_non_overlapping_and_dense()) return result_like(x);
   return at::Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), reusing(),
                                                       c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
 }

@@ -5,7 +5,7 @@
 
 namespace amct_ext::cpu {
 
-// As at::empty_like for a tensor without holes, in memory that an earlier result of ours left, where there is such.
+// As at::empty_like, for a tensor without holes in memory that an earlier result of ours left, where there is such.
 //
 // A quantised activation lives for one layer, and its memory would go back to the system each time: the next one then
 // waits for fresh pages, zeroed by the kernel, and finds none of them in the cache. What is kept idle is bounded

@@ -54,15 +54,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const math::CodeRange range = math::code_range(bits);
   const UlqForward parameters{scale, offset, range.lowest, range.highest};
 
-  const Tensor source = without_holes(x);
+  const Tensor source = in_runs(x);
   Tensor y = reused_like(source);
   std::atomic<bool> bad{!(math::is_finite(scale) && scale > 0)};
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const size_t size = x.element_size();
   const auto loop = kernels().ulq_forward[element_of(x)];
-  for_blocks(x.numel(), [&](int64_t, int64_t begin, int64_t end) {
-    if (loop(at_element(in, begin, size), at_element(out, begin, size), end - begin, parameters)) {
+  for_walk(Walk(x.sizes(), source.strides(), y.strides()), [&](int64_t, int64_t from, int64_t to, int64_t n) {
+    if (loop(at_element(in, from, size), at_element(out, to, size), n, parameters)) {
       bad.store(true, std::memory_order_relaxed);
     }
   });
@@ -100,17 +100,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
   const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
-  const Tensor source = without_holes(x), upstream = laid_out_as(grad, source);
+  const Tensor source = in_runs(x);
   Tensor dx = reused_like(source);
-  const int64_t n = x.numel();
-  std::vector<UlqSums> parts((n + kBlock - 1) / kBlock);
+  const Tensor upstream = laid_out_as(grad, dx);
+  const Walk walk(x.sizes(), source.strides(), dx.strides());
+  std::vector<UlqSums> parts(walk.blocks());
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
   void* out = dx.mutable_data_ptr();
   const size_t size = x.element_size();
   const auto loop = kernels().ulq_backward[element_of(x)];
-  for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {
-    loop(at_element(up, begin, size), at_element(in, begin, size), at_element(out, begin, size), end - begin,
-         parameters, parts[block]);
+  for_walk(walk, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
+    loop(at_element(up, to, size), at_element(in, from, size), at_element(out, to, size), n, parameters, parts[block]);
   });
   UlqSums sums;
   for (const UlqSums& part : parts) {
