@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from amct_ext import dialect
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
+from amct_ext.gathering import fits
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
@@ -85,8 +86,12 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     problems = [f"missing: {key} {_shape(value)}" for key, value in own.items() if key not in state]
     problems += [f"unexpected: {key} {_shape(value)}" for key, value in state.items() if key not in own]
     for key, value in own.items():
-        # Data gathered by an unfinished calibration has the size that it has.
-        if key in state and not key.endswith(".calibration_data") and _shape(state[key]) != _shape(value):
+        if key not in state:
+            continue
+        if key.endswith(".calibration_data"):  # of an unfinished calibration; it has the size that it has
+            if not fits(state[key]):
+                problems.append(f"shape: {key} {_shape(state[key])} was not gathered by this version")
+        elif _shape(state[key]) != _shape(value):
             problems.append(f"shape: {key} is {_shape(state[key])} in the checkpoint and {_shape(value)} in the model")
     return problems
 

@@ -69,7 +69,7 @@ class IntegerForward:
         if not self.used:
             return None
         if layer.training or torch.is_grad_enabled():
-            self._packed = None  # the weight is about to change
+            self.forget_weight()  # it is about to change
         made = _activation_codes(layer, x)
         if not torch.is_grad_enabled():
             return _product(layer, made, x, *self._present_weight(layer))
@@ -81,6 +81,10 @@ class IntegerForward:
             made.carrier, weight, layer.bias, made._replace(x=x.detach()), layer, packed, sums, scale
         )
         return y
+
+    def forget_weight(self) -> None:
+        """Let go of the packed weight: the next evaluation packs it anew."""
+        self._packed = None
 
     def _present_weight(self, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Packed weight, sums and scale; kept between evaluation forwards while no tensor behind them changes."""

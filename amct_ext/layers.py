@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,12 @@ class CompressedLayer(nn.Module):
         return () if self.act_quant is None else (self.act_quant,)
 
     # -- the forward
+
+    def train(self, mode: bool = True) -> Self:
+        """As of nn.Module; a change of phase is also where weights may have been swapped through ``weight.data``."""
+        if self.integer is not None:
+            self.integer.forget_weight()
+        return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         y = None if self.integer is None else self.integer(self, x)

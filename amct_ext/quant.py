@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
+from amct_ext.gathering import Gathering, Values, fits, take_batch
 from amct_ext.integer import SharedCodes
 from amct_ext.plan import DataQuant, WeightQuant
 from amct_ext.precision import KeepsPrecision
@@ -22,9 +23,9 @@ class ActivationQuantizer(KeepsPrecision):
     Without configured clips the first ``batch_num`` forwards calibrate: each but the last uses the range of its own
     batch, the last one searches the clips on all data gathered. Parameters: ``clip_max``, ``clip_min`` (0-dim).
     Buffers: ``prev_clip_max``, ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky:
-    NaN/Inf was seen), ``batches_seen``, ``calibration_data`` (empty outside a calibration of several batches). The
-    effective clips are written back to the parameters by every forward, as AMCT does. Source: AMCT's activation ULQ
-    and IFMR.
+    NaN/Inf was seen), ``batches_seen``, ``calibration_data`` (empty outside a calibration of several batches; values
+    or a histogram, as ``gathering`` says). The effective clips are written back to the parameters by every forward, as
+    AMCT does. Source: AMCT's activation ULQ and IFMR.
     """
 
     clip_max: nn.Parameter
@@ -54,6 +55,7 @@ class ActivationQuantizer(KeepsPrecision):
         self.register_buffer("calibration_data", torch.zeros(0, device=device))
         self.validate_now = False
         self.stash = True
+        self.gathering: Gathering = Values()
         self.num_readers = 1
         self.shared_codes = SharedCodes()
         # Host mirror of batches_seen: the branch must not read a tensor.
@@ -163,14 +165,7 @@ class ActivationQuantizer(KeepsPrecision):
         data = x.flatten()
         data = data if data.dtype == torch.float64 else data.float()
         last = self._seen + 1 >= self.batch_num
-        if last:
-            if self.calibration_data.numel():
-                data = torch.cat([self.calibration_data.to(data), data])
-            _, _, clip_max, clip_min = ops.search_clip_range(data, self.num_bits)
-            gathered = data.new_zeros(0)
-        else:
-            gathered = torch.cat([self.calibration_data.to(data), data])
-            clip_max, clip_min = data.max(), data.min()
+        gathered, clip_max, clip_min = take_batch(self.gathering, self.calibration_data, data, self.num_bits, last)
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
             raise InvalidDataError(f"layer '{self.layer}': its input holds NaN or Inf, no clip range can be found")
         self.calibration_data = gathered
@@ -193,8 +188,9 @@ class ActivationQuantizer(KeepsPrecision):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         data = state_dict.get(prefix + "calibration_data")
-        if isinstance(data, Tensor) and data.shape != self.calibration_data.shape:
-            self.calibration_data = self.calibration_data.new_zeros(data.shape)
+        own = self.calibration_data
+        if isinstance(data, Tensor) and fits(data) and (data.shape, data.dtype) != (own.shape, own.dtype):
+            self.calibration_data = torch.zeros_like(data, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._seen = int(self.batches_seen)
         self._last = None

@@ -8,12 +8,16 @@ from typing import Literal
 from torch import nn
 
 from amct_ext.arguments import unwrap
+from amct_ext.errors import StaleStateError
+from amct_ext.gathering import Gathering, Histogram, Values, is_histogram
 from amct_ext.integer import IntegerForward, obstacle
 from amct_ext.layers import CompressedLayer
+from amct_ext.quant import ActivationQuantizer
 from amct_ext.session import link_norms, session_of, write_record
 from amct_ext.surgery import compressed_layers
 
 Forward = Literal["float", "auto", "integer"]
+_WAYS: dict[str, type[Gathering]] = {"exact": Values, "histogram": Histogram}
 
 
 def configure(
@@ -22,6 +26,7 @@ def configure(
     validation: Literal["deferred", "eager"] | None = None,
     stash: Literal["rebuild", "off"] | None = None,
     forward: Forward | Mapping[str, Forward] | None = None,
+    calibration: Literal["exact", "histogram"] | None = None,
 ) -> None:
     """Change settings of a compressed model; what is not given stays as it is.
 
@@ -34,26 +39,46 @@ def configure(
     starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a kernel
     (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once; "auto" times
     both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float" but do not
-    differentiate twice, and nothing is kept whatever ``stash`` says. An evaluation keeps integer weights until a
-    training step or a change of the parameter; a change through ``weight.data`` goes unnoticed. Errors: ValueError
-    (unknown value or layer), ModelError (not a compressed model).
+    differentiate twice, and nothing is kept whatever ``stash`` says. Evaluations keep integer weights until a training
+    step, a change of the parameter, or a call of train() or eval(); after a change through ``weight.data`` call eval().
+    ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
+    values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is
+    within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any
+    time; begun as a histogram it ends as one, also in a model restored with "exact", for the values are gone.
+    Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
+    histogram has begun); nothing is changed then.
     """
     if validation not in (None, "deferred", "eager"):
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
     if stash not in (None, "rebuild", "off"):
         raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
+    if calibration not in (None, *_WAYS):
+        raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
     inner = unwrap(model)
     session_of(inner)
     layers = dict(compressed_layers(inner))
     wanted = _per_layer(forward, layers)
-    for name, layer in layers.items():
-        if name in wanted:
-            layer.integer = None if wanted[name] == "float" or obstacle(layer) else IntegerForward(wanted[name])
-        for quantizer in layer.own_quantizers:
-            if validation is not None:
-                quantizer.validate_now = validation == "eager"
-            if stash is not None:
-                quantizer.stash = stash == "rebuild"
+    quantizers = [quantizer for layer in layers.values() for quantizer in layer.own_quantizers]
+    if calibration == "exact":
+        _check_values_are_there(quantizers)
+    for name, way in wanted.items():
+        layers[name].integer = None if way == "float" or obstacle(layers[name]) else IntegerForward(way)
+    for quantizer in quantizers:
+        if validation is not None:
+            quantizer.validate_now = validation == "eager"
+        if stash is not None:
+            quantizer.stash = stash == "rebuild"
+        if calibration is not None:
+            quantizer.gathering = _WAYS[calibration]()
+
+
+def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:
+    begun = [q.layer for q in quantizers if is_histogram(q.calibration_data)]
+    if begun:
+        raise StaleStateError(
+            f"layer '{begun[0]}': its calibration has begun as a histogram, which does not hold the values; let it "
+            'finish with calibration="histogram", or create the model anew'
+        )
 
 
 def _per_layer(

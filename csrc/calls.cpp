@@ -52,6 +52,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, in
   return call.call(x, num_bits, with_offset);
 }
 
+void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& extremes) {
+  static const auto call = op<void(const Tensor&, const Tensor&, const Tensor&)>("amct_ext::range_histogram_");
+  call.call(x, histogram, extremes);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> search_clip_range_histogram(const Tensor& histogram,
+                                                                               const Tensor& extremes,
+                                                                               int64_t num_bits) {
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+  static const auto call = op<Results(const Tensor&, const Tensor&, int64_t)>("amct_ext::search_clip_range_histogram");
+  return call.call(histogram, extremes, num_bits);
+}
+
 std::tuple<Tensor, Tensor> arq_fake_quantize(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
   using Results = std::tuple<Tensor, Tensor>;
   static const auto call = op<Results(const Tensor&, int64_t, std::optional<int64_t>)>("amct_ext::arq_fake_quantize");

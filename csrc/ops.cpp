@@ -23,6 +23,11 @@ TORCH_LIBRARY(amct_ext, m) {
       "search_clip_range(Tensor x, int num_bits=8, bool with_offset=False) "
       "-> (Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min)",
       tags);
+  m.def("range_histogram_(Tensor x, Tensor(a!) histogram, Tensor(b!) extremes) -> ()", tags);
+  m.def(
+      "search_clip_range_histogram(Tensor histogram, Tensor extremes, int num_bits=8) "
+      "-> (Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor excess)",
+      tags);
 
   // weights
   m.def("arq_fake_quantize(Tensor w, int num_bits=8, int? channel_axis=None) -> (Tensor y, Tensor scale)", tags);

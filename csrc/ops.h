@@ -28,6 +28,11 @@ AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Ten
 AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, int64_t num_bits = 8,
                                                                       bool with_offset = false);
 
+AMCT_API void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& extremes);
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> search_clip_range_histogram(const Tensor& histogram,
+                                                                                        const Tensor& extremes,
+                                                                                        int64_t num_bits = 8);
+
 AMCT_API std::tuple<Tensor, Tensor> arq_fake_quantize(const Tensor& w, int64_t num_bits = 8,
                                                       std::optional<int64_t> channel_axis = std::nullopt);
 AMCT_API Tensor lsq_fake_quantize(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import small_models as small
@@ -17,7 +17,8 @@ import amct_ext
 
 WORLD = 2
 LOCAL = ("running_mean", "running_var", "act_quant.scale", "act_quant.offset")  # of the rank's last batch
-CONFIGS = {"mixed": small.CONFIGS["mixed_quant"], "two batches": "batch_num: 2\n" + small.SPARSE % 2 + small.LEARNED}
+TWO_BATCHES = "batch_num: 2\n" + small.SPARSE % 2 + small.LEARNED
+CONFIGS = {"mixed": small.CONFIGS["mixed_quant"], "two batches": TWO_BATCHES, "histogram": TWO_BATCHES}
 
 
 def start(rank: int, folder: str) -> Path:
@@ -30,13 +31,14 @@ def start(rank: int, folder: str) -> Path:
     return mine
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str, calibration: Literal["exact", "histogram"]) -> None:
     """One rank: create, train on data of its own, save its state; rank 0's checkpoint is the job's."""
     mine = start(rank, folder)
     # A record file of its own shows which rank writes.
     model = amct_ext.create_compressed_retrain_model(
         DistributedDataParallel(small.build()), small.SAMPLE, f"{folder}/compress.cfg", str(mine / "record.txt")
     )
+    amct_ext.configure(model, calibration=calibration)
     model.module.drop.p = 0.0
     model.train()
     optimizer = optimizer_of(model)
@@ -64,7 +66,8 @@ def work(rank: int, folder: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     job = Job(tmp_path, CONFIGS[name])
-    multiprocessing.start_processes(work, (str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    calibration = "histogram" if name == "histogram" else "exact"
+    multiprocessing.start_processes(work, (str(tmp_path), calibration), nprocs=WORLD, start_method="spawn")
     first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
     for key, value in first.items():
         if not key.endswith(LOCAL):

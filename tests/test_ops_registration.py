@@ -13,9 +13,10 @@ from torch import Tensor
 
 import amct_ext
 from amct_ext import ops
+from amct_ext.ops import histogram
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-MODULES = ("integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
+MODULES = ("histogram", "integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
@@ -26,6 +27,8 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     high, low, none = (torch.tensor(v, device=device) for v in (1.5, -1.2, math.nan))
     mask = w > 0
     errors = torch.zeros(8, 16, dtype=torch.float64, device=device)
+    gathered = torch.zeros(histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
+    ops.range_histogram_(w, *gathered)
 
     codes, pixels = (torch.randint(0, 256, n, device=device, dtype=torch.uint8) for n in ((5, 8), (2, 8, 6, 5)))
     scale, offset = (torch.tensor(v, device=device) for v in (0.02, -7.0))
@@ -57,6 +60,8 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         ],
         "integer_linear": [(codes, scale, offset, *matrix, scales), (codes, scale, offset, *matrix, scales, scales)],
         "search_clip_range": [(w,), (w, 4, True)],
+        "range_histogram_": [(w, *gathered), (w.half(), *gathered)],
+        "search_clip_range_histogram": [gathered, (*gathered, 4)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
         "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w, scales[:1], 8, None, 0.5)],

@@ -95,6 +95,14 @@ def test_ranges_of_the_reference_toolkit(golden: Path) -> None:
             assert value == expected[name], (item["name"], name)
 
 
+def test_scales_too_small_beside_outliers(device: torch.device) -> None:
+    """Some scales fall below the smallest one and become 1, which clips to zero what the percentile left out."""
+    x = torch.rand(1_000_100) * 2e-5
+    x[5] = 10.0
+    x = x.to(device)
+    assert same(search._reference(x), ops.search_clip_range(x))
+
+
 def test_the_ratios_are_those_of_torch() -> None:
     assert torch.equal(torch.tensor(search.RATIOS), torch.arange(0.7, 1.3, 0.01, dtype=torch.float32))
 

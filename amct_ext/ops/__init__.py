@@ -8,6 +8,7 @@ from amct_ext import _library, backends
 
 _library.load()
 
+from amct_ext.ops.histogram import range_histogram_, search_clip_range_histogram  # noqa: E402
 from amct_ext.ops.integer import integer_conv2d, integer_linear, pack_weight, ulq_quantize  # noqa: E402
 from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
 from amct_ext.ops.norms import filter_norms  # noqa: E402
@@ -44,8 +45,10 @@ __all__ = [
     "pack_mask",
     "pack_weight",
     "quantize_weight",
+    "range_histogram_",
     "refresh_mask_",
     "search_clip_range",
+    "search_clip_range_histogram",
     "shift_error_",
     "sparse_arq_fake_quantize",
     "sparse_arq_fake_quantize_2to4",

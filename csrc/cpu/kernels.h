@@ -78,6 +78,7 @@ struct Kernels {
   Range (*extremes[kElements])(const void* x, int64_t n);  // zero included
   // Magnitudes times `scale` must stay below 2^31.
   void (*histogram[kElements])(const void* x, int64_t n, double scale, uint64_t* bins);
+  void (*octaves[kElements])(const void* x, int64_t n, uint32_t first, int cut, int64_t* bins);
   void (*losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
   void (*offset_losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
 

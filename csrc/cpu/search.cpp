@@ -133,6 +133,8 @@ std::vector<Candidate> make_candidates(double largest_, double smallest_, int nu
 std::vector<int> still_possible(Histogram& histogram, const std::vector<Candidate>& candidates) {
   std::vector<int> all(candidates.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int>(i);
+  // A scale so small that 1 took its place clips everything to zero: bounds know no clip below the highest code.
+  if (candidates[0].end < candidates[0].scale) return all;
   histogram.finish();
   if (!histogram.resolves(candidates[0].scale)) return all;
   std::vector<Histogram::Bounds> bounds;

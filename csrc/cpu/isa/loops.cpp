@@ -35,6 +35,7 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .apply_mask = AMCT_EACH(apply_mask),
     .extremes = AMCT_EACH(extremes),
     .histogram = AMCT_EACH(histogram),
+    .octaves = AMCT_EACH(octaves),
     .losses = AMCT_EACH(losses),
     .offset_losses = AMCT_EACH(offset_losses),
     .shift_errors = AMCT_EACH(shift_errors),

@@ -60,6 +60,27 @@ void histogram(const void* x_, int64_t n, double scale, uint64_t* bins) {
   }
 }
 
+// Float32 magnitudes by their upper bits: pairs of count and sum of the lower bits. What lies below `first` goes to bin
+// 0.
+template <typename T>
+void octaves(const void* x_, int64_t n, uint32_t first, int cut, int64_t* bins) {
+  const T* x = static_cast<const T*>(x_);
+  const uint32_t origin = first - (1u << cut), rest = (1u << cut) - 1;
+  uint32_t key[kStage];
+  for (int64_t begin = 0; begin < n; begin += kStage) {
+    const int64_t count = n - begin < kStage ? n - begin : kStage;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = as<uint32_t>(static_cast<float>(widen(x[begin + i]))) & 0x7fffffffu;
+      key[i] = bits < first ? 0 : bits - origin;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t* bin = bins + 2 * (key[i] >> cut);
+      bin[0] += 1;
+      bin[1] += key[i] & rest;
+    }
+  }
+}
+
 template <typename T>
 void losses(const void* x_, int64_t n, const Candidate* candidates, int count, double* sums) {
   const T* x = static_cast<const T*>(x_);
