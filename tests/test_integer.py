@@ -211,6 +211,8 @@ def test_evaluation_keeps_the_weight_until_it_changes(tmp_path: Path, monkeypatc
     assert count == layers and torch.equal(again, first)
     model.conv1.sparsity.mask.logical_not_()
     assert evaluated()[1] == 1
+    model.conv1.weight.data.mul_(2)  # as averaged weights are swapped in; no version tells
+    assert model.eval() is model and evaluated()[1] == layers
     train(model, optimizer_of(model), range(1, 2))
     model.eval()
     assert evaluated()[1] == layers
