@@ -25,7 +25,7 @@ CLANG_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format sanitize proto clean clean-venv
+.PHONY: help venv demo test bench lint format sanitize sanitize-cuda proto clean clean-venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -80,6 +80,9 @@ format: venv ## rewrite the sources in the house style
 
 sanitize: venv ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize.sh $(ARGS)
+
+sanitize-cuda: venv ## the op tests on the card under compute-sanitizer: memcheck, racecheck, initcheck
+	tools/sanitize_cuda.sh $(ARGS)
 
 proto: venv ## compile proto/ after a change of a .proto file; the result is carried in git
 	$(BIN)/python tools/generate_proto.py

@@ -1,7 +1,8 @@
 """Builds the native part: runs CMake (the only description of the build) and places what it installs into the package.
 
 Metadata and dependencies stand in pyproject.toml. Settings come through the environment:
-    AMCT_CMAKE_ARGS   more arguments for CMake, e.g. "-DAMCT_SIMD=OFF -DAMCT_SANITIZE=ON"
+    AMCT_CMAKE_ARGS   more arguments for CMake, e.g. "-DAMCT_SIMD=OFF -DAMCT_SANITIZE=ON" or
+                      "-DAMCT_CUDA=OFF", "-DAMCT_CUDA_ARCHS=80-real;90"
     MAX_JOBS          compilations at a time
 """
 
@@ -47,6 +48,17 @@ def refresh_descriptors() -> None:
             subprocess.run([sys.executable, str(script)], check=True)
 
 
+def cuda_architectures() -> str:
+    """What the CUDA kernels are compiled for: the cards of this machine, else what torch was built for."""
+    import torch
+
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}{minor}" for major, minor in sorted(found))
+    flags = (torch._C._cuda_getArchFlags() or "") if torch.version.cuda else ""
+    return ";".join(flag.removeprefix("sm_") + "-real" for flag in flags.split() if flag.startswith("sm_"))
+
+
 class CMakeBuild(build_ext):
     """One CMake build for both native libraries, installed where the package is being assembled."""
 
@@ -74,6 +86,7 @@ class CMakeBuild(build_ext):
             f"-DAMCT_VERSION={self.distribution.get_version()}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *npu_arguments(),
+            f"-DAMCT_CUDA_ARCHS={cuda_architectures()}",
             *shlex.split(os.environ.get("AMCT_CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

@@ -1,7 +1,8 @@
 """Loads the compiled ops and says how they were built.
 
 `lib/libamct_ext.so` carries every schema, the CPU kernels and the autograd rules, and no Python; loading it registers
-`torch.ops.amct_ext`. `_C` (pybind11) answers what a schema cannot: how the library was built.
+`torch.ops.amct_ext`. `lib/libamct_ext_cuda.so`, where it was built, adds the CUDA kernels and is loaded where torch has
+CUDA; it registers kernels and touches no card. `_C` (pybind11) answers what a schema cannot: how the library was built.
 """
 
 from __future__ import annotations
@@ -13,20 +14,27 @@ from typing import Any
 import torch
 
 _PATH = Path(__file__).resolve().parent / "lib" / "libamct_ext.so"
+_CUDA_PATH = _PATH.with_name("libamct_ext_cuda.so")
 
 
 def load() -> None:
-    """Load the op library once; a second call finds it loaded."""
+    """Load the op library, and the CUDA kernels where both they and CUDA are there; a second call finds them loaded."""
     if not _PATH.is_file():
         raise ImportError(
             f"amct_ext: the compiled ops are missing at {_PATH}; "
             "build them with `pip install --no-build-isolation -e .` in the source folder"
         )
+    _load(_PATH)
+    if torch.backends.cuda.is_built() and _CUDA_PATH.is_file():
+        _load(_CUDA_PATH)
+
+
+def _load(path: Path) -> None:
     try:
-        torch.ops.load_library(str(_PATH))
+        torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"amct_ext: {_PATH.name} does not load with torch {torch.__version__} ({error}); "
+            f"amct_ext: {path.name} does not load with torch {torch.__version__} ({error}); "
             "it must be built against the torch that is installed: `pip install --no-build-isolation -e .`"
         ) from error
 

@@ -33,7 +33,7 @@ def op_rule(node: Node) -> Rule | None:
     return None
 
 
-# Elementwise ops that torch (some version of it, for the in-place form) does not tag as such, and ops that only take the
+# Elementwise ops that torch (some versions, or for the in-place form) does not tag as such, and ops that only take the
 # shape of their input.
 _ELEMENTWISE = {
     "leaky_relu",

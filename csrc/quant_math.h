@@ -9,7 +9,9 @@
 
 #if defined(__CUDACC__)
 #define AMCT_INLINE __host__ __device__ __forceinline__
+#define AMCT_TABLE __device__ constexpr
 #else
+#define AMCT_TABLE constexpr
 // Forced: an out-of-line copy compiled for a newer instruction set could be picked by the linker for an older machine.
 #define AMCT_INLINE inline __attribute__((always_inline))
 #endif
@@ -19,7 +21,7 @@ namespace amct_ext::math {
 // The ratios of the range search: torch.arange(0.7, 1.3, 0.01, dtype=float32), whose last bits depend on how it is
 // vectorised, fixed to what the reference toolkit gets on a CPU.
 constexpr int kCandidates = 61;
-constexpr float kRatios[kCandidates] = {
+AMCT_TABLE float kRatios[kCandidates] = {
     0.699999988f, 0.709999979f, 0.719999969f, 0.729999959f, 0.74000001f,  0.75f,        0.75999999f,  0.769999981f,
     0.779999971f, 0.789999962f, 0.799999952f, 0.809999943f, 0.819999993f, 0.829999983f, 0.839999974f, 0.849999964f,
     0.860000014f, 0.870000005f, 0.879999995f, 0.889999986f, 0.900000036f, 0.910000026f, 0.920000017f, 0.930000007f,
@@ -59,7 +61,9 @@ AMCT_INLINE Acc at_least(Acc v, Acc low) {
 // Half to even, the sign of zero kept. Where no rounding instruction exists, adding and taking away 2^(digits-1)
 // rounds.
 AMCT_INLINE float round_even(float v) {
-#if defined(__CUDACC__) || defined(__SSE4_1__) || defined(__aarch64__)
+#if defined(__CUDACC__)
+  return ::rintf(v);
+#elif defined(__SSE4_1__) || defined(__aarch64__)
   return __builtin_rintf(v);
 #else
   const float magic = 8388608.0f, size = __builtin_fabsf(v);
@@ -69,7 +73,9 @@ AMCT_INLINE float round_even(float v) {
 }
 
 AMCT_INLINE double round_even(double v) {
-#if defined(__CUDACC__) || defined(__SSE4_1__) || defined(__aarch64__)
+#if defined(__CUDACC__)
+  return ::rint(v);
+#elif defined(__SSE4_1__) || defined(__aarch64__)
   return __builtin_rint(v);
 #else
   const double magic = 4503599627370496.0, size = __builtin_fabs(v);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def fixed_seed() -> None:
     """Every test starts from the same random state, whatever ran before it and in whichever order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled() -> Iterator[None]:
+    """What torch.compile made of a shared net counts against the limit of recompilations of later tests otherwise."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

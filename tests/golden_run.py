@@ -115,15 +115,27 @@ def case_names() -> list[str]:
     ]
 
 
-class Case:
-    """The stored data of one case and the results of our run on it, each stage computed once."""
+def moved(value: Any, device: torch.device) -> Any:
+    """The tensors of nested tuples, lists and dictionaries on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return type(value)(moved(item, device) for item in value) if isinstance(value, tuple | list) else value
 
-    def __init__(self, golden: Path, name: str, folder: Path) -> None:
-        self.golden, self.name, self.folder = golden, name, folder
+
+class Case:
+    """The stored data of one case and the results of our run on it, each stage computed once.
+
+    The run is on `device`; results are on the CPU, as the stored ones are.
+    """
+
+    def __init__(self, golden: Path, name: str, folder: Path, device: torch.device = torch.device("cpu")) -> None:
+        self.golden, self.name, self.folder, self.device = golden, name, folder, device
         self.load = load_module(golden / "load.py")
         self.models = load_module(golden / "models.py")
         self.facts: dict[str, Any] = self.load.facts(name)
-        self.data = self.load.data(name)
+        self.data = moved(self.load.data(name), device)
         self.config = str(golden / name / "compress.cfg")
         self.record = str(folder / "record.txt")
         quirks = json.loads((golden / "quirks.json").read_text())
@@ -137,7 +149,11 @@ class Case:
     def float_model(self) -> nn.Module:
         model, _ = self.models.build(self.facts["model"])
         model.load_state_dict(self.load.float_state(self.name))
-        return model.eval()
+        return model.to(self.device).eval()
+
+    def state(self, model: nn.Module) -> OrderedDict[str, Tensor]:
+        """Under AMCT's names."""
+        return OrderedDict((key, value.cpu()) for key, value in amct_ext.to_amct_state_dict(model).items())
 
     @functools.cached_property
     def golden_results(self) -> dict[str, Any]:
@@ -154,7 +170,7 @@ class Case:
                 self.float_model(), self.data["sample_x"], self.config, self.record
             )
         self.record_after_create = Path(self.record).read_text()
-        self.created_state = amct_ext.to_amct_state_dict(model)
+        self.created_state = self.state(model)
         return model
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -186,9 +202,11 @@ class Case:
         optimizer = self.optimizer(model)
         for i in range(self.facts["steps"]):
             self.losses.append(self.step(model, optimizer, i))
-            self.per_step.append(amct_ext.to_amct_state_dict(model))
+            self.per_step.append(self.state(model))
             if i == 0:
-                self.first_grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+                self.first_grads = {
+                    n: None if p.grad is None else p.grad.cpu().clone() for n, p in model.named_parameters()
+                }
         self.checkpoint = str(self.folder / "checkpoint.pth")
         torch.save({"state_dict": model.state_dict()}, self.checkpoint)
         self.record_after_train = Path(self.record).read_text()
@@ -197,7 +215,7 @@ class Case:
     def evaluate(self, model: nn.Module) -> Tensor:
         model.eval()
         with torch.no_grad():
-            return model(*self.data["eval_x"])
+            return model(*self.data["eval_x"]).cpu()
 
     @functools.cached_property
     def eval_out(self) -> Tensor:

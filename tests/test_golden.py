@@ -7,12 +7,14 @@ deviation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from agreement import CLOSE, compare
+from conftest import DEVICES
 from golden_run import Case, case_names
 from torch import Tensor
 
@@ -39,11 +41,14 @@ COUNTERS = ("cur_batch", "prune_cur_batch", "quant_layer_num")
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
 
 
-@pytest.fixture(scope="module")
-def runs(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+@pytest.fixture(scope="module", params=DEVICES)
+def runs(
+    request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Case]]:
+    device = torch.device(request.param)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the golden data were made
-    yield {name: Case(golden, name, tmp_path_factory.mktemp(name)) for name in case_names()}
+    yield {name: Case(golden, name, tmp_path_factory.mktemp(name), device) for name in case_names()}
     torch.set_num_threads(threads)
 
 
@@ -243,7 +248,7 @@ def test_restore_from_the_references_files(case: Case) -> None:
     if "X" in case.unbound or not case.stored("checkpoint.pth") or _broken_record(case):
         pytest.skip("the reference left no restorable files for this case (a defect of its own)")
     model = case.reference_restored
-    ours, theirs = amct_ext.to_amct_state_dict(model), case.load.trained_state(case.name)
+    ours, theirs = case.state(model), case.load.trained_state(case.name)
     assert list(ours) == list(theirs)
     for key, value in theirs.items():
         if key.rpartition(".")[2] in COUNTERS:
@@ -270,11 +275,11 @@ def test_saved_file_agrees_with_evaluation(case: Case) -> None:
     prefix = str(case.folder / "saved")
     amct_ext.save_compressed_retrain_model(case.trained, case.record, prefix, case.data["sample_x"])
     (data,) = case.data["eval_x"]
-    case.trained.eval()
+    model = copy.deepcopy(case.trained).cpu().eval()
     if case.name == "cnn_fp16_mode":  # the file's scales go through half precision, as asked for; torch's do not
         case.deviates("FORCE_FP16_QUANT has its effect")
         return
-    found = compare(case.trained, Path(case.record), Path(prefix + "_fake_quant_model.onnx"), data)
+    found = compare(model, Path(case.record), Path(prefix + "_fake_quant_model.onnx"), data.cpu())
     assert found.error <= CLOSE, found
     assert found.ties <= 0.01 * found.values, found
 

@@ -1,4 +1,4 @@
-// The edge between tensors and loops: element types, memory layout, splitting work over threads.
+// The edge between tensors and loops: element types, splitting work over threads.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -6,12 +6,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "cpu/kernels.h"
+#include "layout.h"
 
 namespace amct_ext::cpu {
 
@@ -32,9 +31,6 @@ inline Element element_of(const at::Tensor& x) {
       return kFloat32;
   }
 }
-
-inline bool wide(const at::Tensor& x) { return x.scalar_type() == at::kDouble; }
-inline at::ScalarType accumulate_type(const at::Tensor& x) { return wide(x) ? at::kDouble : at::kFloat; }
 
 inline double value_at(const at::Tensor& x, int64_t i) {
   switch (x.scalar_type()) {
@@ -80,45 +76,11 @@ inline at::Tensor scalar_like(const at::Tensor& like, double v) {
   return result;
 }
 
-// x where its memory has no holes; else a copy of it in the layout its elementwise results have.
-inline at::Tensor without_holes(const at::Tensor& x) {
-  return x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);
-}
-
-// other in the layout (and type) of x, so that both can be walked in memory order.
-inline at::Tensor laid_out_as(const at::Tensor& other, const at::Tensor& x) {
-  if (other.strides() == x.strides() && other.scalar_type() == x.scalar_type()) return other;
-  return at::empty_like(x).copy_(other);
-}
-
-// A mask in the memory order of x.
-inline at::Tensor mask_laid_out_as(const at::Tensor& mask, const at::Tensor& x) {
-  return mask.strides() == x.strides() ? mask : at::empty_like(x, x.options().dtype(at::kBool)).copy_(mask);
-}
-
 inline const char* at_element(const void* data, int64_t i, size_t size) {
   return static_cast<const char*>(data) + i * static_cast<int64_t>(size);
 }
 inline char* at_element(void* data, int64_t i, size_t size) {
   return static_cast<char*>(data) + i * static_cast<int64_t>(size);
-}
-
-// A tensor without holes seen along one axis, in memory order: `outer` times `count` runs of `inner` elements.
-struct Runs {
-  int64_t outer, count, inner;
-};
-
-inline Runs runs_along(const at::Tensor& x, std::optional<int64_t> axis) {
-  if (!axis) return {1, 1, x.numel()};
-  const int64_t count = x.size(*axis);
-  if (x.numel() == 0) return {0, count, 0};
-  int64_t inner = 1;
-  if (count > 1) {
-    inner = x.stride(*axis);
-  } else {
-    inner = x.numel();  // the stride of an axis of one is arbitrary; every order of the rest will do
-  }
-  return {x.numel() / (count * inner), count, inner};
 }
 
 // Blocks of a plain range: f(block, begin, end).
