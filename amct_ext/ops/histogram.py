@@ -56,7 +56,8 @@ def search_clip_range_histogram(
     s w/2 for each value whose bin a boundary (l + 1/2) s cuts. The winner's upper bound exceeds the lower bound of any
     other range by at most half the sum of both differences. With w <= |v|/1024, a bin that at most one boundary cuts
     (num_bits up to 11) and s the largest scale: `excess <= s/2048 mean(|v|)`, the mean taken over all values, those of
-    uncut bins as zeros. Values of at most 11 significant bits (float16, bfloat16) lie on edges: nothing is lost.
+    uncut bins as zeros; with more bits mean(v^2)/2^22 is to be added (docs/ops.md). Values of at most 11 significant
+    bits (float16, bfloat16) lie on edges: nothing is lost.
 
     Args:
         histogram, extremes: as `range_histogram_` left them.
