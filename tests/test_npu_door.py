@@ -61,7 +61,9 @@ def test_the_tests_of_the_ops_run_on_it(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_the_npu_adapter(tmp_path: Path) -> None:
-    assert run_cases(tmp_path, "npu_adapter_cases.py", "test_ops_ulq.py", "-k", f"adapter or {standin.NAME}") > 60
+    # Codes are integers, which have no -0: docs/npu.md.
+    which = f"(adapter or {standin.NAME}) and not signs_of_zero"
+    assert run_cases(tmp_path, "npu_adapter_cases.py", "test_ops_ulq.py", "-k", which) > 60
 
 
 BACKENDS = """

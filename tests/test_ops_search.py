@@ -139,6 +139,7 @@ def exact_shift_errors(x: Tensor, scale: float) -> list[float]:
     ]
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
 def test_shift_errors_are_exact_sums_in_any_layout(dtype: torch.dtype, size: float) -> None:

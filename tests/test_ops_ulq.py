@@ -60,6 +60,7 @@ def sliced(name: str, dtype: torch.dtype) -> Tensor:
     }[name]()
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["channels", "long rows", "short rows", "permuted", "every other image", "expanded"])
 def test_slices_are_read_in_place(name: str, dtype: torch.dtype) -> None:

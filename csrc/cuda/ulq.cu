@@ -8,11 +8,10 @@
 #include "cuda/map.cuh"
 #include "cuda/nearest.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/ulq.h"
 
 namespace amct_ext::cuda {
 namespace {
-
-using at::Tensor;
 
 // Every thread works out scale and offset for itself: the clips are read on the device and no launch is spent on them.
 template <typename T>
@@ -68,10 +67,13 @@ struct Forward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& clip_max,
-                                                                   const Tensor& clip_min, const Tensor& prev_clip_max,
-                                                                   const Tensor& prev_clip_min, int64_t num_bits,
-                                                                   bool fixed_min) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_forward(const Tensor& x, const Tensor& clip_max,
+                                                                       const Tensor& clip_min,
+                                                                       const Tensor& prev_clip_max,
+                                                                       const Tensor& prev_clip_min, int64_t num_bits,
+                                                                       bool fixed_min) {
   const char* op = "ulq_fake_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits);
@@ -106,6 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   });
   return {std::move(y), values[0], values[1], values[2], values[3], std::move(invalid)};
 }
+
+namespace {
 
 // G, the type of the gradient, is T, or double where T is float.
 template <typename T, typename G>
@@ -218,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
-  m.impl("ulq_fake_quantize", forward);
+  m.impl("ulq_fake_quantize", ulq_forward);
   m.impl("ulq_fake_quantize_backward", backward);
 }
 

@@ -50,7 +50,7 @@ void test_walk(int64_t rows, int64_t size, int64_t step) {
 void test_runs() {
   const at::Tensor x = at::empty({1}).expand({int64_t{1} << 20, 3, 1 << 12});
   const at::Tensor huge = at::empty(x.sizes(), x.options().device(at::kMeta));
-  const amct_ext::cpu::Runs runs = amct_ext::cpu::runs_along(huge, 1);
+  const amct_ext::Runs runs = amct_ext::runs_along(huge, 1);
   expect(runs.outer == int64_t{1} << 20 && runs.count == 3 && runs.inner == 1 << 12, "runs along an axis");
   expect(runs.outer * runs.count * runs.inner == huge.numel(), "runs have all elements");
 }

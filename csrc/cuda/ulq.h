@@ -1,0 +1,19 @@
+// What ulq.cu lends to ulq_state.cu.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace amct_ext::cuda {
+
+using at::Tensor;
+
+// ulq_fake_quantize: y, scale, offset, effective clips, invalid.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_forward(const Tensor& x, const Tensor& clip_max,
+                                                                       const Tensor& clip_min,
+                                                                       const Tensor& prev_clip_max,
+                                                                       const Tensor& prev_clip_min, int64_t num_bits,
+                                                                       bool fixed_min);
+
+}  // namespace amct_ext::cuda
