@@ -54,7 +54,8 @@ def test_the_op_tests_hold_on_the_cuda_kernels(family: str, library: Path) -> No
     fixed = ["setarch", "-R"] if SANITIZE == "thread" else []
     run(
         *fixed, sys.executable, "-m", "pytest", "-p", "kernels_on_host", "-p", "no:cacheprovider", "-q", "-x",
-        f"tests/test_ops_{family}.py", "-k", "not compile and not documented and not documentation", "-m", "not cpu_kernels",
+        f"tests/test_ops_{family}.py", "-k", "not compile and not documented and not documentation",
+        "-m", "not cpu_kernels",
         AMCT_ON_HOST=str(library),
         PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "cuda_on_host"))),
         LD_PRELOAD=preload(),

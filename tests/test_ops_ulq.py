@@ -304,6 +304,7 @@ def test_the_flag_stays_up() -> None:
         assert state[2].item() is expected
 
 
+@pytest.mark.cpu_kernels
 def test_memory_of_large_results_is_used_again_but_never_shared() -> None:
     high, low, none = torch.tensor(1.0), torch.tensor(-1.0), torch.tensor(math.nan)
 
