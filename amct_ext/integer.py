@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from amct_ext import ops
+from amct_ext.stash import rounded_again
 
 _MOST_WEIGHTS = 65793  # per output channel: 255 * 128 * 65793 fits a 32-bit sum
-_EPS = torch.finfo(torch.float32).eps
 _ROUNDS = 3
 
 
@@ -74,7 +74,7 @@ class IntegerForward:
         if not torch.is_grad_enabled():
             return _product(layer, made, x, *self._present_weight(layer))
         weight = layer._compressed_weight()
-        scale = _weight_scale(layer)
+        scale = layer.weight_quant.used_scale()
         with torch.no_grad():
             packed, sums = ops.pack_weight(weight, scale, layer.weight_quant.num_bits)
         y: Tensor = _Product.apply(
@@ -94,7 +94,7 @@ class IntegerForward:
         key = [(id(t), t.data_ptr(), t._version) for t in sources]
         if self._packed is None or self._packed[0] != key:
             weight = layer._compressed_weight()
-            scale = _weight_scale(layer).clone()
+            scale = layer.weight_quant.used_scale().clone()
             self._packed = (key, *ops.pack_weight(weight, scale, layer.weight_quant.num_bits), scale)
         return self._packed[1:]
 
@@ -152,12 +152,6 @@ def _padding(layer: Any) -> tuple[int, int] | None:
         return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
     height, width = layer.padding
     return height, width
-
-
-def _weight_scale(layer: Any) -> Tensor:
-    """The scale that the last pass over the weight used."""
-    scale: Tensor = layer.weight_quant.scale.detach()
-    return scale.clamp_min(_EPS) if layer.weight_quant.learned else scale
 
 
 def _activation_codes(layer: Any, x: Tensor) -> Codes:
@@ -259,8 +253,7 @@ class _Product(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         quantised = None
         if wanted[1]:
-            # Effective clips pass the guards of the op unchanged, and stand for the previous ones too.
-            quantised = ops.ulq_fake_quantize(x, high, low, high, low, ctx.num_bits)[0]
+            quantised = rounded_again(x, high, low, ctx.num_bits)
         backward = _linear_backward if ctx.conv is None else _conv_backward
         return *backward(ctx, grad, quantised, weight, wanted), None, None, None, None, None
 

@@ -247,10 +247,15 @@ class WeightQuantizer(KeepsPrecision):
         return ops.lsq_fake_quantize(weight, self.scale, self.num_bits, self.channel_axis, self.grad_factor)
 
     @torch.no_grad()
+    def used_scale(self) -> Tensor:
+        """The scale that the last forward used; nothing is computed from a weight."""
+        return self.scale.detach().clamp_min(torch.finfo(torch.float32).eps) if self.learned else self.scale
+
+    @torch.no_grad()
     def present_scale(self, weight: Tensor) -> Tensor:
         """The scale that a forward on ``weight`` would use now; nothing is changed."""
         if self.learned and self._initialised:
-            return self.scale.detach().clamp_min(torch.finfo(torch.float32).eps)
+            return self.used_scale()
         return ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from amct_ext.ops._common import (
     code_range,
     reference,
 )
-from amct_ext.ops.ulq import affine, effective_clips
+from amct_ext.ops.ulq import clipped
 
 _COLUMNS = 16  # output channels of a block of packed weights
 
@@ -162,27 +162,13 @@ def _reference_codes(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op = "ulq_quantize"
-    check_floating(op, "x", x)
-    check_bits(op, num_bits, 8)
-    given = (clip_max, clip_min, prev_clip_max, prev_clip_min)
-    for name, value in zip(("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"), given, strict=True):
-        check_floating(op, name, value)
-        check_scalar(op, name, value)
-    acc = accumulate_type(x)
-    clips = [value.reshape(()).to(acc) for value in given]
-    high, low = effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
-    scale, offset = affine(high, low, num_bits)
-    wide = x.to(acc)
+    wide, used = clipped("ulq_quantize", x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, 8)
     lowest, highest = code_range(num_bits)
-    rounded = torch.round(wide / scale + offset)
+    rounded = torch.round(wide / used.scale + used.offset)
     code = torch.clamp(torch.where(rounded.isnan(), torch.full_like(rounded, lowest), rounded), lowest, highest)
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     codes = (code + 128).to(torch.uint8).contiguous(memory_format=layout)
-    valid = torch.isfinite(wide).all() & torch.isfinite(scale) & (scale > 0)
-    out = clip_max.dtype
-    # copy=True: an output must never share storage with an input
-    return codes, scale.to(out), offset.to(out), high.to(out, copy=True), low.to(out, copy=True), ~valid
+    return codes, *used.results(wide, clip_max.dtype)
 
 
 @reference("pack_weight")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,7 @@ def ulq_fake_quantize_backward(
     return torch.ops.amct_ext.ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits)
 
 
-def effective_clips(
+def _effective_clips(
     clip_max: Tensor, clip_min: Tensor, prev_max: Tensor, prev_min: Tensor, fixed_min: bool
 ) -> tuple[Tensor, Tensor]:
     if fixed_min:
@@ -150,6 +152,46 @@ def affine(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, T
     )
 
 
+class UsedClips(NamedTuple):
+    """Effective clips and what follows from them, in the arithmetic of the data."""
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def results(self, wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the ops return beside the data: scale, offset, clip_max, clip_min in ``dtype``, and `invalid`."""
+        valid = torch.isfinite(wide).all() & torch.isfinite(self.scale) & (self.scale > 0)
+        # copy=True: an output must never share storage with an input
+        clips = self.high.to(dtype, copy=True), self.low.to(dtype, copy=True)
+        return self.scale.to(dtype), self.offset.to(dtype), *clips, ~valid
+
+
+def clipped(
+    op: str,
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int,
+    fixed_min: bool,
+    most_bits: int = 16,
+) -> tuple[Tensor, UsedClips]:
+    """Check the arguments of an op on activations: x in its arithmetic, and the clips that it uses."""
+    check_floating(op, "x", x)
+    check_bits(op, num_bits, most_bits)
+    given = (clip_max, clip_min, prev_clip_max, prev_clip_min)
+    for name, value in zip(("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"), given, strict=True):
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+    acc = accumulate_type(x)
+    clips = [value.reshape(()).to(acc) for value in given]
+    high, low = _effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
+    return x.to(acc), UsedClips(high, low, *affine(high, low, num_bits))
+
+
 @reference("ulq_fake_quantize")
 def _reference(
     x: Tensor,
@@ -160,28 +202,9 @@ def _reference(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op = "ulq_fake_quantize"
-    check_floating(op, "x", x)
-    check_bits(op, num_bits)
-    named = zip(
-        ("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"),
-        (clip_max, clip_min, prev_clip_max, prev_clip_min),
-        strict=True,
-    )
-    for name, value in named:
-        check_floating(op, name, value)
-        check_scalar(op, name, value)
-    acc = accumulate_type(x)
-    clips = [value.reshape(()).to(acc) for value in (clip_max, clip_min, prev_clip_max, prev_clip_min)]
-    high, low = effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
-    scale, offset = affine(high, low, num_bits)
-    wide = x.to(acc)
-    code = torch.clamp(torch.round(wide / scale + offset), *code_range(num_bits))
-    y = ((code - offset) * scale).to(x.dtype)
-    valid = torch.isfinite(wide).all() & torch.isfinite(scale) & (scale > 0)
-    out = clip_max.dtype
-    # copy=True: an output must never share storage with an input
-    return y, scale.to(out), offset.to(out), high.to(out, copy=True), low.to(out, copy=True), ~valid
+    wide, used = clipped("ulq_fake_quantize", x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
+    code = torch.clamp(torch.round(wide / used.scale + used.offset), *code_range(num_bits))
+    return ((code - used.offset) * used.scale).to(x.dtype), *used.results(wide, clip_max.dtype)
 
 
 @reference("ulq_fake_quantize_")

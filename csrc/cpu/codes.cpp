@@ -2,13 +2,13 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <array>
 #include <atomic>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
+#include "cpu/clips.h"
 #include "cpu/product.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
@@ -21,18 +21,6 @@ using at::Tensor;
 // Of an image turned at a time: the codes stay in the first-level cache. A plane up to kWhole is not cut.
 constexpr int64_t kPositions = 128, kWhole = 256, kChannels = 64;
 constexpr int64_t kSlack = 64;  // bytes after the codes that the product may read
-
-struct Clips {
-  double scale, offset, high, low;
-};
-
-template <typename Acc>
-Clips clips_of(const std::array<double, 4>& values, int num_bits, bool fixed_min) {
-  Acc high = static_cast<Acc>(values[0]), low = static_cast<Acc>(values[1]);
-  math::effective_clips(high, low, static_cast<Acc>(values[2]), static_cast<Acc>(values[3]), fixed_min);
-  const auto affine = math::affine(high, low, num_bits);
-  return {affine.scale, affine.offset, high, low};
-}
 
 // Codes of an image whose channels are planes, channels last.
 template <typename Loop>
@@ -67,19 +55,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
   const char* op = "ulq_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits, 8);
-  const std::array<const Tensor*, 4> clips{&clip_max, &clip_min, &prev_clip_max, &prev_clip_min};
-  const std::array<const char*, 4> names{"clip_max", "clip_min", "prev_clip_max", "prev_clip_min"};
-  std::array<double, 4> values;
-  for (size_t i = 0; i < clips.size(); ++i) {
-    check_floating(op, names[i], *clips[i]);
-    check_scalar(op, names[i], *clips[i]);
-    values[i] = value_at(*clips[i], 0);
-  }
-  const int bits = static_cast<int>(num_bits);
-  const Clips used = wide(x) ? clips_of<double>(values, bits, fixed_min) : clips_of<float>(values, bits, fixed_min);
-  const math::CodeRange range = math::code_range(bits);
-  const UlqForward parameters{used.scale, used.offset, range.lowest, range.highest};
-  std::atomic<bool> bad{!(math::is_finite(used.scale) && used.scale > 0)};
+  const Clips used = used_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+  const UlqForward parameters = used.parameters(num_bits);
+  std::atomic<bool> bad{!used.valid()};
   const auto element_loop = kernels().ulq_codes[element_of(x)];
   const auto loop = [&](const void* in, uint8_t* out, int64_t n) {
     if (element_loop(in, out, n, parameters)) bad.store(true, std::memory_order_relaxed);
@@ -103,14 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
       loop(at_element(in, begin, x.element_size()), out + begin, end - begin);
     });
   }
-  Tensor invalid = at::empty({}, x.options().dtype(at::kBool));
-  *static_cast<bool*>(invalid.mutable_data_ptr()) = bad.load();
-  return {std::move(codes),
-          scalar_like(clip_max, used.scale),
-          scalar_like(clip_max, used.offset),
-          scalar_like(clip_max, used.high),
-          scalar_like(clip_max, used.low),
-          std::move(invalid)};
+  return with_clips(std::move(codes), used, clip_max, bad.load());
 }
 
 std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int64_t num_bits) {

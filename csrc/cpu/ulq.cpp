@@ -1,12 +1,12 @@
 // ulq_fake_quantize and its backward.
 #include <torch/library.h>
 
-#include <array>
 #include <atomic>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
+#include "cpu/clips.h"
 #include "cpu/reuse.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
@@ -16,15 +16,6 @@ namespace {
 
 using at::Tensor;
 
-template <typename Acc>
-math::Affine<Acc> scalars(std::array<double, 4> clips, int num_bits, bool fixed_min, double& high, double& low) {
-  Acc clip_max = static_cast<Acc>(clips[0]), clip_min = static_cast<Acc>(clips[1]);
-  math::effective_clips(clip_max, clip_min, static_cast<Acc>(clips[2]), static_cast<Acc>(clips[3]), fixed_min);
-  high = clip_max;
-  low = clip_min;
-  return math::affine(clip_max, clip_min, num_bits);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& clip_max,
                                                                    const Tensor& clip_min, const Tensor& prev_clip_max,
                                                                    const Tensor& prev_clip_min, int64_t num_bits,
@@ -32,31 +23,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const char* op = "ulq_fake_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits);
-  const std::array<const Tensor*, 4> clips{&clip_max, &clip_min, &prev_clip_max, &prev_clip_min};
-  const std::array<const char*, 4> names{"clip_max", "clip_min", "prev_clip_max", "prev_clip_min"};
-  std::array<double, 4> values;
-  for (size_t i = 0; i < clips.size(); ++i) {
-    check_floating(op, names[i], *clips[i]);
-    check_scalar(op, names[i], *clips[i]);
-    values[i] = value_at(*clips[i], 0);
-  }
-  const int bits = static_cast<int>(num_bits);
-  double high = 0, low = 0, scale = 0, offset = 0;
-  if (wide(x)) {
-    const auto affine = scalars<double>(values, bits, fixed_min, high, low);
-    scale = affine.scale;
-    offset = affine.offset;
-  } else {
-    const auto affine = scalars<float>(values, bits, fixed_min, high, low);
-    scale = affine.scale;
-    offset = affine.offset;
-  }
-  const math::CodeRange range = math::code_range(bits);
-  const UlqForward parameters{scale, offset, range.lowest, range.highest};
+  const Clips used = used_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+  const UlqForward parameters = used.parameters(num_bits);
 
   const Tensor source = in_runs(x);
   Tensor y = reused_like(source);
-  std::atomic<bool> bad{!(math::is_finite(scale) && scale > 0)};
+  std::atomic<bool> bad{!used.valid()};
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const size_t size = x.element_size();
@@ -66,14 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
       bad.store(true, std::memory_order_relaxed);
     }
   });
-  Tensor invalid = new_scalar(at::kBool);
-  *static_cast<bool*>(invalid.mutable_data_ptr()) = bad.load();
-  return {std::move(y),
-          scalar_like(clip_max, scale),
-          scalar_like(clip_max, offset),
-          scalar_like(clip_max, high),
-          scalar_like(clip_max, low),
-          std::move(invalid)};
+  return with_clips(std::move(y), used, clip_max, bad.load());
 }
 
 template <typename Acc>
