@@ -1,11 +1,12 @@
 """amct_ext: compression retraining for INT8 devices on fused custom ops; a drop-in for AMCT's retraining flows."""
 
 from amct_ext._library import build_info
-from amct_ext.dialect import from_amct_state_dict, to_amct_state_dict
+from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
+from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.parallel import average_gradients, replicated_parameters
-from amct_ext.prune_search import (
+from amct_ext.prune.search import (
     GreedySearch,
     SearchChannelBase,
     SearchGroup,
@@ -29,7 +30,6 @@ from amct_ext.retrain_quant import (
     restore_quant_retrain_model,
     save_quant_retrain_model,
 )
-from amct_ext.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.targets import TARGETS, Target, check_target
 
 __all__ = [

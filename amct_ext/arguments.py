@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_ext.errors import ModelError
-from amct_ext.layers import CompressedLayer
+from amct_ext.layers.compressed import CompressedLayer
 
 # Class names of AMCT's own modules: a model that holds one is compressed already.
 _AMCT_CLASSES = {

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext import build
 from amct_ext.arguments import unwrap
-from amct_ext.config import FilterPrune
-from amct_ext.config_json import JsonConfig, read_config, resolve_json
-from amct_ext.plan import LayerPlan, QuantPlan, resolve
+from amct_ext.config.json import JsonConfig, read_config, resolve_json
+from amct_ext.config.plan import LayerPlan, QuantPlan, resolve
+from amct_ext.config.text import FilterPrune
+from amct_ext.flow import build
+from amct_ext.flow.session import Session, session_of
+from amct_ext.flow.surgery import compressed_layers
 from amct_ext.reasons import LayerReasons
-from amct_ext.session import Session, session_of
-from amct_ext.surgery import compressed_layers
 
 _COLUMNS = ("layer", "type", "quantised", "pruned")
 

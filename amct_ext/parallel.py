@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.arguments import unwrap
+from amct_ext.flow.session import session_of
+from amct_ext.flow.surgery import compressed_layers
 from amct_ext.ranks import average_
-from amct_ext.session import session_of
-from amct_ext.surgery import compressed_layers
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from amct_ext.config import FilterPrune, RetrainConfig
-from amct_ext.config_json import JsonConfig
-from amct_ext.graph import Graph
-from amct_ext.graph_layers import FILTER_PRUNABLE, SPARSE_PRUNABLE
-from amct_ext.plan import LayerPlan, LayerTraits, Plan
-from amct_ext.prune import discover
+from amct_ext.config.json import JsonConfig
+from amct_ext.config.plan import LayerPlan, LayerTraits, Plan
+from amct_ext.config.text import FilterPrune, RetrainConfig
+from amct_ext.graph.layer_types import FILTER_PRUNABLE, SPARSE_PRUNABLE
+from amct_ext.graph.trace import Graph
+from amct_ext.prune.channels import discover
 
 _NOT_REACHED = "no settings of the configuration reach it"
 _QUANT_SKIPS = (("skip_layers", "skip_layer_types"), ("quant_skip_layers", "quant_skip_types"))

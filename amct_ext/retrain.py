@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext import build, export, saving
 from amct_ext.arguments import check_record_name, check_types, unwrap
-from amct_ext.config import parse_config
-from amct_ext.plan import resolve
-from amct_ext.record import Record
-from amct_ext.session import session_of
+from amct_ext.config.plan import resolve
+from amct_ext.config.text import parse_config
+from amct_ext.export import write
+from amct_ext.flow import build, saving
+from amct_ext.flow.session import session_of
+from amct_ext.record.types import Record
 
 
 def create_compressed_retrain_model(
@@ -85,7 +86,7 @@ def save_compressed_retrain_model(
         saving.save_quantised(inner, saving.float_copy(inner), record_file, save_path, input_data, names)
     else:
         Record.read(record_file)
-        export.export_plain(saving.float_copy(inner), input_data, save_path, **names)
+        write.export_plain(saving.float_copy(inner), input_data, save_path, **names)
 
 
 def _planner(config_defination: str) -> build.Planner:

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext import build, saving
 from amct_ext.arguments import check_record_name, check_types, unwrap
-from amct_ext.config import parse_config
-from amct_ext.config_json import default_config, dumps, read_json, resolve_json
+from amct_ext.config.json import default_config, dumps, read_json, resolve_json
+from amct_ext.config.plan import Plan
+from amct_ext.config.text import parse_config
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.files import write_atomic
-from amct_ext.graph import trace
-from amct_ext.plan import Plan
-from amct_ext.record import Record
-from amct_ext.session import session_of
+from amct_ext.flow import build, saving
+from amct_ext.flow.session import session_of
+from amct_ext.graph.trace import trace
+from amct_ext.record.types import Record
 
 
 def create_quant_retrain_config(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from amct_ext.arguments import unwrap
-from amct_ext.config import FilterPrune, RetrainConfig, SparsePrune
-from amct_ext.config_json import JsonConfig, read_config
-from amct_ext.plan import Plan
-from amct_ext.session import session_of
+from amct_ext.config.json import JsonConfig, read_config
+from amct_ext.config.plan import Plan
+from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
+from amct_ext.flow.session import session_of
 
 _log = logging.getLogger("amct_ext")
 

@@ -20,8 +20,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from amct_ext.record import QuantRecord, Record
-from amct_ext.session import session_of
+from amct_ext.flow.session import session_of
+from amct_ext.record.types import QuantRecord, Record
 
 CLOSE = 2e-5  # relative where values are larger than one
 

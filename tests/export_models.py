@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from amct_ext.record import QuantRecord
+from amct_ext.record.types import QuantRecord
 
 
 class Mixed(nn.Module):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.config import FilterPrune
-from amct_ext.graph import Graph, trace
-from amct_ext.graph_run import tensors_in
-from amct_ext.plan import LayerPlan, Plan
-from amct_ext.prune import apply_channels, discover, plan_channels
-from amct_ext.record import ChannelRecord
+from amct_ext.config.plan import LayerPlan, Plan
+from amct_ext.config.text import FilterPrune
+from amct_ext.graph.run import tensors_in
+from amct_ext.graph.trace import Graph, trace
+from amct_ext.prune.channels import apply_channels, discover, plan_channels
+from amct_ext.record.types import ChannelRecord
 
 
 def plan_for(

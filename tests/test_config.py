@@ -11,7 +11,7 @@ from google.protobuf import descriptor_pool, text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amct_ext.config import (
+from amct_ext.config.text import (
     DataQuant,
     FilterPrune,
     RetrainConfig,
@@ -22,7 +22,7 @@ from amct_ext.config import (
 )
 from amct_ext.errors import ConfigError, ConfigParseError
 from amct_ext.proto import message_class
-from amct_ext.textproto import Places
+from amct_ext.proto.text import Places
 
 
 @pytest.fixture

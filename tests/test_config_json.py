@@ -15,10 +15,10 @@ from test_bad_input import rejected
 from torch import nn
 
 import amct_ext
-from amct_ext.config import DataQuant, parse_config
-from amct_ext.config_json import dumps, read_json, resolve_json
+from amct_ext.config.json import dumps, read_json, resolve_json
+from amct_ext.config.plan import LayerTraits, WeightQuant, resolve
+from amct_ext.config.text import DataQuant, parse_config
 from amct_ext.errors import ConfigError
-from amct_ext.plan import LayerTraits, WeightQuant, resolve
 
 TRAITS = {
     "conv": LayerTraits("Conv2d", True, True, True, False),

@@ -27,9 +27,9 @@ from export_models import (
 from onnx import numpy_helper
 from torch import nn
 
-from amct_ext.export import export_quantized
-from amct_ext.onnx_deploy import pack_int4
-from amct_ext.record import QuantRecord
+from amct_ext.export.deploy import pack_int4
+from amct_ext.export.write import export_quantized
+from amct_ext.record.types import QuantRecord
 
 Exported = Callable[[type[nn.Module]], tuple[Path, Path]]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from amct_ext.export import export_plain, export_quantized
-from amct_ext.record import QuantRecord
+from amct_ext.export.write import export_plain, export_quantized
+from amct_ext.record.types import QuantRecord
 
 X = torch.ones(2, 3, 4, 4)
 

@@ -14,8 +14,8 @@ import torch
 from export_models import PAIRS, Mixed, Tokens, build, nodes, record_all, run, simulate
 from torch import nn
 
-from amct_ext.export import export_plain, export_quantized
-from amct_ext.onnx_files import encode, write_files
+from amct_ext.export.files import encode, write_files
+from amct_ext.export.write import export_plain, export_quantized
 
 
 def test_dynamic_axes_and_names_reach_both_files(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from amct_ext.export import export_plain, export_quantized
-from amct_ext.record import QuantRecord, Record
+from amct_ext.export.write import export_plain, export_quantized
+from amct_ext.record.types import QuantRecord, Record
 
 
 def _names(text: str) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext import ops
 from amct_ext.errors import CheckpointError, InvalidDataError, StaleStateError
-from amct_ext.gathering import Histogram, Values, _parts, take_batch
-from amct_ext.quant import ActivationQuantizer
+from amct_ext.layers.gathering import Histogram, Values, _parts, take_batch
+from amct_ext.layers.quantizers import ActivationQuantizer
 
 BATCHES = 4
 

@@ -19,9 +19,9 @@ from golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
-from amct_ext.record import Record
-from amct_ext.rnn import CompressedRNN
-from amct_ext.surgery import compressed_layers
+from amct_ext.flow.surgery import compressed_layers
+from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.record.types import Record
 
 # The reference rejects these, rightly.
 REJECTED = ("cnn_a4w4", "cnn_a4w8_error")

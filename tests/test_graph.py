@@ -14,7 +14,7 @@ from graph_nets import Net, conv, image
 from torch import nn
 
 from amct_ext.errors import InputDataError, ModelError
-from amct_ext.graph import trace
+from amct_ext.graph.trace import trace
 
 
 def ops(graph):

@@ -9,7 +9,7 @@ from graph_nets import Net, conv, image
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from amct_ext.graph import trace
+from amct_ext.graph.trace import trace
 
 
 def trait(layer, data, forward=lambda m, x: m.layer(x)):

@@ -13,8 +13,8 @@ from torch import nn
 
 import amct_ext
 from amct_ext import ops
-from amct_ext.record import Record
-from amct_ext.surgery import compressed_layers, fold_layers
+from amct_ext.flow.surgery import compressed_layers, fold_layers
+from amct_ext.record.types import Record
 
 
 def make(folder: Path, config: str) -> nn.Module:

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amct_ext.config import RetrainConfig, parse_config
-from amct_ext.errors import ConfigError
-from amct_ext.plan import (
+from amct_ext.config.plan import (
     DataQuant,
     FilterPrune,
     LayerPlan,
@@ -22,6 +20,8 @@ from amct_ext.plan import (
     WeightQuant,
     resolve,
 )
+from amct_ext.config.text import RetrainConfig, parse_config
+from amct_ext.errors import ConfigError
 
 CONV = LayerTraits("Conv2d", True, True, True, True)
 TRAITS = {

@@ -13,13 +13,13 @@ from graph_nets import Net, conv
 from pruning_proof import masked, outputs, plan_for
 from torch import nn
 
-from amct_ext.config import FilterPrune
+from amct_ext.config.plan import LayerPlan, Plan
+from amct_ext.config.text import FilterPrune
 from amct_ext.errors import InvalidDataError, RecordError
-from amct_ext.graph import trace
-from amct_ext.plan import LayerPlan, Plan
-from amct_ext.prune import apply_channels, discover, plan_channels
-from amct_ext.prune_choice import importance, least_important, removal_count
-from amct_ext.record import ChannelRecord, PruneNode
+from amct_ext.graph.trace import trace
+from amct_ext.prune.channels import apply_channels, discover, plan_channels
+from amct_ext.prune.choice import importance, least_important, removal_count
+from amct_ext.record.types import ChannelRecord, PruneNode
 
 
 def image(channels=3, batch=2):

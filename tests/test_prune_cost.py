@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.config import FilterPrune, RetrainConfig, parse_config
-from amct_ext.graph import trace
-from amct_ext.plan import resolve
-from amct_ext.prune import discover
-from amct_ext.prune_cost import Cost, layer_work
+from amct_ext.config.plan import resolve
+from amct_ext.config.text import FilterPrune, RetrainConfig, parse_config
+from amct_ext.graph.trace import trace
+from amct_ext.prune.channels import discover
+from amct_ext.prune.cost import Cost, layer_work
 
 
 def operations(model: nn.Module, sample: Tensor) -> int:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from golden_run import load_module
 
-from amct_ext.config import parse_config
-from amct_ext.graph import trace
+from amct_ext.config.plan import resolve
+from amct_ext.config.text import parse_config
+from amct_ext.graph.trace import trace
 from amct_ext.ops import filter_norms
-from amct_ext.plan import resolve
-from amct_ext.prune import apply_channels, discover, plan_channels
-from amct_ext.prune_choice import importance, least_important, removal_count
-from amct_ext.record import ChannelRecord, Record
+from amct_ext.prune.channels import apply_channels, discover, plan_channels
+from amct_ext.prune.choice import importance, least_important, removal_count
+from amct_ext.record.types import ChannelRecord, Record
 
 EQUAL = [
     "cnn_filter_asc", "cnn_filter_noasc", "cnn_filter_quant", "cnn_mixed_prune", "cnn_mixed_prune_quant",

@@ -17,7 +17,7 @@ from test_prune_cost import operations, wide
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.config import FilterPrune, parse_config
+from amct_ext.config.text import FilterPrune, parse_config
 from amct_ext.files import write_if_changed
 
 DATA, LABEL = torch.randn(6, 3, 12, 12), torch.randn(6, 5)

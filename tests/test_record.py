@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from amct_ext import textproto
 from amct_ext.errors import RecordError, RecordRangeError
-from amct_ext.record import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
+from amct_ext.proto import text
+from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
 
 QUANT = """record {
   key: "tail.fc"
@@ -172,7 +172,7 @@ def test_offsets_out_of_range(old: str, new: str):
 def test_reading_looks_for_places_only_to_complain(monkeypatch: pytest.MonkeyPatch):
     """Finding a line scans the whole text: once per node, that made records of wide networks take minutes."""
     scans = []
-    monkeypatch.setattr(textproto._Scanner, "__init__", lambda self, text: scans.append(text))
+    monkeypatch.setattr(text._Scanner, "__init__", lambda self, text: scans.append(text))
     Record.loads(QUANT + CHANNEL + SPARSE)
     assert not scans
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amct_ext.proto import message_class
-from amct_ext.record import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
+from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
 
 names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 scales = st.floats(2.0**-149, 2.0**127, width=32)

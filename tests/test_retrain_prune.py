@@ -17,8 +17,8 @@ from test_save import run_onnx
 from torch import nn
 
 import amct_ext
-from amct_ext.record import Record
-from amct_ext.surgery import compressed_layers
+from amct_ext.flow.surgery import compressed_layers
+from amct_ext.record.types import Record
 
 GOLDEN = [
     "cnn_24_f0", "cnn_24_f2", "cnn_filter_asc", "cnn_filter_noasc", "cnn_mixed_prune", "cnn_override_prune",

@@ -17,7 +17,7 @@ from test_save import run_onnx
 from torch import nn
 
 import amct_ext
-from amct_ext.record import Record
+from amct_ext.record.types import Record
 
 # Cases whose configuration only quantises; the two with batch_num 2 and INT16 are among them on purpose.
 GOLDEN = [

@@ -14,8 +14,8 @@ from rnn_job import KINDS, PER_TENSOR, Job, assert_same, batch, evaluate, every_
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext import saving
-from amct_ext.rnn import CompressedGRU, CompressedLSTM
+from amct_ext.flow import saving
+from amct_ext.layers.rnn import CompressedGRU, CompressedLSTM
 
 
 @every_kind

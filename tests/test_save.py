@@ -15,7 +15,7 @@ from test_restore import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-from amct_ext.surgery import compressed_layers
+from amct_ext.flow.surgery import compressed_layers
 
 
 def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import small_models as small
 
 import amct_ext
-from amct_ext.config import parse_config
-from amct_ext.config_json import read_json
+from amct_ext.config.json import read_json
+from amct_ext.config.text import parse_config
 from amct_ext.targets import TARGETS, find_target
 
 INT4 = 'override_layer_types { layer_type: "Linear" retrain_weight_quant_config { arq_retrain { dst_type: INT4 } } }\n'

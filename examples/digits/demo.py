@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train import BATCH, SAMPLE, accuracy, make_model, scores, starting_model
 
 import amct_ext as amct
-from amct_ext.record import Record
+from amct_ext.record.types import Record
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATIONS = {"channels pruned + INT8": "prune_int8.cfg", "2:4 sparse + INT8": "sparse_int8.cfg"}

@@ -15,7 +15,7 @@ from runs import Run
 from torch import Tensor, nn
 
 from amct_ext import ops
-from amct_ext.record import Record
+from amct_ext.record.types import Record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

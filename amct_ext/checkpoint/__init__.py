@@ -1,0 +1,1 @@
+"""Checkpoints: read strictly, in our names or in AMCT's."""

@@ -1,0 +1,127 @@
+"""AMCT's state_dict names of a recurrent layer: to them and from them.
+
+AMCT keeps the layer twice: ``replaced_module``, which it exports, and ``comp_module``, whose biases it trains. Both
+hold the one trained layer here; on the way in the trained biases count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
+from amct_ext.layers.rnn import CompressedRNN
+
+_NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+_ACTS = (("acts_", "act_quant"), ("acts_h_", "hidden_quant"))
+_WEIGHTS = (("wts_", "weight_quant"), ("rec_wts_", "hidden_weight_quant"))
+# Endings of AMCT's activation entries -> ours.
+_PARAMS = {"clip_max": "clip_max", "clip_min": "clip_min"}
+_PREVIOUS = {"clip_max_pre": "prev_clip_max", "clip_min_pre": "prev_clip_min"}
+_FACTORS = {"scale": "scale", "offset": "offset"}
+
+
+def write_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Tensor]:
+    """AMCT's entries of one layer, in its order; ``layer_count``: quantised layers of the model that have run."""
+    ran = _ran(layer)
+    device = layer.weight_ih_l0.device
+    out: dict[str, Tensor] = {}
+    scales = [layer.gate_scales(recurrent).detach().float() for recurrent in (False, True)]
+    for ending, scale in zip("wr", scales, strict=True):
+        out[f"{name}.scale_{ending}"] = scale.clone() if ran else torch.ones_like(scale)
+    out |= {f"{name}.offset_{ending}": torch.zeros_like(scale) for ending, scale in zip("wr", scales, strict=True)}
+    comp = f"{name}.quant_module."
+    acts = [(comp + prefix, getattr(layer, child)) for prefix, child in _ACTS]
+    _copy(out, acts, _PARAMS)
+    for (prefix, child), scale in zip(_WEIGHTS, scales, strict=True):
+        # What is trained, not the guarded value that is recorded: a restore must continue from it.
+        own = getattr(layer, child).scale.detach().float()
+        raw = own.expand_as(scale) if ran else torch.full_like(scale, float("nan"))
+        out[f"{comp}{prefix}scales"] = raw.clone()
+        out[f"{comp}{prefix}offsets"] = torch.zeros_like(raw) if ran else raw.clone()
+    out[f"{comp}cur_batch"] = torch.tensor(float(ran), device=device)
+    _copy(out, acts, _PREVIOUS)
+    _copy(out, acts, _FACTORS)
+    out[f"{comp}s_rec_flag"] = torch.tensor(0.0, device=device)
+    for part in ("replaced_module", "comp_module"):
+        out |= {f"{comp}{part}.{key}": getattr(layer, key).detach().clone() for key in _present(layer)}
+    out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(layer_count if ran else 0), device=device)
+    return out
+
+
+def read_rnn(
+    name: str, layer: CompressedRNN, rest: dict[str, Tensor], fallback: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Take the layer's entries out of ``rest`` and give them our names; ``fallback``: our present state.
+
+    Entries of a missing half stay missing, so that the strict load reports them.
+    """
+    for key in [f"{name}.{kind}_{ending}" for kind in ("scale", "offset") for ending in "wr"]:
+        rest.pop(key, None)
+    rest.pop(f"{name}.record_module.quant_layer_num", None)
+    comp = f"{name}.quant_module."
+    taken = {key[len(comp) :]: rest.pop(key) for key in [k for k in rest if k.startswith(comp)]}
+    out: dict[str, Tensor] = {}
+    for key in _NAMES:
+        first, second = (
+            ("comp_module", "replaced_module") if key.startswith("bias") else ("replaced_module", "comp_module")
+        )
+        value = taken.get(f"{first}.{key}", taken.get(f"{second}.{key}"))
+        if value is not None:
+            out[f"{name}.{key}"] = value
+    for prefix, child in _ACTS:
+        _read_activation(out, f"{name}.{child}.", taken, prefix, getattr(layer, child))
+    ran = bool(taken.get("cur_batch", torch.tensor(0.0)) > 0)
+    for prefix, child in _WEIGHTS:
+        if f"{prefix}scales" in taken:
+            _read_weight(out, f"{name}.{child}.", taken[f"{prefix}scales"], ran, getattr(layer, child), fallback)
+    return out
+
+
+def _copy(out: dict[str, Tensor], acts: list[tuple[str, ActivationQuantizer]], names: Mapping[str, str]) -> None:
+    for prefix, quantizer in acts:
+        out |= {prefix + theirs: getattr(quantizer, ours).detach().clone() for theirs, ours in names.items()}
+
+
+def _read_activation(
+    out: dict[str, Tensor], ours: str, taken: Mapping[str, Tensor], prefix: str, quantizer: ActivationQuantizer
+) -> None:
+    for theirs, key in (_PARAMS | _PREVIOUS | _FACTORS).items():
+        if prefix + theirs in taken:
+            out[ours + key] = taken[prefix + theirs]
+    finite = all(prefix + key in taken and bool(torch.isfinite(taken[prefix + key])) for key in _PREVIOUS)
+    out[ours + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
+    out[ours + "invalid"] = torch.tensor(False)
+    out[ours + "calibration_data"] = torch.zeros(0)
+
+
+def _read_weight(
+    out: dict[str, Tensor],
+    ours: str,
+    scales: Tensor,
+    ran: bool,
+    quantizer: WeightQuantizer,
+    fallback: Mapping[str, Tensor],
+) -> None:
+    own = fallback[ours + "scale"]
+    # One scale for the whole weight stands once per gate in the file.
+    scales = scales[:1] if own.numel() == 1 else scales
+    if quantizer.learned:
+        # AMCT's own learned scales of recurrent layers are NaN: they start from the weight's range.
+        ran = ran and bool(torch.isfinite(scales).all())
+        out[ours + "initialised"] = torch.tensor(ran)
+        out[ours + "scale"] = scales if ran else own
+    else:
+        out[ours + "scale"] = scales
+
+
+def _present(layer: CompressedRNN) -> list[str]:
+    return [key for key in _NAMES if hasattr(layer, key)]
+
+
+def _ran(layer: CompressedRNN) -> bool:
+    quantizer = layer.weight_quant
+    assert quantizer is not None
+    return quantizer._initialised if quantizer.learned else bool(torch.isfinite(quantizer.scale).all())

@@ -1,0 +1,273 @@
+"""The quantisation flow's own configuration: JSON, one entry per layer, written from a text configuration or defaults.
+
+Layout and key order are AMCT's, so the files are exchangeable. Reading turns the file into the same dataclasses as a
+text configuration (text.py) with one override per enabled layer; plan.py resolves both by the same rules.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from amct_ext.config.plan import LayerTraits, Plan, QuantPlan, resolve
+from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings, parse_config
+from amct_ext.errors import ConfigError
+from amct_ext.proto.text import Places, close_matches
+
+_VERSION = 1
+_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
+_FP16 = "FORCE_FP16_QUANT"
+_TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit")
+_LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
+_DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")
+_WEIGHT_KEYS = ("algo", "channel_wise", "dst_type")
+_WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
+_log = logging.getLogger("amct_ext")
+
+
+@dataclass(frozen=True)
+class JsonConfig:
+    """A whole file: `settings` holds an override per enabled layer, `disabled` the layers that it switches off."""
+
+    settings: RetrainConfig
+    disabled: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The file's name, as messages give it."""
+        return self.settings.places.source
+
+
+def default_config() -> RetrainConfig:
+    """The configuration that stands in where the user gives none: every layer INT8, ARQ weights."""
+    return RetrainConfig(data=DataQuant(), weight=WeightSettings(), places=Places("the default configuration"))
+
+
+def check_quant_only(config: RetrainConfig) -> None:
+    """Raise ConfigError where a text configuration for the quantisation flow speaks of pruning, overrides included."""
+    found: list[tuple[str | int, ...]] = [("prune_config",)] if config.prune is not None else []
+    found += [(name,) for name in ("regular_prune_skip_layers", "regular_prune_skip_types") if getattr(config, name)]
+    for name in ("override_layer_configs", "override_layer_types"):
+        overrides = enumerate(getattr(config, name))
+        found += [(name, index, "prune_config") for index, item in overrides if item.prune is not None]
+    if found:
+        places = "; ".join(f"{config.places.at(*path)}: {path[-1]}" for path in found)
+        raise ConfigError(
+            f"{places}: this function only quantises; remove the pruning fields, or use "
+            "create_compressed_retrain_model for both"
+        )
+
+
+def dumps(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> str:
+    """The JSON text of a text configuration (or of `default_config()`) for a model with these layers.
+
+    Layers that no field speaks of get the default settings; skipped ones are written with retrain_enable false. Errors:
+    ConfigError (pruning fields, unknown or unsuitable layers, nothing left to quantise).
+    """
+    check_quant_only(config)
+    config = replace(config, data=config.data or DataQuant(), weight=config.weight or WeightSettings())
+    plan = resolve(config, traits)
+    skips = ("skip_layers", "skip_layer_types", "quant_skip_layers", "quant_skip_types")
+    # A skipped layer is written with the settings that it would have.
+    nothing_skipped: dict[str, Any] = dict.fromkeys(skips, ())
+    full = resolve(replace(config, **nothing_skipped), traits) if any(getattr(config, key) for key in skips) else plan
+    content: dict[str, Any] = {"version": _VERSION}
+    if plan.fp16:
+        content["fakequant_precision_mode"] = _FP16
+    content["batch_num"] = plan.batch_num
+    if plan.write_shift_bit:  # a key of our own, and only where it was asked for
+        content["write_shift_bit"] = True
+    for name, layer in full.layers.items():
+        if layer.quant is not None:
+            content[name] = {"retrain_enable": plan.layers[name].quant is not None, **_layer_content(layer.quant)}
+    return json.dumps(content, indent=4, separators=(",", ":"))
+
+
+def _layer_content(quant: QuantPlan) -> dict[str, Any]:
+    data: dict[str, Any] = {"algo": "ulq_quantize"}
+    if quant.data.clip_max is not None:
+        data.update(clip_max=quant.data.clip_max, clip_min=quant.data.clip_min)
+    if quant.data.fixed_min is not None:
+        data["fixed_min"] = quant.data.fixed_min
+    data["dst_type"] = f"INT{quant.data.num_bits}"
+    weight = {
+        "algo": quant.weight.algo,
+        "channel_wise": quant.weight.channel_wise,
+        "dst_type": f"INT{quant.weight.num_bits}",
+    }
+    if quant.weight.algo == "ulq_retrain":  # AMCT's order for this one
+        weight["channel_wise"] = weight.pop("channel_wise")
+    return {"retrain_data_config": data, "retrain_weight_config": weight}
+
+
+def read_json(path: str | os.PathLike[str]) -> JsonConfig:
+    """Read a configuration file and check all that can be checked without a model.
+
+    Errors: OSError; ConfigError (a ValueError: no JSON, duplicate or missing or unknown keys, values); TypeError (a
+    value of the wrong type). Source: AMCT's quantisation-aware training configuration, version 1.
+    """
+    source = os.fspath(path)
+    try:
+        content = json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_Object)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: not a JSON configuration (byte {error.start} is not UTF-8)") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}:{error.lineno}:{error.colno}: not a JSON configuration: {error.msg}") from None
+    if not isinstance(content, _Object):
+        raise ConfigError(f"{source}: a JSON object is needed, not {type(content).__name__}")
+    content.check_unique(source)
+    return _Reader(source).config(content)
+
+
+def read_config(path: str | os.PathLike[str]) -> RetrainConfig | JsonConfig:
+    """Read a text or a JSON configuration, told apart by the brace that only JSON begins with. Errors: of either."""
+    is_json = Path(path).read_bytes().lstrip()[:1] == b"{"
+    return read_json(path) if is_json else parse_config(path)
+
+
+def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
+    """The plan of every layer in `traits`; layers that the file does not name stay float.
+
+    Errors: ConfigError (layers the model does not have or that cannot be quantised, settings that do not go together,
+    everything disabled).
+    """
+    named = [item.target for item in config.settings.override_layer_configs]
+    problems = []
+    for name in (*named, *config.disabled):
+        if name not in traits:
+            problems.append(f"the model has no layer '{name}'{close_matches(name, traits)}")
+        elif name in named and not traits[name].quantizable:
+            problems.append(
+                f"layer '{name}' ({traits[name].type}) cannot be quantised: {traits[name].why_not_quantizable}; "
+                "set retrain_enable to false or remove it"
+            )
+    if problems:
+        raise ConfigError("\n  ".join([f"{config.source}: the file does not fit the model:", *problems]))
+    if not named:
+        raise ConfigError(f"{config.source}: every layer is disabled, nothing is left to quantise")
+    return resolve(config.settings, traits)
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which keys stand twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.duplicates = sorted({name for name in names if names.count(name) > 1})
+
+    def check_unique(self, where: str) -> None:
+        """Raise ConfigError for a duplicate key here or deeper inside."""
+        if self.duplicates:
+            raise ConfigError(f"{where}: key '{self.duplicates[0]}' stands more than once; keep one of them")
+        for name, value in self.items():
+            if isinstance(value, _Object):
+                value.check_unique(f"{where}: '{name}'")
+
+
+class _Reader:
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def config(self, content: _Object) -> JsonConfig:
+        for key in ("version", "batch_num"):
+            if key not in content:
+                raise ConfigError(f"{self._source}: '{key}' is missing")
+        version = self._typed(content, "version", int, "")
+        if version != _VERSION:
+            raise ConfigError(f"{self._source}: version {version} is not known, only {_VERSION} is")
+        batch_num = self._typed(content, "batch_num", int, "")
+        if batch_num < 1:
+            raise ConfigError(f"{self._source}: batch_num: {batch_num} batches cannot calibrate anything, must be >= 1")
+        mode = self._typed(content, "fakequant_precision_mode", str, "", "DEFAULT")
+        self._one_of(mode, ("DEFAULT", _FP16), "fakequant_precision_mode")
+        enabled, disabled = [], []
+        for name, layer in content.items():
+            if name in _TOP_KEYS:
+                continue
+            override = self._layer(name, layer)
+            if override is None:
+                disabled.append(name)
+            else:
+                enabled.append(override)
+        settings = RetrainConfig(
+            batch_num=batch_num,
+            override_layer_configs=tuple(enabled),
+            fp16=mode == _FP16,
+            write_shift_bit=self._typed(content, "write_shift_bit", bool, "", False),
+            places=Places(self._source),
+        )
+        return JsonConfig(settings, tuple(disabled))
+
+    def _layer(self, name: str, content: Any) -> Override | None:
+        """The settings of a layer, None where it is disabled (its settings are checked all the same)."""
+        if not isinstance(content, _Object):
+            raise ConfigError(f"{self._source}: layer '{name}' must be a JSON object, not {type(content).__name__}")
+        pruning = [key for key in content if "prune" in key]
+        if pruning:
+            raise ConfigError(f"{self._source}: layer '{name}': '{pruning[0]}': this file only quantises; remove it")
+        unknown = [key for key in content if key not in _LAYER_KEYS]
+        if unknown:
+            _log.warning(
+                "%s: layer '%s': %s has no meaning here and is ignored", self._source, name, ", ".join(unknown)
+            )
+        where = f"layer '{name}': "
+        data = self._data(self._typed(content, "retrain_data_config", _Object, where, _Object([])), where)
+        weight = self._weight(self._typed(content, "retrain_weight_config", _Object, where, _Object([])), where)
+        return Override(name, data, weight) if self._typed(content, "retrain_enable", bool, where, True) else None
+
+    def _data(self, content: _Object, where: str) -> DataQuant:
+        where += "retrain_data_config."
+        self._known(content, _DATA_KEYS, where)
+        self._one_of(self._typed(content, "algo", str, where, "ulq_quantize"), ("ulq_quantize",), f"{where}algo")
+        bits = self._bits(content, where, "activations", ("INT8", "INT16"))
+        clips: list[float | None] = []
+        for key, sign in (("clip_max", 1), ("clip_min", -1)):
+            clip = self._typed(content, key, float, where, None)
+            if clip is not None and not (math.isfinite(clip) and clip * sign > 0):
+                wanted = "greater" if sign > 0 else "less"
+                raise ConfigError(f"{self._source}: {where}{key}: {clip} must be finite and {wanted} than 0")
+            clips.append(clip)
+        if (clips[0] is None) != (clips[1] is None):
+            raise ConfigError(f"{self._source}: {where}clip_max and clip_min go together, one of them is missing")
+        return DataQuant(bits, clips[0], clips[1], self._typed(content, "fixed_min", bool, where, None))
+
+    def _weight(self, content: _Object, where: str) -> WeightSettings:
+        where += "retrain_weight_config."
+        self._known(content, _WEIGHT_KEYS, where)
+        algo = self._typed(content, "algo", str, where, "arq_retrain")
+        self._one_of(algo, _WEIGHT_ALGOS, f"{where}algo")
+        bits = self._bits(content, where, "weights", ("INT8", "INT4"))
+        return WeightSettings(algo, bits, self._typed(content, "channel_wise", bool, where, None))
+
+    def _bits(self, content: _Object, where: str, what: str, allowed: tuple[str, ...]) -> int:
+        kind = self._typed(content, "dst_type", str, where, "INT8")
+        if kind not in allowed:
+            raise ConfigError(
+                f"{self._source}: {where}dst_type: {kind} {what} cannot be retrained, {' and '.join(allowed)} can"
+            )
+        return _BITS[kind]
+
+    def _known(self, content: _Object, keys: tuple[str, ...], where: str) -> None:
+        for key in content:
+            if key not in keys:
+                hint = close_matches(key, keys) or f"; known here: {', '.join(keys)}"
+                raise ConfigError(f"{self._source}: {where}{key}: unknown key{hint}")
+
+    def _one_of(self, value: str, allowed: tuple[str, ...], where: str) -> None:
+        if value not in allowed:
+            raise ConfigError(f"{self._source}: {where}: '{value}' is not one of {', '.join(allowed)}")
+
+    def _typed(self, content: _Object, key: str, kind: type, where: str, default: Any = None) -> Any:
+        """The value of a key, of exactly this type (true is no number, 1 is no float), or the default."""
+        value = content.get(key, default)
+        if key in content and type(value) is not kind:
+            wanted = "a JSON object" if kind is _Object else f"of type {kind.__name__}"
+            raise TypeError(f"{self._source}: {where}{key}: must be {wanted}, not {type(value).__name__} ({value!r})")
+        return value

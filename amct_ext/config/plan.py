@@ -1,0 +1,192 @@
+"""One plan per layer: the configuration's settings, resolved against the layers of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from amct_ext.config.plan_checks import check_against_model, prune_active, quant_active
+from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
+from amct_ext.config.traits import LayerTraits
+from amct_ext.errors import ConfigError
+
+__all__ = [
+    "DataQuant",
+    "FilterPrune",
+    "LayerPlan",
+    "LayerTraits",
+    "Plan",
+    "QuantPlan",
+    "SparsePrune",
+    "WeightQuant",
+    "after_pruning",
+    "resolve",
+]
+
+_PER_TENSOR_TYPES = ("Linear",)
+_PAIRS = ((8, 8), (16, 8), (8, 4))  # bits of activations and weights that go together
+_log = logging.getLogger("amct_ext")
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """How a weight is quantised. algo: 'arq_retrain' (range of the current weight) or 'ulq_retrain' (learned scale)."""
+
+    algo: str = "arq_retrain"
+    num_bits: int = 8
+    channel_wise: bool = True
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Quantisation of one layer."""
+
+    data: DataQuant
+    weight: WeightQuant
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer; quant None: it stays float, prune None: it stays whole."""
+
+    name: str
+    type: str
+    quant: QuantPlan | None = None
+    prune: FilterPrune | SparsePrune | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to a model. `layers` holds every layer of the traits, in their order, also those left alone."""
+
+    batch_num: int
+    layers: dict[str, LayerPlan]
+    fp16: bool
+    write_shift_bit: bool
+    quant_active: bool
+    prune_active: bool
+
+
+def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
+    """The plan of every layer in `traits` (named_modules order).
+
+    Quantisation: override_layer_configs > override_layer_types > skip lists > global settings. Pruning: skip lists >
+    override_layer_configs > override_layer_types > global settings. The two halves are looked up separately: an
+    override that says nothing on pruning does not touch pruning, and the other way round; within one half it replaces,
+    it does not merge. Errors: ConfigError. Source: AMCT's retraining configuration; differences: docs/differences.md.
+    """
+    check_against_model(config, traits)
+    notes = _Notes()
+    layers = {
+        name: LayerPlan(name, trait.type, _quant(config, name, trait, notes), _prune(config, name, trait))
+        for name, trait in traits.items()
+    }
+    if all(layer.quant is None and layer.prune is None for layer in layers.values()):
+        raise ConfigError(f"{config.places.source}: every layer is skipped, nothing is left to compress")
+    notes.log(config.places.source)
+    return Plan(
+        config.batch_num, layers, config.fp16, config.write_shift_bit, quant_active(config), prune_active(config)
+    )
+
+
+def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
+    """The plan for the pruned model: INT4 weights whose input channels became odd take INT8 (a logged note)."""
+    layers, notes = dict(plan.layers), _Notes()
+    for name, layer in plan.layers.items():
+        quant = layer.quant
+        if quant is not None and quant.weight.num_bits == 4 and not traits[name].int4_weights:
+            layers[name] = replace(layer, quant=replace(quant, weight=replace(quant.weight, num_bits=8)))
+            notes.int4.append(name)
+    notes.log("after channel pruning")
+    return replace(plan, layers=layers)
+
+
+@dataclass
+class _Notes:
+    """Layers that get something else than asked for; one message each, not one per layer."""
+
+    int4: list[str] = field(default_factory=list)
+    per_tensor: list[str] = field(default_factory=list)
+
+    def log(self, source: str) -> None:
+        if self.int4:
+            _log.warning(
+                "%s: INT8 instead of INT4 weights where the input channels are odd or grouped: %s",
+                source, ", ".join(self.int4),
+            )  # fmt: skip
+        if self.per_tensor:
+            _log.warning(
+                "%s: channel_wise does not apply to Linear layers, their weights take one scale: %s",
+                source, ", ".join(self.per_tensor),
+            )  # fmt: skip
+
+
+def _find(overrides: tuple[Override, ...], target: str) -> tuple[int, Override] | None:
+    return next(((index, item) for index, item in enumerate(overrides) if item.target == target), None)
+
+
+def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) -> QuantPlan | None:
+    if not trait.quantizable:
+        return None
+    by_name, by_type = _find(config.override_layer_configs, name), _find(config.override_layer_types, trait.type)
+    place: tuple[str | int, ...]
+    if by_name is not None and by_name[1].quantizes:
+        data, weight = by_name[1].data, by_name[1].weight
+        place = ("override_layer_configs", by_name[0])
+    elif by_type is not None and by_type[1].quantizes:
+        data, weight = by_type[1].data, by_type[1].weight
+        place = ("override_layer_types", by_type[0])
+    elif _quant_skipped(config, name, trait):
+        return None
+    else:
+        data, weight, place = config.data, config.weight, ()
+    data, weight = data or DataQuant(), weight or WeightSettings()
+    if (data.num_bits, weight.num_bits) not in _PAIRS:
+        pairs = ", ".join(f"INT{act} with INT{wts}" for act, wts in _PAIRS)
+        raise ConfigError(
+            f"{config.places.at(*place)}: layer '{name}': INT{data.num_bits} activations with INT{weight.num_bits} "
+            f"weights do not go together; choose one of {pairs}"
+        )
+    bits = weight.num_bits
+    if bits == 4 and not trait.int4_weights:
+        bits = 8
+        notes.int4.append(name)
+    channel_wise = weight.channel_wise
+    if channel_wise is None:
+        channel_wise = trait.type not in _PER_TENSOR_TYPES
+    elif channel_wise and trait.type in _PER_TENSOR_TYPES:
+        if place[:1] == ("override_layer_configs",):
+            raise ConfigError(
+                f"{config.places.at(*place)}: layer '{name}' is a {trait.type}, whose weight takes one scale; "
+                "set channel_wise: false"
+            )
+        channel_wise = False
+        notes.per_tensor.append(name)
+    return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise))
+
+
+def _quant_skipped(config: RetrainConfig, name: str, trait: LayerTraits) -> bool:
+    return (
+        (config.data is None and config.weight is None)
+        or name in (*config.skip_layers, *config.quant_skip_layers)
+        or trait.type in (*config.skip_layer_types, *config.quant_skip_types)
+    )
+
+
+def _prune(config: RetrainConfig, name: str, trait: LayerTraits) -> FilterPrune | SparsePrune | None:
+    if name in (*config.skip_layers, *config.regular_prune_skip_layers):
+        return None
+    if trait.type in (*config.skip_layer_types, *config.regular_prune_skip_types):
+        return None
+    by_name, by_type = _find(config.override_layer_configs, name), _find(config.override_layer_types, trait.type)
+    if by_name is not None and by_name[1].prune is not None:
+        chosen = by_name[1].prune
+    elif by_type is not None and by_type[1].prune is not None:
+        chosen = by_type[1].prune
+    elif config.prune is not None:
+        chosen = config.prune
+    else:
+        return None
+    eligible = trait.filter_prunable if isinstance(chosen, FilterPrune) else trait.sparse_prunable
+    return chosen if eligible else None

@@ -1,0 +1,154 @@
+"""Does a configuration fit a model? All that is wrong is said at once, each with its place in the file.
+
+Two rules are looser than AMCT's, so what it accepts is accepted: an entry of skip_layers must name a layer that some
+method can take (AMCT: quantisation and the global pruning method both), and regular_prune_skip_* is held against all
+pruning methods the file uses (AMCT: the global one only).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from amct_ext.config.text import FilterPrune, Override, RetrainConfig, SparsePrune
+from amct_ext.config.traits import LayerTraits
+from amct_ext.errors import ConfigError
+from amct_ext.proto.text import close_matches
+
+QUANT_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose2d", "LSTM", "GRU", "ConvTranspose1d")
+FILTER_TYPES = ("Conv2d", "Linear")
+SPARSE_TYPES = ("Conv2d", "Linear", "ConvTranspose2d")
+
+_log = logging.getLogger("amct_ext")
+
+
+def _overrides(config: RetrainConfig) -> tuple[Override, ...]:
+    return config.override_layer_configs + config.override_layer_types
+
+
+def quant_active(config: RetrainConfig) -> bool:
+    """Whether the file asks for quantisation: global settings, even empty ones, or those of any override."""
+    return config.data is not None or config.weight is not None or any(item.quantizes for item in _overrides(config))
+
+
+def prune_active(config: RetrainConfig) -> bool:
+    """Whether the file asks for pruning or sparsity: prune_config, global or in any override."""
+    return bool(_methods(config))
+
+
+def _methods(config: RetrainConfig) -> set[type]:
+    chosen = [config.prune, *(item.prune for item in _overrides(config))]
+    return {type(item) for item in chosen if item is not None}
+
+
+def check_against_model(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> None:
+    """Errors: ConfigError with every entry that names an unknown or unsuitable layer or type, or an empty job."""
+    if not (quant_active(config) or prune_active(config)):
+        raise ConfigError(
+            f"{config.places.source}: nothing to do; give retrain_data_quant_config, retrain_weight_quant_config or "
+            "prune_config, for the whole model or in an override"
+        )
+    problems = [*_skips(config, traits), *_layer_overrides(config, traits), *_type_overrides(config)]
+    if not problems and quant_active(config) and not any(trait.quantizable for trait in traits.values()):
+        reasons = sorted({trait.why_not_quantizable for trait in traits.values()} - {""})
+        problems.append(
+            f"{config.places.source}: quantisation is asked for, but no layer of the model can be quantised"
+            + (f" ({'; '.join(reasons)})" if reasons else "")
+        )
+    if not problems and prune_active(config) and not any(_prunable(config, trait) for trait in traits.values()):
+        problems.append(
+            f"{config.places.source}: pruning is asked for, but no layer of the model can be pruned that way"
+        )
+    if problems:
+        raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems]))
+
+
+def _prunable(config: RetrainConfig, trait: LayerTraits) -> bool:
+    methods = _methods(config)
+    return (FilterPrune in methods and trait.filter_prunable) or (SparsePrune in methods and trait.sparse_prunable)
+
+
+def _any_method(trait: LayerTraits) -> bool:
+    return trait.quantizable or trait.filter_prunable or trait.sparse_prunable
+
+
+def _skips(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator[str]:
+    quant, prune = quant_active(config), prune_active(config)
+    methods = _methods(config)
+    prune_types = (FILTER_TYPES if methods == {FilterPrune} else SPARSE_TYPES) if prune else ()
+    every_type = (*QUANT_TYPES, *SPARSE_TYPES)
+
+    def prunable(trait: LayerTraits) -> bool:
+        return _prunable(config, trait)
+
+    def quantizable(trait: LayerTraits) -> bool:
+        return trait.quantizable
+
+    layer_rules: tuple[tuple[str, bool, Callable[[LayerTraits], bool], str], ...] = (
+        ("skip_layers", True, _any_method, "compressed"),
+        ("quant_skip_layers", quant, quantizable, "quantised"),
+        ("regular_prune_skip_layers", prune, prunable, "pruned"),
+    )
+    for list_name, binding, suits, what in layer_rules:
+        for index, name in enumerate(getattr(config, list_name)):
+            place = config.places.at(list_name, index)
+            trait = traits.get(name)
+            if trait is None:
+                yield f"{place}: {list_name}: {_unknown_layer(name, traits)}"
+            elif binding and not suits(trait):
+                reason = f" ({trait.why_not_quantizable})" if what == "quantised" and trait.why_not_quantizable else ""
+                yield f"{place}: {list_name}: layer '{name}' ({trait.type}) is not {what} anyway{reason}; remove it"
+    for list_name, allowed in (
+        ("skip_layer_types", every_type),
+        ("quant_skip_types", QUANT_TYPES if quant else every_type),
+        ("regular_prune_skip_types", prune_types or every_type),
+    ):
+        for index, name in enumerate(getattr(config, list_name)):
+            if name not in allowed:
+                yield f"{config.places.at(list_name, index)}: {list_name}: {_unknown_type(name, allowed)}"
+
+
+def _layer_overrides(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator[str]:
+    for index, item in enumerate(config.override_layer_configs):
+        place = config.places.at("override_layer_configs", index, "layer_name")
+        label = f"{place}: override_layer_configs: layer '{item.target}'"
+        trait = traits.get(item.target)
+        if trait is None:
+            yield f"{place}: override_layer_configs: {_unknown_layer(item.target, traits)}"
+            continue
+        _note_empty(item, label)
+        if item.quantizes and not trait.quantizable:
+            yield f"{label} ({trait.type}) cannot be quantised: {trait.why_not_quantizable or 'not a supported layer'}"
+        if isinstance(item.prune, FilterPrune) and not trait.filter_prunable:
+            yield f"{label} ({trait.type}) has no output channels that can be removed; remove its filter_pruner"
+        if isinstance(item.prune, SparsePrune) and not trait.sparse_prunable:
+            yield f"{label} ({trait.type}) cannot be 2:4 sparse; remove its n_out_of_m_pruner"
+
+
+def _type_overrides(config: RetrainConfig) -> Iterator[str]:
+    for index, item in enumerate(config.override_layer_types):
+        place = config.places.at("override_layer_types", index, "layer_type")
+        _note_empty(item, f"{place}: override_layer_types: type '{item.target}'")
+        allowed: tuple[str, ...] = QUANT_TYPES
+        if isinstance(item.prune, FilterPrune):
+            allowed = FILTER_TYPES
+        elif isinstance(item.prune, SparsePrune):
+            allowed = SPARSE_TYPES
+        if item.target not in allowed:
+            yield f"{place}: override_layer_types: {_unknown_type(item.target, allowed)}"
+
+
+def _note_empty(item: Override, label: str) -> None:
+    if not item.quantizes and item.prune is None:
+        _log.warning("%s: the override sets nothing and has no effect", label)
+
+
+def _unknown_layer(name: str, traits: Mapping[str, LayerTraits]) -> str:
+    inside = [item for item in traits if item.startswith(f"{name}.")]
+    if inside:
+        return f"'{name}' is a module with layers inside, not a layer; name each of them, e.g. '{inside[0]}'"
+    return f"the model has no layer '{name}'{close_matches(name, traits)}"
+
+
+def _unknown_type(name: str, allowed: tuple[str, ...]) -> str:
+    return f"layer type '{name}' is not one of {', '.join(dict.fromkeys(allowed))}{close_matches(name, allowed)}"

@@ -1,0 +1,1 @@
+"""ONNX files of a compressed model: fake-quantised and for deployment."""

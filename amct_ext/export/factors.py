@@ -1,0 +1,170 @@
+"""The integers and scales that a recorded layer is deployed with, checked against the layer they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from amct_ext.errors import ExportError, RecordError, RecordRangeError
+
+if TYPE_CHECKING:
+    from amct_ext.record.types import QuantRecord
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+ACTIVATION_BITS: Mapping[str, int] = {"INT4": 4, "INT8": 8, "INT16": 16}
+WEIGHT_BITS: Mapping[str, int] = {"INT4": 4, "INT6": 6, "INT7": 7, "INT8": 8}
+MAX_SHIFT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """Everything the two ONNX files say about one layer. `weight` is in torch's layout, `deq` = scale_d * scale_w."""
+
+    name: str
+    scale_d: np.float32
+    offset_d: int
+    act_type: str
+    weight_bits: int
+    weight: np.ndarray
+    bias: np.ndarray | None
+    bias_integers: np.ndarray | None
+    deq: np.ndarray
+    shift: tuple[int, ...]
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer of the activation."""
+        half = 1 << (ACTIVATION_BITS[self.act_type] - 1)
+        return -half, half - 1
+
+    @property
+    def input_key(self) -> tuple[float, int, str]:
+        """Layers that read one tensor with equal keys share its quantisation."""
+        return float(self.scale_d), self.offset_d, self.act_type
+
+
+def layer_factors(record: QuantRecord, module: nn.Module, write_shift: bool) -> LayerFactors:
+    """Quantise `module` (BatchNorm already folded in) with the factors of `record` (amct-behaviour 3.7, 6.10, 8.4).
+
+    RecordRangeError for a factor out of range; RecordError for a length that does not fit the layer; ExportError for a
+    layer type that cannot be exported or a non-finite weight.
+    """
+    name = record.key
+    if record.scale_h is not None:
+        raise RecordError(f"layer {name!r} is a {type(module).__name__}, but its record is of a recurrent layer")
+    if not isinstance(module, (*CONVOLUTIONS, *DECONVOLUTIONS, nn.Linear)):
+        raise ExportError(f"layer {name!r} is a {type(module).__name__}; only convolutions and Linear are quantised")
+    act_type, wts_type = types_of(record)
+    scale_d, scale_w = scales_of(record, act_type)
+    weight = module.weight.detach().to("cpu", torch.float32).numpy()
+    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    if len(scale_w) not in (1, channels):
+        raise RecordError(f"layer {name!r}: {len(scale_w)} weight scales, but it has {channels} output channels")
+    if not np.isfinite(weight).all():
+        raise ExportError(f"layer {name!r}: the weight holds NaN or Inf")
+    deq = scale_w * scale_d
+    if not (np.isfinite(deq) & (deq > 0)).all():
+        raise RecordRangeError(f"layer {name!r}: scale_d * scale_w is not a positive float32")
+    half = 1 << (WEIGHT_BITS[wts_type] - 1)
+    integers = np.clip(np.rint(weight / _weight_scale(scale_w, module)), -half, half - 1).astype(np.int8)
+    bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32).numpy()
+    return LayerFactors(
+        name=name,
+        scale_d=scale_d,
+        offset_d=record.offset_d,
+        act_type=act_type,
+        weight_bits=WEIGHT_BITS[wts_type],
+        weight=integers,
+        bias=bias,
+        bias_integers=None if bias is None else np.rint(bias / deq),
+        deq=truncate(deq) if record.fakequant_precision_mode == "FORCE_FP16_QUANT" else deq,
+        shift=_shift(record, len(deq)) if write_shift else (),
+    )
+
+
+def int32_bias(factors: LayerFactors) -> np.ndarray | None:
+    """round(bias / deq) as INT32; ExportError naming the layer and channel when it does not fit (6.10)."""
+    if factors.bias_integers is None:
+        return None
+    limits = np.iinfo(np.int32)
+    # compared in float64: float32 cannot hold the upper limit and would let 2^31 pass
+    fits = (factors.bias_integers.astype(np.float64) >= limits.min) & (
+        factors.bias_integers.astype(np.float64) <= limits.max
+    )
+    if not fits.all():
+        channel = int(np.argmin(fits))
+        raise ExportError(
+            f"layer {factors.name!r}: the bias of channel {channel} is {factors.bias_integers[channel]:.6g} steps of "
+            "scale_d * scale_w and does not fit INT32; the scales are too small for this bias"
+        )
+    return factors.bias_integers.astype(np.int32)
+
+
+def types_of(record: QuantRecord) -> tuple[str, str]:
+    """Activation and weight type; dst_type overrides both, UNSET means INT8."""
+    act, wts = (record.act_type or "INT8", record.wts_type or "INT8")
+    if record.dst_type:
+        act = wts = record.dst_type
+    act, wts = ("INT8" if text == "UNSET" else text for text in (act, wts))
+    if act not in ACTIVATION_BITS or wts not in WEIGHT_BITS:
+        raise RecordError(
+            f"layer {record.key!r}: activation {act} and weight {wts} cannot be exported; "
+            f"possible are {', '.join(ACTIVATION_BITS)} and {', '.join(WEIGHT_BITS)}"
+        )
+    return act, wts
+
+
+def scales_of(record: QuantRecord, act_type: str) -> tuple[np.float32, np.ndarray]:
+    """scale_d and scale_w as float32, checked. Errors: RecordError, RecordRangeError."""
+    if record.scale_d is None or record.offset_d is None or not record.scale_w:
+        raise RecordError(f"layer {record.key!r}: scale_d, offset_d and scale_w must all be recorded")
+    scale_d, scale_w = np.float32(record.scale_d), np.asarray(record.scale_w, dtype=np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        usable = np.isfinite(scale_d) and scale_d > 0 and np.isfinite(np.float32(1) / scale_d)
+    if not usable or not (np.isfinite(scale_w) & (scale_w > 0)).all():
+        raise RecordRangeError(f"layer {record.key!r}: scales must be positive and finite")
+    half = max(1 << (ACTIVATION_BITS[act_type] - 1), 128)
+    if not -half <= record.offset_d < half:
+        raise RecordRangeError(f"layer {record.key!r}: offset_d {record.offset_d} is outside {-half}..{half - 1}")
+    if any(record.offset_w):
+        raise RecordRangeError(f"layer {record.key!r}: weights are quantised symmetrically, offset_w must be 0")
+    return scale_d, scale_w
+
+
+def _weight_scale(scale_w: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
+    """The scales shaped to divide the weight: output channels sit on axis 0, in ConvTranspose on (group, 1)."""
+    rank = module.weight.dim()
+    if len(scale_w) == 1:
+        return scale_w.reshape([1] * rank)
+    if not isinstance(module, DECONVOLUTIONS):
+        return scale_w.reshape([-1] + [1] * (rank - 1))
+    # channel g * (Cout / groups) + j is column j of the rows that belong to group g
+    rows = module.in_channels // module.groups
+    per_row = np.repeat(scale_w.reshape(module.groups, -1), rows, axis=0)
+    return per_row.reshape([module.in_channels, -1] + [1] * (rank - 2))
+
+
+def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:
+    """The shift per scale, empty when there is none: 1..16 everywhere or 0 everywhere (searchN)."""
+    shift = tuple(record.shift_bit)
+    if not any(shift):
+        return ()
+    if len(shift) == 1:
+        shift = shift * channels
+    if len(shift) != channels or not all(1 <= bits <= MAX_SHIFT for bits in shift):
+        raise RecordRangeError(
+            f"layer {record.key!r}: shift_bit must hold {channels} values, all 0 or all within 1..{MAX_SHIFT}"
+        )
+    return shift
+
+
+def truncate(deq: np.ndarray) -> np.ndarray:
+    """Keep sign, exponent and the upper 10 bits of the mantissa (FORCE_FP16_QUANT, amct-behaviour 2.10)."""
+    return (deq.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

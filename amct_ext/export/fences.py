@@ -1,0 +1,186 @@
+"""Find the recorded layers in a captured graph and fence each one off, before anything is optimised.
+
+Every recorded layer becomes `Quant -> layer -> Dequant` with two markers of a domain of our own. The optimiser knows
+nothing of that domain, so it cannot fold a BatchNorm, a Pad or a neighbour into a layer whose integers are fixed, nor
+merge two layers that look alike; the two lowerings then replace the markers by what each file needs.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from amct_ext.errors import ExportError
+from amct_ext.export.factors import LayerFactors, int32_bias
+
+DOMAIN = "amct_ext.marker"
+LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the path of the module a node comes from
+_VIEWS = frozenset({"Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
+
+
+@dataclass(frozen=True, eq=False)
+class FencedLayer:
+    """A located layer: `weight` and `bias` as its node reads them (integers), `bias` None where the node has none."""
+
+    factors: LayerFactors
+    op: str
+    weight: np.ndarray
+    bias: np.ndarray | None
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of `weight` that runs over input channels."""
+        return 1 if self.op == "Conv" else 0
+
+
+def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, FencedLayer]:
+    """Put the markers around every layer and give its node the integers (held as float32).
+
+    Changes `model` in place. ExportError names a layer that the graph does not hold, or holds more than once.
+    """
+    aliases = _aliases(torch_model)
+    found = {factors.name: _find(model.graph, factors.name, aliases[f"{factors.name}.weight"]) for factors in layers}
+    model.opset_imports[DOMAIN] = 1
+    fenced = {}
+    for factors in layers:
+        node = found[factors.name]
+        layer = _with_integers(factors, node)
+        _put_markers(model.graph, factors.name, node)
+        if node.op_type == "Gemm":
+            node.attributes["transB"] = ir.AttrInt64("transB", 0)
+        bias = None if layer.bias is None else layer.bias.astype(np.float32)
+        put_tensors(model.graph, node, layer, layer.weight.astype(np.float32), bias)
+        fenced[factors.name] = layer
+    return fenced
+
+
+def name_layers(graph: ir.Graph) -> None:
+    """Name the node of every fenced layer after the layer; the optimiser may have replaced it by an equal one."""
+    for layer, marker in markers(graph):
+        source = marker.inputs[0]
+        node = source.producer() if marker.op_type == "Dequant" and source is not None else None
+        if node is not None:
+            node.name = layer
+
+
+def markers(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
+    """The markers in graph order with the name of their layer. The graph may be edited while this runs."""
+    for node in tuple(graph):
+        if node.domain == DOMAIN:
+            yield node.attributes["layer"].as_string(), node
+
+
+def put_tensors(
+    graph: ir.Graph, node: ir.Node, layer: FencedLayer, weight: np.ndarray, bias: np.ndarray | None
+) -> None:
+    """Give the node of `layer` its weight and bias under the layer's own names."""
+    set_constant(graph, node, 1, f"{layer.factors.name}.weight", weight)
+    if layer.op != "MatMul":  # the bias of a MatMul is an Add behind it and stays float
+        set_constant(graph, node, 2, f"{layer.factors.name}.bias", bias)
+
+
+def set_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, array: np.ndarray | None) -> None:
+    """Let input `index` of `node` be an initialiser `name` holding `array`; None takes the input away."""
+    if array is None:
+        if len(node.inputs) > index:
+            node.resize_inputs(index)
+        return
+    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+    old = graph.initializers.pop(name, None)
+    if old is not None and old.uses():  # read elsewhere too: keep the float tensor under another name
+        old.name = f"{name}.float"
+        graph.register_initializer(old)
+    graph.register_initializer(value)
+
+
+def like(value: ir.Value, name: str) -> ir.Value:
+    """A new float value with the shape of `value`."""
+    return ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | None = None) -> None:
+    """Let every reader of `old` (but `keep`) read `new`; a graph output keeps its name."""
+    for use in tuple(old.uses()):
+        if use.node is not keep:
+            use.node.replace_input_with(use.idx, new)
+    for place, output in enumerate(graph.outputs):
+        if output is old:
+            name, old.name = old.name, f"{old.name}.accumulator"
+            new.name = name
+            graph.outputs[place] = new
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter name -> all names of the same tensor: the exporter keeps one name of a tied parameter."""
+    by_tensor: dict[torch.Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_tensor.setdefault(parameter, []).append(name)
+    return {name: names for names in by_tensor.values() for name in names}
+
+
+def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
+    """The one node that reads the weight of `layer`, directly or through a transposition."""
+    values = [graph.initializers[name] for name in weights if name in graph.initializers]
+    nodes: list[ir.Node] = []
+    while values:
+        for use in values.pop().uses():
+            if use.node.op_type in LAYER_OPS and use.idx == 1:
+                nodes.append(use.node)
+            elif use.node.op_type in _VIEWS and use.idx == 0:
+                values.append(use.node.outputs[0])
+    if len(nodes) > 1:  # a weight shared by several layers: the module path decides
+        nodes = [node for node in nodes if layer in module_scopes(node)]
+    if len(nodes) == 1:
+        return nodes[0]
+    if nodes:
+        raise ExportError(f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised")
+    raise ExportError(
+        f"layer {layer!r} is in the record, but no {', '.join(sorted(LAYER_OPS))} of the exported graph reads its "
+        "weight: its forward does not run with this input_data"
+    )
+
+
+def module_scopes(node: ir.Node) -> list[str]:
+    """Paths of the modules that `node` comes from, outermost first; the last entry is the operator's own name."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    except (SyntaxError, ValueError):
+        return []
+    return [str(scope) for scope in scopes]
+
+
+def _with_integers(factors: LayerFactors, node: ir.Node) -> FencedLayer:
+    weight = factors.weight
+    if node.op_type in ("Gemm", "MatMul"):
+        weight = np.ascontiguousarray(weight.T)
+    if node.op_type == "Gemm":
+        neutral = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+        other = {key: node.attributes[key].value for key in neutral if key in node.attributes}
+        if any(value != neutral[key] for key, value in other.items()):
+            raise ExportError(f"layer {factors.name!r}: its Gemm has {other}, which cannot be deployed in integers")
+    bias = None if node.op_type == "MatMul" else int32_bias(factors)
+    return FencedLayer(factors, node.op_type, weight, bias)
+
+
+def _put_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    quant, dequant = (
+        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[like(value, f"{layer}.{op}")])
+        for op, value in (("Quant", source), ("Dequant", result))
+    )
+    node.replace_input_with(0, quant.outputs[0])
+    graph.insert_before(node, quant)
+    graph.insert_after(node, dequant)
+    take_over(graph, result, dequant.outputs[0], keep=dequant)

@@ -1,0 +1,165 @@
+"""ONNX files of a compressed model: one to simulate on any runtime, one for the device's compiler.
+
+Works on plain float models: compressed layers are already folded back, 2:4 masks multiplied in, BatchNorm in place.
+
+    fake_quant, deploy = export_quantized(model, images, record.quant, {"conv1": "bn1"}, "out/resnet")
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from amct_ext.errors import ExportError, RecordError
+from amct_ext.export.axes import as_arguments, check_axes
+from amct_ext.export.capture import capture, optimise
+from amct_ext.export.deploy import lower_deploy
+from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
+from amct_ext.export.fake_quant import lower_fake_quant
+from amct_ext.export.fences import DOMAIN, fence, name_layers
+from amct_ext.export.files import encode, onnx_paths, write_files
+from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
+from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
+from amct_ext.export.tidy import drop_unused, tidy, use_matmul
+from amct_ext.record.types import QuantRecord
+
+
+def export_quantized(
+    model: nn.Module,
+    input_data: torch.Tensor | tuple[Any, ...],
+    records: Sequence[QuantRecord],
+    conv_bn: Mapping[str, str],
+    save_path: str | os.PathLike[str],
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+    dynamic_axes: Mapping[str, Any] | None = None,
+    write_shift: bool = False,
+) -> tuple[Path, Path]:
+    """Write `<save_path>_fake_quant_model.onnx` and `<save_path>_deploy_model.onnx`; return both paths.
+
+    `records` holds the factors of the quantised layers; `conv_bn` maps a convolution to the BatchNorm behind it, whose
+    factor is already in the record's scale_w. With `write_shift` the recorded shifts (searchN) are used: they change
+    the arithmetic of the fake-quant model and stand in bits 39:32 of the dequantisation words.
+
+    The caller's model is not changed, and is exported in eval mode whatever its mode. No file is written unless both
+    could be made. Errors: RuntimeError (record that does not fit the model, model that cannot be captured, layer that
+    is not in the graph, bias beyond INT32, names or axes that do not fit), ValueError (factor out of range, save_path).
+    """
+    paths = onnx_paths(save_path)
+    axes = check_axes(input_names, output_names, dynamic_axes)
+    if not records:
+        raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
+    float_model, arguments = _prepare(model, as_arguments(input_data))
+    _fuse(float_model, conv_bn, {record.key for record in records})
+    modules = dict(float_model.named_modules())
+    layers: list[LayerFactors] = []
+    recurrent: list[RnnFactors] = []
+    for record in records:
+        if record.key not in modules:
+            raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
+        if record.key in {layer.name for layer in layers} | {layer.name for layer in recurrent}:
+            raise RecordError(f"the record holds two entries for layer {record.key!r}")
+        module = modules[record.key]
+        if isinstance(module, (nn.LSTM, nn.GRU)):
+            recurrent.append(rnn_factors(record, module))
+        else:
+            layers.append(layer_factors(record, module, write_shift))
+    program = capture(float_model, arguments, axes)
+    captured = program.model
+    use_matmul(captured.graph)
+    fenced = fence(captured, float_model, layers)
+    rnns = fence_rnns(captured, float_model, recurrent)
+    captured = optimise(program)
+    name_layers(captured.graph)
+    tidy(captured, {*fenced, *rnns})
+    deploy = captured.clone()
+    lower_rnn_fake_quant(captured, rnns)
+    lower_rnn_deploy(deploy, rnns)
+    lower_fake_quant(captured, fenced)
+    lower_deploy(deploy, fenced)
+    for lowered in (captured, deploy):
+        drop_unused(lowered)
+        lowered.opset_imports.pop(DOMAIN, None)
+    write_files({**encode(captured, paths[0], "fakequant"), **encode(deploy, paths[1], "deploy")})
+    return paths
+
+
+def export_plain(
+    model: nn.Module,
+    input_data: torch.Tensor | tuple[Any, ...],
+    save_path: str | os.PathLike[str],
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+    dynamic_axes: Mapping[str, Any] | None = None,
+) -> tuple[Path, Path]:
+    """Write the float graph under both names (a pruned model without quantisation, 8.7); return both paths.
+
+    Errors: RuntimeError (model that cannot be captured, names or axes that do not fit), ValueError (save_path).
+    """
+    paths = onnx_paths(save_path)
+    axes = check_axes(input_names, output_names, dynamic_axes)
+    float_model, arguments = _prepare(model, as_arguments(input_data))
+    program = capture(float_model, arguments, axes)
+    use_matmul(program.model.graph)
+    plain = optimise(program)
+    tidy(plain, ())
+    files = encode(plain.clone(), paths[0], "fakequant")
+    write_files({**files, **encode(plain, paths[1], "deploy")})
+    return paths
+
+
+def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A float32 copy of the model in eval mode, and arguments to match: the files describe float32 networks."""
+    try:
+        duplicate = copy.deepcopy(model)
+    except Exception as error:
+        raise ExportError(f"the model cannot be copied, so it cannot be exported: {error}") from error
+    duplicate.eval().requires_grad_(False)
+    tensors = [*duplicate.parameters(), *duplicate.buffers()]
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
+        duplicate.float()
+        arguments = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments
+        )
+    return duplicate, arguments
+
+
+def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> None:
+    """Fold each BatchNorm into its convolution, in place (amct-behaviour 8.3 step 4).
+
+    Where that is impossible the pair stays as it is, unless the convolution is recorded: its scales contain the
+    BatchNorm factor, so nothing right could be written (ExportError). SyncBatchNorm folds like any other; where one
+    stays it computes what BatchNorm does, since the model is in eval mode.
+    """
+    modules = dict(model.named_modules())
+    for conv_name, bn_name in conv_bn.items():
+        conv, bn = modules.get(conv_name), modules.get(bn_name)
+        if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
+            raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
+        problem = _fold(conv, bn)
+        if problem is None:
+            parent, _, child = bn_name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+        elif conv_name in recorded:
+            raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
+
+
+def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:
+    """Put `bn` into `conv`; the reason where that is impossible."""
+    if bn.running_mean is None or bn.running_var is None:
+        return "it keeps no running statistics"
+    weight, bias = nn.utils.fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        return "the folded weight or bias would hold NaN or Inf"
+    conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+    return None

@@ -1,0 +1,63 @@
+"""The last step of every flow: a retrained model to ONNX files, by way of its plain float form."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from amct_ext.arguments import check_types
+from amct_ext.errors import ModelError, RecordError
+from amct_ext.export import write
+from amct_ext.flow.session import check_record, detach, raise_if_invalid, session_of
+from amct_ext.flow.surgery import compressed_layers, fold_layers
+from amct_ext.record.types import Record
+
+
+def export_names(input_names: Any, output_names: Any, dynamic_axes: Any) -> dict[str, Any]:
+    """The naming arguments that all save functions share, for the exporter. Errors: TypeError."""
+    check_types(
+        input_names=(input_names, list, type(None)),
+        output_names=(output_names, list, type(None)),
+        dynamic_axes=(dynamic_axes, dict, type(None)),
+    )
+    return {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that are quantised."""
+    return [name for name, layer in compressed_layers(model) if layer.weight_quant is not None]
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """A plain float copy in eval mode, compressed layers folded back, 2:4 masks multiplied in. Errors: ModelError."""
+    try:
+        duplicate = copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied, so it cannot be exported: {error}") from error
+    plain = fold_layers(duplicate).eval()
+    detach(plain)  # a forward of the copy must not write the record
+    return plain
+
+
+def save_quantised(
+    model: nn.Module, plain: nn.Module, record_file: str, save_path: str, input_data: Any, names: dict[str, Any]
+) -> None:
+    """Write both files of a quantised model; `plain` is its float copy.
+
+    Errors: FileNotFoundError; RecordError (record without factors, or damaged); StaleStateError (factors of another
+    state of the model); InvalidDataError; those of the export.
+    """
+    session = session_of(model)
+    raise_if_invalid(model)
+    record = Record.read(record_file)
+    if not record.quant:
+        raise RecordError(
+            f"{record_file}: no quantisation factors recorded; run a forward in eval mode first "
+            "(a compiled model needs amct_ext.update_record(model) after it)"
+        )
+    check_record(model, record, record_file)
+    write.export_quantized(
+        plain, input_data, record.quant, session.conv_bn, save_path, **names, write_shift=session.plan.write_shift_bit
+    )

@@ -1,0 +1,104 @@
+"""Putting compressed layers into a model, and taking them out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
+from amct_ext.layers.compressed import CompressedLayer, compressed_class, to_float
+from amct_ext.layers.rnn import CompressedRNN, compressed_rnn
+
+logger = logging.getLogger(__name__)
+
+
+def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:
+    """Qualified name and module of every compressed layer, in registration order."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLayer):
+            yield name, module
+
+
+def set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put ``new`` where ``name`` is; returns the model (``new`` itself where the root is replaced)."""
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = new
+    return model
+
+
+def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, dict[str, str]]:
+    """Replace each layer that the plan quantises or makes 2:4 sparse; returns the model and the (conv -> BN) pairs
+    linked.
+
+    ``graph`` is the trace of this very model. State changed: the model, in place (its root too, where the root is a
+    layer).
+    """
+    modules = dict(model.named_modules())
+    touched: dict[str, CompressedLayer] = {}
+    for name, layer_plan in plan.layers.items():
+        if layer_plan.quant is None and not isinstance(layer_plan.prune, SparsePrune):
+            continue
+        cls = compressed_class(modules[name]) or compressed_rnn(modules[name])
+        if cls is None:
+            logger.warning("layer '%s' (%s) is left float: no compressed form of this class", name, layer_plan.type)
+            continue
+        layer = cls.from_float(modules[name], layer_plan, plan.batch_num, _fixed_min(graph, layer_plan))
+        touched[name] = layer
+        model = set_submodule(model, name, layer)
+    _share_inputs(graph, plan, touched)
+    pairs = {}
+    for conv, norm in graph.conv_bn().items():
+        if conv in touched and touched[conv].weight_quant is not None and not _transposed(modules[conv]):
+            touched[conv].link_norm(modules[norm])
+            pairs[conv] = norm
+    return model, pairs
+
+
+def fold_layers(model: nn.Module) -> nn.Module:
+    """Turn every compressed layer back into its float layer, 2:4 masks folded in (in place; returns the model)."""
+    for name, layer in list(compressed_layers(model)):
+        model = set_submodule(model, name, to_float(layer))
+    return model
+
+
+def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
+    """Groups (two and more) of quantised layers that read one tensor with equal settings, in execution order.
+
+    None where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must
+    agree.
+    """
+    if any(isinstance(layer.prune, SparsePrune) for layer in plan.layers.values()):
+        return []
+    groups = []
+    for readers in graph.shared_inputs():
+        by_settings: dict[object, list[str]] = {}
+        for name in readers:
+            layer = plan.layers.get(name)
+            if layer is not None and layer.quant is not None:
+                by_settings.setdefault(layer.quant, []).append(name)
+        groups += [tuple(names) for names in by_settings.values() if len(names) > 1]
+    return groups
+
+
+def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]) -> None:
+    for group in sharing_groups(graph, plan):
+        # A recurrent layer keeps clips of its own: the dialect has no names for shared ones of it.
+        names = [name for name in group if name in touched and not isinstance(touched[name], CompressedRNN)]
+        for name in names[1:]:
+            touched[name].share_activation(touched[names[0]])
+
+
+def _fixed_min(graph: Any, layer: LayerPlan) -> bool:
+    if layer.quant is None:
+        return False
+    asked = layer.quant.data.fixed_min
+    return graph.fed_by_relu(layer.name) if asked is None else asked
+
+
+def _transposed(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))

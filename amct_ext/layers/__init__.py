@@ -1,0 +1,1 @@
+"""Compressed layers and what hangs below them: quantisers, masks, the shift search."""

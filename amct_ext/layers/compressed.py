@@ -1,0 +1,289 @@
+"""Compressed layers: subclasses of the float layers that mask and quantise on the way to the same computation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amct_ext import ops
+from amct_ext.config.plan import LayerPlan, SparsePrune
+from amct_ext.layers.integer import IntegerForward
+from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
+from amct_ext.layers.shift_search import ShiftSearch
+from amct_ext.layers.sparsity import Sparsity
+from amct_ext.layers.stash import stashed
+from amct_ext.ranks import whole
+
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Links:
+    """Modules that a layer refers to without holding them: their state belongs elsewhere in the model."""
+
+    act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
+    norm: Any = None  # the BatchNorm that follows
+
+
+class CompressedLayer(nn.Module):
+    """What every compressed layer adds to its float class; each child is None where the plan does not ask for it.
+
+    Children: ``sparsity``, ``weight_quant``, ``act_quant`` (None also at a layer that shares another layer's),
+    ``search_n``.
+    """
+
+    layer_name: str
+    links: Links
+    weight: Any  # nn.Parameter of the float class
+    bias: Any
+    in_axis = 1  # of the weight: the axis that 2:4 sparsity works along
+    channel_axis_out = 1  # of the output
+    own_children: tuple[str, ...] = ("sparsity", "weight_quant", "act_quant", "search_n")  # not of the float layer
+
+    sparsity: Sparsity | None
+    weight_quant: WeightQuantizer | None
+    act_quant: ActivationQuantizer | None
+    search_n: ShiftSearch | None
+    integer: IntegerForward | None  # None: the product is computed on floats
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, plan: LayerPlan, batch_num: int, fixed_min: bool) -> CompressedLayer:
+        """Take over the float layer's parameters, hooks and settings (the float object must not be used afterwards)."""
+        new = cls.__new__(cls)
+        new.__dict__ = dict(layer.__dict__)
+        new._modules = dict(layer._modules)
+        new.layer_name = plan.name
+        new.links = Links()
+        new.integer = None
+        for name in cls.own_children:
+            setattr(new, name, None)
+        new._add_children(plan, batch_num, fixed_min)
+        return new.train(layer.training)
+
+    def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
+        weight = self.weight
+        if isinstance(plan.prune, SparsePrune):
+            self.sparsity = Sparsity(weight, self.in_axis, plan.prune.update_freq)
+        if plan.quant is not None:
+            wts = plan.quant.weight
+            self.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, weight.device)
+            self.weight_quant = WeightQuantizer(
+                wts, self._to_rows(self.masked_weight()), 0, self._grad_factor(wts.num_bits, wts.channel_wise)
+            )
+            self.search_n = ShiftSearch(self.weight_quant.scale.numel(), batch_num, weight.device)
+
+    # -- links
+
+    def share_activation(self, owner: CompressedLayer) -> None:
+        """Use the quantiser of ``owner``, which runs first on the same tensor."""
+        assert owner.act_quant is not None
+        self.act_quant = None
+        self.links.act_quant = owner.act_quant
+        owner.act_quant.num_readers += 1
+
+    def link_norm(self, norm: Any) -> None:
+        """Remember the BatchNorm that follows: its factor belongs to the recorded weight scales."""
+        self.links.norm = norm
+        if self.search_n is not None:
+            channels = norm.running_var.numel()
+            self.search_n = ShiftSearch(channels, self.search_n.batch_num, norm.running_var.device).train(self.training)
+
+    @property
+    def activation(self) -> ActivationQuantizer | None:
+        """The activation quantiser in use: its own or the shared one."""
+        return self.act_quant if self.act_quant is not None else self.links.act_quant
+
+    @property
+    def own_quantizers(self) -> tuple[ActivationQuantizer, ...]:
+        """The activation quantisers that are registered at this layer."""
+        return () if self.act_quant is None else (self.act_quant,)
+
+    # -- the forward
+
+    def train(self, mode: bool = True) -> Self:
+        """As of nn.Module; a change of phase is also where weights may have been swapped through ``weight.data``."""
+        if self.integer is not None:
+            self.integer.forget_weight()
+        return super().train(mode)
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        y = None if self.integer is None else self.integer(self, x)
+        if y is None:
+            y = self._float_forward(x, *args)
+        if self.search_n is not None:
+            if self.training:
+                self.search_n.forget()
+            elif self.search_n.wants_data:
+                self._search_shift(self.search_n, y.detach())
+        return y
+
+    def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
+        quantizer, quantised = self.activation, x
+        used: list[Tensor] = []
+        if self.act_quant is not None:
+            quantised = self.act_quant(x, used)
+        elif quantizer is not None:
+            quantised = quantizer.reuse(x, used)
+        weight = self._compressed_weight()
+        # Only the gradient of the weight reads the input again.
+        if quantizer is not None and quantizer.stash and weight.requires_grad:
+            with stashed(quantizer.num_bits, *used):
+                return self._compute(quantised, weight, *args)
+        return self._compute(quantised, weight, *args)
+
+    def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+        return y
+
+    def _compressed_weight(self) -> Tensor:
+        weight: Tensor = self.weight
+        if self.weight_quant is None:
+            return weight if self.sparsity is None else self.sparsity(weight)
+        mask = None if self.sparsity is None else self._to_rows(self.sparsity.present_mask(weight))
+        return self._from_rows(self.weight_quant(self._to_rows(weight), mask))
+
+    def _search_shift(self, search: ShiftSearch, y: Tensor) -> None:
+        norm = self.links.norm
+        if norm is not None:
+            weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
+            y = F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+        axis = self.channel_axis_out if y.dim() > 1 else 0
+        search.observe(y, self.deq_scale(), axis % y.dim())
+
+    # -- what is recorded and saved
+
+    @torch.no_grad()
+    def masked_weight(self) -> Tensor:
+        """The float weight with the present 2:4 mask folded in."""
+        weight = whole(self.weight.detach())
+        return weight if self.sparsity is None else ops.apply_mask(weight, self.sparsity.mask)
+
+    @torch.no_grad()
+    def recorded_scale_w(self) -> Tensor:
+        """scale_w as recorded: present scales (1 below FLT_EPSILON), times the factor of a BatchNorm that follows."""
+        assert self.weight_quant is not None, self.layer_name
+        scale = self.weight_quant.present_scale(self._to_rows(self.masked_weight()))
+        scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
+        norm = self.links.norm
+        if norm is None:
+            return scale
+        factor: Tensor = norm.running_var.add(norm.eps).rsqrt()
+        if norm.weight is not None:
+            factor = factor * whole(norm.weight.detach())
+        return scale.abs() * factor.abs()
+
+    @torch.no_grad()
+    def deq_scale(self) -> Tensor:
+        """scale_d * scale_w of the present state, on the device."""
+        assert self.activation is not None, self.layer_name
+        return self.activation.present_scale() * self.recorded_scale_w()
+
+    # -- layouts
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The weight with its output channels on axis 0."""
+        return weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _grad_factor(self, num_bits: int, channel_wise: bool) -> float:
+        rows = self._to_rows(self.weight)
+        # AMCT counts one filter for 2-D and 4-D weights also per tensor, but only the input channels for other ranks.
+        count = rows[0].numel() if channel_wise or rows.dim() in (2, 4) else rows.shape[1]
+        return 1.0 / math.sqrt(count * (2 ** (num_bits - 1) - 1))
+
+
+class CompressedConv1d(CompressedLayer, nn.Conv1d):
+    pass
+
+
+class CompressedConv2d(CompressedLayer, nn.Conv2d):
+    pass
+
+
+class CompressedConv3d(CompressedLayer, nn.Conv3d):
+    pass
+
+
+class CompressedLinear(CompressedLayer, nn.Linear):
+    channel_axis_out = -1
+
+    def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class _CompressedConvTranspose(CompressedLayer):
+    in_axis = 0
+    groups: Any
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        if self.groups == 1:
+            return weight.transpose(0, 1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        if self.groups == 1:
+            return rows.transpose(0, 1)
+        return rows.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _compute(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        dims = len(self.kernel_size)
+        output_size = args[0] if args else None
+        extra = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        conv: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        y: Tensor = conv(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return y
+
+
+class CompressedConvTranspose1d(_CompressedConvTranspose, nn.ConvTranspose1d):
+    pass
+
+
+class CompressedConvTranspose2d(_CompressedConvTranspose, nn.ConvTranspose2d):
+    pass
+
+
+_CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
+    nn.Conv1d: CompressedConv1d,
+    nn.Conv2d: CompressedConv2d,
+    nn.Conv3d: CompressedConv3d,
+    nn.Linear: CompressedLinear,
+    nn.ConvTranspose1d: CompressedConvTranspose1d,
+    nn.ConvTranspose2d: CompressedConvTranspose2d,
+}
+
+
+def compressed_class(layer: nn.Module) -> type[CompressedLayer] | None:
+    """The compressed class for a float layer, or None where there is none.
+
+    A subclass that keeps its parent's forward counts as the parent; one with a forward of its own is not touched.
+    """
+    for parent, cls in _CLASSES.items():
+        if isinstance(layer, parent) and type(layer).forward is parent.forward:
+            return cls
+    return None
+
+
+def to_float(layer: CompressedLayer) -> nn.Module:
+    """The plain float layer again, 2:4 mask folded into the weight (the compressed object is used up)."""
+    parent = next(base for base in type(layer).__bases__ if not issubclass(base, CompressedLayer))
+    plain: Any = parent.__new__(parent)
+    own = {"links", "layer_name", "integer"}
+    plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in own}
+    plain._modules = {k: v for k, v in layer._modules.items() if k not in layer.own_children}
+    if layer.sparsity is not None:
+        plain.weight = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
+    result: nn.Module = plain
+    return result

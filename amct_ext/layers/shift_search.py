@@ -1,0 +1,94 @@
+"""searchN: the per-channel shift of devices that squeeze INT32 accumulators into INT16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_ext import ops
+from amct_ext.errors import StaleStateError
+from amct_ext.layers.precision import KeepsPrecision
+
+NUM_SHIFTS = 16
+
+
+class ShiftSearch(KeepsPrecision):
+    """Accumulates the squeeze error of the shifts 1..16 over evaluation forwards; never touches the data it sees.
+
+    A training forward makes the result stale; the next ``batch_num`` evaluation forwards gather it anew. State:
+    ``errors`` (float64, channels x 16), ``deq_scale`` (the scales they were made with), ``batches``.
+    Source: the search of AMCT 9.0.0 and of the published dequantisation emulators.
+    """
+
+    errors: Tensor
+    deq_scale: Tensor
+    batches: Tensor
+
+    def __init__(self, num_scales: int, batch_num: int, device: torch.device) -> None:
+        super().__init__()
+        self.batch_num = batch_num
+        self.register_buffer("errors", torch.zeros(num_scales, NUM_SHIFTS, dtype=torch.float64, device=device))
+        self.register_buffer("deq_scale", torch.zeros(num_scales, device=device))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
+        # Host mirrors: whether to gather is decided in Python, without reading a tensor.
+        self._gathered = 0
+        self._stale = False
+
+    def forget(self) -> None:
+        """Note that the scales are about to change: the next evaluation starts over."""
+        self._stale = True
+
+    @property
+    def wants_data(self) -> bool:
+        return self._stale or self._gathered < self.batch_num
+
+    @property
+    def has_result(self) -> bool:
+        return self._gathered > 0 and not self._stale
+
+    @torch.no_grad()
+    def observe(self, output: Tensor, deq_scale: Tensor, channel_axis: int) -> None:
+        """Add one batch: ``output`` of the layer (after a folded BatchNorm), ``deq_scale`` = scale_d * scale_w."""
+        if self._stale:
+            self._stale = False
+            self._gathered = 0
+            self.batches.zero_()
+        self._gathered += 1
+        self.batches.add_(1)
+        deq_scale = deq_scale.to(self.deq_scale.dtype)
+        # Scales that changed without a training forward (a hand-set clip) void what was gathered; decided on the
+        # device.
+        same = (self.deq_scale == deq_scale).all() & (self.batches > 1)
+        self.errors.mul_(same)
+        self.deq_scale.copy_(deq_scale)
+        per_channel = deq_scale.numel() > 1
+        spatial = output.numel() // max(1, output.shape[0] * output.shape[channel_axis])
+        if per_channel and spatial == 1:
+            # With one value per channel and sample the device takes one shift for the layer.
+            batch = torch.zeros_like(self.errors)
+            ops.shift_error_(output, deq_scale, batch, channel_axis)
+            self.errors.add_(batch.sum(0, keepdim=True))
+        else:
+            ops.shift_error_(output, deq_scale, self.errors, channel_axis)
+
+    def result(self, layer: str, deq_scale: Tensor) -> list[int]:
+        """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation saw the present scales."""
+        if not self.has_result:
+            raise StaleStateError(f"layer '{layer}': no shift yet; run an evaluation forward (model.eval()) first")
+        if not bool(torch.isfinite(deq_scale).all() and (deq_scale > 0).all()):
+            raise StaleStateError(f"layer '{layer}': dequantisation scales must be positive and finite")
+        if not torch.equal(self.deq_scale, deq_scale.to(self.deq_scale)):
+            raise StaleStateError(
+                f"layer '{layer}': scales changed since the shift search; run an evaluation forward again"
+            )
+        return ops.best_shift(self.errors).tolist()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._gathered = int(self.batches)
+        self._stale = False
+
+    def extra_repr(self) -> str:
+        return f"scales={self.errors.shape[0]}, batch_num={self.batch_num}"

@@ -1,0 +1,1 @@
+"""Channel pruning: coupled channels found, chosen and removed, and the search for ratios."""

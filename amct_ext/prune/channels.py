@@ -1,0 +1,131 @@
+"""Channel pruning: from a plan to records, and from records to a smaller model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext.config.plan import Plan
+from amct_ext.errors import RecordError
+from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.graph.trace import Graph
+from amct_ext.prune.check import check_records
+from amct_ext.prune.choice import choose
+from amct_ext.prune.discover import Discovery, discover
+from amct_ext.prune.removal import Removal
+from amct_ext.record.types import ChannelRecord
+
+__all__ = ["Discovery", "apply_channels", "discover", "plan_channels"]
+
+_logger = logging.getLogger("amct_ext")
+
+
+def plan_channels(graph: Graph, plan: Plan, model: nn.Module) -> tuple[ChannelRecord, ...]:
+    """One record per group of coupled channels that the plan prunes; prune_index is empty where rounding keeps all.
+
+    Nothing is changed. Errors: InvalidDataError where a weight cannot be ranked.
+    """
+    found = discover(graph, plan, model)
+    for name, reason in found.why_not().items():
+        _logger.info("%s is not pruned: %s", name, reason)
+    return tuple(group.record(choose(group, plan, model)) for group in found.prunable)
+
+
+def apply_channels(
+    model: nn.Module,
+    graph: Graph,
+    records: Sequence[ChannelRecord],
+    input_data: torch.Tensor | tuple[Any, ...],
+    strict: bool = False,
+) -> tuple[ChannelRecord, ...]:
+    """Remove the records' channels from `model`, in place, and return the records that are in force.
+
+    The smaller model is tried on `input_data`, in eval mode and, where the whole model could do that, in train mode;
+    it must run and return as many tensors. A record that breaks it is found by halving and dropped with a warning. With
+    `strict` (records of a file) that is an error, as is a record that does not fit the model: RecordError, and the
+    model stays whole.
+    """
+    if strict:
+        check_records(model, records)
+    if not any(node.prune_index for record in records for node in record.producers):
+        return tuple(records)
+    trial = _Trial(model, graph, input_data)
+    kept: list[int] = []
+    dropped: dict[int, str] = {}
+    current = _add(model, records, list(range(len(records))), kept, dropped, trial)
+    if strict and dropped:
+        if current is not None:
+            current.undo()
+        index, reason = min(dropped.items())
+        first = records[index].producers[0].name
+        raise RecordError(f"prune_record {index + 1} (producer {first}) does not fit the model: {reason}")
+    for index, reason in sorted(dropped.items()):
+        for node in records[index].producers:
+            _logger.warning("%s is not pruned: the model would fail without its channels: %s", node.name, reason)
+    return tuple(records[index] for index in sorted(kept))
+
+
+def _add(
+    model: nn.Module,
+    records: Sequence[ChannelRecord],
+    wanted: list[int],
+    kept: list[int],
+    dropped: dict[int, str],
+    trial: Callable[[], str],
+) -> Removal | None:
+    """Bring the wanted records into force as far as the model stands it; returns what is in force at the end."""
+    current: Removal | None = None
+    pending = [wanted]
+    while pending:
+        part = pending.pop(0)
+        if current is not None:
+            current.undo()
+        candidate = Removal(model, [records[index] for index in sorted(kept + part)])
+        failure = candidate.apply() or trial()
+        if not failure:
+            kept.extend(part)
+            current = candidate
+            continue
+        candidate.undo()
+        if current is not None:
+            current.apply()
+        if len(part) == 1:
+            dropped[part[0]] = failure
+        else:
+            middle = len(part) // 2
+            pending[:0] = [part[:middle], part[middle:]]
+    return current
+
+
+class _Trial:
+    """Runs the model and says what is wrong, '' for nothing."""
+
+    def __init__(self, model: nn.Module, graph: Graph, input_data: torch.Tensor | tuple[Any, ...]) -> None:
+        self._model = model
+        self._arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
+        # Sizes are not compared: how many boxes a detector returns depends on the weights.
+        self._dims = {False: [len(value.shape) for value in graph.outputs]}
+        # Heads that only run in training read channels that an eval forward does not show; a model that cannot train on
+        # this input (one image and BatchNorm on a single pixel) is judged by its eval forward alone.
+        try:
+            self._dims[True] = self._run(training=True)
+        except Exception as error:
+            _logger.debug("no trial in train mode: %s", error)
+
+    def __call__(self) -> str:
+        for training, dims in self._dims.items():
+            try:
+                got = self._run(training)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            if got != dims:
+                return f"its outputs would have {got} dimensions instead of {dims}"
+        return ""
+
+    def _run(self, training: bool) -> list[int]:
+        with undisturbed(self._model, training), torch.no_grad():
+            return [tensor.dim() for tensor in tensors_in(self._model(*self._arguments))]

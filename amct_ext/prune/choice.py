@@ -1,0 +1,69 @@
+"""Choice of channels: how many of a group go, and which (AMCT's balanced L2 norm rule)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from amct_ext.config.plan import FilterPrune, Plan
+from amct_ext.errors import InvalidDataError
+from amct_ext.ops import filter_norms
+from amct_ext.prune.groups import ChannelGroup
+
+ASCEND_MULTIPLE = 16
+
+
+def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: int = 1) -> int:
+    """How many of `channels` go. Not positive: none.
+
+    The number that goes is rounded half to even; what remains is rounded up to a multiple of 16 where ascend_optimized,
+    then down to a multiple of the blocks, and at least one multiple stays.
+    """
+    remain = channels - round(channels * ratio)
+    if ascend_optimized:
+        remain = ASCEND_MULTIPLE * max(1, math.ceil(remain / ASCEND_MULTIPLE))
+    if blocks > 1:
+        remain = blocks * (remain // blocks)
+    return channels - (remain or blocks)
+
+
+def importance(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Importance of each output channel: L2 norms, brought to 0..1 per weight, summed over the coupled weights."""
+    total = torch.zeros(())
+    for weight in weights:
+        norms = filter_norms(weight.detach()) / (weight.numel() / weight.shape[0])
+        low, high = norms.min(), norms.max()
+        if bool(high > low):  # else all filters weigh the same and this weight has no say
+            total = total.to(norms) + (norms - low) / (high - low)
+    return total.expand(weights[0].shape[0])
+
+
+def least_important(scores: torch.Tensor, ratio: float, ascend_optimized: bool, blocks: int = 1) -> tuple[int, ...]:
+    """The channels that go, ascending: in each of the equal blocks equally many; among equals the first."""
+    size = len(scores) // blocks
+    count = removal_count(len(scores), ratio, ascend_optimized, blocks) // blocks
+    if count <= 0:
+        return ()
+    order = scores.reshape(blocks, size).argsort(dim=1, stable=True)[:, :count]
+    places = order + torch.arange(blocks, device=order.device).unsqueeze(1) * size
+    return tuple(sorted(places.flatten().tolist()))
+
+
+def choose(group: ChannelGroup, plan: Plan, model: nn.Module) -> tuple[int, ...]:
+    """The channels of a group that go: the producers' smallest ratio counts, and rounding if any asks for it."""
+    weights = []
+    settings = []
+    for member in group.producers:
+        weight = model.get_parameter(f"{member.name}.weight")
+        if not bool(torch.isfinite(weight).all()):
+            raise InvalidDataError(f"{member.name}: the weight holds NaN or Inf, so its channels cannot be ranked")
+        weights.append(weight)
+        prune = plan.layers[member.name].prune
+        if isinstance(prune, FilterPrune):
+            settings.append(prune)
+    ratio = min(prune.ratio for prune in settings)
+    ascend = any(prune.ascend_optimized for prune in settings)
+    return least_important(importance(weights).cpu(), ratio, ascend, group.blocks or 1)

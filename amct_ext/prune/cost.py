@@ -1,0 +1,118 @@
+"""What a model costs to run, and what it would cost with some channels gone: bit operations from real feature maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from amct_ext.graph.layer_types import CONVS, TRANSPOSED_CONVS, is_depthwise
+from amct_ext.graph.trace import Graph, Node
+from amct_ext.prune.groups import ChannelGroup
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer's work per sample. positions: places that each filter is applied at (pixels, tokens, calls)."""
+
+    inputs: int
+    outputs: int
+    taps: int  # kernel elements
+    groups: int
+    bias: bool
+    positions: int
+    bits: int  # of one element of the weight
+    depthwise: bool = False
+
+    def bit_operations(self, lost_inputs: int = 0, lost_outputs: int = 0) -> int:
+        """(2 * inputs per filter * taps - 1 + bias) * outputs * positions * bits^2 with so many channels gone."""
+        outputs = self.outputs - lost_outputs
+        if self.depthwise:  # outputs follow from the inputs
+            per_filter = 1
+            outputs = self.outputs * (self.inputs - lost_inputs) // self.inputs
+        else:
+            per_filter = (self.inputs - lost_inputs) // self.groups
+        operations = 2 * per_filter * self.taps - 1 + self.bias
+        return max(0, operations) * outputs * self.positions * self.bits**2
+
+
+class Cost:
+    """Cost of a traced model as a function of how many channels each group loses.
+
+    ``cost([0, 16])`` is the number of bit operations of one sample when the first group stays whole and the second
+    loses 16 channels. All convolutions and linear layers count, also those that no group touches. `fixed`: further
+    groups, with the number of channels that they lose in any case.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        fixed: Sequence[tuple[ChannelGroup, int]] = (),
+    ) -> None:
+        modules = dict(model.named_modules())
+        self._fixed = [count for _, count in fixed]
+        self._layers = {
+            name: _Layer(layer_work(modules[name], calls))
+            for name, calls in graph.calls.items()
+            if calls[0].op in (*CONVS, *TRANSPOSED_CONVS, "Linear")
+        }
+        self._touched: list[set[str]] = []
+        for index, group in enumerate([*groups, *(group for group, _ in fixed)]):
+            for member in group.producers:
+                self._layers[member.name].outputs.append(index)
+            readers = [member for member in group.consumers if member.name in self._layers]
+            for member in readers:
+                self._layers[member.name].inputs.append((index, member.repeat))
+            self._touched.append({member.name for member in [*group.producers, *readers]})
+        self.original = sum(layer.work.bit_operations() for layer in self._layers.values())
+
+    def __call__(self, removed: Sequence[int]) -> int:
+        """Total bit operations per sample."""
+        counts = [*removed, *self._fixed]
+        return sum(layer.bit_operations(counts) for layer in self._layers.values())
+
+    def touched(self, removed: Sequence[int], group: int) -> int:
+        """The part of the total that depends on this group: enough to compare two values of its count."""
+        counts = [*removed, *self._fixed]
+        return sum(self._layers[name].bit_operations(counts) for name in self._touched[group])
+
+    def related(self, group: int) -> set[int]:
+        """The groups whose cost depends on how many channels this one loses, itself among them."""
+        layers = [self._layers[name] for name in self._touched[group]]
+        found = {index for layer in layers for index in (*layer.outputs, *(index for index, _ in layer.inputs))}
+        return {index for index in found if index < len(self._touched) - len(self._fixed)}
+
+
+@dataclass
+class _Layer:
+    """A layer's work and the groups that it produces, or reads with so many places per channel."""
+
+    work: LayerWork
+    outputs: list[int] = field(default_factory=list)
+    inputs: list[tuple[int, int]] = field(default_factory=list)
+
+    def bit_operations(self, counts: Sequence[int]) -> int:
+        lost_inputs = sum(counts[group] * repeat for group, repeat in self.inputs)
+        return self.work.bit_operations(lost_inputs, sum(counts[group] for group in self.outputs))
+
+
+def layer_work(module: Any, calls: Sequence[Node]) -> LayerWork:
+    """The work of a convolution or linear layer in the traced forward, per sample (axis 0 counts samples)."""
+    if isinstance(module, nn.Linear):
+        inputs, outputs, taps, groups = module.in_features, module.out_features, 1, 1
+    else:
+        inputs, outputs, groups = module.in_channels, module.out_channels, module.groups
+        taps = module.weight[0, 0].numel()
+    positions = 0
+    for call in calls:
+        # A transposed convolution applies its kernel at each place of its input.
+        source = call.inputs[0] if call.op in TRANSPOSED_CONVS else None
+        channels, value = (outputs, call.outputs[0]) if source is None else (inputs, source)
+        positions += math.prod(value.shape[1:]) // channels
+    bits = 8 * module.weight.element_size()
+    return LayerWork(inputs, outputs, taps, groups, module.bias is not None, positions, bits, is_depthwise(module))

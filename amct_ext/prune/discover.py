@@ -1,0 +1,195 @@
+"""Discovery of channel groups: one walk over the recorded forward, from each layer's output to its readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from amct_ext.config.plan import FilterPrune, Plan
+from amct_ext.graph.layer_types import BATCH_NORMS, FILTER_PRUNABLE, is_depthwise
+from amct_ext.graph.trace import Graph, Node, Value
+from amct_ext.graph.traits import why_not_usable
+from amct_ext.prune.groups import ChannelGroup, Layout, Member, Segment
+from amct_ext.prune.op_rules import CannotFollow, op_rule
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """All groups in the order in which their first producer ran, merged ones once."""
+
+    groups: tuple[ChannelGroup, ...]
+
+    @property
+    def prunable(self) -> tuple[ChannelGroup, ...]:
+        """The groups whose channels may go."""
+        return tuple(group for group in self.groups if not group.frozen)
+
+    def why_not(self) -> dict[str, str]:
+        """Layers that the plan would prune but that stay whole: name -> reason."""
+        return {member.name: group.frozen for group in self.groups if group.frozen for member in group.producers}
+
+
+def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
+    """Find the groups of coupled channels of all layers that the plan asks to prune."""
+    walk = _Walk(graph, plan, model)
+    for node in graph.nodes:
+        walk.visit(node)
+    for value in graph.outputs:
+        layout = walk.layouts.get(value)
+        if layout is not None:
+            layout.freeze("its channels are an output of the model")
+    return Discovery(tuple(group for group in walk.groups if group.root is group))
+
+
+class _Walk:
+    def __init__(self, graph: Graph, plan: Plan, model: nn.Module) -> None:
+        self.layouts: dict[Value, Layout] = {}
+        self.groups: list[ChannelGroup] = []
+        self._plan = plan
+        self._modules = dict(model.named_modules())
+        self._obstacles = _obstacles(graph, model)
+
+    def visit(self, node: Node) -> None:
+        arriving = [None if value is None else self.layouts.get(value) for value in node.inputs]
+        try:
+            if node.module is not None:
+                self._layer(node, arriving)
+            elif any(layout is not None for layout in arriving):
+                self._op(node, arriving)
+        except CannotFollow as reason:
+            for layout in arriving:
+                if layout is not None:
+                    layout.freeze(str(reason))
+
+    def _op(self, node: Node, arriving: list[Layout | None]) -> None:
+        rule = op_rule(node)
+        if rule is None:
+            raise CannotFollow(f"they are read by {node.name} ({node.op}), which channel removal cannot follow")
+        layout = rule(node, arriving)
+        if layout is None:
+            return
+        carriers = [value for value in node.outputs if value.shape[layout.axis : layout.axis + 1] == (layout.size,)]
+        if not carriers:
+            raise CannotFollow(f"{node.name} ({node.op}) changes their number")
+        self.layouts.update(dict.fromkeys(carriers, layout))
+
+    def _layer(self, node: Node, arriving: list[Layout | None]) -> None:
+        # The output first: whatever hinders the input, a layer's own channels are a group of their own.
+        if node.op in FILTER_PRUNABLE and not is_depthwise(self._modules[node.name]):
+            self._produce(node)
+        if any(layout is not None for layout in arriving[1:]):
+            raise CannotFollow(f"they are read by {node.name} at a second input")
+        layout = arriving[0] if arriving else None
+        if layout is None:
+            return
+        obstacle = self._obstacles.get(node.name)
+        if obstacle:
+            raise CannotFollow(f"they are read by {node.name}, and {obstacle}")
+        if node.op in BATCH_NORMS:
+            self._channelwise(node, layout)
+        elif node.op == "Linear":
+            self._linear(node, layout)
+        elif node.op in ("Conv2d", "ConvTranspose2d"):
+            self._convolution(node, layout)
+        else:
+            raise CannotFollow(f"they are read by {node.name}, and channels of {node.op} inputs are not removed")
+
+    def _produce(self, node: Node) -> None:
+        settings = self._plan.layers.get(node.name)
+        if settings is None or not isinstance(settings.prune, FilterPrune) or len(node.outputs) != 1:
+            return
+        module = self._modules[node.name]
+        groups = getattr(module, "groups", 1)
+        output = node.outputs[0]
+        axis = 1 if node.op == "Conv2d" else len(output.shape) - 1
+        member = Member(node.name, onnx_type(node, module), group=groups if groups > 1 else None)
+        group = ChannelGroup(output.shape[axis], [member])
+        if groups > 1:
+            group.in_blocks(groups, node.name)
+        if self._obstacles.get(node.name):
+            group.freeze(self._obstacles[node.name])
+        if not any(member == other for known in self.groups for other in known.producers):
+            self.groups.append(group)
+        self.layouts[output] = Layout(axis, (Segment(group, group.count),))
+
+    def _read(self, node: Node, layout: Layout, group: int | None = None) -> None:
+        module = self._modules[node.name]
+        for begin, segment in layout.begins():
+            if segment.group is not None:
+                segment.group.read_by(Member(node.name, onnx_type(node, module), begin, segment.repeat, group))
+
+    def _channelwise(self, node: Node, layout: Layout, multiplier: int = 1) -> None:
+        """BatchNorm, depthwise convolution: output channels follow from the input's."""
+        if layout.axis != 1:
+            raise CannotFollow(f"{node.name} does not have its channels where theirs lie")
+        self._read(node, layout)
+        self.layouts[node.outputs[0]] = layout.repeated(multiplier)
+
+    def _linear(self, node: Node, layout: Layout) -> None:
+        source = node.inputs[0]
+        if source is None or layout.axis != len(source.shape) - 1:
+            raise CannotFollow(f"{node.name} works along another axis than that of the channels")
+        self._read(node, layout)
+
+    def _convolution(self, node: Node, layout: Layout) -> None:
+        module = self._modules[node.name]
+        source = node.inputs[0]
+        if source is None or layout.axis != 1 or len(source.shape) != 4:
+            raise CannotFollow(f"{node.name} works along another axis than that of the channels")
+        groups = int(getattr(module, "groups", 1))
+        if is_depthwise(module):
+            self._channelwise(node, layout, int(getattr(module, "out_channels", 0)) // groups)
+        elif groups == 1:
+            self._read(node, layout)
+        elif len(layout.segments) > 1:
+            raise CannotFollow(f"the {groups} groups of {node.name} lie across joined tensors")
+        else:
+            for group in layout.groups:
+                group.in_blocks(groups, node.name)
+            self._read(node, layout, groups)
+
+
+def onnx_type(node: Node, module: nn.Module) -> str:
+    """The ONNX operator that a layer becomes, as records name it."""
+    if node.op == "Linear":
+        source = node.inputs[0]
+        flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
+        return "Gemm" if flat else "MatMul"
+    if node.op in BATCH_NORMS:
+        return "BatchNormalization"
+    return node.op.rstrip("123d")
+
+
+def _obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
+    """Layers whose shapes must not change, with the reason."""
+    modules = dict(model.named_modules())
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name or "the model itself")
+    result: dict[str, str] = {}
+    for parameter_name, readers in graph.parameter_readers().items():
+        result[parameter_name.rpartition(".")[0]] = f"{readers[0].name} also reads its parameter {parameter_name}"
+    for name, calls in graph.calls.items():
+        for reason in _layer_obstacles(name, calls, modules[name], graph, owners):
+            result.setdefault(name, reason)
+    return result
+
+
+def _layer_obstacles(
+    name: str, calls: list[Node], module: nn.Module, graph: Graph, owners: dict[int, list[str]]
+) -> Iterator[str]:
+    if calls[0].op in BATCH_NORMS:
+        if len(calls) > 1:
+            yield f"it is called {len(calls)} times in one forward"
+    else:
+        reason = why_not_usable(graph.calls, name, module)
+        if reason:
+            yield reason
+    for parameter in module._parameters.values():
+        others = [other for other in owners.get(id(parameter), []) if other != name]
+        if others:
+            yield f"it shares a parameter with {', '.join(others)}"

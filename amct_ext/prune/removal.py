@@ -1,0 +1,126 @@
+"""Physical removal of channels from layers: new parameters and buffers, attributes to match, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext.graph.layer_types import BATCH_NORMS, is_depthwise, layer_type
+from amct_ext.record.types import ChannelRecord
+
+# ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to cut.
+LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+
+
+class Removal:
+    """All removals of some records, made at once: a layer that several records touch is cut once per axis."""
+
+    def __init__(self, model: nn.Module, records: Iterable[ChannelRecord]) -> None:
+        self._modules = dict(model.named_modules())
+        self._outputs: dict[str, set[int]] = {}
+        self._inputs: dict[str, set[int]] = {}
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
+        for record in records:
+            for node in record.producers:
+                self._outputs.setdefault(node.name, set()).update(node.prune_index)
+            for node in record.consumers:
+                if node.type in LAYER_OPERATORS:
+                    self._inputs.setdefault(node.name, set()).update(node.prune_index)
+
+    def apply(self) -> str:
+        """Cut the layers; returns what went wrong, '' for nothing."""
+        # Inputs first: an output cut would shift the blocks of a grouped convolution.
+        for cut, all_places in ((self._cut_input, self._inputs), (self._cut_output, self._outputs)):
+            for name, places in all_places.items():
+                if not places:
+                    continue
+                try:
+                    cut(self._modules[name], places)
+                except (RuntimeError, IndexError) as error:
+                    return f"{name} cannot be cut: {error}"
+        return ""
+
+    def undo(self) -> None:
+        """Bring back what was there before, the very same objects."""
+        for holder, key, old in reversed(self._undo):
+            holder[key] = old
+        self._undo.clear()
+
+    def _cut_output(self, module: nn.Module, places: set[int]) -> None:
+        self._cut(module, "weight", 0, places)
+        self._cut(module, "bias", 0, places)
+        attribute = "out_features" if isinstance(module, nn.Linear) else "out_channels"
+        self._lower(module, attribute, len(places))
+
+    def _cut_input(self, module: nn.Module, places: set[int]) -> None:
+        if layer_type(module) in BATCH_NORMS:
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self._cut(module, name, 0, places)
+            self._lower(module, "num_features", len(places))
+        elif isinstance(module, nn.Linear):
+            self._cut(module, "weight", 1, places)
+            self._lower(module, "in_features", len(places))
+        elif is_depthwise(module):
+            self._cut_depthwise(module, places)
+        elif isinstance(module, nn.ConvTranspose2d):
+            self._cut(module, "weight", 0, places)  # input channels first, the blocks of groups one after another
+            self._lower(module, "in_channels", len(places))
+        else:
+            self._cut_convolution_input(module, places)
+
+    def _cut_depthwise(self, module: nn.Module, places: set[int]) -> None:
+        channels: Any = module.in_channels
+        outputs: Any = module.out_channels
+        multiplier = outputs // channels
+        own = {place * multiplier + copy for place in places for copy in range(multiplier)}
+        # A transposed weight is (in, multiplier, ...), a plain one (in * multiplier, 1, ...).
+        self._cut(module, "weight", 0, places if isinstance(module, nn.ConvTranspose2d) else own)
+        self._cut(module, "bias", 0, own)
+        self._lower(module, "in_channels", len(places))
+        self._lower(module, "groups", len(places))
+        self._lower(module, "out_channels", len(own))
+
+    def _cut_convolution_input(self, module: nn.Module, places: set[int]) -> None:
+        weight: Any = module.weight
+        groups: Any = module.groups
+        per_block = weight.shape[1]
+        outputs = weight.shape[0] // groups
+        blocks = []
+        for block in range(groups):
+            inside = {place - block * per_block for place in places if place // per_block == block}
+            blocks.append(_without(weight.detach()[block * outputs : (block + 1) * outputs], 1, inside))
+        self._replace(module, "weight", _like(weight, torch.cat(blocks)))
+        self._lower(module, "in_channels", len(places))
+
+    def _cut(self, module: nn.Module, name: str, axis: int, places: set[int]) -> None:
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            self._replace(module, name, _like(tensor, _without(tensor.detach(), axis, places)))
+
+    def _replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        self._undo.append((holder, name, holder[name]))
+        holder[name] = tensor
+
+    def _lower(self, module: nn.Module, attribute: str, by: int) -> None:
+        self._undo.append((vars(module), attribute, vars(module)[attribute]))
+        vars(module)[attribute] -= by
+
+
+def _without(tensor: torch.Tensor, axis: int, places: Sequence[int] | set[int]) -> torch.Tensor:
+    gone = set(places)
+    keep = [place for place in range(tensor.shape[axis]) if place not in gone]
+    return tensor.index_select(axis, torch.tensor(keep, dtype=torch.long, device=tensor.device))
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`new` as the successor of `old`: memory format, Parameter or buffer, requires_grad, the user's attributes."""
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
+        new = new.contiguous(memory_format=torch.channels_last)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+        vars(new).update(vars(old))
+    return new
