@@ -19,6 +19,7 @@ from golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
+from amct_ext.flow.session import check_record
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.record.types import Record
@@ -227,7 +228,7 @@ def test_eval(case: Case) -> None:
 def test_record_after_eval(case: Case) -> None:
     _ = case.eval_out
     ours = Record.loads(case.record_after_eval)
-    amct_ext.session.check_record(case.trained, ours, "record")
+    check_record(case.trained, ours, "record")
     # All channel records survive, in a mixed model too.
     assert ours.channel == Record.loads(case.record_after_create).channel
     if not _binds(case, "Q"):

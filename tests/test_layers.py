@@ -14,6 +14,7 @@ from torch import nn
 import amct_ext
 from amct_ext import ops
 from amct_ext.flow.surgery import compressed_layers, fold_layers
+from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.record.types import Record
 
 
@@ -44,7 +45,7 @@ def test_mode_and_original_are_kept(tmp_path: Path, training: bool) -> None:
     model = amct_ext.create_compressed_retrain_model(original, small.SAMPLE, str(job.config), str(job.record))
     assert all(m.training is training for n, m in model.named_modules() if n != "bn1") and not model.bn1.training
     assert all(torch.equal(v, before[k]) for k, v in original.state_dict().items())
-    assert not any(isinstance(m, amct_ext.layers.CompressedLayer) for m in original.modules())
+    assert not any(isinstance(m, CompressedLayer) for m in original.modules())
 
 
 def test_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
