@@ -36,8 +36,9 @@ def resnet18(seed: int) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(seed)
-    size: Any = {"num_channels": 1, "embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2]}
-    model = ResNetForImageClassification(ResNetConfig(**size, layer_type="basic", num_labels=10))
+    widths: Any = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2]}
+    other: Any = {"num_channels": 1, "num_labels": 10, "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**widths, **other))
     return nn.Sequential(nn.Upsample(scale_factor=4, mode="bilinear"), Logits(model))
 
 
