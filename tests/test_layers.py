@@ -57,7 +57,7 @@ def test_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ops, "ulq_fake_quantize_", lambda x, *args: calls.append(x.numel()) or real(x, *args))
     model.train()(small.batch(0)[0])
     assert len([n for n in calls if n]) == 4  # stem, conv1 = down, conv2, fc
-    assert model.conv1.act_quant._last is None  # nothing outlives the forward
+    assert model.conv1.act_quant.shared.empty  # nothing outlives the forward
 
 
 def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:

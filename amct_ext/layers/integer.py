@@ -30,26 +30,6 @@ class Codes(NamedTuple):
     num_bits: int
 
 
-class SharedCodes:
-    """Codes kept from the first reader of an input for the others; copies and pickles of it are empty."""
-
-    def __init__(self) -> None:
-        self._kept: tuple[Codes, int] | None = None
-
-    def keep(self, made: Codes, readers: int) -> None:
-        self._kept = (made, readers) if readers > 0 else None
-
-    def take(self, x: Tensor) -> Codes | None:
-        if self._kept is None or self._kept[0].x is not x:
-            return None
-        made, readers = self._kept
-        self.keep(made, readers - 1)
-        return made
-
-    def __reduce__(self) -> tuple[type[SharedCodes], tuple[()]]:
-        return SharedCodes, ()
-
-
 class IntegerForward:
     """How one layer multiplies: always on integers, or where that was measured to be faster.
 
@@ -178,7 +158,7 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
     made = Codes(carrier, x, clip_max, clip_min, codes, scale, offset, quantizer.num_bits)
     if first:
         quantizer.write_back(scale, offset, clip_max, clip_min, invalid)
-        quantizer.shared_codes.keep(made, quantizer.num_readers - 1)
+        quantizer.shared_codes.keep(made, x, quantizer.num_readers - 1)
     return made
 
 

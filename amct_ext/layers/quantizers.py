@@ -11,8 +11,9 @@ from amct_ext import ops
 from amct_ext.config.plan import DataQuant, WeightQuant
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.gathering import Gathering, Values, fits, take_batch
-from amct_ext.layers.integer import SharedCodes
+from amct_ext.layers.integer import Codes
 from amct_ext.layers.precision import KeepsPrecision
+from amct_ext.layers.sharing import Shared
 
 _NAN = float("nan")
 
@@ -57,11 +58,11 @@ class ActivationQuantizer(KeepsPrecision):
         self.stash = True
         self.gathering: Gathering = Values()
         self.num_readers = 1
-        self.shared_codes = SharedCodes()
+        self.shared: Shared[tuple[Tensor, ...]] = Shared()
+        self.shared_codes: Shared[Codes] = Shared()
         # Host mirror of batches_seen: the branch must not read a tensor.
         self._seen = 0
         self._own_range = False
-        self._last: tuple[tuple[Tensor, ...], int] | None = None  # what was made, and how many readers wait for it
 
     @property
     def calibrated(self) -> bool:
@@ -88,8 +89,7 @@ class ActivationQuantizer(KeepsPrecision):
         if self.validate_now:
             self.raise_if_invalid()
         made = (y, x, clip_max, clip_min)
-        if self.num_readers > 1:
-            self._last = (made, self.num_readers - 1)
+        self.shared.keep(made, x, self.num_readers - 1)
         if used is not None:
             used += made
         return y
@@ -122,13 +122,10 @@ class ActivationQuantizer(KeepsPrecision):
 
     def reuse(self, x: Tensor, used: list[Tensor]) -> Tensor:
         """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
-        if self._last is None or self._last[0][1] is not x:
+        made = self.shared.take(x)
+        if made is None:
             y, _, _, clip_max, clip_min, _ = self._quantize(x)
-            made: tuple[Tensor, ...] = (y, x, clip_max, clip_min)
-        else:
-            made, readers = self._last
-            # The last reader lets go, so that no activation outlives the forward.
-            self._last = (made, readers - 1) if readers > 1 else None
+            made = (y, x, clip_max, clip_min)
         used += made
         return made[0]
 
@@ -193,12 +190,7 @@ class ActivationQuantizer(KeepsPrecision):
             self.calibration_data = torch.zeros_like(data, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._seen = int(self.batches_seen)
-        self._last = None
-        self.shared_codes = SharedCodes()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A tensor kept for a further reader is not part of the quantiser: copies and pickles go without.
-        return {**self.__dict__, "_last": None}
+        self.shared, self.shared_codes = Shared(), Shared()
 
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
