@@ -39,11 +39,20 @@ AMCT_INLINE Mask<A> magnitude_bits_of(Row<A> v) {
   return magnitudes<A>(reinterpret_cast<Mask<A>>(v));
 }
 
-// NaN stays NaN.
+// NaN stays NaN. Compilers miss the two instructions where v was made as a bit pattern.
 template <typename R>
 AMCT_INLINE R clamped(R v, R low, R high) {
+  [[maybe_unused]] constexpr bool single = sizeof(v[0]) == 4;
+#if defined(AMCT_AVX512)
+  if constexpr (single) return _mm512_maskz_min_ps(-1, high, _mm512_maskz_max_ps(-1, low, v));
+  if constexpr (!single) return _mm512_maskz_min_pd(-1, high, _mm512_maskz_max_pd(-1, low, v));
+#elif defined(AMCT_AVX2)
+  if constexpr (single) return _mm256_min_ps(high, _mm256_max_ps(low, v));
+  if constexpr (!single) return _mm256_min_pd(high, _mm256_max_pd(low, v));
+#else
   v = v < low ? low : v;
   return v > high ? high : v;
+#endif
 }
 
 AMCT_INLINE Row<float> rounded(Row<float> v) {
