@@ -91,17 +91,23 @@ struct Slope {
   }
 };
 
+// Rows shorter than a group. On its own, for compilers that know how short they are do not make vectors of the lanes.
+template <typename T>
+__attribute__((noinline)) double short_lsq_backward(const T* grad, const T* w, int64_t n, const Symmetric& p) {
+  const Slope<Acc<T>> slope{p};
+  return lane_sum(n, [&](int64_t i) __attribute__((always_inline)) {
+    return static_cast<double>(slope(widen(w[i])) * widen(grad[i]));
+  });
+}
+
 template <typename T>
 double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetric& p) {
   using A = Acc<T>;
   constexpr int kGroup = GroupSums<A>::kGroup, kStep = kGroup * GroupSums<A>::kSteps;
   const T* grad = static_cast<const T*>(grad_);
   const T* w = static_cast<const T*>(w_);
+  if (n < kGroup) return short_lsq_backward(grad, w, n, p);
   const Slope<A> slope{p};
-  const auto term = [&](int64_t i) __attribute__((always_inline)) { return slope(widen(w[i])) * widen(grad[i]); };
-  if (n < kGroup) {
-    return lane_sum(n, [&](int64_t i) __attribute__((always_inline)) { return static_cast<double>(term(i)); });
-  }
   GroupSums<A> sums;
   for (int64_t begin = 0; begin < n; begin += kStep) {
     const int64_t end = n - begin < kStep ? n : begin + kStep;
@@ -114,7 +120,7 @@ double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetri
       }
     }
     for (int lane = 0; i < end; ++i, ++lane) {
-      sums.partial[kAlternating<T> ? lane / 2 + lane % 2 * kLanes : lane] += term(i);
+      sums.partial[kAlternating<T> ? lane / 2 + lane % 2 * kLanes : lane] += slope(widen(w[i])) * widen(grad[i]);
     }
     sums.flush();
   }
