@@ -1,10 +1,11 @@
-// Division of many values by one number, without dividing: the same quotients, bit for bit.
+// Division of many values by one number, without dividing: the same quotients, bit for bit. For finite values and NaN.
 //
 // 1 / s is kept in two parts. v * high + v * low, rounded once, is off by at most half a unit in the last place and a
-// 2^21st of one. Where v has no more digits than a half format, no quotient lies so close to the place where its
-// rounding would become, or cease to be, the middle between two integers (but for one divisor, see `usable`): what it
-// rounds to as an integer is right. Other types correct it once more, by the remainder (Markstein 1990), which gives
-// the quotient itself, unless v is so small that the remainder underflows; that rounds to zero of the same sign.
+// 2^21st of one. The quotient of a half-precision v never lies so close to where its rounding would become, or cease to
+// be, the middle between two integers, but for one fraction of s (see `usable`), so it rounds to the right integer;
+// this was tried for every fraction of s, every v of 11 digits and quotients up to 2^16. Other types correct it once
+// more, by the remainder (Markstein 1990), which gives the quotient itself, unless v is so small that the remainder
+// underflows: that rounds to zero, with the sign of v.
 #pragma once
 
 #include "cpu/isa/rows.h"
