@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "check.h"
+#include "cpu/reuse.h"
 #include "cpu/tensors.h"
 
 namespace amct_ext::cpu {
@@ -16,7 +17,7 @@ Tensor mask_2to4(const Tensor& w, int64_t axis) {
   check_floating("mask_2to4", "w", w);
   axis = check_axis("mask_2to4", "axis", w, axis);
   const Tensor source = without_holes(w);
-  Tensor mask = at::empty_like(source, source.options().dtype(at::kBool));
+  Tensor mask = reused_like(source, Life::kStep, at::kBool);
   make_mask(source, axis, mask, std::nullopt);
   return mask;
 }
