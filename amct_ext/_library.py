@@ -65,8 +65,8 @@ def build_info() -> dict[str, Any]:
 def release_memory() -> int:
     """Give the idle memory of the CPU kernels back to the system; the number of bytes.
 
-    Results of 256 KiB to 256 MiB leave their memory to later ones: at most two blocks for activations and 256 MiB in all
-    for weights and masks lie idle. Results that are in use keep theirs. For a process that goes on to something else.
+    Results of 256 KiB to 256 MiB leave their memory to later ones: at most two blocks lie idle for activations, and
+    256 MiB in all for weights and masks. Results that are in use keep theirs. For a process that is done with training.
 
         >>> release_memory() >= 0
         True
