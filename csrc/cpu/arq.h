@@ -11,8 +11,8 @@
 
 namespace amct_ext::cpu {
 
-// One weight to quantise by its own range: tensors of the same layout without holes. `source` and `y` must be different
-// tensors: a step may be quantised again from `source`.
+// One weight to quantise by its own range: tensors of the same layout without holes. `y` may be `source`: the loops
+// write a value when they are done with it.
 struct ArqJob {
   at::Tensor source, mask, y, scale;  // `mask` undefined: all is kept
   std::optional<int64_t> channel_axis;

@@ -1,7 +1,7 @@
 // ULQ: fake quantisation of an activation and its gradients.
 #pragma once
 
-#include "cpu/isa/rows.h"
+#include "cpu/isa/pairs.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {

@@ -6,6 +6,7 @@
 #include "cpu/isa/mask.h"
 #include "cpu/isa/search.h"
 #include "cpu/isa/shift.h"
+#include "cpu/isa/symmetric.h"
 #include "cpu/isa/weight.h"
 #include "cpu/kernels.h"
 

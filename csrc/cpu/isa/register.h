@@ -1,5 +1,5 @@
 // Values a register at a time, for loops that compilers do not make well of plain ones: vector types, and the few
-// operations that those lack.
+// operations on bit patterns that those lack. Arithmetic is in rows.h.
 #pragma once
 
 #if defined(__SSE2__)
@@ -14,17 +14,11 @@ namespace {
 #if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define AMCT_AVX512
 constexpr int kRegister = 64;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define AMCT_AVX2
 constexpr int kRegister = 32;
 #else
 constexpr int kRegister = 16;
-#endif
-
-// Arithmetic of the weight loops is done by registers where that is fast; SSE2 has neither rounding nor integer minima.
-#if defined(__AVX2__)
-constexpr bool kByRegister = true;
-#else
-constexpr bool kByRegister = false;
 #endif
 
 // Bit patterns of an element type. Patterns without their sign are compared as signed numbers, which every instruction
@@ -59,8 +53,6 @@ using V = typename Register<sizeof(T)>::Signed;
 template <typename T>
 using U = typename Register<sizeof(T)>::Unsigned;
 template <typename T>
-using F = typename Register<sizeof(T)>::Floating;
-template <typename T>
 constexpr int kWidth = kRegister / static_cast<int>(sizeof(T));
 
 template <typename T>
@@ -84,7 +76,7 @@ AMCT_INLINE V<T> load_kept(const T* from, const uint8_t* mask) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask));
     return as<V<T>>(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), from));
   }
-#elif defined(__AVX2__)
+#elif defined(AMCT_AVX2)
   if constexpr (sizeof(T) == 2) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
     return load(from) & -as<V<T>>(_mm256_cvtepu8_epi16(bytes));
@@ -123,26 +115,11 @@ template <typename R>
 AMCT_INLINE bool any(R v) {
 #if defined(AMCT_AVX512)
   return _mm512_test_epi64_mask(as<__m512i>(v), as<__m512i>(v)) != 0;
-#elif defined(__AVX2__)
+#elif defined(AMCT_AVX2)
   return !_mm256_testz_si256(as<__m256i>(v), as<__m256i>(v));
 #else
   const auto words = as<U<double>>(v);
   return (words[0] | words[1]) != 0;
-#endif
-}
-
-// Half to even, as math::round_even.
-template <typename A>
-AMCT_INLINE F<A> round_even(F<A> v) {
-#if defined(AMCT_AVX512)
-  if constexpr (sizeof(A) == 4) return _mm512_roundscale_ps(v, _MM_FROUND_RINT);
-  if constexpr (sizeof(A) == 8) return _mm512_roundscale_pd(v, _MM_FROUND_RINT);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) return _mm256_round_ps(v, _MM_FROUND_RINT);
-  if constexpr (sizeof(A) == 8) return _mm256_round_pd(v, _MM_FROUND_RINT);
-#else
-  for (int i = 0; i < kWidth<A>; ++i) v[i] = math::round_even(v[i]);
-  return v;
 #endif
 }
 
