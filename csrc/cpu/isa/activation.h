@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/isa/pairs.h"
+#include "cpu/isa/sums.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
@@ -95,22 +96,6 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
   return !(good & each(whole, n));
 }
 
-// Sums over the 32 lanes of a group: a few values in the arithmetic type, those in float64. What a lane holds, and so
-// the order of additions, does not depend on the width of a row.
-template <typename A>
-struct GroupSums {
-  static constexpr int kGroup = 2 * kLanes, kSteps = 8;
-  alignas(64) A partial[kGroup] = {};
-  LaneSums sums;
-
-  AMCT_INLINE void add(int lane, Row<A> v) { store_row(partial + lane, load_row<Row<A>>(partial + lane) + v); }
-
-  AMCT_INLINE void flush() {
-    for (int lane = 0; lane < kGroup; lane += kLanes) sums.add(partial + lane);
-    for (int lane = 0; lane < kGroup; ++lane) partial[lane] = 0;
-  }
-};
-
 template <typename T>
 void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackward& p, UlqSums& out) {
   using A = Acc<T>;
@@ -133,8 +118,8 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
   const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
     for (int k = 0; k < kGroup; k += kPair<T>) {
       const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
-      const int lane = kAlternating<T> ? k / 2 : k, other = kAlternating<T> ? (k + kGroup) / 2 : k + kRow<A>;
-      const Mask<A> first = row(v.first, g.first, lane), second = row(v.second, g.second, other);
+      const Mask<A> first = row(v.first, g.first, first_lane<T>(k)),
+                    second = row(v.second, g.second, second_lane<T>(k));
       store_kept(ds + k, gs + k, first, second);
     }
   };

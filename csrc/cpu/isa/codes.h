@@ -6,6 +6,12 @@
 namespace amct_ext::cpu {
 namespace {
 
+// Values after which a step looks whether it must be done again. Half formats hold few different values, so one in the
+// middle between two integers comes up often.
+constexpr int64_t kRetry = 256, kHalfRetry = 64;
+template <typename T>
+constexpr int64_t kRetryOf = sizeof(T) == 2 ? kHalfRetry : kRetry;
+
 // The smaller range of integers keeps the conversion defined; NaN becomes the lowest code.
 template <typename A>
 AMCT_INLINE uint8_t code_byte(A code, A lowest, A highest) {

@@ -8,6 +8,7 @@ namespace {
 
 using WordBits = U<float>;
 typedef uint16_t HalfBits __attribute__((vector_size(kRegister / 2)));
+typedef int16_t SignedHalfBits __attribute__((vector_size(kRegister / 2)));
 
 // Two rows of arithmetic values: what is loaded and stored at a time. Half formats fill a row of bits with both.
 template <typename T>
@@ -28,13 +29,18 @@ AMCT_INLINE Pair<T> load_pair(const T* from) {
   return {load_row<Row<T>>(from), load_row<Row<T>>(from + kRow<T>)};
 }
 
-// The words of bfloat16 hold two values; the upper half of a word is a float32 as it stands.
-AMCT_INLINE Pair<BFloat16> pair_of_words(WordBits words) {
+// A register of a half format and the pair of its values. The words of bfloat16 hold two; the upper half of a word is a
+// float32 as it stands.
+template <typename T>
+AMCT_INLINE Pair<T> widened(V<T> bits);
+template <>
+AMCT_INLINE Pair<BFloat16> widened<BFloat16>(V<BFloat16> bits) {
+  const auto words = reinterpret_cast<WordBits>(bits);
   return {reinterpret_cast<Row<float>>(words << 16), reinterpret_cast<Row<float>>(words & 0xffff0000u)};
 }
 template <>
 AMCT_INLINE Pair<BFloat16> load_pair(const BFloat16* from) {
-  return pair_of_words(load_row<WordBits>(from));
+  return widened<BFloat16>(load(from));
 }
 
 AMCT_INLINE Row<float> widen_row(HalfBits v) {
@@ -68,6 +74,14 @@ AMCT_INLINE HalfBits narrow_row(Row<float> v) {
 #endif
 }
 
+struct TwoHalves {
+  HalfBits first, second;
+};
+template <>
+AMCT_INLINE Pair<Float16> widened<Float16>(V<Float16> bits) {
+  const auto halves = as<TwoHalves>(bits);
+  return {widen_row(halves.first), widen_row(halves.second)};
+}
 template <>
 AMCT_INLINE Pair<Float16> load_pair(const Float16* from) {
   return {widen_row(load_row<HalfBits>(from)), widen_row(load_row<HalfBits>(from + kRow<float>))};
@@ -81,27 +95,28 @@ AMCT_INLINE Pair<T> load_kept_pair(const T* from, const uint8_t* mask) {
 }
 template <>
 AMCT_INLINE Pair<BFloat16> load_kept_pair(const BFloat16* from, const uint8_t* mask) {
-  return pair_of_words(reinterpret_cast<WordBits>(load_kept(from, mask)));
+  return widened<BFloat16>(load_kept(from, mask));
 }
 template <>
 AMCT_INLINE Pair<Float16> load_kept_pair(const Float16* from, const uint8_t* mask) {
-  const V<Float16> kept = load_kept(from, mask);
-  const auto* halves = reinterpret_cast<const uint16_t*>(&kept);
-  return {widen_row(load_row<HalfBits>(halves)), widen_row(load_row<HalfBits>(halves + kRow<float>))};
-}
-
-// Whether a value is NaN.
-template <typename T>
-AMCT_INLINE bool holds_nan(Pair<T> v) {
-#if defined(AMCT_AVX512)
-  if constexpr (sizeof(Acc<T>) == 4) return _mm512_cmp_ps_mask(v.first, v.second, _CMP_UNORD_Q) != 0;
-#elif defined(AMCT_AVX2)
-  if constexpr (sizeof(Acc<T>) == 4) return _mm256_movemask_ps(_mm256_cmp_ps(v.first, v.second, _CMP_UNORD_Q)) != 0;
-#endif
-  return any((v.first != v.first) | (v.second != v.second));
+  return widened<Float16>(load_kept(from, mask));
 }
 
 // Values rounded to the type. Not for NaN, nor for what is subnormal in float32: one instruction set would flush it.
+AMCT_INLINE U<BFloat16> narrow_words(Pair<BFloat16> v) {
+#if defined(__AVX512BF16__)
+  // Rounds both rows at once, one behind the other.
+  constexpr U<BFloat16> alternate = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v.second, v.first));
+  return as<U<BFloat16>>(_mm512_maskz_permutexvar_epi16(-1, reinterpret_cast<__m512i>(alternate), both));
+#else
+  const auto even = reinterpret_cast<WordBits>(v.first), odd = reinterpret_cast<WordBits>(v.second);
+  const WordBits low = (even + 0x7fffu + ((even >> 16) & 1u)) >> 16;
+  const WordBits high = odd + 0x7fffu + ((odd >> 16) & 1u);
+  return reinterpret_cast<U<BFloat16>>(low | (high & 0xffff0000u));
+#endif
+}
 template <typename T>
 AMCT_INLINE void store_pair(T* to, Pair<T> v) {
   store_row(to, v.first);
@@ -109,24 +124,27 @@ AMCT_INLINE void store_pair(T* to, Pair<T> v) {
 }
 template <>
 AMCT_INLINE void store_pair(BFloat16* to, Pair<BFloat16> v) {
-#if defined(__AVX512BF16__)
-  // Rounds both rows at once, one behind the other.
-  using Halves = uint16_t __attribute__((vector_size(64)));
-  constexpr Halves alternate = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v.second, v.first));
-  store_row(to, _mm512_maskz_permutexvar_epi16(-1, reinterpret_cast<__m512i>(alternate), both));
-#else
-  const auto even = reinterpret_cast<WordBits>(v.first), odd = reinterpret_cast<WordBits>(v.second);
-  const WordBits low = (even + 0x7fffu + ((even >> 16) & 1u)) >> 16;
-  const WordBits high = odd + 0x7fffu + ((odd >> 16) & 1u);
-  store_row(to, low | (high & 0xffff0000u));
-#endif
+  store_row(to, narrow_words(v));
 }
 template <>
 AMCT_INLINE void store_pair(Float16* to, Pair<Float16> v) {
   store_row(to, narrow_row(v.first));
   store_row(to + kRow<float>, narrow_row(v.second));
+}
+
+// Half formats: the same between a negative bound and a positive one, both rows at once as bit patterns. Negative ones
+// are the largest as unsigned numbers, so two integer minima do it.
+template <typename Signed, typename Unsigned>
+AMCT_INLINE Signed between(Unsigned bits, uint16_t low, uint16_t high) {
+  const auto above = reinterpret_cast<Signed>(smaller(bits, Unsigned{} + low));
+  return smaller(above, Signed{} + static_cast<int16_t>(high));
+}
+AMCT_INLINE void store_between(BFloat16* to, Pair<BFloat16> v, BFloat16 low, BFloat16 high) {
+  store_row(to, between<V<BFloat16>>(narrow_words(v), low.bits, high.bits));
+}
+AMCT_INLINE void store_between(Float16* to, Pair<Float16> v, Float16 low, Float16 high) {
+  store_row(to, between<SignedHalfBits>(narrow_row(v.first), low.bits, high.bits));
+  store_row(to + kRow<float>, between<SignedHalfBits>(narrow_row(v.second), low.bits, high.bits));
 }
 
 // Values of a pair where the masks are set, else +0; bits are moved, nothing is computed.

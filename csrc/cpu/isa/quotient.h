@@ -1,7 +1,7 @@
 // Division of many values by one number, without dividing: the same quotients, bit for bit.
 //
 // 1 / s is kept in two parts. v * high + v * low, rounded once, is off by at most half a unit in the last place and a
-// 2^22nd of one. Where v has no more digits than a half format, no quotient lies so close to the place where its
+// 2^21st of one. Where v has no more digits than a half format, no quotient lies so close to the place where its
 // rounding would become, or cease to be, the middle between two integers (but for one divisor, see `usable`): what it
 // rounds to as an integer is right. Other types correct it once more, by the remainder (Markstein 1990), which gives
 // the quotient itself, unless v is so small that the remainder underflows; that rounds to zero of the same sign.
@@ -27,7 +27,7 @@ class Quotient {
     const bool above = fused(inverse, divisor, A(-1)) > 0;
     const A high = above ? as<A>(static_cast<Bits<A>>(as<Bits<A>>(inverse) - 1)) : inverse;
     high_ = filled(high);
-    low_ = filled(fused(-high, divisor, A(1)) / divisor);
+    low_ = filled(fused(-high, divisor, A(1)) * inverse);
     minus_inverse_ = filled(-inverse);
 #endif
   }

@@ -39,11 +39,20 @@ AMCT_INLINE Mask<A> magnitude_bits_of(Row<A> v) {
   return magnitudes<A>(reinterpret_cast<Mask<A>>(v));
 }
 
-// NaN stays NaN.
+// NaN stays NaN. Compilers miss the two instructions where v was made as a bit pattern.
 template <typename R>
 AMCT_INLINE R clamped(R v, R low, R high) {
+  [[maybe_unused]] constexpr bool single = sizeof(v[0]) == 4;
+#if defined(AMCT_AVX512)
+  if constexpr (single) return _mm512_maskz_min_ps(-1, high, _mm512_maskz_max_ps(-1, low, v));
+  if constexpr (!single) return _mm512_maskz_min_pd(-1, high, _mm512_maskz_max_pd(-1, low, v));
+#elif defined(AMCT_AVX2)
+  if constexpr (single) return _mm256_min_ps(high, _mm256_max_ps(low, v));
+  if constexpr (!single) return _mm256_min_pd(high, _mm256_max_pd(low, v));
+#else
   v = v < low ? low : v;
   return v > high ? high : v;
+#endif
 }
 
 AMCT_INLINE Row<float> rounded(Row<float> v) {
@@ -98,16 +107,15 @@ AMCT_INLINE R product(R a, R b, R zero) {
 }
 
 // Whether a lane is `limit` or more, all being positive.
-template <typename A>
-AMCT_INLINE bool reach(Mask<A> lanes, A limit) {
+template <typename T>
+AMCT_INLINE bool reach(V<T> lanes, T limit) {
 #if defined(AMCT_AVX512)
-  if constexpr (sizeof(A) == 8) {
-    return _mm512_cmpge_epi64_mask(reinterpret_cast<__m512i>(lanes), _mm512_set1_epi64(as<int64_t>(limit))) != 0;
-  } else {
-    return _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(lanes), _mm512_set1_epi32(as<int32_t>(limit))) != 0;
-  }
+  const auto v = as<__m512i>(lanes);
+  if constexpr (sizeof(T) == 8) return _mm512_cmpge_epi64_mask(v, _mm512_set1_epi64(as<int64_t>(limit))) != 0;
+  if constexpr (sizeof(T) == 4) return _mm512_cmpge_epi32_mask(v, _mm512_set1_epi32(as<int32_t>(limit))) != 0;
+  if constexpr (sizeof(T) == 2) return _mm512_cmpge_epi16_mask(v, _mm512_set1_epi16(as<int16_t>(limit))) != 0;
 #else
-  return any(lanes >= as<Lane<A>>(limit));
+  return any(lanes >= as<Lane<T>>(limit));
 #endif
 }
 

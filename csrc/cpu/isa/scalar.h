@@ -1,13 +1,9 @@
-// Element types of the loops. Half formats are converted by integer arithmetic, which vectorises on every instruction
-// set.
+// Element types of the loops, a value at a time. Half formats are converted by integer arithmetic, which vectorises on
+// every instruction set; registers of them in pairs.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 #include "quant_math.h"
 
@@ -141,104 +137,6 @@ AMCT_INLINE Reciprocal<A> reciprocal(double scale, double lowest, double highest
 
 template <typename A>
 using BitsOf = typename Traits<A>::Bits;
-
-// Values after which a step looks whether it must be done again. Half formats hold few different values, so one in the
-// middle between two integers comes up often.
-constexpr int64_t kRetry = 256, kHalfRetry = 64;
-template <typename T>
-constexpr int64_t kRetryOf = sizeof(T) == 2 ? kHalfRetry : kRetry;
-
-// A step of a half format goes through float32 in the first-level cache: loops of one element size vectorise better,
-// and many processors convert float16 themselves.
-template <typename T>
-constexpr bool kConverts = false;
-template <>
-constexpr bool kConverts<BFloat16> = true;
-
-AMCT_INLINE void widen_step(const BFloat16* __restrict x, float* __restrict to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = widen(x[i]);
-}
-
-AMCT_INLINE void narrow_step(const float* __restrict v, BFloat16* __restrict to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow<BFloat16>(v[i]);
-}
-
-#if defined(__F16C__)
-template <>
-constexpr bool kConverts<Float16> = true;
-
-AMCT_INLINE void widen_step(const Float16* x, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
-  }
-  for (; i < n; ++i) to[i] = widen(x[i]);
-}
-
-AMCT_INLINE void narrow_step(const float* v, Float16* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    // The instruction keeps more of a NaN than `narrow` does: its sign and one bit are to stay.
-    const __m256 value = _mm256_loadu_ps(v + i);
-    const __m256 plain = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffc00000u))));
-    const __m256 number = _mm256_blendv_ps(value, plain, _mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(number, _MM_FROUND_TO_NEAREST_INT));
-  }
-  for (; i < n; ++i) to[i] = narrow<Float16>(v[i]);
-}
-#endif
-
-// loop(x, y) of at most kHalfRetry values, by way of float32 where that is faster.
-template <typename T, typename Loop>
-AMCT_INLINE void converted(const T* x, T* y, int64_t n, const Loop& loop) {
-  if constexpr (kConverts<T>) {
-    alignas(64) float in[kHalfRetry], out[kHalfRetry];
-    widen_step(x, in, n);
-    loop(static_cast<const float*>(in), static_cast<float*>(out));
-    narrow_step(out, y, n);
-  } else {
-    loop(x, y);
-  }
-}
-
-// Sixteen sums of float64, element i of a row going to sum i % 16, so that the order of additions does not depend on
-// the instruction set. Vector types say what compilers fail to see in plain loops.
-constexpr int kLanes = 16;
-
-struct LaneSums {
-  using Double8 = double __attribute__((vector_size(64)));
-  using Float8 = float __attribute__((vector_size(32)));
-
-  Double8 low = {}, high = {};
-
-  AMCT_INLINE void add(const float* v) {
-    Float8 first, second;
-    __builtin_memcpy(&first, v, sizeof(first));
-    __builtin_memcpy(&second, v + 8, sizeof(second));
-#if defined(__AVX512F__)
-    low += _mm512_maskz_cvtps_pd(-1, first);  // compilers make two halves of the general form
-    high += _mm512_maskz_cvtps_pd(-1, second);
-#else
-    low += __builtin_convertvector(first, Double8);
-    high += __builtin_convertvector(second, Double8);
-#endif
-  }
-
-  AMCT_INLINE void add(const double* v) {
-    Double8 first, second;
-    __builtin_memcpy(&first, v, sizeof(first));
-    __builtin_memcpy(&second, v + 8, sizeof(second));
-    low += first;
-    high += second;
-  }
-
-  AMCT_INLINE double total() const {
-    double sum = 0;
-    for (int i = 0; i < 8; ++i) sum += low[i];
-    for (int i = 0; i < 8; ++i) sum += high[i];
-    return sum;
-  }
-};
 
 }  // namespace
 }  // namespace amct_ext::cpu

@@ -3,8 +3,7 @@
 
 #include <type_traits>
 
-#include "cpu/isa/scalar.h"
-#include "cpu/isa/weight.h"
+#include "cpu/isa/sums.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
@@ -89,7 +88,7 @@ void losses(const void* x_, int64_t n, const Candidate* candidates, int count, d
     const int64_t size = stage(x, begin, n, values);
     for (int c = 0; c < count; ++c) {
       const Acc<T> scale = static_cast<Acc<T>>(candidates[c].scale), end = static_cast<Acc<T>>(candidates[c].end);
-      sums[c] += lane_sum<T>(size, [&](int64_t i) __attribute__((always_inline)) {
+      sums[c] += lane_sum(size, [&](int64_t i) __attribute__((always_inline)) {
         const Acc<T> v = values[i];
         const Acc<T> d = math::round_even(math::clamp(v, -end, end) / scale) * scale - v;
         return static_cast<double>(d * d);
@@ -109,7 +108,7 @@ void offset_losses(const void* x_, int64_t n, const Candidate* candidates, int c
                                         static_cast<Acc<T>>(candidates[c].offset)};
       const Acc<T> lowest = static_cast<Acc<T>>(candidates[c].lowest),
                    highest = static_cast<Acc<T>>(candidates[c].highest);
-      sums[c] += lane_sum<T>(size, [&](int64_t i) __attribute__((always_inline)) {
+      sums[c] += lane_sum(size, [&](int64_t i) __attribute__((always_inline)) {
         const Acc<T> d = math::fake_quantize(values[i], affine, lowest, highest) - values[i];
         return static_cast<double>(d * d);
       });

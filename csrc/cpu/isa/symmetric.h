@@ -19,9 +19,9 @@ template <typename T>
 AMCT_INLINE void put(int8_t* y, Acc<T> code, Acc<T>) {
   *y = static_cast<int8_t>(static_cast<int32_t>(code == code ? code : Acc<T>(0)));
 }
-template <typename T>
-AMCT_INLINE void put_pair(T* y, Pair<T> code, Row<Acc<T>> scale) {
-  store_pair(y, Pair<T>{code.first * scale, code.second * scale});
+template <typename A>
+AMCT_INLINE void put_pair(A* y, Pair<A> code, Row<A> scale) {
+  store_pair(y, Pair<A>{code.first * scale, code.second * scale});
 }
 template <typename T>
 AMCT_INLINE void put_pair(int8_t* y, Pair<T> code, Row<Acc<T>>) {
@@ -39,27 +39,58 @@ void symmetric_each(const T* w, const uint8_t* mask, Out* y, int64_t n, const Sy
   }
 }
 
-// A pair at a time, each written when it is done: `y` may be the memory of w. Values are clipped before the division,
-// which gives the same codes and leaves no quotient that is not finite.
+// Values are clipped before the division, which gives the same codes and leaves no quotient that is not finite. Returns
+// how many values are done.
 template <bool kMasked, typename T, typename Out>
-AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
+AMCT_INLINE int64_t symmetric_pairs(const T* w, const uint8_t* mask, Out* y, int64_t n, const Quotient<T>& quotient,
+                                    Row<Acc<T>> scale, Row<Acc<T>> bottom, Row<Acc<T>> top) {
   using A = Acc<T>;
-  const Quotient<T> quotient(static_cast<A>(p.scale));
-  if (!quotient.usable) return symmetric_each(w, mask, y, n, p);
-  const Row<A> scale = filled(static_cast<A>(p.scale)), bottom = filled(static_cast<A>(p.lowest)) * scale,
-               top = filled(static_cast<A>(p.highest)) * scale;
   const auto code = [&](Row<A> v) __attribute__((always_inline)) { return rounded(quotient(clamped(v, bottom, top))); };
   int64_t i = 0;
   for (; i + kPair<T> <= n; i += kPair<T>) {
     const Pair<T> v = kMasked ? load_kept_pair(w + i, mask + i) : load_pair(w + i);
-    const Pair<T> codes{code(v.first), code(v.second)};
-    if (sizeof(Out) == 2 && holds_nan(codes)) [[unlikely]] {
+    put_pair(y + i, Pair<T>{code(v.first), code(v.second)}, scale);
+  }
+  return i;
+}
+
+// The same for half formats and results of that format: it is these that are clipped.
+template <bool kMasked, typename T>
+AMCT_INLINE int64_t symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient<T>& quotient,
+                                     float scale, const Symmetric& p) {
+  const Row<float> scales = filled(scale);
+  const auto value = [&](Row<float> v) __attribute__((always_inline)) { return rounded(quotient(v)) * scales; };
+  const T bottom = narrow<T>(static_cast<float>(p.lowest) * scale),
+          top = narrow<T>(static_cast<float>(p.highest) * scale);
+  int64_t i = 0;
+  for (; i + kPair<T> <= n; i += kPair<T>) {
+    const V<T> bits = kMasked ? load_kept(w + i, mask + i) : load(w + i);
+    if (reach<T>(magnitudes<T>(bits), as<T>(Traits<T>::kInfinity))) [[unlikely]] {
       symmetric_each(w + i, kMasked ? mask + i : nullptr, y + i, kPair<T>, p);
+      continue;
+    }
+    const Pair<T> v = kMasked ? widened<T>(bits) : load_pair(w + i);
+    store_between(y + i, Pair<T>{value(v.first), value(v.second)}, bottom, top);
+  }
+  return i;
+}
+
+// A pair at a time, each written when it is done: `y` may be the memory of w.
+template <bool kMasked, typename T, typename Out>
+AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
+  using A = Acc<T>;
+  const A scale = static_cast<A>(p.scale);
+  const Quotient<T> quotient(scale);
+  int64_t done = 0;
+  if (quotient.usable) {
+    if constexpr (sizeof(Out) == 2) {
+      done = symmetric_halves<kMasked>(w, mask, y, n, quotient, scale, p);
     } else {
-      put_pair<T>(y + i, codes, scale);
+      done = symmetric_pairs<kMasked>(w, mask, y, n, quotient, filled(scale), filled(static_cast<A>(p.lowest) * scale),
+                                      filled(static_cast<A>(p.highest) * scale));
     }
   }
-  symmetric_each(w + i, kMasked ? mask + i : nullptr, y + i, n - i, p);
+  symmetric_each(w + done, kMasked ? mask + done : nullptr, y + done, n - done, p);
 }
 
 template <typename T>

@@ -1,9 +1,9 @@
-// Weights: range, symmetric fake quantisation, integer codes, the gradient of learned scales, norms.
+// Weights: range, the gradient of learned scales, norms.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/isa/rows.h"
+#include "cpu/isa/sums.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
@@ -79,55 +79,46 @@ Range masked_range(const void* w, const uint8_t* mask, int64_t n) {
   return range_of<true>(static_cast<const T*>(w), mask, n);
 }
 
-// Sums run in fixed lanes of float64, see activation.h. A row in several pieces must be cut at multiples of the lanes.
-template <typename Term>
-AMCT_INLINE void add_to_lanes(double* sums, int64_t n, Term term) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) sums[l] += term(i + l);
-  }
-  for (int l = 0; i < n; ++i, ++l) sums[l] += term(i);
-}
-
-AMCT_INLINE double total_of_lanes(const double* sums) {
-  double total = 0;
-  for (int l = 0; l < kLanes; ++l) total += sums[l];
-  return total;
-}
-
-template <typename T, typename Term>
-AMCT_INLINE double lane_sum(int64_t n, Term term) {
-  double sums[kLanes] = {};
-  add_to_lanes(sums, n, term);
-  return total_of_lanes(sums);
-}
-
-template <typename T>
-AMCT_INLINE void add_lsq_terms(double* sums, const T* __restrict grad, const T* __restrict w, int64_t n,
-                               const Symmetric& p) {
-  const Acc<T> scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
-               highest = static_cast<Acc<T>>(p.highest);
-  const Acc<T> bottom = lowest * scale, top = highest * scale;
-  add_to_lanes(sums, n, [&](int64_t i) __attribute__((always_inline)) {
-    const Acc<T> v = widen(w[i]), z = v / scale;
-    const Acc<T> slope = v < bottom ? lowest : v > top ? highest : math::round_even(z) - z;
-    return static_cast<double>(slope * widen(grad[i]));
-  });
-}
-
+// The gradient of a learned scale. It divides: here the fraction counts.
 template <typename T>
 double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetric& p) {
+  using A = Acc<T>;
+  constexpr int kGroup = GroupSums<A>::kGroup, kStep = kGroup * GroupSums<A>::kSteps;
   const T* grad = static_cast<const T*>(grad_);
   const T* w = static_cast<const T*>(w_);
-  double sums[kLanes] = {};
-  add_lsq_terms(sums, grad, w, n, p);
-  return total_of_lanes(sums);
+  const Row<A> scale = filled(static_cast<A>(p.scale)), lowest = filled(static_cast<A>(p.lowest)),
+               highest = filled(static_cast<A>(p.highest)), bottom = lowest * scale, top = highest * scale;
+  GroupSums<A> sums;
+  const auto row = [&](Row<A> v, Row<A> g, int lane) __attribute__((always_inline)) {
+    const Row<A> z = v / scale;
+    sums.add(lane, (v < bottom ? lowest : v > top ? highest : rounded(z) - z) * g);
+  };
+  const auto group = [&](const T* gs, const T* ws) __attribute__((always_inline)) {
+    for (int k = 0; k < kGroup; k += kPair<T>) {
+      const Pair<T> v = load_pair(ws + k), g = load_pair(gs + k);
+      row(v.first, g.first, first_lane<T>(k));
+      row(v.second, g.second, second_lane<T>(k));
+    }
+  };
+  for (int64_t begin = 0; begin < n; begin += kStep) {
+    const int64_t end = n - begin < kStep ? n : begin + kStep;
+    int64_t i = begin;
+    for (; i + kGroup <= end; i += kGroup) group(grad + i, w + i);
+    if (i < end) {
+      T gs[kGroup] = {}, ws[kGroup] = {};
+      __builtin_memcpy(gs, grad + i, (end - i) * sizeof(T));
+      __builtin_memcpy(ws, w + i, (end - i) * sizeof(T));
+      group(gs, ws);
+    }
+    sums.flush();
+  }
+  return sums.sums.total();
 }
 
 template <typename T>
 double sum_squares(const void* w_, int64_t n) {
   const T* __restrict w = static_cast<const T*>(w_);
-  return lane_sum<T>(n, [&](int64_t i) __attribute__((always_inline)) {
+  return lane_sum(n, [&](int64_t i) __attribute__((always_inline)) {
     const double v = static_cast<double>(widen(w[i]));
     return v * v;
   });
