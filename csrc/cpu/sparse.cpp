@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   const int64_t length = runs.count * runs.inner;
   job.prepare = [=](int64_t channel) {
     for (int64_t at = channel * row; at < (channel + 1) * row; at += length) {
-      plane({at_element(in, at, size), keep + at, nullptr, runs.count, runs.inner});
+      plane(at_element(in, at, size), keep + at, runs.count, runs.inner);
     }
   };
   run_arq({job}, static_cast<int>(num_bits));
