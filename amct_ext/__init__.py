@@ -1,6 +1,6 @@
 """amct_ext: compression retraining for INT8 devices on fused custom ops; a drop-in for AMCT's retraining flows."""
 
-from amct_ext._library import build_info
+from amct_ext._library import build_info, release_memory
 from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
@@ -55,6 +55,7 @@ __all__ = [
     "explain",
     "forward_choices",
     "from_amct_state_dict",
+    "release_memory",
     "replicated_parameters",
     "restore_compressed_retrain_model",
     "restore_prune_retrain_model",

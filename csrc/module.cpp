@@ -1,9 +1,10 @@
-// `_C`: the build information, the one thing that an op schema cannot carry.
+// `_C`: what no op schema carries, the build information and idle memory.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 
 #include "build_info.h"
+#include "cpu/reuse.h"
 
 namespace py = pybind11;
 
@@ -33,6 +34,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "How the compiled part of amct_ext was built.";
+  m.doc() = "How the compiled part of amct_ext was built, and its idle memory.";
   m.def("build_info", &build_info);
+  m.def("release_memory", &amct_ext::cpu::release_memory);
 }

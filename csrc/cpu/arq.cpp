@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/channels.h"
+#include "cpu/reuse.h"
 #include "quant_math.h"
 
 namespace amct_ext::cpu {
@@ -160,7 +161,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
 
 ArqJob arq_job(const Tensor& w, const Tensor& mask, std::optional<int64_t> channel_axis) {
   const Tensor source = without_holes(w);
-  return {source, mask.defined() ? mask_laid_out_as(mask, source) : Tensor(), at::empty_like(source),
+  return {source, mask.defined() ? mask_laid_out_as(mask, source) : Tensor(), reused_like(source, Life::kStep),
           at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w))), channel_axis};
 }
 

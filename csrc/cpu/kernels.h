@@ -32,14 +32,6 @@ struct Range {
   double largest, smallest;  // both NaN where one value is NaN
 };
 
-// Rows along the axis of a 2:4 mask, and where to put the mask and what is kept.
-struct Plane {
-  const void* w;  // `count` rows of `inner` values
-  uint8_t* mask;  // same shape
-  void* y;        // same shape, or null where only the mask is wanted
-  int64_t count, inner;
-};
-
 // One range of the search. `end` bounds a symmetric range; offset and code range serve the asymmetric one.
 struct Candidate {
   double scale, offset, end, lowest, highest;
@@ -72,7 +64,8 @@ struct Kernels {
   double (*lsq_backward[kElements])(const void* grad, const void* w, int64_t n, const Symmetric&);
   double (*sum_squares[kElements])(const void* w, int64_t n);
 
-  void (*mask_plane[kElements])(const Plane&);
+  // 2:4 along `count` rows of `inner` values.
+  void (*mask_plane[kElements])(const void* w, uint8_t* mask, int64_t count, int64_t inner);
   void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
 
   Range (*extremes[kElements])(const void* x, int64_t n);  // zero included

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "check.h"
+#include "cpu/reuse.h"
 #include "cpu/tensors.h"
 
 namespace amct_ext::cpu {
@@ -12,11 +13,13 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kPiece = 2048;  // elements
+
 Tensor mask_2to4(const Tensor& w, int64_t axis) {
   check_floating("mask_2to4", "w", w);
   axis = check_axis("mask_2to4", "axis", w, axis);
   const Tensor source = without_holes(w);
-  Tensor mask = at::empty_like(source, source.options().dtype(at::kBool));
+  Tensor mask = reused_like(source, Life::kStep, at::kBool);
   make_mask(source, axis, mask, std::nullopt);
   return mask;
 }
@@ -78,27 +81,25 @@ Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
 }  // namespace
 
 void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std::optional<Tensor>& y) {
-  const Runs runs = runs_along(source, axis);
+  Runs runs = runs_along(source, axis);
+  // One or two weights along the axis are all kept: any cut will do.
+  if (runs.count <= 2) runs = {runs.outer * runs.count, 1, runs.inner};
   const size_t size = source.element_size();
   const void* in = source.const_data_ptr();
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   void* out = y ? y->mutable_data_ptr() : nullptr;
-  const auto loop = kernels().mask_plane[element_of(source)];
-  // A few groups at a time, so that one long plane is shared between threads as well.
-  const int64_t groups = (runs.count + 3) / 4, group = 4 * runs.inner;
-  const int64_t step = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, group));
+  const auto choose = kernels().mask_plane[element_of(source)];
+  const auto apply = kernels().apply_mask[element_of(source)];
+  // A few groups at a time, so that one long plane is shared between threads as well, and the mask of a piece is
+  // applied while the piece is in the first-level cache.
+  const int64_t group = 4 * runs.inner, groups = (runs.count + 3) / 4;
+  const int64_t step = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, group));
   const int64_t pieces = (groups + step - 1) / step;
-  if (runs.count <= 2) {
-    for_rows(runs.outer, runs.count * runs.inner, [&](int64_t o) {
-      const int64_t at = o * runs.count * runs.inner;
-      loop({at_element(in, at, size), keep + at, out ? at_element(out, at, size) : nullptr, runs.count, runs.inner});
-    });
-    return;
-  }
   for_rows(runs.outer * pieces, step * group, [&](int64_t i) {
-    const int64_t first = i % pieces * step * 4, last = std::min(runs.count, first + step * 4);
+    const int64_t first = i % pieces * step * 4, count = std::min(runs.count - first, step * 4);
     const int64_t at = (i / pieces * runs.count + first) * runs.inner;
-    loop({at_element(in, at, size), keep + at, out ? at_element(out, at, size) : nullptr, last - first, runs.inner});
+    choose(at_element(in, at, size), keep + at, count, runs.inner);
+    if (out) apply(at_element(in, at, size), keep + at, at_element(out, at, size), count * runs.inner);
   });
 }
 

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/arq.h"
 #include "cpu/mask.h"
+#include "cpu/reuse.h"
 #include "cpu/tensors.h"
 
 namespace amct_ext::cpu {
@@ -19,7 +20,7 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   check_type(op, "mask", mask, at::kBool);
   check_same_shape(op, "mask", mask, "w", w);
   const Tensor source = without_holes(w), keep = mask_laid_out_as(mask, source);
-  Tensor y = at::empty_like(source);
+  Tensor y = reused_like(source, Life::kStep);
   const void* in = source.const_data_ptr();
   const uint8_t* bits = static_cast<const uint8_t*>(keep.const_data_ptr());
   void* out = y.mutable_data_ptr();
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   check_floating(op, "w", w);
   axis = check_axis(op, "axis", w, axis);
   const Tensor source = without_holes(w);
-  Tensor y = at::empty_like(source), mask = at::empty_like(source, source.options().dtype(at::kBool));
+  Tensor y = reused_like(source, Life::kStep), mask = reused_like(source, Life::kStep, at::kBool);
   make_mask(source, axis, mask, y);
   return {std::move(y), std::move(mask)};
 }
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   ArqJob job = arq_job(w, {}, channel_axis);
   const Tensor& source = job.source;
-  job.mask = at::empty_like(source, source.options().dtype(at::kBool));
+  job.mask = reused_like(source, Life::kStep, at::kBool);
   if (!rows_lie_together(source, channel_axis, axis)) {
     make_mask(source, axis, job.mask, std::nullopt);
     run_arq({job}, static_cast<int>(num_bits));
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   const int64_t length = runs.count * runs.inner;
   job.prepare = [=](int64_t channel) {
     for (int64_t at = channel * row; at < (channel + 1) * row; at += length) {
-      plane({at_element(in, at, size), keep + at, nullptr, runs.count, runs.inner});
+      plane(at_element(in, at, size), keep + at, runs.count, runs.inner);
     }
   };
   run_arq({job}, static_cast<int>(num_bits));

@@ -64,10 +64,10 @@ inline void set_value(const at::Tensor& x, int64_t i, double v) {
 // Allocations without the way through the dispatcher: most of the time of a small call.
 inline at::Tensor new_scalar(at::ScalarType type) { return at::Tensor(at::detail::empty_cpu({}, type)); }
 
-// With the type of x and the layout that elementwise results of it have.
-inline at::Tensor result_like(const at::Tensor& x) {
-  if (!x.is_non_overlapping_and_dense()) return at::empty_like(x);
-  return at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()));
+// With the layout that elementwise results of x have.
+inline at::Tensor result_like(const at::Tensor& x, at::ScalarType type) {
+  if (!x.is_non_overlapping_and_dense()) return at::empty_like(x, x.options().dtype(type));
+  return at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), type));
 }
 
 inline at::Tensor scalar_like(const at::Tensor& like, double v) {

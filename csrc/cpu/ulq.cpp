@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const UlqForward parameters = used.parameters(num_bits);
 
   const Tensor source = in_runs(x);
-  Tensor y = reused_like(source);
+  Tensor y = reused_like(source, Life::kLayer);
   std::atomic<bool> bad{!used.valid()};
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
   const Tensor source = in_runs(x);
-  Tensor dx = reused_like(source);
+  Tensor dx = reused_like(source, Life::kLayer);
   const Tensor upstream = laid_out_as(grad, dx);
   const Walk walk(x.sizes(), source.strides(), dx.strides());
   std::vector<UlqSums> parts(walk.blocks());

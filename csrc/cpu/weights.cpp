@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cpu/channels.h"
+#include "cpu/reuse.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
 
@@ -85,7 +86,7 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
   const auto range = math::code_range(static_cast<int>(num_bits));
   const std::vector<double> scales = floored(scale, w);
   const Tensor source = without_holes(w);
-  Tensor y = at::empty_like(source);
+  Tensor y = reused_like(source, Life::kStep);
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const size_t size = w.element_size();

@@ -76,9 +76,8 @@ void weights(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::
 
   Hash sparse;
   for (int64_t inner : {1, 9}) {
-    k.mask_plane[e]({x.data(), mask.data(), y.data(), kCount / inner / 4 * 4, inner});
+    k.mask_plane[e](x.data(), mask.data(), kCount / inner / 4 * 4, inner);
     sparse.all(mask);
-    sparse.all(y);
   }
   const Range masked = k.masked_range[e](x.data(), mask.data(), kCount);
   sparse.number(masked.largest);
