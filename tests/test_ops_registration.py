@@ -51,7 +51,13 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (leaf(w), leaf(high), leaf(low), none.clone(), none.clone(), *state()),
             (leaf(w.half()), high.clone(), low.clone(), none.clone(), none.clone(), *state(), 4, True),
         ],
-        "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
+        "ulq_fake_quantize_backward": [
+            (grad, w, high, low),
+            (grad, w, high, low, 4),
+            (grad, w.bfloat16(), high, low),
+            (grad.half(), w, high, low),
+            (grad.double(), w, high, low),
+        ],
         "ulq_quantize": [(w, high, low, none, none), (w[0, 0], high, low, none, none, 4, True)],
         "pack_weight": [(w, scales), (w[:, :, 0, 0], scales[:1], 4)],
         "integer_conv2d": [
@@ -64,7 +70,7 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         "search_clip_range_histogram": [gathered, (*gathered, 4)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
-        "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w, scales[:1], 8, None, 0.5)],
+        "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w.half(), scales[:1], 8, None, 0.5)],
         "quantize_weight": [(w, scales, 8, 0), (w, scales[:1], 4)],
         "arq_fake_quantize_many": [([leaf(w), leaf(w[0])], 8, [0, -1])],
         "apply_mask": [(leaf(w), mask)],
