@@ -16,7 +16,7 @@ from amct_ext import ops
 from amct_ext.ops import histogram
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-MODULES = ("histogram", "integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
+MODULES = ("accumulators", "histogram", "integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
@@ -65,6 +65,11 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (pixels, scale, offset, *filters, scales, scales, (3, 3), (2, 1), (1, 1), (1, 2), True),
         ],
         "integer_linear": [(codes, scale, offset, *matrix, scales), (codes, scale, offset, *matrix, scales, scales)],
+        "integer_conv2d_accumulators": [
+            (pixels, offset, *filters, (3, 3)),
+            (pixels, offset, *filters, (3, 3), (2, 1), (1, 1), (1, 2)),
+        ],
+        "integer_linear_accumulators": [(codes, offset, *matrix)],
         "search_clip_range": [(w,), (w, 4, True)],
         "range_histogram_": [(w, *gathered), (w.half(), *gathered)],
         "search_clip_range_histogram": [gathered, (*gathered, 4)],
