@@ -1,8 +1,8 @@
 """The accumulators of a layer on the device: whole multiples of its dequantisation scale, bias and BatchNorm included.
 
-The shift search asks for round(y / deq_scale), y being the output behind a folded BatchNorm. Floats give that up to their
-rounding. Where the product is one of codes the integers are there: its sums, with the sign of the BatchNorm's factor, and
-what bias and BatchNorm add, rounded to a multiple as the deploy file has it.
+The shift search asks for round(y / deq_scale), y being the output behind a folded BatchNorm. Floats give that up to
+their rounding. Where the product is one of codes the integers are there: its sums, with the sign of the BatchNorm's
+factor, and what bias and BatchNorm add, rounded to a multiple as the deploy file has it.
 """
 
 from __future__ import annotations
