@@ -13,26 +13,25 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-using UlqResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Only y is a variable of the graph. What goes with it is handed out beside it: every output that a graph knows of
-// costs time, which counts for small activations.
+// What the ops on activations share. A graph takes time for everything that it knows of, which counts for small
+// activations: so only y and what can have a gradient are its variables, and `run`, which calls the op and returns y
+// and the clips that were used, keeps the other arguments and results to itself.
 struct UlqFunction : torch::autograd::Function<UlqFunction> {
+  template <typename Run>
   static Variable forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max, const Variable& clip_min,
-                          const Variable& prev_clip_max, const Variable& prev_clip_min, int64_t num_bits,
-                          bool fixed_min, UlqResults* results) {
+                          int64_t num_bits, const Run& run) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    *results = ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
-    ctx->save_for_backward({x, std::get<3>(*results), std::get<4>(*results)});
+    const std::tuple<Tensor, Tensor, Tensor> made = run();
+    ctx->save_for_backward({x, std::get<1>(made), std::get<2>(made)});
     ctx->saved_data["num_bits"] = num_bits;
     if (clip_max.dim()) ctx->saved_data["max_shape"] = clip_max.sizes();
     if (clip_min.dim()) ctx->saved_data["min_shape"] = clip_min.sizes();
     ctx->set_materialize_grads(false);
-    return std::get<0>(*results);
+    return std::get<0>(made);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list results(8);
+    variable_list results(5);
     if (!grads[0].defined()) return results;
     const auto saved = ctx->get_saved_variables();
     const auto shaped = [&](Tensor value, const char* key) {
@@ -48,45 +47,30 @@ struct UlqFunction : torch::autograd::Function<UlqFunction> {
   }
 };
 
-// The state is written below autograd, as an optimiser writes parameters: what backward needs is saved apart from it.
-struct UlqUpdateFunction : torch::autograd::Function<UlqUpdateFunction> {
-  static variable_list forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max,
-                               const Variable& clip_min, const Variable& prev_clip_max, const Variable& prev_clip_min,
-                               const Variable& scale, const Variable& offset, const Variable& invalid, int64_t num_bits,
-                               bool fixed_min) {
+// Weights whose scales come from themselves: straight through.
+struct ArqFunction : torch::autograd::Function<ArqFunction> {
+  template <typename Run>
+  static Variable forward(AutogradContext*, const Variable&, const Run& run) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, high, low] = ulq_fake_quantize_(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset,
-                                             invalid, num_bits, fixed_min);
-    ctx->save_for_backward({x, high, low});
-    ctx->saved_data["num_bits"] = num_bits;
-    ctx->saved_data["max_shape"] = clip_max.sizes();
-    ctx->saved_data["min_shape"] = clip_min.sizes();
-    ctx->mark_non_differentiable({high, low});
-    ctx->set_materialize_grads(false);
-    for (const Variable& state : {clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid}) {
-      state.unsafeGetTensorImpl()->bump_version();
-    }
-    return {y, high, low};
+    return run();
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], {}}; }
+};
+
+// Weights behind a mask, which `run` returns beside y.
+struct MaskedFunction : torch::autograd::Function<MaskedFunction> {
+  template <typename Run>
+  static Variable forward(AutogradContext* ctx, const Variable&, const Run& run) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const std::tuple<Tensor, Tensor> made = run();
+    ctx->save_for_backward({std::get<1>(made)});
+    return std::get<0>(made);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list results = UlqFunction::backward(ctx, grads);
-    results.resize(10);
-    return results;
+    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}};
   }
-};
-
-struct ArqFunction : torch::autograd::Function<ArqFunction> {
-  static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t num_bits,
-                               std::optional<int64_t> channel_axis) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, scale] = arq_fake_quantize(w, num_bits, channel_axis);
-    ctx->mark_non_differentiable({scale});
-    ctx->set_materialize_grads(false);
-    return {y, scale};
-  }
-
-  static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], {}, {}}; }
 };
 
 struct LsqFunction : torch::autograd::Function<LsqFunction> {
@@ -112,68 +96,6 @@ struct LsqFunction : torch::autograd::Function<LsqFunction> {
   }
 };
 
-struct ApplyMaskFunction : torch::autograd::Function<ApplyMaskFunction> {
-  static Variable forward(AutogradContext* ctx, const Variable& w, const Variable& mask) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({mask});
-    return apply_mask(w, mask);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}};
-  }
-};
-
-struct SparsifyFunction : torch::autograd::Function<SparsifyFunction> {
-  static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t axis) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, mask] = sparsify_2to4(w, axis);
-    ctx->save_for_backward({mask});
-    ctx->mark_non_differentiable({mask});
-    ctx->set_materialize_grads(false);
-    return {y, mask};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(2);
-    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}};
-  }
-};
-
-struct SparseArqFunction : torch::autograd::Function<SparseArqFunction> {
-  static variable_list forward(AutogradContext* ctx, const Variable& w, const Variable& mask, int64_t num_bits,
-                               std::optional<int64_t> channel_axis) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, scale] = sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
-    ctx->save_for_backward({mask});
-    ctx->mark_non_differentiable({scale});
-    ctx->set_materialize_grads(false);
-    return {y, scale};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(4);
-    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}, {}, {}};
-  }
-};
-
-struct SparseArq2to4Function : torch::autograd::Function<SparseArq2to4Function> {
-  static variable_list forward(AutogradContext* ctx, const Variable& w, int64_t axis, int64_t num_bits,
-                               std::optional<int64_t> channel_axis) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, scale, mask] = sparse_arq_fake_quantize_2to4(w, axis, num_bits, channel_axis);
-    ctx->save_for_backward({mask});
-    ctx->mark_non_differentiable({scale, mask});
-    ctx->set_materialize_grads(false);
-    return {y, scale, mask};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(4);
-    return {apply_mask(grads[0], ctx->get_saved_variables()[0]), {}, {}, {}};
-  }
-};
-
 struct ArqManyFunction : torch::autograd::Function<ArqManyFunction> {
   static variable_list forward(AutogradContext* ctx, at::TensorList weights, int64_t num_bits,
                                const std::vector<int64_t>& channel_axes) {
@@ -195,23 +117,36 @@ struct ArqManyFunction : torch::autograd::Function<ArqManyFunction> {
   }
 };
 
-Tensor apply_mask_rule(const Tensor& w, const Tensor& mask) { return ApplyMaskFunction::apply(w, mask); }
+Tensor masked(const Tensor& w, const Tensor& mask) {
+  return MaskedFunction::apply(w, [&] { return std::tuple(apply_mask(w, mask), mask); });
+}
 
 std::tuple<Tensor, Tensor> sparsify(const Tensor& w, int64_t axis) {
-  const auto r = SparsifyFunction::apply(w, axis);
-  return {r[0], r[1]};
+  std::tuple<Tensor, Tensor> results;
+  std::get<0>(results) = MaskedFunction::apply(w, [&] { return results = sparsify_2to4(w, axis); });
+  return results;
 }
 
 std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
                                       std::optional<int64_t> channel_axis) {
-  const auto r = SparseArqFunction::apply(w, mask, num_bits, channel_axis);
-  return {r[0], r[1]};
+  Tensor scale;
+  Tensor y = MaskedFunction::apply(w, [&] {
+    auto made = sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
+    scale = std::move(std::get<1>(made));
+    return std::tuple(std::move(std::get<0>(made)), mask);
+  });
+  return {std::move(y), std::move(scale)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
                                                    std::optional<int64_t> channel_axis) {
-  const auto r = SparseArq2to4Function::apply(w, axis, num_bits, channel_axis);
-  return {r[0], r[1], r[2]};
+  Tensor scale, mask;
+  Tensor y = MaskedFunction::apply(w, [&] {
+    auto made = sparse_arq_fake_quantize_2to4(w, axis, num_bits, channel_axis);
+    std::tie(std::ignore, scale, mask) = made;
+    return std::tuple(std::move(std::get<0>(made)), mask);
+  });
+  return {std::move(y), std::move(scale), std::move(mask)};
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
@@ -221,26 +156,45 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
   return {std::vector<Tensor>(r.begin(), middle), std::vector<Tensor>(middle, r.end())};
 }
 
-UlqResults ulq(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
-               const Tensor& prev_clip_min, int64_t num_bits, bool fixed_min) {
-  UlqResults results;
-  std::get<0>(results) =
-      UlqFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, &results);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq(const Tensor& x, const Tensor& clip_max,
+                                                               const Tensor& clip_min, const Tensor& prev_clip_max,
+                                                               const Tensor& prev_clip_min, int64_t num_bits,
+                                                               bool fixed_min) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results;
+  const auto run = [&] {
+    results = ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+    return std::tuple(std::move(std::get<0>(results)), std::get<3>(results), std::get<4>(results));
+  };
+  std::get<0>(results) = UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
   return results;
 }
 
+// The state is written below autograd, as an optimiser writes parameters: what backward needs is saved apart from it.
 std::tuple<Tensor, Tensor, Tensor> ulq_update(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min,
                                               const Tensor& prev_clip_max, const Tensor& prev_clip_min,
                                               const Tensor& scale, const Tensor& offset, const Tensor& invalid,
                                               int64_t num_bits, bool fixed_min) {
-  const auto r = UlqUpdateFunction::apply(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid,
-                                          num_bits, fixed_min);
-  return {r[0], r[1], r[2]};
+  std::tuple<Tensor, Tensor, Tensor> results;
+  const auto run = [&] {
+    results = ulq_fake_quantize_(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid, num_bits,
+                                 fixed_min);
+    for (const Tensor* state : {&clip_max, &clip_min, &prev_clip_max, &prev_clip_min, &scale, &offset, &invalid}) {
+      state->unsafeGetTensorImpl()->bump_version();
+    }
+    return results;
+  };
+  std::get<0>(results) = UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
+  return results;
 }
 
 std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
-  const auto r = ArqFunction::apply(w, num_bits, channel_axis);
-  return {r[0], r[1]};
+  Tensor scale;
+  Tensor y = ArqFunction::apply(w, [&] {
+    auto made = arq_fake_quantize(w, num_bits, channel_axis);
+    scale = std::move(std::get<1>(made));
+    return std::move(std::get<0>(made));
+  });
+  return {std::move(y), std::move(scale)};
 }
 
 Tensor lsq(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
@@ -255,16 +209,16 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize_", ulq_update);
   m.impl("arq_fake_quantize", arq);
   m.impl("lsq_fake_quantize", lsq);
-  m.impl("apply_mask", apply_mask_rule);
+  m.impl("apply_mask", masked);
   m.impl("sparsify_2to4", sparsify);
   m.impl("sparse_arq_fake_quantize", sparse_arq);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
   m.impl("arq_fake_quantize_many", arq_many);
   // No gradient: their results never require one, whatever the inputs do.
-  for (const char* name :
-       {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4", "filter_norms",
-        "search_clip_range", "range_histogram_", "search_clip_range_histogram", "shift_error_", "best_shift",
-        "ulq_quantize", "pack_weight", "integer_conv2d", "integer_linear"}) {
+  for (const char* name : {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4",
+                           "filter_norms", "search_clip_range", "range_histogram_", "search_clip_range_histogram",
+                           "shift_error_", "best_shift", "ulq_quantize", "pack_weight", "integer_conv2d",
+                           "integer_linear", "integer_conv2d_accumulators", "integer_linear_accumulators"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

@@ -129,6 +129,22 @@ Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& 
   return call.call(codes, x_scale, x_offset, packed, sums, w_scale, bias);
 }
 
+Tensor integer_conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
+                                   const Tensor& sums, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                   at::IntArrayRef padding, at::IntArrayRef dilation) {
+  static const auto call =
+      op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef,
+                at::IntArrayRef, at::IntArrayRef)>("amct_ext::integer_conv2d_accumulators");
+  return call.call(codes, x_offset, packed, sums, kernel_size, stride, padding, dilation);
+}
+
+Tensor integer_linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
+                                   const Tensor& sums) {
+  static const auto call =
+      op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("amct_ext::integer_linear_accumulators");
+  return call.call(codes, x_offset, packed, sums);
+}
+
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights, int64_t num_bits,
                                                                             at::IntArrayRef channel_axes) {
   using Results = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;

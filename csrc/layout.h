@@ -11,6 +11,14 @@ namespace amct_ext {
 inline bool wide(const at::Tensor& x) { return x.scalar_type() == at::kDouble; }
 inline at::ScalarType accumulate_type(const at::Tensor& x) { return wide(x) ? at::kDouble : at::kFloat; }
 
+// The type in which a gradient meets the data it belongs to: that of both, or the one that the data is reckoned in.
+// It holds the data exactly, and the gradient but for a float64 one of narrower data.
+inline at::ScalarType shared_type(const at::Tensor& grad, const at::Tensor& x) {
+  return grad.scalar_type() == x.scalar_type() ? x.scalar_type() : accumulate_type(x);
+}
+
+inline at::Tensor in_type(const at::Tensor& x, at::ScalarType type) { return x.scalar_type() == type ? x : x.to(type); }
+
 // x where its memory has no holes; else a copy of it in the layout its elementwise results have.
 inline at::Tensor without_holes(const at::Tensor& x) {
   return x.is_non_overlapping_and_dense() ? x : at::empty_like(x).copy_(x);

@@ -62,6 +62,11 @@ TORCH_LIBRARY(amct_ext, m) {
       "integer_linear(Tensor codes, Tensor x_scale, Tensor x_offset, Tensor packed, Tensor sums, Tensor w_scale, "
       "Tensor? bias=None) -> Tensor",
       tags);
+  m.def(
+      "integer_conv2d_accumulators(Tensor codes, Tensor x_offset, Tensor packed, Tensor sums, int[2] kernel_size, "
+      "int[2] stride=1, int[2] padding=0, int[2] dilation=1) -> Tensor",
+      tags);
+  m.def("integer_linear_accumulators(Tensor codes, Tensor x_offset, Tensor packed, Tensor sums) -> Tensor", tags);
 
   // sparse weights
   m.def("apply_mask(Tensor w, Tensor mask) -> Tensor", tags);

@@ -56,6 +56,12 @@ AMCT_API Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const
 AMCT_API Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
                                const Tensor& sums, const Tensor& w_scale,
                                const std::optional<Tensor>& bias = std::nullopt);
+AMCT_API Tensor integer_conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
+                                            const Tensor& sums, at::IntArrayRef kernel_size,
+                                            at::IntArrayRef stride = {1, 1}, at::IntArrayRef padding = {0, 0},
+                                            at::IntArrayRef dilation = {1, 1});
+AMCT_API Tensor integer_linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
+                                            const Tensor& sums);
 
 AMCT_API std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights,
                                                                                      int64_t num_bits,

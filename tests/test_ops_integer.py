@@ -12,6 +12,7 @@ from op_samples import DTYPES, inputs, layout, same_bits
 from torch import Tensor
 
 from amct_ext import ops
+from amct_ext.ops import accumulators
 from amct_ext.ops import integer as reference
 
 CLIPS = ((1.7, -0.9), (0.0, -1.0), (2.0, 0.0), (30.0, -20.0), (1e-9, 0.0))
@@ -66,7 +67,7 @@ def test_a_fake_quantised_weight_gives_its_own_codes(device: torch.device) -> No
     y, scale = ops.arq_fake_quantize(w, 8, 0)
     packed, sums = ops.pack_weight(y, scale)
     codes = ops.quantize_weight(w, scale, 8, 0)
-    assert torch.equal(reference._unpacked(packed, 40, 30), codes.double().flatten(2))
+    assert torch.equal(reference.unpacked(packed, 40, 30), codes.double().flatten(2))
     assert torch.equal(sums.long(), codes.long().sum((1, 2, 3)))
 
 
@@ -116,6 +117,9 @@ def test_convolutions_are_exact(clips: tuple[float, float], extreme: bool, devic
             assert torch.equal(y, expected), (kernel, stride, padding, dilation)
             again = reference._reference_conv2d(*arguments)
             assert torch.equal(y, again) and layout(y) == layout(again)
+        arguments = (codes, offset, packed, sums, kernel, stride, padding, dilation)
+        sums_, again = ops.integer_conv2d_accumulators(*arguments), accumulators._reference_conv2d(*arguments)
+        assert torch.equal(sums_.double(), total) and same_bits(sums_, again) and layout(sums_) == layout(again)
 
 
 @pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
@@ -135,6 +139,10 @@ def test_products_are_exact(extreme: bool, device: torch.device) -> None:
         y = ops.integer_linear(*arguments)
         assert torch.equal(y, exact(total, scale, w_scale.expand(outputs), bias, -1))
         assert torch.equal(y, reference._reference_linear(*arguments))
+        arguments_ = (codes, offset, packed, sums)
+        sums_ = ops.integer_linear_accumulators(*arguments_)
+        assert torch.equal(sums_.double(), total)
+        assert same_bits(sums_, accumulators._reference_linear(*arguments_))
         views = (codes.expand_as(codes).clone(), codes.unsqueeze(0).expand(2, *codes.shape))
         assert torch.equal(ops.integer_linear(views[0], *arguments[1:]), y)
         assert torch.equal(ops.integer_linear(views[1], *arguments[1:]), y.expand(2, *y.shape))

@@ -16,7 +16,7 @@ from amct_ext import ops
 from amct_ext.ops import histogram
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-MODULES = ("histogram", "integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
+MODULES = ("accumulators", "histogram", "integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
@@ -51,7 +51,13 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (leaf(w), leaf(high), leaf(low), none.clone(), none.clone(), *state()),
             (leaf(w.half()), high.clone(), low.clone(), none.clone(), none.clone(), *state(), 4, True),
         ],
-        "ulq_fake_quantize_backward": [(grad, w, high, low), (grad, w, high, low, 4)],
+        "ulq_fake_quantize_backward": [
+            (grad, w, high, low),
+            (grad, w, high, low, 4),
+            (grad, w.bfloat16(), high, low),
+            (grad.half(), w, high, low),
+            (grad.double(), w, high, low),
+        ],
         "ulq_quantize": [(w, high, low, none, none), (w[0, 0], high, low, none, none, 4, True)],
         "pack_weight": [(w, scales), (w[:, :, 0, 0], scales[:1], 4)],
         "integer_conv2d": [
@@ -59,12 +65,17 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (pixels, scale, offset, *filters, scales, scales, (3, 3), (2, 1), (1, 1), (1, 2), True),
         ],
         "integer_linear": [(codes, scale, offset, *matrix, scales), (codes, scale, offset, *matrix, scales, scales)],
+        "integer_conv2d_accumulators": [
+            (pixels, offset, *filters, (3, 3)),
+            (pixels, offset, *filters, (3, 3), (2, 1), (1, 1), (1, 2)),
+        ],
+        "integer_linear_accumulators": [(codes, offset, *matrix)],
         "search_clip_range": [(w,), (w, 4, True)],
         "range_histogram_": [(w, *gathered), (w.half(), *gathered)],
         "search_clip_range_histogram": [gathered, (*gathered, 4)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
-        "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w, scales[:1], 8, None, 0.5)],
+        "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w.half(), scales[:1], 8, None, 0.5)],
         "quantize_weight": [(w, scales, 8, 0), (w, scales[:1], 4)],
         "arq_fake_quantize_many": [([leaf(w), leaf(w[0])], 8, [0, -1])],
         "apply_mask": [(leaf(w), mask)],

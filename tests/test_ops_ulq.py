@@ -46,6 +46,29 @@ def test_backward_has_the_bits_of_the_reference(dtype: torch.dtype, device: torc
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("upstream", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_of_another_type_keeps_its_bits(
+    dtype: torch.dtype, upstream: torch.dtype, device: torch.device
+) -> None:
+    """No value is rounded to the type of x on its way; clips in float64 show that of the sums."""
+    clips = scalars(1.7, -0.9, device=device, dtype=torch.float64)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-30, -7e4, 1e300], dtype=torch.float64)
+    for x in inputs(dtype, device):
+        grad = torch.randn(x.shape, dtype=torch.float64).to(device, upstream)
+        expected = reference._reference_backward(grad, x, *clips)
+        actual = ops.ulq_fake_quantize_backward(grad.requires_grad_(), x, *clips)
+        grad = grad.detach()
+        assert not any(result.requires_grad for result in actual)
+        assert same_bits(expected[0], actual[0]), (x.shape, x.stride())
+        for a, b in zip(expected[1:], actual[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
+        if grad.numel() >= len(special):
+            grad.view(-1)[: len(special)] = special.to(device, upstream)
+            expected = reference._reference_backward(grad, x, *clips)
+            assert same_bits(expected[0], ops.ulq_fake_quantize_backward(grad, x, *clips)[0])
+
+
 def sliced(name: str, dtype: torch.dtype) -> Tensor:
     """Tensors with holes whose neighbours are hundreds."""
     whole = {"channels": (4, 8, 20, 20), "long rows": (3, 50000), "short rows": (90, 300), "permuted": (6, 5, 500)}

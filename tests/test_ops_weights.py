@@ -52,6 +52,23 @@ def test_reductions_agree_with_the_references(dtype: torch.dtype, device: torch.
                 torch.testing.assert_close(ops.filter_norms(w, axis), norms._reference(w, axis), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("upstream", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_of_another_type_is_not_rounded(
+    dtype: torch.dtype, upstream: torch.dtype, device: torch.device
+) -> None:
+    for w in inputs(dtype, device):
+        grad = torch.randn(w.shape, dtype=torch.float64).to(device, upstream)
+        for axis in axes_of(w):
+            scale = torch.full((1 if axis is None else w.shape[axis],), 0.02, device=device, dtype=torch.float64)
+            torch.testing.assert_close(
+                ops.lsq_fake_quantize_backward(grad, w, scale, 8, axis),
+                weights._reference_lsq_backward(grad, w, scale, 8, axis),
+                rtol=1e-6,
+                atol=1e-6,
+            )
+
+
 def test_every_half_value_converts_exactly(device: torch.device) -> None:
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).to(device)
     for dtype in (torch.float16, torch.bfloat16):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.config.plan import LayerPlan, SparsePrune
+from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.integer import IntegerForward
 from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_ext.layers.shift_search import ShiftSearch
@@ -119,7 +120,8 @@ class CompressedLayer(nn.Module):
             if self.training:
                 self.search_n.forget()
             elif self.search_n.wants_data:
-                self._search_shift(self.search_n, y.detach())
+                sums = None if self.integer is None else self.integer.take_sums()
+                self._search_shift(self.search_n, y.detach(), sums)
         return y
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
@@ -147,13 +149,17 @@ class CompressedLayer(nn.Module):
         mask = None if self.sparsity is None else self._to_rows(self.sparsity.present_mask(weight))
         return self._from_rows(self.weight_quant(self._to_rows(weight), mask))
 
-    def _search_shift(self, search: ShiftSearch, y: Tensor) -> None:
+    def _search_shift(self, search: ShiftSearch, y: Tensor, sums: Tensor | None) -> None:
+        axis = (self.channel_axis_out if y.dim() > 1 else 0) % y.dim()
+        deq_scale = self.deq_scale()
+        if sums is not None:
+            search.observe(device_accumulators(self, sums, deq_scale, axis), deq_scale, axis, in_steps=True)
+            return
         norm = self.links.norm
         if norm is not None:
             weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
             y = F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
-        axis = self.channel_axis_out if y.dim() > 1 else 0
-        search.observe(y, self.deq_scale(), axis % y.dim())
+        search.observe(y, deq_scale, axis)
 
     # -- what is recorded and saved
 

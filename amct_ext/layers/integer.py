@@ -42,9 +42,11 @@ class IntegerForward:
         self.choices: dict[tuple[tuple[int, ...], bool], bool] = {}
         self.used: bool | None = None  # by the last forward
         self._packed: tuple[Any, Tensor, Tensor, Tensor] | None = None
+        self._sums: Tensor | None = None
 
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the float path is to be taken."""
+        self._sums = None
         self.used = applies(layer, x) and (self.mode == "integer" or self._faster(layer, x))
         if not self.used:
             return None
@@ -52,15 +54,27 @@ class IntegerForward:
             self.forget_weight()  # it is about to change
         made = _activation_codes(layer, x)
         if not torch.is_grad_enabled():
-            return _product(layer, made, x, *self._present_weight(layer))
+            present = self._present_weight(layer)
+            self._keep_sums(layer, made, *present[:2])
+            return _product(layer, made, x, *present)
         weight = layer._compressed_weight()
         scale = layer.weight_quant.used_scale()
         with torch.no_grad():
             packed, sums = ops.pack_weight(weight, scale, layer.weight_quant.num_bits)
+            self._keep_sums(layer, made, packed, sums)
         y: Tensor = _Product.apply(
             made.carrier, weight, layer.bias, made._replace(x=x.detach()), layer, packed, sums, scale
         )
         return y
+
+    def take_sums(self) -> Tensor | None:
+        """The int32 sums of the layer's product in the forward just made, where its shift search wants them; once."""
+        sums, self._sums = self._sums, None
+        return sums
+
+    def _keep_sums(self, layer: Any, made: Codes, packed: Tensor, sums: Tensor) -> None:
+        if layer.search_n is not None and not layer.training and layer.search_n.wants_data:
+            self._sums = _accumulators(layer, made, packed, sums)
 
     def forget_weight(self) -> None:
         """Let go of the packed weight: the next evaluation packs it anew."""
@@ -85,7 +99,7 @@ class IntegerForward:
         return self.choices[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_sums": None}
 
 
 def obstacle(layer: Any) -> str | None:
@@ -182,6 +196,13 @@ def _product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, s
         layer.dilation,
         follows,
     )
+
+
+def _accumulators(layer: Any, made: Codes, packed: Tensor, sums: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return ops.integer_linear_accumulators(made.codes, made.offset, packed, sums)
+    geometry = (layer.kernel_size, layer.stride, _padding(layer) or (0, 0), layer.dilation)
+    return ops.integer_conv2d_accumulators(made.codes, made.offset, packed, sums, *geometry)
 
 
 class _Carrier(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,8 +50,11 @@ class ShiftSearch(KeepsPrecision):
         return self._gathered > 0 and not self._stale
 
     @torch.no_grad()
-    def observe(self, output: Tensor, deq_scale: Tensor, channel_axis: int) -> None:
-        """Add one batch: ``output`` of the layer (after a folded BatchNorm), ``deq_scale`` = scale_d * scale_w."""
+    def observe(self, output: Tensor, deq_scale: Tensor, channel_axis: int, in_steps: bool = False) -> None:
+        """Add one batch: ``output`` of the layer (after a folded BatchNorm), ``deq_scale`` = scale_d * scale_w.
+
+        ``in_steps``: output counts steps of deq_scale, the accumulators themselves.
+        """
         if self._stale:
             self._stale = False
             self._gathered = 0
@@ -63,15 +67,17 @@ class ShiftSearch(KeepsPrecision):
         same = (self.deq_scale == deq_scale).all() & (self.batches > 1)
         self.errors.mul_(same)
         self.deq_scale.copy_(deq_scale)
+        sound = torch.isfinite(deq_scale) & (deq_scale > 0)
+        step = torch.where(sound, torch.ones_like(deq_scale), math.nan) if in_steps else deq_scale
         per_channel = deq_scale.numel() > 1
         spatial = output.numel() // max(1, output.shape[0] * output.shape[channel_axis])
         if per_channel and spatial == 1:
             # With one value per channel and sample the device takes one shift for the layer.
             batch = torch.zeros_like(self.errors)
-            ops.shift_error_(output, deq_scale, batch, channel_axis)
+            ops.shift_error_(output, step, batch, channel_axis)
             self.errors.add_(batch.sum(0, keepdim=True))
         else:
-            ops.shift_error_(output, deq_scale, self.errors, channel_axis)
+            ops.shift_error_(output, step, self.errors, channel_axis)
 
     def result(self, layer: str, deq_scale: Tensor) -> list[int]:
         """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation saw the present scales."""

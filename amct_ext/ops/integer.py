@@ -195,45 +195,58 @@ def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor
     return padded.permute(0, 2, 3, 1, 4).contiguous(), codes.flatten(1).sum(1, dtype=torch.int32)
 
 
-def _unpacked(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+def unpacked(packed: Tensor, outputs: int, inputs: int) -> Tensor:
     """The codes as (outputs, inputs, taps), float64."""
     rows = packed.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
     return rows[:outputs, :inputs].to(torch.float64)
 
 
-def _check_product(
+def check_product(
     op: str,
     codes: Tensor,
     scalars: dict[str, Tensor],
     packed: Tensor,
     sums: Tensor,
-    w_scale: Tensor,
+    w_scale: Tensor | None,
     bias: Tensor | None,
     taps: int,
 ) -> None:
+    """Refuse what the product of codes cannot take; its op's own scalars by name."""
     torch._check_type(codes.dtype == torch.uint8, lambda: f"{op}: codes must be uint8, not {codes.dtype}")
     torch._check_type(packed.dtype == torch.int8, lambda: f"{op}: packed must be int8, not {packed.dtype}")
     torch._check_type(sums.dtype == torch.int32, lambda: f"{op}: sums must be int32, not {sums.dtype}")
     for name, value in scalars.items():
         check_floating(op, name, value)
         check_scalar(op, name, value)
-    check_floating(op, "w_scale", w_scale)
-    outputs, inputs = sums.numel(), codes.shape[1 if op == "integer_conv2d" else -1]
+    outputs, inputs = sums.numel(), codes.shape[1 if op.startswith("integer_conv2d") else -1]
     expected = [-(-outputs // _COLUMNS), taps, -(-inputs // 4), _COLUMNS, 4]
     torch._check_value(
         list(packed.shape) == expected, lambda: f"{op}: packed must have shape {expected}, not {list(packed.shape)}"
     )
-    torch._check_value(
-        w_scale.numel() in (1, outputs),
-        lambda: f"{op}: w_scale must hold 1 or {outputs} values, not shape {list(w_scale.shape)}",
-    )
+    if w_scale is not None:
+        shape_of_scale = list(w_scale.shape)
+        check_floating(op, "w_scale", w_scale)
+        torch._check_value(
+            w_scale.numel() in (1, outputs),
+            lambda: f"{op}: w_scale must hold 1 or {outputs} values, not shape {shape_of_scale}",
+        )
     if bias is not None:
         shape = list(bias.shape)
         check_floating(op, "bias", bias)
         torch._check_value(bias.numel() == outputs, lambda: f"{op}: bias must hold {outputs} values, not shape {shape}")
 
 
-def _centred(codes: Tensor, x_offset: Tensor) -> Tensor:
+def check_geometry(op: str, codes: Tensor, *pairs: Sequence[int]) -> None:
+    """Refuse what no convolution has: codes of four dimensions; kernel_size, stride, padding and dilation."""
+    torch._check_value(codes.dim() == 4, lambda: f"{op}: codes must have four dimensions, not {codes.dim()}")
+    torch._check_value(
+        all(len(pair) == 2 for pair in pairs),
+        lambda: f"{op}: kernel_size, stride, padding and dilation must hold two values each",
+    )
+
+
+def centred(codes: Tensor, x_offset: Tensor) -> Tensor:
+    """Codes less the code of zero, float64."""
     offset = torch.where(x_offset.isnan(), torch.full_like(x_offset, -128), x_offset)
     return codes.to(torch.float64) - 128 - offset.reshape(()).to(torch.float64)
 
@@ -254,16 +267,12 @@ def _reference_conv2d(
     channels_last: bool = False,
 ) -> Tensor:
     op = "integer_conv2d"
-    torch._check_value(codes.dim() == 4, lambda: f"{op}: codes must have four dimensions, not {codes.dim()}")
-    torch._check_value(
-        all(len(pair) == 2 for pair in (kernel_size, stride, padding, dilation)),
-        lambda: f"{op}: kernel_size, stride, padding and dilation must hold two values each",
-    )
+    check_geometry(op, codes, kernel_size, stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
-    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, taps)
-    weight = _unpacked(packed, sums.numel(), codes.shape[1]).unflatten(2, tuple(kernel_size))
+    check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, taps)
+    weight = unpacked(packed, sums.numel(), codes.shape[1]).unflatten(2, tuple(kernel_size))
     total = torch.nn.functional.conv2d(
-        _centred(codes, x_offset), weight, None, tuple(stride), tuple(padding), tuple(dilation)
+        centred(codes, x_offset), weight, None, tuple(stride), tuple(padding), tuple(dilation)
     )
     scale = x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64)
     y = total * scale.view(1, -1, 1, 1)
@@ -285,9 +294,9 @@ def _reference_linear(
 ) -> Tensor:
     op = "integer_linear"
     torch._check_value(codes.dim() >= 1, lambda: f"{op}: codes must have at least one dimension")
-    _check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, 1)
-    weight = _unpacked(packed, sums.numel(), codes.shape[-1]).squeeze(2)
-    total = torch.nn.functional.linear(_centred(codes, x_offset), weight)
+    check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, 1)
+    weight = unpacked(packed, sums.numel(), codes.shape[-1]).squeeze(2)
+    total = torch.nn.functional.linear(centred(codes, x_offset), weight)
     y = total * (x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64))
     if bias is not None:
         y = y + bias.to(torch.float64)

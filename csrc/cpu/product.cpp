@@ -1,6 +1,7 @@
 // integer_conv2d and integer_linear: the product of codes, its sums turned into floats in one rounding.
 #include "cpu/product.h"
 
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -131,9 +132,11 @@ void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int
   }
 }
 
-// y: channels last where `last`, else planes.
-void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, bool channels_last) {
-  const int64_t positions = s.images * s.out_height * s.out_width, plane = s.out_height * s.out_width;
+// finish(output, sums, first, last, column): the sums of positions [first, last), rows of kBlockColumns that begin with
+// this output channel.
+template <typename Finish>
+void product(const Shape& s, const uint8_t* codes, const Weights& w, const Finish& finish) {
+  const int64_t positions = s.images * s.out_height * s.out_width;
   if (positions == 0 || s.outputs == 0) return;
   const int64_t taps = s.kernel[0] * s.kernel[1], block_stride = taps * w.quads * kQuadBytes;
   const int64_t blocks = (s.outputs + kColumns - 1) / kColumns, wide = (blocks + kTileBlocks - 1) / kTileBlocks;
@@ -144,7 +147,7 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, b
   const int64_t wanted = 4 * at::get_num_threads();
   const int64_t groups = std::min(wide, std::max<int64_t>(1, (wanted + count - 1) / count));
   const std::vector<uint8_t> blank(4 * w.quads, w.zero);
-  const ProductKernel& loops = kernel();
+  const auto sums_of = kernel().sums;
   at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<const uint8_t*> pointers(taps * rows);
     alignas(64) int32_t sums[kRows * kBlockColumns];
@@ -160,35 +163,58 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, b
         for (int64_t row = 0; row < last - first; row += kTileRows) {
           const Tile tile{pointers.data() + row,     rows, taps, w.quads, w.packed + block * block_stride, block_stride,
                           sums + row * kBlockColumns};
-          loops.sums(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
+          sums_of(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
         }
         const int64_t column = block * kColumns;
         const Output output{static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column)), &w.zeros[column],
                             &w.scales[column], &w.biases[column]};
-        if (channels_last) {
-          loops.write_rows(output, sums, last - first, y + first * s.outputs + column, s.outputs);
-          continue;
-        }
-        for (int64_t from = first; from < last;) {
-          const int64_t image = from / plane, to = std::min(last, (image + 1) * plane);
-          loops.write_columns(output, sums + (from - first) * kBlockColumns, to - from,
-                              y + (image * s.outputs + column) * plane + from % plane, plane);
-          from = to;
-        }
+        finish(output, sums, first, last, column);
       }
     }
   });
 }
 
-Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
-              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last) {
-  const char* op = "integer_conv2d";
+// y: channels last.
+void into_rows(const Shape& s, const uint8_t* codes, const Weights& w, float* y) {
+  const auto write = kernel().write_rows;
+  product(s, codes, w, [&](const Output& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+    write(output, sums, last - first, y + first * s.outputs + column, s.outputs);
+  });
+}
+
+// y: each channel a plane.
+void into_planes(const Shape& s, const uint8_t* codes, const Weights& w, float* y) {
+  const auto write = kernel().write_columns;
+  const int64_t plane = s.out_height * s.out_width;
+  product(s, codes, w, [&](const Output& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+    for (int64_t from = first; from < last;) {
+      const int64_t image = from / plane, to = std::min(last, (image + 1) * plane);
+      write(output, sums + (from - first) * kBlockColumns, to - from,
+            y + (image * s.outputs + column) * plane + from % plane, plane);
+      from = to;
+    }
+  });
+}
+
+// The sums themselves, channels last. The difference with the zero point wraps as the sums do.
+void into_sums(const Shape& s, const uint8_t* codes, const Weights& w, int32_t* y) {
+  product(s, codes, w, [&](const Output& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+    for (int64_t row = first; row < last; ++row, sums += kBlockColumns) {
+      int32_t* to = y + row * s.outputs + column;
+      for (int c = 0; c < output.columns; ++c) {
+        to[c] = static_cast<int32_t>(static_cast<uint32_t>(sums[c]) - output.zeros[c]);
+      }
+    }
+  });
+}
+
+Shape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntArrayRef kernel_size,
+                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_type(op, "codes", codes, at::kByte);
   TORCH_CHECK_VALUE(codes.dim() == 4, op, ": codes must have four dimensions, not ", codes.dim());
   TORCH_CHECK_VALUE(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                     ": kernel_size, stride, padding and dilation must hold two values each");
-  Shape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, sums.numel(), {}, {}, {}, {}};
+  Shape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, outputs, {}, {}, {}, {}};
   int64_t* out[2] = {&s.out_height, &s.out_width};
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, op,
@@ -201,32 +227,73 @@ Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
     TORCH_CHECK_VALUE(room >= 0, op, ": the filter is larger than the padded input");
     *out[i] = room / stride[i] + 1;
   }
+  return s;
+}
+
+Shape linear_shape(const char* op, const Tensor& codes, int64_t outputs) {
+  check_type(op, "codes", codes, at::kByte);
+  TORCH_CHECK_VALUE(codes.dim() >= 1, op, ": codes must have at least one dimension");
+  const int64_t channels = codes.size(-1), rows = channels ? codes.numel() / channels : 0;
+  return {1, 1, rows, channels, 1, rows, outputs, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+}
+
+Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last) {
+  const char* op = "integer_conv2d";
+  const Shape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
   const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
   const Tensor source = readable(codes, at::MemoryFormat::ChannelsLast);
   Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kFloat),
                        channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
-  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()),
-          channels_last);
+  (channels_last ? into_rows : into_planes)(s, static_cast<const uint8_t*>(source.const_data_ptr()), w,
+                                            static_cast<float*>(y.mutable_data_ptr()));
   return y;
 }
 
 Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
               const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias) {
   const char* op = "integer_linear";
-  check_type(op, "codes", codes, at::kByte);
-  TORCH_CHECK_VALUE(codes.dim() >= 1, op, ": codes must have at least one dimension");
-  const int64_t channels = codes.size(-1), rows = channels ? codes.numel() / channels : 0;
-  const Shape s{1, 1, rows, channels, 1, rows, sums.numel(), {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const Shape s = linear_shape(op, codes, sums.numel());
   const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
   const Tensor source = readable(codes, at::MemoryFormat::Contiguous);
   std::vector<int64_t> sizes = codes.sizes().vec();
   sizes.back() = s.outputs;
   Tensor y = at::empty(sizes, codes.options().dtype(at::kFloat));
-  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()), true);
+  into_rows(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()));
+  return y;
+}
+
+Tensor conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
+                           at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation) {
+  const char* op = "integer_conv2d_accumulators";
+  const Shape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
+  const Tensor one = at::ones({}, at::kFloat);
+  const Weights w = weights_of(op, s, packed, sums, one, x_offset, one, {});
+  const Tensor source = readable(codes, at::MemoryFormat::ChannelsLast);
+  Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kInt),
+                       at::MemoryFormat::ChannelsLast);
+  into_sums(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<int32_t*>(y.mutable_data_ptr()));
+  return y;
+}
+
+Tensor linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed, const Tensor& sums) {
+  const char* op = "integer_linear_accumulators";
+  const Shape s = linear_shape(op, codes, sums.numel());
+  const Tensor one = at::ones({}, at::kFloat);
+  const Weights w = weights_of(op, s, packed, sums, one, x_offset, one, {});
+  const Tensor source = readable(codes, at::MemoryFormat::Contiguous);
+  std::vector<int64_t> sizes = codes.sizes().vec();
+  sizes.back() = s.outputs;
+  Tensor y = at::empty(sizes, codes.options().dtype(at::kInt));
+  into_sums(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<int32_t*>(y.mutable_data_ptr()));
   return y;
 }
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
+  m.impl("integer_conv2d_accumulators", conv2d_accumulators);
+  m.impl("integer_linear_accumulators", linear_accumulators);
   m.impl("integer_conv2d", conv2d);
   m.impl("integer_linear", linear);
 }

@@ -1,4 +1,8 @@
 // ulq_fake_quantize and its backward.
+#include <ATen/ops/gt.h>
+#include <ATen/ops/lt.h>
+#include <ATen/ops/masked_fill.h>
+#include <c10/core/GradMode.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -65,15 +69,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
   const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
-  const Tensor source = in_runs(x);
+  const Tensor source = in_runs(in_type(x, shared_type(grad, x)));
   Tensor dx = reused_like(source, Life::kLayer);
   const Tensor upstream = laid_out_as(grad, dx);
   const Walk walk(x.sizes(), source.strides(), dx.strides());
   std::vector<UlqSums> parts(walk.blocks());
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
   void* out = dx.mutable_data_ptr();
-  const size_t size = x.element_size();
-  const auto loop = kernels().ulq_backward[element_of(x)];
+  const size_t size = source.element_size();
+  const auto loop = kernels().ulq_backward[element_of(source)];
   for_walk(walk, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
     loop(at_element(up, to, size), at_element(in, from, size), at_element(out, to, size), n, parameters, parts[block]);
   });
@@ -84,7 +88,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     sums.below += part.below;
   }
   const double error = sums.error / static_cast<double>((1LL << num_bits) - 1);
-  if (grad.scalar_type() != x.scalar_type()) dx = dx.to(grad.scalar_type());
+  if (wide(grad) && !wide(x)) {  // the loop has rounded it
+    const c10::NoGradGuard no_graph;
+    dx = laid_out_as(grad, at::empty_like(dx, at::kDouble))
+             .masked_fill(source.gt(parameters.upper).logical_or_(source.lt(parameters.lower)), 0);
+  } else {
+    dx = in_type(dx, grad.scalar_type());
+  }
   return {std::move(dx), scalar_like(clip_max, error + sums.above), scalar_like(clip_min, sums.below - error)};
 }
 

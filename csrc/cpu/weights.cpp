@@ -114,10 +114,10 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
   check_same_shape(op, "grad", grad, "w", w);
   const auto range = math::code_range(static_cast<int>(num_bits));
   const std::vector<double> scales = floored(scale, w);
-  const Tensor source = without_holes(w), upstream = laid_out_as(grad, source);
+  const Tensor source = in_type(without_holes(w), shared_type(grad, w)), upstream = laid_out_as(grad, source);
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
-  const size_t size = w.element_size();
-  const auto loop = kernels().lsq_backward[element_of(w)];
+  const size_t size = source.element_size();
+  const auto loop = kernels().lsq_backward[element_of(source)];
   const Runs runs = runs_along(source, channel_axis);
   std::vector<double> sums(runs.count, 0.0);
   if (short_runs(runs)) {

@@ -201,12 +201,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   check_device(op, "clip_max", clip_max, "x", x);
   check_device(op, "clip_min", clip_min, "x", x);
   const c10::DeviceGuard guard(x.device());
-  // A pair of types that differ is widened to one that holds both exactly; float data keeps a float64 gradient.
-  const at::ScalarType given = grad.scalar_type();
-  const bool mixed = given != x.scalar_type(), keeps = mixed && given == at::kDouble;
-  const at::ScalarType type = mixed ? accumulate_type(x) : x.scalar_type();
-  const Tensor dense = without_holes(x), source = mixed ? dense.to(type) : dense;
-  const Tensor upstream = laid_out_as(keeps ? grad : grad.to(type), at::empty_like(source, keeps ? given : type));
+  const at::ScalarType given = grad.scalar_type(), type = shared_type(grad, x);
+  const bool keeps = wide(grad) && !wide(x);
+  const Tensor source = in_type(without_holes(x), type);
+  const Tensor upstream = laid_out_as(grad, keeps ? at::empty_like(source, given) : source);
   Tensor dx = at::empty_like(upstream);
   Tensor d_max = at::empty({}, clip_max.options()), d_min = at::empty({}, clip_min.options());
   const int bits = static_cast<int>(num_bits);

@@ -109,8 +109,9 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
   check_same_shape(op, "grad", grad, "w", w);
   check_device(op, "grad", grad, "w", w);
   const c10::DeviceGuard guard(w.device());
-  const at::ScalarType type = grad.scalar_type() == w.scalar_type() ? w.scalar_type() : accumulate_type(w);
-  const Tensor source = without_holes(w).to(type), upstream = laid_out_as(grad, source), scales = scale.contiguous();
+  const at::ScalarType type = shared_type(grad, w);
+  const Tensor source = in_type(without_holes(w), type), upstream = laid_out_as(grad, source),
+               scales = scale.contiguous();
   Tensor d_scale = at::empty(scale.sizes(), scale.options());
   const int64_t weights = scale.numel() ? std::max<int64_t>(w.numel() / scale.numel(), 1) : 1;
   const double highest = math::code_range(static_cast<int>(num_bits)).highest;
