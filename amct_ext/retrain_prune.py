@@ -13,7 +13,7 @@ from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config.plan import LayerTraits, Plan, resolve
 from amct_ext.config.text import parse_config
 from amct_ext.errors import ConfigError, ModelError
-from amct_ext.export.onnx_files import write
+from amct_ext.export import write
 from amct_ext.flow import build, saving
 from amct_ext.record.types import Record
 

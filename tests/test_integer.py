@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import amct_ext
 from amct_ext import ops
 from amct_ext.flow.surgery import compressed_layers
-from amct_ext.layers.compressed import integer
+from amct_ext.layers import integer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(5, 20, 3, stride=2, padding=1), (3, 5, 7, 9)),

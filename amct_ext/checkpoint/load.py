@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint.load import dialect
+from amct_ext.checkpoint import dialect
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
 from amct_ext.layers.gathering import fits
 

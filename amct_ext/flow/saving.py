@@ -9,7 +9,7 @@ from torch import nn
 
 from amct_ext.arguments import check_types
 from amct_ext.errors import ModelError, RecordError
-from amct_ext.export.onnx_files import write
+from amct_ext.export import write
 from amct_ext.flow.session import check_record, detach, raise_if_invalid, session_of
 from amct_ext.flow.surgery import compressed_layers, fold_layers
 from amct_ext.record.types import Record
