@@ -203,3 +203,7 @@ def test_errors(device: torch.device) -> None:
         ops.integer_conv2d(image, scale, offset, packed, sums, arguments[5], None, (3, 3))
     with pytest.raises(ValueError, match="positive"):
         ops.integer_conv2d(image, scale, offset, packed, sums, arguments[5], None, (3, 3), (0, 1), (1, 1))
+    with pytest.raises(ValueError, match="integer_conv2d_accumulators: the filter is larger"):
+        ops.integer_conv2d_accumulators(image, offset, packed, sums, (3, 3))
+    with pytest.raises(TypeError, match="integer_linear_accumulators: codes must"):
+        ops.integer_linear_accumulators(image.int(), offset, packed, sums)

@@ -236,13 +236,29 @@ def check_product(
         torch._check_value(bias.numel() == outputs, lambda: f"{op}: bias must hold {outputs} values, not shape {shape}")
 
 
-def check_geometry(op: str, codes: Tensor, *pairs: Sequence[int]) -> None:
-    """Refuse what no convolution has: codes of four dimensions; kernel_size, stride, padding and dilation."""
+def check_geometry(
+    op: str,
+    codes: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Refuse what no convolution of codes has."""
     torch._check_value(codes.dim() == 4, lambda: f"{op}: codes must have four dimensions, not {codes.dim()}")
     torch._check_value(
-        all(len(pair) == 2 for pair in pairs),
+        all(len(pair) == 2 for pair in (kernel_size, stride, padding, dilation)),
         lambda: f"{op}: kernel_size, stride, padding and dilation must hold two values each",
     )
+    torch._check_value(
+        min(*kernel_size, *stride, *dilation) > 0 and min(padding) >= 0,
+        lambda: f"{op}: kernel_size, stride and dilation must be positive, padding not negative",
+    )
+    for size, kernel, pad, step in zip(codes.shape[2:], kernel_size, padding, dilation, strict=True):
+        torch._check_value(
+            size + 2 * pad - step * (kernel - 1) - 1 >= 0,
+            lambda: f"{op}: the filter is larger than the padded input",
+        )
 
 
 def centred(codes: Tensor, x_offset: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-// integer_conv2d and integer_linear: the product of codes, its sums turned into floats in one rounding.
+// integer_conv2d and integer_linear: the product of codes, its sums turned into floats in one rounding or, as
+// accumulators, given as they are.
 #include "cpu/product.h"
 
 #include <ATen/ops/ones.h>
