@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -164,7 +165,7 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, b
         }
         const int64_t column = block * kColumns;
         const Output output{static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column)), &w.zeros[column],
-                            &w.scales[column], &w.biases[column]};
+                            &w.scales[column], &w.biases[column], nullptr, -INFINITY, INFINITY};
         if (channels_last) {
           loops.write_rows(output, sums, last - first, y + first * s.outputs + column, s.outputs);
           continue;
