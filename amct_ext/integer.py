@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from amct_ext import ops
+from amct_ext.pending import Convolution, Patience, Pending, Running
 from amct_ext.stash import rounded_again
 
 _MOST_WEIGHTS = 65793  # per output channel: 255 * 128 * 65793 fits a 32-bit sum
@@ -54,11 +55,14 @@ class IntegerForward:
     """How one layer multiplies: always on integers, or where that was measured to be faster.
 
     ``choices`` holds what was measured, per shape of the input (without its first axis) and whether gradients were
-    wanted; True stands for integers. Held by a layer whose forward may be integer.
+    wanted; True stands for integers. Held by a layer whose forward may be integer. While the model ``running`` belongs
+    to is evaluated without gradients, results of convolutions wait for what follows them (`Pending`).
     """
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, running: Running | None = None) -> None:
         self.mode = mode
+        self.running = Running() if running is None else running
+        self.patience = Patience()
         self.choices: dict[tuple[tuple[int, ...], bool], bool] = {}
         self.used: bool | None = None  # by the last forward
         self._packed: tuple[Any, Tensor, Tensor, Tensor] | None = None
@@ -72,7 +76,8 @@ class IntegerForward:
             self.forget_weight()  # it is about to change
         made = _activation_codes(layer, x)
         if not torch.is_grad_enabled():
-            return _product(layer, made, x, *self._present_weight(layer))
+            present = self._present_weight(layer)
+            return self._pending(layer, made, x, *present) if self._may_wait(layer) else _product(layer, made, x, *present)
         weight = layer._compressed_weight()
         scale = layer.weight_quant.used_scale()
         with torch.no_grad():
@@ -97,6 +102,28 @@ class IntegerForward:
             scale = layer.weight_quant.used_scale().clone()
             self._packed = (key, *ops.pack_weight(weight, scale, layer.weight_quant.num_bits), scale)
         return self._packed[1:]
+
+    def _may_wait(self, layer: Any) -> bool:
+        if layer.training or not (self.running.depth and self.patience.left and isinstance(layer, nn.Conv2d)):
+            return False
+        return layer.search_n is None or not layer.search_n.wants_data  # which reads the result
+
+    def _pending(self, layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
+        geometry = _geometry(layer)
+        sizes = zip(x.shape[2:], *geometry, strict=True)
+        out = [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in sizes]
+        if min(out) < 1:
+            return _product(layer, made, x, packed, sums, scale)  # whose error it is
+        convolution = Convolution(
+            (made.codes, made.scale, made.offset),
+            (packed, sums),
+            scale,
+            None if layer.bias is None else layer.bias.double(),
+            geometry,
+            _channels_last(layer, x),
+            patience=self.patience,
+        )
+        return Pending(convolution, torch.Size((x.shape[0], sums.numel(), *out)))
 
     def _faster(self, layer: Any, x: Tensor) -> bool:
         key = (tuple(x.shape[1:]), torch.is_grad_enabled())
@@ -133,7 +160,7 @@ def applies(layer: Any, x: Tensor) -> bool:
     """Whether ``x`` can take the integer forward: plain float32 on the CPU, outside of compilers and autocast."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(x) not in (Tensor, nn.Parameter) or type(layer.weight) not in (Tensor, nn.Parameter):
+    if type(x) not in (Tensor, nn.Parameter, Pending) or type(layer.weight) not in (Tensor, nn.Parameter):
         return False
     if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
@@ -163,15 +190,13 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
             return made
     else:
         quantizer.calibrate(x)
-    codes, scale, offset, clip_max, clip_min, invalid = ops.ulq_quantize(
-        x.detach(),
-        quantizer.clip_max,
-        quantizer.clip_min,
-        quantizer.prev_clip_max,
-        quantizer.prev_clip_min,
-        quantizer.num_bits,
-        quantizer.fixed_min,
-    )
+    clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
+    options = (quantizer.num_bits, quantizer.fixed_min)
+    if type(x) is Pending and x.made is not None and not torch.is_grad_enabled():
+        results = x.made.requantized(*clips, *options)
+    else:
+        results = ops.ulq_quantize(x.detach(), *clips, *options)
+    codes, scale, offset, clip_max, clip_min, invalid = results
     carrier: Tensor = x
     if torch.is_grad_enabled():
         carrier = _Carrier.apply(x, quantizer.clip_max, quantizer.clip_min, clip_max, clip_min, quantizer.num_bits)
@@ -185,23 +210,19 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
 def _product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return ops.integer_linear(made.codes, made.scale, made.offset, packed, sums, scale, layer.bias)
-    last = torch.channels_last
-    # As the float convolution lays out its result.
-    follows = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, layer.weight))
     return ops.integer_conv2d(
-        made.codes,
-        made.scale,
-        made.offset,
-        packed,
-        sums,
-        scale,
-        layer.bias,
-        layer.kernel_size,
-        layer.stride,
-        _padding(layer) or (0, 0),
-        layer.dilation,
-        follows,
+        made.codes, made.scale, made.offset, packed, sums, scale, layer.bias, *_geometry(layer), _channels_last(layer, x)
     )
+
+
+def _geometry(layer: Any) -> tuple[Any, ...]:
+    return layer.kernel_size, layer.stride, _padding(layer) or (0, 0), layer.dilation
+
+
+def _channels_last(layer: Any, x: Tensor) -> bool:
+    """Whether the float convolution lays out its result so."""
+    last = torch.channels_last
+    return any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, layer.weight))
 
 
 class _Carrier(torch.autograd.Function):

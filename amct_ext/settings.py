@@ -55,14 +55,14 @@ def configure(
     if calibration not in (None, *_WAYS):
         raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
     inner = unwrap(model)
-    session_of(inner)
+    session = session_of(inner)
     layers = dict(compressed_layers(inner))
     wanted = _per_layer(forward, layers)
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.own_quantizers]
     if calibration == "exact":
         _check_values_are_there(quantizers)
     for name, way in wanted.items():
-        layers[name].integer = None if way == "float" or obstacle(layers[name]) else IntegerForward(way)
+        layers[name].integer = None if way == "float" or obstacle(layers[name]) else IntegerForward(way, session.running)
     for quantizer in quantizers:
         if validation is not None:
             quantizer.validate_now = validation == "eager"

@@ -264,7 +264,7 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   for (const char* name :
        {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4", "filter_norms",
         "search_clip_range", "range_histogram_", "search_clip_range_histogram", "shift_error_", "best_shift",
-        "ulq_quantize", "pack_weight", "integer_conv2d", "integer_linear"}) {
+        "ulq_quantize", "pack_weight", "integer_conv2d", "integer_conv2d_codes", "integer_linear"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

@@ -57,6 +57,10 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         "integer_conv2d": [
             (pixels, scale, offset, *filters, scales, None, (3, 3)),
             (pixels, scale, offset, *filters, scales, scales, (3, 3), (2, 1), (1, 1), (1, 2), True),
+            (pixels, scale, offset, *filters, scales, None, (3, 3), 1, 1, 1, True, torch.ones_like(pixels[:, :5] * 1.0)),
+        ],
+        "integer_conv2d_codes": [
+            (pixels, scale, offset, *filters, scales, None, (3, 3), 1, 1, 1, 0.0, None, high, low, none, none),
         ],
         "integer_linear": [(codes, scale, offset, *matrix, scales), (codes, scale, offset, *matrix, scales, scales)],
         "search_clip_range": [(w,), (w, 4, True)],

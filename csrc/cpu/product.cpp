@@ -1,14 +1,19 @@
-// integer_conv2d and integer_linear: the product of codes, its sums turned into floats in one rounding.
+// integer_conv2d, integer_conv2d_codes and integer_linear: the product of codes, its sums turned into floats in one
+// rounding, and those into codes again.
 #include "cpu/product.h"
 
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <limits>
+#include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "check.h"
+#include "cpu/clips.h"
+#include "cpu/codes.h"
 #include "cpu/tensors.h"
 
 namespace amct_ext::cpu {
@@ -30,7 +35,7 @@ const ProductKernel& choose() {
   return product_baseline;
 }
 
-const ProductKernel& kernel() {
+const ProductKernel& product_kernel() {
   static const ProductKernel& chosen = choose();
   return chosen;
 }
@@ -40,6 +45,8 @@ struct Shape {
   int64_t images, height, width, channels;  // of the input
   int64_t out_height, out_width, outputs;   // of the output
   int64_t kernel[2], stride[2], padding[2], dilation[2];
+
+  int64_t positions() const { return images * out_height * out_width; }
 };
 
 struct Weights {
@@ -132,9 +139,22 @@ void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int
   }
 }
 
-// y: channels last where `last`, else planes.
-void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, bool channels_last) {
-  const int64_t positions = s.images * s.out_height * s.out_width, plane = s.out_height * s.out_width;
+struct Bounds {
+  float lowest = -INFINITY, highest = INFINITY;
+};
+
+Bounds bounds_of(std::optional<double> lowest, std::optional<double> highest) {
+  Bounds bounds;
+  if (lowest) bounds.lowest = static_cast<float>(*lowest);
+  if (highest) bounds.highest = static_cast<float>(*highest);
+  return bounds;
+}
+
+// finish(output, sums, first, last, column): the sums of positions [first, last), rows of kBlockColumns that begin with
+// this output channel.
+template <typename Finish>
+void product(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const Finish& finish) {
+  const int64_t positions = s.positions();
   if (positions == 0 || s.outputs == 0) return;
   const int64_t taps = s.kernel[0] * s.kernel[1], block_stride = taps * w.quads * kQuadBytes;
   const int64_t blocks = (s.outputs + kColumns - 1) / kColumns, wide = (blocks + kTileBlocks - 1) / kTileBlocks;
@@ -145,7 +165,7 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, b
   const int64_t wanted = 4 * at::get_num_threads();
   const int64_t groups = std::min(wide, std::max<int64_t>(1, (wanted + count - 1) / count));
   const std::vector<uint8_t> blank(4 * w.quads, w.zero);
-  const ProductKernel& loops = kernel();
+  const auto sums_of = product_kernel().sums;
   at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<const uint8_t*> pointers(taps * rows);
     alignas(64) int32_t sums[kRows * kBlockColumns];
@@ -156,40 +176,81 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, float* y, b
       if (piece != prepared) pointers_of(s, codes, blank.data(), first, last, rows, pointers.data());
       prepared = piece;
       for (int64_t b = wide * group / groups; b < wide * (group + 1) / groups; ++b) {
-        const int64_t block = b * kTileBlocks;
+        const int64_t block = b * kTileBlocks, column = block * kColumns;
         const int tile_blocks = static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - block));
         for (int64_t row = 0; row < last - first; row += kTileRows) {
           const Tile tile{pointers.data() + row,     rows, taps, w.quads, w.packed + block * block_stride, block_stride,
                           sums + row * kBlockColumns};
-          loops.sums(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
+          sums_of(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
         }
-        const int64_t column = block * kColumns;
-        const Output output{static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column)), &w.zeros[column],
-                            &w.scales[column], &w.biases[column], nullptr, -INFINITY, INFINITY};
-        if (channels_last) {
-          loops.write_rows(output, sums, last - first, y + first * s.outputs + column, s.outputs);
-          continue;
-        }
-        for (int64_t from = first; from < last;) {
-          const int64_t image = from / plane, to = std::min(last, (image + 1) * plane);
-          loops.write_columns(output, sums + (from - first) * kBlockColumns, to - from,
-                              y + (image * s.outputs + column) * plane + from % plane, plane);
-          from = to;
-        }
+        const Output output{static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column)),
+                            &w.zeros[column],
+                            &w.scales[column],
+                            &w.biases[column],
+                            nullptr,
+                            bounds.lowest,
+                            bounds.highest};
+        finish(output, sums, first, last, column);
       }
     }
   });
 }
 
-Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
-              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last) {
-  const char* op = "integer_conv2d";
+// y and the addend (or null): channels last.
+void into_rows(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const float* addend,
+               float* y) {
+  const auto write = product_kernel().write_rows;
+  product(s, codes, w, bounds, [&](Output output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+    const int64_t at = first * s.outputs + column;
+    if (addend != nullptr) output.addend = addend + at;
+    write(output, sums, last - first, y + at, s.outputs);
+  });
+}
+
+// y and the addend (or null): each channel a plane.
+void into_planes(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const float* addend,
+                 float* y) {
+  const auto write = product_kernel().write_columns;
+  const int64_t plane = s.out_height * s.out_width;
+  product(s, codes, w, bounds, [&](Output output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+    for (int64_t from = first; from < last;) {
+      const int64_t image = from / plane, to = std::min(last, (image + 1) * plane);
+      const int64_t at = (image * s.outputs + column) * plane + from % plane;
+      if (addend != nullptr) output.addend = addend + at;
+      write(output, sums + (from - first) * kBlockColumns, to - from, y + at, plane);
+      from = to;
+    }
+  });
+}
+
+// y: codes, channels last. Returns whether a float was not finite.
+bool into_codes(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const UlqForward& ulq,
+                uint8_t* y) {
+  constexpr int64_t kFew = 16;  // floats of so many positions stay close to the sums
+  const auto write = product_kernel().write_rows;
+  const auto quantize = kernels().ulq_codes[0];
+  std::atomic<bool> bad{false};
+  product(s, codes, w, bounds, [&](const Output& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+    alignas(64) float floats[kFew * kBlockColumns];
+    alignas(64) uint8_t made[kFew * kBlockColumns];
+    const int64_t columns = output.columns;
+    for (int64_t from = first; from < last; from += kFew) {
+      const int64_t n = std::min(kFew, last - from);
+      write(output, sums + (from - first) * kBlockColumns, n, floats, columns);
+      if (quantize(floats, made, n * columns, ulq)) bad.store(true, std::memory_order_relaxed);
+      for (int64_t r = 0; r < n; ++r) std::memcpy(y + (from + r) * s.outputs + column, made + r * columns, columns);
+    }
+  });
+  return bad.load();
+}
+
+Shape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntArrayRef kernel_size,
+                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_type(op, "codes", codes, at::kByte);
   TORCH_CHECK_VALUE(codes.dim() == 4, op, ": codes must have four dimensions, not ", codes.dim());
   TORCH_CHECK_VALUE(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                     ": kernel_size, stride, padding and dilation must hold two values each");
-  Shape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, sums.numel(), {}, {}, {}, {}};
+  Shape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, outputs, {}, {}, {}, {}};
   int64_t* out[2] = {&s.out_height, &s.out_width};
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, op,
@@ -202,13 +263,50 @@ Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
     TORCH_CHECK_VALUE(room >= 0, op, ": the filter is larger than the padded input");
     *out[i] = room / stride[i] + 1;
   }
+  return s;
+}
+
+Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last,
+              const std::optional<Tensor>& addend, std::optional<double> lowest, std::optional<double> highest) {
+  const char* op = "integer_conv2d";
+  const Shape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
   const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
   const Tensor source = readable(codes, at::MemoryFormat::ChannelsLast);
-  Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kFloat),
-                       channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
-  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()),
-          channels_last);
+  const auto layout = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kFloat), layout);
+  Tensor more;
+  if (addend) {
+    check_type(op, "addend", *addend, at::kFloat);
+    TORCH_CHECK_VALUE(addend->sizes() == y.sizes(), op, ": addend must have the shape of the result, ", y.sizes(),
+                      ", not ", addend->sizes());
+    more = addend->contiguous(layout);
+  }
+  (channels_last ? into_rows : into_planes)(s, static_cast<const uint8_t*>(source.const_data_ptr()), w,
+                                            bounds_of(lowest, highest),
+                                            addend ? static_cast<const float*>(more.const_data_ptr()) : nullptr,
+                                            static_cast<float*>(y.mutable_data_ptr()));
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_codes(
+    const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
+    const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, std::optional<double> lowest, std::optional<double> highest,
+    const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+    int64_t num_bits, bool fixed_min) {
+  const char* op = "integer_conv2d_codes";
+  check_bits(op, num_bits, 8);
+  const Shape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
+  const Weights w = weights_of(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
+  const Tensor source = readable(codes, at::MemoryFormat::ChannelsLast);
+  const Tensor floats = at::empty({0}, codes.options().dtype(at::kFloat));  // the type that is rounded
+  const Clips used = used_clips(op, floats, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+  Tensor y = room_for_codes({s.images, s.outputs, s.out_height, s.out_width}, codes.options());
+  const bool bad = into_codes(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, bounds_of(lowest, highest),
+                              used.parameters(num_bits), static_cast<uint8_t*>(y.mutable_data_ptr()));
+  return with_clips(std::move(y), used, clip_max, bad || !used.valid());
 }
 
 Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
@@ -223,12 +321,14 @@ Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
   std::vector<int64_t> sizes = codes.sizes().vec();
   sizes.back() = s.outputs;
   Tensor y = at::empty(sizes, codes.options().dtype(at::kFloat));
-  product(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, static_cast<float*>(y.mutable_data_ptr()), true);
+  into_rows(s, static_cast<const uint8_t*>(source.const_data_ptr()), w, {}, nullptr,
+            static_cast<float*>(y.mutable_data_ptr()));
   return y;
 }
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
   m.impl("integer_conv2d", conv2d);
+  m.impl("integer_conv2d_codes", conv2d_codes);
   m.impl("integer_linear", linear);
 }
 
