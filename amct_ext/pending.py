@@ -232,6 +232,15 @@ def _add(in_place: bool) -> Callable[..., Any]:
     return step
 
 
+def _max_pool(x: Any, *window: Any) -> Any:
+    made = _waiting(x)
+    if made is None or made.channels_last:
+        return NotImplemented
+    # Torch takes many times as long for planes, much longer than writing the smaller result once more.
+    results = _aten.max_pool2d_with_indices.default(replace(made, channels_last=True).floats(), *window)
+    return tuple(t.contiguous() for t in results)
+
+
 _STEPS: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: _batch_norm,
     _aten.relu.default: _bounded(False),
@@ -240,4 +249,5 @@ _STEPS: dict[Any, Callable[..., Any]] = {
     _aten.hardtanh_.default: _bounded(True, -1.0, 1.0),
     _aten.add.Tensor: _add(False),
     _aten.add_.Tensor: _add(True),
+    _aten.max_pool2d_with_indices.default: _max_pool,
 }

@@ -150,10 +150,25 @@ Bounds bounds_of(std::optional<double> lowest, std::optional<double> highest) {
   return bounds;
 }
 
-// finish(output, sums, first, last, column): the sums of positions [first, last), rows of kBlockColumns that begin with
-// this output channel.
-template <typename Finish>
-void product(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const Finish& finish) {
+// Where a piece of the result lies: runs of so many floats, the first `at`, one every `stride`.
+struct Window {
+  int64_t at, runs, length, stride;
+
+  // Asks for part [step, step + 1) of `steps`: nothing else tells the processor of pieces this short.
+  void prefetch(const float* data, int64_t step, int64_t steps) const {
+    constexpr int64_t kLine = 16;
+    for (int64_t run = runs * step / steps; run < runs * (step + 1) / steps; ++run) {
+      const float* from = data + at + run * stride;
+      for (int64_t i = 0; i < length + kLine - 1; i += kLine) __builtin_prefetch(from + std::min(i, length - 1), 1, 2);
+    }
+  }
+};
+
+// Of positions [first, last): window(first, last, column, columns) is what is read and written for these output
+// channels, in each of `touched`; finish(output, sums, first, last, column) does it, sums being rows of kBlockColumns.
+template <typename Place, typename Finish>
+void product(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds,
+             std::initializer_list<const float*> touched, const Place& window, const Finish& finish) {
   const int64_t positions = s.positions();
   if (positions == 0 || s.outputs == 0) return;
   const int64_t taps = s.kernel[0] * s.kernel[1], block_stride = taps * w.quads * kQuadBytes;
@@ -178,17 +193,17 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, const Bound
       for (int64_t b = wide * group / groups; b < wide * (group + 1) / groups; ++b) {
         const int64_t block = b * kTileBlocks, column = block * kColumns;
         const int tile_blocks = static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - block));
+        const int columns = static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column));
+        const Window ahead = window(first, last, column, columns);
         for (int64_t row = 0; row < last - first; row += kTileRows) {
+          for (const float* data : touched) {
+            if (data != nullptr) ahead.prefetch(data, row / kTileRows, rows / kTileRows);
+          }
           const Tile tile{pointers.data() + row,     rows, taps, w.quads, w.packed + block * block_stride, block_stride,
                           sums + row * kBlockColumns};
           sums_of(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
         }
-        const Output output{static_cast<int>(std::min<int64_t>(kBlockColumns, s.outputs - column)),
-                            &w.zeros[column],
-                            &w.scales[column],
-                            &w.biases[column],
-                            nullptr,
-                            bounds.lowest,
+        const Output output{columns, &w.zeros[column], &w.scales[column], &w.biases[column], nullptr, bounds.lowest,
                             bounds.highest};
         finish(output, sums, first, last, column);
       }
@@ -200,11 +215,15 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, const Bound
 void into_rows(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const float* addend,
                float* y) {
   const auto write = product_kernel().write_rows;
-  product(s, codes, w, bounds, [&](Output output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+  const auto window = [&](int64_t first, int64_t last, int64_t column, int64_t columns) {
+    return Window{first * s.outputs + column, last - first, columns, s.outputs};
+  };
+  const auto finish = [&](Output output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
     const int64_t at = first * s.outputs + column;
     if (addend != nullptr) output.addend = addend + at;
     write(output, sums, last - first, y + at, s.outputs);
-  });
+  };
+  product(s, codes, w, bounds, {y, addend}, window, finish);
 }
 
 // y and the addend (or null): each channel a plane.
@@ -212,15 +231,21 @@ void into_planes(const Shape& s, const uint8_t* codes, const Weights& w, const B
                  float* y) {
   const auto write = product_kernel().write_columns;
   const int64_t plane = s.out_height * s.out_width;
-  product(s, codes, w, bounds, [&](Output output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+  const auto start = [&](int64_t first, int64_t column) {
+    return (first / plane * s.outputs + column) * plane + first % plane;
+  };
+  const auto window = [&](int64_t first, int64_t last, int64_t column, int64_t columns) {
+    return Window{start(first, column), columns, std::min(last - first, plane - first % plane), plane};
+  };
+  const auto finish = [&](Output output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
     for (int64_t from = first; from < last;) {
-      const int64_t image = from / plane, to = std::min(last, (image + 1) * plane);
-      const int64_t at = (image * s.outputs + column) * plane + from % plane;
+      const int64_t to = std::min(last, (from / plane + 1) * plane), at = start(from, column);
       if (addend != nullptr) output.addend = addend + at;
       write(output, sums + (from - first) * kBlockColumns, to - from, y + at, plane);
       from = to;
     }
-  });
+  };
+  product(s, codes, w, bounds, {y, addend}, window, finish);
 }
 
 // y: codes, channels last. Returns whether a float was not finite.
@@ -230,7 +255,8 @@ bool into_codes(const Shape& s, const uint8_t* codes, const Weights& w, const Bo
   const auto write = product_kernel().write_rows;
   const auto quantize = kernels().ulq_codes[0];
   std::atomic<bool> bad{false};
-  product(s, codes, w, bounds, [&](const Output& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
+  const auto nowhere = [](int64_t, int64_t, int64_t, int64_t) { return Window{}; };
+  const auto finish = [&](const Output& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
     alignas(64) float floats[kFew * kBlockColumns];
     alignas(64) uint8_t made[kFew * kBlockColumns];
     const int64_t columns = output.columns;
@@ -240,7 +266,8 @@ bool into_codes(const Shape& s, const uint8_t* codes, const Weights& w, const Bo
       if (quantize(floats, made, n * columns, ulq)) bad.store(true, std::memory_order_relaxed);
       for (int64_t r = 0; r < n; ++r) std::memcpy(y + (from + r) * s.outputs + column, made + r * columns, columns);
     }
-  });
+  };
+  product(s, codes, w, bounds, {}, nowhere, finish);
   return bad.load();
 }
 
