@@ -77,7 +77,9 @@ class IntegerForward:
         made = _activation_codes(layer, x)
         if not torch.is_grad_enabled():
             present = self._present_weight(layer)
-            return self._pending(layer, made, x, *present) if self._may_wait(layer) else _product(layer, made, x, *present)
+            return (
+                self._pending(layer, made, x, *present) if self._may_wait(layer) else _product(layer, made, x, *present)
+            )
         weight = layer._compressed_weight()
         scale = layer.weight_quant.used_scale()
         with torch.no_grad():
@@ -106,7 +108,8 @@ class IntegerForward:
     def _may_wait(self, layer: Any) -> bool:
         if layer.training or not (self.running.depth and self.patience.left and isinstance(layer, nn.Conv2d)):
             return False
-        return layer.search_n is None or not layer.search_n.wants_data  # which reads the result
+        search: Any = layer.search_n  # reads the result
+        return bool(search is None or not search.wants_data)
 
     def _pending(self, layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
         geometry = _geometry(layer)
@@ -128,7 +131,7 @@ class IntegerForward:
     def _faster(self, layer: Any, x: Tensor) -> bool:
         key = (tuple(x.shape[1:]), torch.is_grad_enabled())
         if key not in self.choices:
-            self.choices[key] = _measured(layer, x.detach(), key[1])
+            self.choices[key] = _measured(layer, x.detach(), key[1], not key[1] and self._may_wait(layer))
         return self.choices[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,11 +214,19 @@ def _product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, s
     if isinstance(layer, nn.Linear):
         return ops.integer_linear(made.codes, made.scale, made.offset, packed, sums, scale, layer.bias)
     return ops.integer_conv2d(
-        made.codes, made.scale, made.offset, packed, sums, scale, layer.bias, *_geometry(layer), _channels_last(layer, x)
+        made.codes,
+        made.scale,
+        made.offset,
+        packed,
+        sums,
+        scale,
+        layer.bias,
+        *_geometry(layer),
+        _channels_last(layer, x),
     )
 
 
-def _geometry(layer: Any) -> tuple[Any, ...]:
+def _geometry(layer: Any) -> tuple[Any, Any, Any, Any]:
     return layer.kernel_size, layer.stride, _padding(layer) or (0, 0), layer.dilation
 
 
@@ -298,8 +309,11 @@ def _linear_backward(
     return d_x, d_weight, rows.sum(0) if wanted[2] else None
 
 
-def _measured(layer: Any, x: Tensor, with_gradients: bool) -> bool:
-    """Whether integers are faster: both ways are run on ``x``, in turns; nothing of the layer changes."""
+def _measured(layer: Any, x: Tensor, with_gradients: bool, with_norm: bool) -> bool:
+    """Whether integers are faster: both ways are run on ``x``, in turns; nothing of the layer changes.
+
+    ``with_norm``: on integers, the BatchNorm that follows costs nothing.
+    """
     quantizer = layer.activation
     clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
     options = (quantizer.num_bits, quantizer.fixed_min)
@@ -310,7 +324,9 @@ def _measured(layer: Any, x: Tensor, with_gradients: bool) -> bool:
         packed = ops.pack_weight(weight, scale, bits)
 
         def on_floats() -> None:
-            layer._compute(ops.ulq_fake_quantize(x, *clips, *options)[0], weight)
+            y = layer._compute(ops.ulq_fake_quantize(x, *clips, *options)[0], weight)
+            if with_norm:
+                layer.normalized(y)
 
         def on_integers() -> None:
             codes, *rest = ops.ulq_quantize(x, *clips, *options)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 from amct_ext import ops
 
 _aten = torch.ops.aten
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Convolution:
     packed: tuple[Tensor, Tensor]  # with sums
     scale: Tensor  # of the weight, or of weight and normalisation
     bias: Tensor | None
-    geometry: tuple[Any, ...]  # kernel_size, stride, padding, dilation
+    geometry: tuple[Any, Any, Any, Any]  # kernel_size, stride, padding, dilation
     channels_last: bool
     lowest: float | None = None
     highest: float | None = None
@@ -106,15 +107,15 @@ class Pending(Tensor):
     """A tensor whose values are those of ``made``, computed when they are needed (module docstring)."""
 
     made: Convolution | None  # None once the values are there
-    values: Tensor
+    kept: Tensor
 
     @staticmethod
     def __new__(cls, made: Convolution, shape: torch.Size) -> Self:
-        images, channels, height, width = shape
+        _, channels, height, width = shape
         strides = (channels * height * width, height * width, width, 1)
         if made.channels_last:
             strides = (channels * height * width, 1, width * channels, channels)
-        new: Self = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device="cpu")  # type: ignore[attr-defined]
+        new: Self = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device=_CPU)
         new.made = made
         return new
 
@@ -122,7 +123,7 @@ class Pending(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         step = None if torch.is_grad_enabled() else _STEPS.get(func)
         result = NotImplemented if step is None else step(*args, **(kwargs or {}))
         if result is not NotImplemented:
@@ -135,8 +136,8 @@ class Pending(Tensor):
     def computed(self) -> Tensor:
         """The plain tensor of the values."""
         if self.made is not None:
-            self.values, self.made = self.made.floats(), None
-        return self.values
+            self.kept, self.made = self.made.floats(), None
+        return self.kept
 
     # What reaches memory without a dispatch.
 
@@ -156,7 +157,7 @@ class Pending(Tensor):
         return self.computed().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied: Tensor = self.computed().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied: Tensor = self.computed().__deepcopy__(memo)
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -167,7 +168,7 @@ class Pending(Tensor):
 
 
 def plain(value: Any) -> Any:
-    """``value`` with every tensor that waits computed, in tuples, lists, dictionaries and what else torch looks into."""
+    """``value`` with every tensor that waits computed, in whatever containers torch looks into."""
     if type(value) is Tensor or not tree_any(lambda leaf: type(leaf) is Pending, value):
         return value
     return tree_map_only(Pending, Pending.computed, value)
@@ -226,7 +227,7 @@ def _add(in_place: bool) -> Callable[..., Any]:
         y = made.floats(addend)
         if not in_place:
             return y
-        x.values, x.made = y, None
+        x.kept, x.made = y, None
         return x
 
     return step

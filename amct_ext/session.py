@@ -58,11 +58,16 @@ def detach(model: nn.Module) -> None:
     for name in (_ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
     ours = (_before_forward, _after_forward, _leave_forward, _before_state_dict, _after_load)
-    every = (model._forward_pre_hooks, model._forward_hooks, model._state_dict_pre_hooks, model._load_state_dict_post_hooks)
+    every = (
+        model._forward_pre_hooks,
+        model._forward_hooks,
+        model._state_dict_pre_hooks,
+        model._load_state_dict_post_hooks,
+    )
     for hooks in every:
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
-    model._forward_hooks_always_called.clear()
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def session_of(model: nn.Module) -> Session:

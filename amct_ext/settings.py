@@ -62,7 +62,9 @@ def configure(
     if calibration == "exact":
         _check_values_are_there(quantizers)
     for name, way in wanted.items():
-        layers[name].integer = None if way == "float" or obstacle(layers[name]) else IntegerForward(way, session.running)
+        layers[name].integer = (
+            None if way == "float" or obstacle(layers[name]) else IntegerForward(way, session.running)
+        )
     for quantizer in quantizers:
         if validation is not None:
             quantizer.validate_now = validation == "eager"

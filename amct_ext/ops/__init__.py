@@ -8,14 +8,9 @@ from amct_ext import _library, backends
 
 _library.load()
 
+from amct_ext.ops.codes import pack_weight, ulq_quantize  # noqa: E402
 from amct_ext.ops.histogram import range_histogram_, search_clip_range_histogram  # noqa: E402
-from amct_ext.ops.integer import (  # noqa: E402
-    integer_conv2d,
-    integer_conv2d_codes,
-    integer_linear,
-    pack_weight,
-    ulq_quantize,
-)
+from amct_ext.ops.integer import integer_conv2d, integer_conv2d_codes, integer_linear  # noqa: E402
 from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
 from amct_ext.ops.norms import filter_norms  # noqa: E402
 from amct_ext.ops.search import search_clip_range  # noqa: E402

@@ -1,4 +1,6 @@
 // ulq_quantize and pack_weight: activations and weights as 8-bit codes in the layout that the integer product reads.
+#include "cpu/codes.h"
+
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -9,7 +11,6 @@
 
 #include "check.h"
 #include "cpu/clips.h"
-#include "cpu/codes.h"
 #include "cpu/product.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"

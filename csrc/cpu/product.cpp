@@ -203,8 +203,8 @@ void product(const Shape& s, const uint8_t* codes, const Weights& w, const Bound
                           sums + row * kBlockColumns};
           sums_of(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
         }
-        const Output output{columns, &w.zeros[column], &w.scales[column], &w.biases[column], nullptr, bounds.lowest,
-                            bounds.highest};
+        const Output output{columns, &w.zeros[column], &w.scales[column], &w.biases[column],
+                            nullptr, bounds.lowest,    bounds.highest};
         finish(output, sums, first, last, column);
       }
     }
@@ -310,10 +310,9 @@ Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
                       ", not ", addend->sizes());
     more = addend->contiguous(layout);
   }
-  (channels_last ? into_rows : into_planes)(s, static_cast<const uint8_t*>(source.const_data_ptr()), w,
-                                            bounds_of(lowest, highest),
-                                            addend ? static_cast<const float*>(more.const_data_ptr()) : nullptr,
-                                            static_cast<float*>(y.mutable_data_ptr()));
+  (channels_last ? into_rows : into_planes)(
+      s, static_cast<const uint8_t*>(source.const_data_ptr()), w, bounds_of(lowest, highest),
+      addend ? static_cast<const float*>(more.const_data_ptr()) : nullptr, static_cast<float*>(y.mutable_data_ptr()));
   return y;
 }
 
