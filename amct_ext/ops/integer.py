@@ -52,6 +52,7 @@ def integer_conv2d(
 
     Source: INT8 inference as devices do it (Jacob et al. 2018), scales per channel.
 
+        >>> from amct_ext.ops import pack_weight, ulq_quantize
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
         >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 1, 2, 2), one, 0 * one, none, none)
         >>> packed, sums = pack_weight(torch.ones(1, 1, 2, 2), torch.tensor([1 / 127]))
@@ -111,6 +112,7 @@ def integer_conv2d_codes(
 
     Source: as `integer_conv2d`, the quantisation between two layers (requantisation).
 
+        >>> from amct_ext.ops import pack_weight, ulq_quantize
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
         >>> clips = (one, 0 * one, none, none)
         >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 1, 2, 2), *clips)
@@ -164,6 +166,7 @@ def integer_linear(
 
     Source: as `integer_conv2d`.
 
+        >>> from amct_ext.ops import pack_weight, ulq_quantize
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
         >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 2), one, 0 * one, none, none)
         >>> w_scale = torch.tensor([1 / 127])
