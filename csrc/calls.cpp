@@ -114,12 +114,31 @@ std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int
 Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
                       const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                      at::IntArrayRef dilation, bool channels_last) {
-  static const auto call = op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                     const Tensor&, const std::optional<Tensor>&, at::IntArrayRef, at::IntArrayRef,
-                                     at::IntArrayRef, at::IntArrayRef, bool)>("amct_ext::integer_conv2d");
+                      at::IntArrayRef dilation, bool channels_last, const std::optional<Tensor>& addend,
+                      std::optional<double> lowest, std::optional<double> highest) {
+  static const auto call =
+      op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const std::optional<Tensor>&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, bool,
+                const std::optional<Tensor>&, std::optional<double>, std::optional<double>)>(
+          "amct_ext::integer_conv2d");
   return call.call(codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation,
-                   channels_last);
+                   channels_last, addend, lowest, highest);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> integer_conv2d_codes(
+    const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
+    const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, std::optional<double> lowest, std::optional<double> highest,
+    const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+    int64_t num_bits, bool fixed_min) {
+  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  static const auto call =
+      op<Results(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                 const std::optional<Tensor>&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                 std::optional<double>, std::optional<double>, const Tensor&, const Tensor&, const Tensor&,
+                 const Tensor&, int64_t, bool)>("amct_ext::integer_conv2d_codes");
+  return call.call(codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation,
+                   lowest, highest, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
 }
 
 Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,

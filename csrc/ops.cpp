@@ -56,7 +56,14 @@ TORCH_LIBRARY(amct_ext, m) {
   m.def(
       "integer_conv2d(Tensor codes, Tensor x_scale, Tensor x_offset, Tensor packed, Tensor sums, Tensor w_scale, "
       "Tensor? bias, int[2] kernel_size, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
-      "bool channels_last=False) -> Tensor",
+      "bool channels_last=False, Tensor? addend=None, float? lowest=None, float? highest=None) -> Tensor",
+      tags);
+  m.def(
+      "integer_conv2d_codes(Tensor codes, Tensor x_scale, Tensor x_offset, Tensor packed, Tensor sums, Tensor w_scale, "
+      "Tensor? bias, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, float? lowest, "
+      "float? highest, Tensor clip_max, Tensor clip_min, Tensor prev_clip_max, Tensor prev_clip_min, int num_bits=8, "
+      "bool fixed_min=False) "
+      "-> (Tensor codes, Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor invalid)",
       tags);
   m.def(
       "integer_linear(Tensor codes, Tensor x_scale, Tensor x_offset, Tensor packed, Tensor sums, Tensor w_scale, "

@@ -52,7 +52,15 @@ AMCT_API Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const
                                const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
                                at::IntArrayRef kernel_size, at::IntArrayRef stride = {1, 1},
                                at::IntArrayRef padding = {0, 0}, at::IntArrayRef dilation = {1, 1},
-                               bool channels_last = false);
+                               bool channels_last = false, const std::optional<Tensor>& addend = std::nullopt,
+                               std::optional<double> lowest = std::nullopt,
+                               std::optional<double> highest = std::nullopt);
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> integer_conv2d_codes(
+    const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
+    const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, std::optional<double> lowest, std::optional<double> highest,
+    const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+    int64_t num_bits = 8, bool fixed_min = false);
 AMCT_API Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
                                const Tensor& sums, const Tensor& w_scale,
                                const std::optional<Tensor>& bias = std::nullopt);

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.ops import accumulators
+from amct_ext.ops import codes as coding
 from amct_ext.ops import integer as reference
 
 CLIPS = ((1.7, -0.9), (0.0, -1.0), (2.0, 0.0), (30.0, -20.0), (1e-9, 0.0))
@@ -28,7 +29,7 @@ def test_codes_have_the_bits_of_the_reference(dtype: torch.dtype, num_bits: int,
     wide = [torch.randn(2, 33, 17, 19, device=device).to(dtype), torch.randn(3, 64, 7, 7, device=device).to(dtype)]
     for i, x in enumerate([*inputs(dtype, device), *wide]):
         arguments = (x, *scalars(*CLIPS[i % len(CLIPS)], math.nan, math.nan, device=device), num_bits, i % 2 == 1)
-        expected, actual = reference._reference_codes(*arguments), ops.ulq_quantize(*arguments)
+        expected, actual = coding.reference_codes(*arguments), ops.ulq_quantize(*arguments)
         for a, b in zip(expected, actual, strict=True):
             assert same_bits(a, b), (x.shape, x.stride())
         assert layout(expected[0]) == layout(actual[0])
@@ -58,7 +59,7 @@ def test_packing_has_the_bits_of_the_reference(dtype: torch.dtype, device: torch
         w = torch.randn(shape, device=device).to(dtype)
         for scale in (torch.rand(shape[0], device=device) * 0.05, torch.full((1,), 0.02, device=device)):
             for value in (w, w.transpose(0, 1).contiguous().transpose(0, 1)):
-                expected, actual = reference._reference_pack(value, scale, 6), ops.pack_weight(value, scale, 6)
+                expected, actual = coding._reference_pack(value, scale, 6), ops.pack_weight(value, scale, 6)
                 assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)), shape
 
 
@@ -120,6 +121,59 @@ def test_convolutions_are_exact(clips: tuple[float, float], extreme: bool, devic
         arguments = (codes, offset, packed, sums, kernel, stride, padding, dilation)
         sums_, again = ops.integer_conv2d_accumulators(*arguments), accumulators._reference_conv2d(*arguments)
         assert torch.equal(sums_.double(), total) and same_bits(sums_, again) and layout(sums_) == layout(again)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
+def test_what_follows_a_convolution(last: bool, device: torch.device) -> None:
+    """An addend and bounds are those of ops behind it; float64 factors and terms are rounded with the rest, once."""
+    clips = scalars(0.9, -1.3, math.nan, math.nan, device=device)
+    for images, inputs_, outputs, size in ((1, 3, 16, 4), (2, 5, 70, 11), (3, 17, 100, 7), (0, 4, 20, 5)):
+        codes, scale, offset, *_ = ops.ulq_quantize(torch.randn(images, inputs_, size, size, device=device), *clips)
+        w, w_scale = weight(outputs, inputs_, (3, 3), False, device), torch.rand(outputs, device=device) + 0.001
+        packed, sums = ops.pack_weight(w * w_scale.view(-1, 1, 1, 1), w_scale)
+        factor = torch.randn(outputs, dtype=torch.float64, device=device) * w_scale
+        product = (codes, scale, offset, packed, sums, factor, torch.randn_like(factor))
+        geometry = ((3, 3), (2, 1), (1, 1), (1, 1))
+        y = ops.integer_conv2d(*product, *geometry, last)
+        total = F.conv2d(codes.double() - 128 - offset.double(), w.double(), None, *geometry[1:])
+        assert torch.equal(y, exact(total, scale, factor, product[-1], 1))
+        addend = torch.randn_like(y) * y.std() if images else y
+        for more, low, high in ((None, 0.0, None), (addend, None, None), (addend, -0.1, 0.3), (None, None, 0.2)):
+            expected = y if more is None else y + more
+            if low is not None or high is not None:
+                expected = expected.clamp(low, high)
+            other = more if more is None else more.contiguous()  # of either layout
+            arguments = (*product, *geometry, last, other, low, high)
+            made = ops.integer_conv2d(*arguments)
+            assert torch.equal(made, expected) and layout(made) == layout(y)
+            again = reference._reference_conv2d(*arguments)
+            assert torch.equal(made, again) and layout(made) == layout(again)
+        for low, high, bits, fixed in ((0.0, None, 8, False), (None, 0.2, 4, True)):
+            once = ops.integer_conv2d_codes(*product, *geometry, low, high, *clips, bits, fixed)
+            twice = ops.ulq_quantize(
+                ops.integer_conv2d(*product, *geometry, last, None, low, high), *clips, bits, fixed
+            )
+            assert all(same_bits(a, b) and layout(a) == layout(b) for a, b in zip(once, twice, strict=True))
+
+
+def test_bounds_and_codes_of_what_is_no_number(device: torch.device) -> None:
+    codes, (scale, offset) = torch.full((1, 4, 2, 2), 130, dtype=torch.uint8, device=device), scalars(0.1, -3.0)
+    packed, sums = ops.pack_weight(torch.ones(18, 4, 1, 1, device=device), torch.ones(18, device=device))
+    w_scale = torch.ones(18, device=device)
+    w_scale[1] = w_scale[17] = math.nan
+    product = (codes, scale.to(device), offset.to(device), packed, sums, w_scale, None)
+    geometry = ((1, 1), (1, 1), (0, 0), (1, 1))
+    y = ops.integer_conv2d(*product, *geometry, False, None, 0.0, 6.0)
+    assert y.isnan().all(dim=(0, 2, 3)).nonzero().flatten().tolist() == [1, 17] and int(y.isnan().sum()) == 8
+    clips = scalars(1.0, -1.0, math.nan, math.nan, device=device)
+    made = ops.integer_conv2d_codes(*product, *geometry, 0.0, None, *clips)
+    assert bool(made[5]) and made[0][0, :2, 0, 0].tolist() == [255, 0]
+    with pytest.raises(ValueError, match="addend must have the shape"):
+        ops.integer_conv2d(*product, *geometry, False, y[:, :1])
+    with pytest.raises(TypeError, match="addend"):
+        ops.integer_conv2d(*product, *geometry, False, y.double())
+    with pytest.raises(ValueError, match="num_bits"):
+        ops.integer_conv2d_codes(*product, *geometry, None, None, *clips, 9)
 
 
 @pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])

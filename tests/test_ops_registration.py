@@ -16,7 +16,19 @@ from amct_ext import ops
 from amct_ext.ops import histogram
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-MODULES = ("accumulators", "histogram", "integer", "masks", "norms", "search", "shift", "sparse", "ulq", "weights")
+MODULES = (
+    "accumulators",
+    "codes",
+    "histogram",
+    "integer",
+    "masks",
+    "norms",
+    "search",
+    "shift",
+    "sparse",
+    "ulq",
+    "weights",
+)
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
@@ -32,6 +44,7 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
 
     codes, pixels = (torch.randint(0, 256, n, device=device, dtype=torch.uint8) for n in ((5, 8), (2, 8, 6, 5)))
     scale, offset = (torch.tensor(v, device=device) for v in (0.02, -7.0))
+    plain, addend = ((1, 1), (1, 1), (1, 1)), torch.ones(2, 6, 6, 5, device=device)
     matrix, filters = ops.pack_weight(w[:, :, 0, 0], scales), ops.pack_weight(w, scales)
 
     def leaf(x: Tensor) -> Tensor:
@@ -63,6 +76,10 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         "integer_conv2d": [
             (pixels, scale, offset, *filters, scales, None, (3, 3)),
             (pixels, scale, offset, *filters, scales, scales, (3, 3), (2, 1), (1, 1), (1, 2), True),
+            (pixels, scale, offset, *filters, scales, None, (3, 3), *plain, True, addend, 0.0, 6.0),
+        ],
+        "integer_conv2d_codes": [
+            (pixels, scale, offset, *filters, scales, None, (3, 3), *plain, 0.0, None, high, low, none, none),
         ],
         "integer_linear": [(codes, scale, offset, *matrix, scales), (codes, scale, offset, *matrix, scales, scales)],
         "integer_conv2d_accumulators": [

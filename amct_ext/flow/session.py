@@ -16,6 +16,7 @@ from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.pending import Running, plain
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.ranks import average_, several_ranks
 from amct_ext.reasons import LayerReasons
@@ -37,6 +38,7 @@ class Session:
     reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
     dirty: bool = True  # the record does not hold the factors of the present parameters
     calibrating: bool = True  # forwards may still find clip ranges, each rank its own
+    running: Running = field(default_factory=Running)
 
 
 def attach(model: nn.Module, session: Session) -> None:
@@ -44,7 +46,9 @@ def attach(model: nn.Module, session: Session) -> None:
     setattr(model, _ATTRIBUTE, session)
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
+    model.register_forward_pre_hook(_before_forward)
     model.register_forward_hook(_after_forward)
+    model.register_forward_hook(_leave_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
     model.register_load_state_dict_post_hook(_after_load)
 
@@ -53,9 +57,17 @@ def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (_ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    for hooks in (model._forward_hooks, model._state_dict_pre_hooks, model._load_state_dict_post_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_after_forward, _before_state_dict, _after_load)]:
+    ours = (_before_forward, _after_forward, _leave_forward, _before_state_dict, _after_load)
+    every = (
+        model._forward_pre_hooks,
+        model._forward_hooks,
+        model._state_dict_pre_hooks,
+        model._load_state_dict_post_hooks,
+    )
+    for hooks in every:
+        for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def session_of(model: nn.Module) -> Session:
@@ -149,6 +161,20 @@ def share_ranges(model: nn.Module) -> None:
     quantisers = [quantiser for _, layer in compressed_layers(model) for quantiser in layer.own_quantizers]
     average_([clip for quantiser in quantisers for clip in quantiser.found_range()])
     session_of(model).calibrating = not all(quantiser.calibrated for quantiser in quantisers)
+
+
+def _before_forward(model: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        getattr(model, _ATTRIBUTE).running.depth += 1
+
+
+def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
+    running = getattr(model, _ATTRIBUTE).running
+    running.depth = max(running.depth - 1, 0)
+    values = plain(output)
+    return None if values is output else values
 
 
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:

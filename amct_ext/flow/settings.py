@@ -41,6 +41,8 @@ def configure(
     both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float" but do not
     differentiate twice, and nothing is kept whatever ``stash`` says. Evaluations keep integer weights until a training
     step, a change of the parameter, or a call of train() or eval(); after a change through ``weight.data`` call eval().
+    They also compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of
+    at each step; forward hooks in the model then see tensors whose values are computed when they are read.
     ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
     values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is
     within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any
@@ -55,14 +57,16 @@ def configure(
     if calibration not in (None, *_WAYS):
         raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
     inner = unwrap(model)
-    session_of(inner)
+    session = session_of(inner)
     layers = dict(compressed_layers(inner))
     wanted = _per_layer(forward, layers)
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.own_quantizers]
     if calibration == "exact":
         _check_values_are_there(quantizers)
     for name, way in wanted.items():
-        layers[name].integer = None if way == "float" or obstacle(layers[name]) else IntegerForward(way)
+        layers[name].integer = (
+            None if way == "float" or obstacle(layers[name]) else IntegerForward(way, session.running)
+        )
     for quantizer in quantizers:
         if validation is not None:
             quantizer.validate_now = validation == "eager"

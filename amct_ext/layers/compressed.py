@@ -149,17 +149,21 @@ class CompressedLayer(nn.Module):
         mask = None if self.sparsity is None else self._to_rows(self.sparsity.present_mask(weight))
         return self._from_rows(self.weight_quant(self._to_rows(weight), mask))
 
+    def normalized(self, y: Tensor) -> Tensor:
+        """``y`` after the BatchNorm that follows the layer, by its running statistics; as it is where none follows."""
+        norm = self.links.norm
+        if norm is None:
+            return y
+        weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
+        return F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+
     def _search_shift(self, search: ShiftSearch, y: Tensor, sums: Tensor | None) -> None:
         axis = (self.channel_axis_out if y.dim() > 1 else 0) % y.dim()
         deq_scale = self.deq_scale()
         if sums is not None:
             search.observe(device_accumulators(self, sums, deq_scale, axis), deq_scale, axis, in_steps=True)
             return
-        norm = self.links.norm
-        if norm is not None:
-            weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
-            y = F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
-        search.observe(y, deq_scale, axis)
+        search.observe(self.normalized(y), deq_scale, axis)
 
     # -- what is recorded and saved
 

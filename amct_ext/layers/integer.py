@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from amct_ext import ops
+from amct_ext.layers.pending import Convolution, Patience, Pending, Running
 from amct_ext.layers.stash import rounded_again
 
 _MOST_WEIGHTS = 65793  # per output channel: 255 * 128 * 65793 fits a 32-bit sum
-_ROUNDS = 3
+_FEWEST, _MOST = 3, 12  # rounds of a measurement
 
 
 class Codes(NamedTuple):
@@ -34,11 +35,14 @@ class IntegerForward:
     """How one layer multiplies: always on integers, or where that was measured to be faster.
 
     ``choices`` holds what was measured, per shape of the input (without its first axis) and whether gradients were
-    wanted; True stands for integers. Held by a layer whose forward may be integer.
+    wanted; True stands for integers. Held by a layer whose forward may be integer. While the model ``running`` belongs
+    to is evaluated without gradients, results of convolutions wait for what follows them (`Pending`).
     """
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, running: Running | None = None) -> None:
         self.mode = mode
+        self.running = Running() if running is None else running
+        self.patience = Patience()
         self.choices: dict[tuple[tuple[int, ...], bool], bool] = {}
         self.used: bool | None = None  # by the last forward
         self._packed: tuple[Any, Tensor, Tensor, Tensor] | None = None
@@ -56,7 +60,9 @@ class IntegerForward:
         if not torch.is_grad_enabled():
             present = self._present_weight(layer)
             self._keep_sums(layer, made, *present[:2])
-            return _product(layer, made, x, *present)
+            return (
+                self._pending(layer, made, x, *present) if self._may_wait(layer) else _product(layer, made, x, *present)
+            )
         weight = layer._compressed_weight()
         scale = layer.weight_quant.used_scale()
         with torch.no_grad():
@@ -92,10 +98,33 @@ class IntegerForward:
             self._packed = (key, *ops.pack_weight(weight, scale, layer.weight_quant.num_bits), scale)
         return self._packed[1:]
 
+    def _may_wait(self, layer: Any) -> bool:
+        if layer.training or not (self.running.depth and self.patience.left and isinstance(layer, nn.Conv2d)):
+            return False
+        search: Any = layer.search_n  # reads the result
+        return bool(search is None or not search.wants_data)
+
+    def _pending(self, layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
+        geometry = _geometry(layer)
+        sizes = zip(x.shape[2:], *geometry, strict=True)
+        out = [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in sizes]
+        if min(out) < 1:
+            return _product(layer, made, x, packed, sums, scale)  # whose error it is
+        convolution = Convolution(
+            (made.codes, made.scale, made.offset),
+            (packed, sums),
+            scale,
+            None if layer.bias is None else layer.bias.double(),
+            geometry,
+            _channels_last(layer, x),
+            patience=self.patience,
+        )
+        return Pending(convolution, torch.Size((x.shape[0], sums.numel(), *out)))
+
     def _faster(self, layer: Any, x: Tensor) -> bool:
         key = (tuple(x.shape[1:]), torch.is_grad_enabled())
         if key not in self.choices:
-            self.choices[key] = _measured(layer, x.detach(), key[1])
+            self.choices[key] = _measured(layer, x.detach(), key[1], not key[1] and self._may_wait(layer))
         return self.choices[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +156,7 @@ def applies(layer: Any, x: Tensor) -> bool:
     """Whether ``x`` can take the integer forward: plain float32 on the CPU, outside of compilers and autocast."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(x) not in (Tensor, nn.Parameter) or type(layer.weight) not in (Tensor, nn.Parameter):
+    if type(x) not in (Tensor, nn.Parameter, Pending) or type(layer.weight) not in (Tensor, nn.Parameter):
         return False
     if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
@@ -157,15 +186,13 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
             return made
     else:
         quantizer.calibrate(x)
-    codes, scale, offset, clip_max, clip_min, invalid = ops.ulq_quantize(
-        x.detach(),
-        quantizer.clip_max,
-        quantizer.clip_min,
-        quantizer.prev_clip_max,
-        quantizer.prev_clip_min,
-        quantizer.num_bits,
-        quantizer.fixed_min,
-    )
+    clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
+    options = (quantizer.num_bits, quantizer.fixed_min)
+    if type(x) is Pending and x.made is not None and not torch.is_grad_enabled():
+        results = x.made.requantized(*clips, *options)
+    else:
+        results = ops.ulq_quantize(x.detach(), *clips, *options)
+    codes, scale, offset, clip_max, clip_min, invalid = results
     carrier: Tensor = x
     if torch.is_grad_enabled():
         carrier = _Carrier.apply(x, quantizer.clip_max, quantizer.clip_min, clip_max, clip_min, quantizer.num_bits)
@@ -179,9 +206,6 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
 def _product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return ops.integer_linear(made.codes, made.scale, made.offset, packed, sums, scale, layer.bias)
-    last = torch.channels_last
-    # As the float convolution lays out its result.
-    follows = any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, layer.weight))
     return ops.integer_conv2d(
         made.codes,
         made.scale,
@@ -190,19 +214,25 @@ def _product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, s
         sums,
         scale,
         layer.bias,
-        layer.kernel_size,
-        layer.stride,
-        _padding(layer) or (0, 0),
-        layer.dilation,
-        follows,
+        *_geometry(layer),
+        _channels_last(layer, x),
     )
 
 
 def _accumulators(layer: Any, made: Codes, packed: Tensor, sums: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return ops.integer_linear_accumulators(made.codes, made.offset, packed, sums)
-    geometry = (layer.kernel_size, layer.stride, _padding(layer) or (0, 0), layer.dilation)
-    return ops.integer_conv2d_accumulators(made.codes, made.offset, packed, sums, *geometry)
+    return ops.integer_conv2d_accumulators(made.codes, made.offset, packed, sums, *_geometry(layer))
+
+
+def _geometry(layer: Any) -> tuple[Any, Any, Any, Any]:
+    return layer.kernel_size, layer.stride, _padding(layer) or (0, 0), layer.dilation
+
+
+def _channels_last(layer: Any, x: Tensor) -> bool:
+    """Whether the float convolution lays out its result so."""
+    last = torch.channels_last
+    return any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, layer.weight))
 
 
 class _Carrier(torch.autograd.Function):
@@ -278,8 +308,11 @@ def _linear_backward(
     return d_x, d_weight, rows.sum(0) if wanted[2] else None
 
 
-def _measured(layer: Any, x: Tensor, with_gradients: bool) -> bool:
-    """Whether integers are faster: both ways are run on ``x``, in turns; nothing of the layer changes."""
+def _measured(layer: Any, x: Tensor, with_gradients: bool, with_norm: bool) -> bool:
+    """Whether integers are faster: both ways are run on ``x``, in turns; nothing of the layer changes.
+
+    ``with_norm``: on integers, the BatchNorm that follows costs nothing.
+    """
     quantizer = layer.activation
     clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
     options = (quantizer.num_bits, quantizer.fixed_min)
@@ -290,7 +323,9 @@ def _measured(layer: Any, x: Tensor, with_gradients: bool) -> bool:
         packed = ops.pack_weight(weight, scale, bits)
 
         def on_floats() -> None:
-            layer._compute(ops.ulq_fake_quantize(x, *clips, *options)[0], weight)
+            y = layer._compute(ops.ulq_fake_quantize(x, *clips, *options)[0], weight)
+            if with_norm:
+                layer.normalized(y)
 
         def on_integers() -> None:
             codes, *rest = ops.ulq_quantize(x, *clips, *options)
@@ -300,8 +335,18 @@ def _measured(layer: Any, x: Tensor, with_gradients: bool) -> bool:
             if with_gradients and layer.weight.requires_grad and not quantizer.stash:
                 ops.ulq_fake_quantize(x, *clips, *options)  # what backward does once more
 
-        times = [(_seconds(on_floats), _seconds(on_integers)) for _ in range(_ROUNDS)]
-    return min(t[1] for t in times) < min(t[0] for t in times)
+        floats: list[float] = []
+        integers: list[float] = []
+        while len(floats) < _FEWEST or (len(floats) < _MOST and not (_settled(floats) and _settled(integers))):
+            floats.append(_seconds(on_floats))
+            integers.append(_seconds(on_integers))
+    return min(integers) < min(floats)
+
+
+def _settled(times: list[float]) -> bool:
+    """Whether the two shortest agree within a tenth: what else runs on the machine only ever adds."""
+    first, second = sorted(times)[:2]
+    return second <= 1.1 * first
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -9,8 +9,9 @@ from amct_ext import _library, backends
 _library.load()
 
 from amct_ext.ops.accumulators import integer_conv2d_accumulators, integer_linear_accumulators  # noqa: E402
+from amct_ext.ops.codes import pack_weight, ulq_quantize  # noqa: E402
 from amct_ext.ops.histogram import range_histogram_, search_clip_range_histogram  # noqa: E402
-from amct_ext.ops.integer import integer_conv2d, integer_linear, pack_weight, ulq_quantize  # noqa: E402
+from amct_ext.ops.integer import integer_conv2d, integer_conv2d_codes, integer_linear  # noqa: E402
 from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
 from amct_ext.ops.norms import filter_norms  # noqa: E402
 from amct_ext.ops.search import search_clip_range  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "filter_norms",
     "integer_conv2d",
     "integer_conv2d_accumulators",
+    "integer_conv2d_codes",
     "integer_linear",
     "integer_linear_accumulators",
     "lsq_fake_quantize",

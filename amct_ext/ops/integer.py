@@ -1,79 +1,14 @@
-"""Products of integers: activations and weights as 8-bit codes, 32-bit sums, one rounding to float32 at the end."""
+"""Products of 8-bit codes: 32-bit sums, one rounding to float32 at the end."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import (
-    FLT_EPSILON,
-    accumulate_type,
-    along_channels,
-    check_bits,
-    check_floating,
-    check_scalar,
-    code_range,
-    reference,
-)
-from amct_ext.ops.ulq import clipped
-
-_COLUMNS = 16  # output channels of a block of packed weights
-
-
-def ulq_quantize(
-    x: Tensor,
-    clip_max: Tensor,
-    clip_min: Tensor,
-    prev_clip_max: Tensor,
-    prev_clip_min: Tensor,
-    num_bits: int = 8,
-    fixed_min: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The codes of an activation between two learned clips: what `ulq_fake_quantize` rounds to, one byte each.
-
-    Args: as `ulq_fake_quantize`; num_bits 2 to 8.
-
-    Returns: `(codes, scale, offset, clip_max, clip_min, invalid)`: codes, uint8 with the shape of x, hold code + 128
-        (tensors of four dimensions in channels_last memory, others contiguous); the rest as `ulq_fake_quantize`, whose
-        y is (codes - 128 - offset) * scale, bit for bit. A NaN becomes the lowest code (and sets invalid).
-
-    Gradients: none.
-
-    Errors: TypeError for a dtype that is not floating, ValueError for num_bits or clips of more than one value.
-
-    Source: as `ulq_fake_quantize`.
-
-        >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
-        >>> ulq_quantize(torch.tensor([-2.0, 0.0, 2.0]), one, -one, none, none)[0].tolist()
-        [0, 127, 255]
-    """
-    return torch.ops.amct_ext.ulq_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
-
-
-def pack_weight(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
-    """The codes of a weight in the order in which the integer product reads them.
-
-    Args:
-        w: (outputs, inputs) or (outputs, inputs, height, width), floating; a fake-quantised weight gives its own codes.
-        scale: one value, or one per output channel. Values below FLT_EPSILON count as FLT_EPSILON.
-        num_bits: 2 to 8.
-
-    Returns: `(packed, sums)`: packed, int8 of shape (blocks, taps, quads, 16, 4), holds the codes of `quantize_weight`
-        for every block of 16 output channels, position in the filter and 4 input channels, padded with zeros; sums,
-        int32 (outputs,), the sum of the codes of each output channel.
-
-    Errors: TypeError, ValueError (num_bits, number of scales, fewer than two dimensions).
-
-    Source: the layout that the dot-product instructions of CPUs take four at a time.
-
-        >>> packed, sums = pack_weight(torch.tensor([[1.0, -2.0]]), torch.tensor([1.0]))
-        >>> packed.shape, packed[0, 0, 0, 0].tolist(), sums.tolist()
-        (torch.Size([1, 1, 1, 16, 4]), [1, -2, 0, 0], [-1])
-    """
-    return torch.ops.amct_ext.pack_weight(w, scale, num_bits)
+from amct_ext.ops._common import check_floating, check_scalar, reference
+from amct_ext.ops.codes import COLUMNS, reference_codes
 
 
 def integer_conv2d(
@@ -89,8 +24,14 @@ def integer_conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     channels_last: bool = False,
+    addend: Tensor | None = None,
+    lowest: float | None = None,
+    highest: float | None = None,
 ) -> Tensor:
     """2-D convolution of codes: exact integer sums, times the scales, plus the bias, rounded to float32 once.
+
+    What often follows a convolution can be had in the same pass: a normalisation by fixed statistics as part of
+    w_scale and bias, which may be float64, the addition of another tensor, an activation function that limits values.
 
     Args:
         codes, x_scale, x_offset: as `ulq_quantize` returns them; codes (images, channels, height, width).
@@ -99,9 +40,11 @@ def integer_conv2d(
         bias: one value per output channel, or None.
         kernel_size, stride, padding, dilation: (height, width) each; padding is with the code of zero.
         channels_last: memory layout of the result.
+        addend: float32 with the shape of the result, added to what was rounded.
+        lowest, highest: bounds of the sum; NaN stays NaN.
 
-    Returns: float32. Equal to the convolution of the fake-quantised tensors in exact arithmetic, rounded once, provided
-        that the sums fit 32 bits (up to 65793 weights per output channel).
+    Returns: float32. Without an addend equal to the convolution of the fake-quantised tensors in exact arithmetic,
+        rounded once, provided that the sums fit 32 bits (up to 65793 weights per output channel).
 
     Gradients: none.
 
@@ -109,6 +52,7 @@ def integer_conv2d(
 
     Source: INT8 inference as devices do it (Jacob et al. 2018), scales per channel.
 
+        >>> from amct_ext.ops import pack_weight, ulq_quantize
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
         >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 1, 2, 2), one, 0 * one, none, none)
         >>> packed, sums = pack_weight(torch.ones(1, 1, 2, 2), torch.tensor([1 / 127]))
@@ -117,7 +61,87 @@ def integer_conv2d(
         [4.0]
     """
     return torch.ops.amct_ext.integer_conv2d(
-        codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation, channels_last
+        codes,
+        x_scale,
+        x_offset,
+        packed,
+        sums,
+        w_scale,
+        bias,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        channels_last,
+        addend,
+        lowest,
+        highest,
+    )
+
+
+def integer_conv2d_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    lowest: float | None,
+    highest: float | None,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ulq_quantize` of `integer_conv2d`, whose floats are never written.
+
+    Args: up to highest as `integer_conv2d`, the clips and what follows as `ulq_quantize`.
+
+    Returns: as `ulq_quantize`, bit for bit what the two ops give.
+
+    Gradients: none.
+
+    Errors: TypeError (dtypes), ValueError (shapes, num_bits).
+
+    Source: as `integer_conv2d`, the quantisation between two layers (requantisation).
+
+        >>> from amct_ext.ops import pack_weight, ulq_quantize
+        >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
+        >>> clips = (one, 0 * one, none, none)
+        >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 1, 2, 2), *clips)
+        >>> packed, sums = pack_weight(torch.ones(1, 1, 1, 1), torch.tensor([1 / 64]))
+        >>> product = (codes, scale, offset, packed, sums, torch.tensor([1 / 64]), None)
+        >>> geometry = ((1, 1), (1, 1), (0, 0), (1, 1))
+        >>> integer_conv2d_codes(*product, *geometry, 0.0, None, *clips)[0].flatten().tolist()
+        [255, 255, 255, 255]
+    """
+    return torch.ops.amct_ext.integer_conv2d_codes(
+        codes,
+        x_scale,
+        x_offset,
+        packed,
+        sums,
+        w_scale,
+        bias,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        lowest,
+        highest,
+        clip_max,
+        clip_min,
+        prev_clip_max,
+        prev_clip_min,
+        num_bits,
+        fixed_min,
     )
 
 
@@ -142,6 +166,7 @@ def integer_linear(
 
     Source: as `integer_conv2d`.
 
+        >>> from amct_ext.ops import pack_weight, ulq_quantize
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
         >>> codes, scale, offset, *_ = ulq_quantize(torch.ones(1, 2), one, 0 * one, none, none)
         >>> w_scale = torch.tensor([1 / 127])
@@ -150,49 +175,6 @@ def integer_linear(
         [[3.0, 3.0, 3.0]]
     """
     return torch.ops.amct_ext.integer_linear(codes, x_scale, x_offset, packed, sums, w_scale, bias)
-
-
-@reference("ulq_quantize")
-def _reference_codes(
-    x: Tensor,
-    clip_max: Tensor,
-    clip_min: Tensor,
-    prev_clip_max: Tensor,
-    prev_clip_min: Tensor,
-    num_bits: int = 8,
-    fixed_min: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, used = clipped("ulq_quantize", x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, 8)
-    lowest, highest = code_range(num_bits)
-    rounded = torch.round(wide / used.scale + used.offset)
-    code = torch.clamp(torch.where(rounded.isnan(), torch.full_like(rounded, lowest), rounded), lowest, highest)
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    codes = (code + 128).to(torch.uint8).contiguous(memory_format=layout)
-    return codes, *used.results(wide, clip_max.dtype)
-
-
-@reference("pack_weight")
-def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
-    op = "pack_weight"
-    check_floating(op, "w", w)
-    check_bits(op, num_bits, 8)
-    check_floating(op, "scale", scale)
-    torch._check_value(w.dim() >= 2, lambda: f"{op}: w must have at least two dimensions, not {w.dim()}")
-    torch._check_value(
-        scale.numel() in (1, w.shape[0]),
-        lambda: (
-            f"{op}: scale must hold 1 or {w.shape[0]} values for a weight of shape {list(w.shape)}, "
-            f"not shape {list(scale.shape)}"
-        ),
-    )
-    wide = w.to(accumulate_type(w))
-    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, None if scale.numel() == 1 else 0)
-    codes = torch.clamp(torch.round(wide / shaped), *code_range(num_bits)).nan_to_num(0.0).to(torch.int8)
-    rows = codes.reshape(*w.shape[:2], math.prod(w.shape[2:])).transpose(1, 2)  # outputs, taps, inputs
-    padding = (0, -w.shape[1] % 4, 0, 0, 0, -w.shape[0] % _COLUMNS)
-    padded = torch.nn.functional.pad(rows, padding).unflatten(2, (-(-w.shape[1] // 4), 4))
-    padded = padded.unflatten(0, (-(-w.shape[0] // _COLUMNS), _COLUMNS))
-    return padded.permute(0, 2, 3, 1, 4).contiguous(), codes.flatten(1).sum(1, dtype=torch.int32)
 
 
 def unpacked(packed: Tensor, outputs: int, inputs: int) -> Tensor:
@@ -219,7 +201,7 @@ def check_product(
         check_floating(op, name, value)
         check_scalar(op, name, value)
     outputs, inputs = sums.numel(), codes.shape[1 if op.startswith("integer_conv2d") else -1]
-    expected = [-(-outputs // _COLUMNS), taps, -(-inputs // 4), _COLUMNS, 4]
+    expected = [-(-outputs // COLUMNS), taps, -(-inputs // 4), COLUMNS, 4]
     torch._check_value(
         list(packed.shape) == expected, lambda: f"{op}: packed must have shape {expected}, not {list(packed.shape)}"
     )
@@ -281,6 +263,9 @@ def _reference_conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     channels_last: bool = False,
+    addend: Tensor | None = None,
+    lowest: float | None = None,
+    highest: float | None = None,
 ) -> Tensor:
     op = "integer_conv2d"
     check_geometry(op, codes, kernel_size, stride, padding, dilation)
@@ -294,8 +279,48 @@ def _reference_conv2d(
     y = total * scale.view(1, -1, 1, 1)
     if bias is not None:
         y = y + bias.to(torch.float64).view(1, -1, 1, 1)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return y.to(torch.float32).contiguous(memory_format=layout)
+    y = y.to(torch.float32)
+    if addend is not None:
+        torch._check_type(addend.dtype == torch.float32, lambda: f"{op}: addend must be float32, not {addend.dtype}")
+        torch._check_value(
+            addend.shape == y.shape,
+            lambda: f"{op}: addend must have the shape of the result, {list(y.shape)}, not {list(addend.shape)}",
+        )
+        y = y + addend
+    if lowest is not None:
+        y = torch.where(y < lowest, torch.full_like(y, lowest), y)
+    if highest is not None:
+        y = torch.where(y > highest, torch.full_like(y, highest), y)
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@reference("integer_conv2d_codes")
+def _reference_conv2d_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    packed: Tensor,
+    sums: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    lowest: float | None,
+    highest: float | None,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    geometry = (kernel_size, stride, padding, dilation)
+    y = _reference_conv2d(
+        codes, x_scale, x_offset, packed, sums, w_scale, bias, *geometry, False, None, lowest, highest
+    )
+    return reference_codes(y, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
 
 
 @reference("integer_linear")

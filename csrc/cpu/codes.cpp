@@ -1,4 +1,6 @@
 // ulq_quantize and pack_weight: activations and weights as 8-bit codes in the layout that the integer product reads.
+#include "cpu/codes.h"
+
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -20,7 +22,6 @@ using at::Tensor;
 
 // Of an image turned at a time: the codes stay in the first-level cache. A plane up to kWhole is not cut.
 constexpr int64_t kPositions = 128, kWhole = 256, kChannels = 64;
-constexpr int64_t kSlack = 64;  // bytes after the codes that the product may read
 
 // Codes of an image whose channels are planes, channels last.
 template <typename Loop>
@@ -64,12 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
   };
 
   const bool image = x.dim() == 4;
-  const Tensor room = at::empty({x.numel() + kSlack}, x.options().dtype(at::kByte));
-  Tensor codes =
-      image ? room.as_strided(x.sizes(), {x.size(1) * x.size(2) * x.size(3), 1, x.size(1) * x.size(3), x.size(1)})
-            : room.narrow(0, 0, x.numel()).view(x.sizes());
-  uint8_t* out = static_cast<uint8_t*>(room.mutable_data_ptr());
-  std::fill_n(out + x.numel(), kSlack, uint8_t{0});
+  Tensor codes = room_for_codes(x.sizes(), x.options());
+  uint8_t* out = static_cast<uint8_t*>(codes.mutable_data_ptr());
   if (image && !x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.numel() > 0) {
     const Tensor source = x.contiguous();
     turned(static_cast<const char*>(source.const_data_ptr()), out, x.size(0), x.size(1), x.size(2) * x.size(3),

@@ -19,11 +19,14 @@ struct Tile {
   int32_t* sums;  // rows of kBlockColumns
 };
 
-// What is done to the sums of some output channels: minus zero point times weights, times scale, plus bias.
+// What is done to the sums of some output channels: minus zero point times weights, times scale, plus bias, rounded;
+// then plus the addend (null, or laid out as y), then limited to the bounds (a NaN stays).
 struct Output {
   int columns;
   const uint32_t* zeros;
   const double *scales, *biases;
+  const float* addend;
+  float lowest, highest;
 };
 
 struct ProductKernel {

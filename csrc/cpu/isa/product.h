@@ -105,36 +105,85 @@ void sums_of(const Tile& t, int rows, int blocks) {
 }
 
 // Sums to floats: one rounding, at the end. The difference with the zero point wraps as the sums do.
-AMCT_INLINE float dequantized(int32_t sum, uint32_t zero, double scale, double bias) {
-  const int32_t total = static_cast<int32_t>(static_cast<uint32_t>(sum) - zero);
-  return static_cast<float>(static_cast<double>(total) * scale + bias);
+AMCT_INLINE float dequantized(const Output& o, int32_t sum, int c) {
+  const int32_t total = static_cast<int32_t>(static_cast<uint32_t>(sum) - o.zeros[c]);
+  return static_cast<float>(static_cast<double>(total) * o.scales[c] + o.biases[c]);
 }
 
+AMCT_INLINE float finished(const Output& o, float v, const float* addend) {
+  if (addend != nullptr) v += *addend;
+  v = v < o.lowest ? o.lowest : v;
+  return v > o.highest ? o.highest : v;
+}
+
+#if defined(__AVX512VNNI__)
+// The same for sixteen channels at a time, whose factors stay in registers.
+struct Factors {
+  __m512i zeros;
+  __m512d scales[2], biases[2];
+
+  AMCT_INLINE Factors(const Output& o, int first)
+      : zeros(_mm512_loadu_si512(o.zeros + first)),
+        scales{_mm512_loadu_pd(o.scales + first), _mm512_loadu_pd(o.scales + first + 8)},
+        biases{_mm512_loadu_pd(o.biases + first), _mm512_loadu_pd(o.biases + first + 8)} {}
+
+  AMCT_INLINE __m512 dequantized(const int32_t* sums) const {
+    const __m512i total = _mm512_sub_epi32(_mm512_loadu_si512(sums), zeros);
+    const __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(total)),
+                  high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(total, 1));
+    const __m256 first = _mm512_cvtpd_ps(_mm512_add_pd(_mm512_mul_pd(low, scales[0]), biases[0])),
+                 second = _mm512_cvtpd_ps(_mm512_add_pd(_mm512_mul_pd(high, scales[1]), biases[1]));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
+  }
+};
+
+struct Bounds {
+  __m512 lowest, highest;
+
+  AMCT_INLINE explicit Bounds(const Output& o) : lowest(_mm512_set1_ps(o.lowest)), highest(_mm512_set1_ps(o.highest)) {}
+
+  // Of the two operands the second is returned where one is a NaN.
+  AMCT_INLINE __m512 finished(__m512 v, const float* addend) const {
+    if (addend != nullptr) v = _mm512_add_ps(v, _mm512_loadu_ps(addend));
+    return _mm512_min_ps(highest, _mm512_max_ps(lowest, v));
+  }
+};
+#endif
+
 void write_rows(const Output& o, const int32_t* __restrict sums, int64_t rows, float* __restrict y, int64_t stride) {
+  int first = 0;
+#if defined(__AVX512VNNI__)
+  const Bounds bounds(o);
+  for (; first + kColumns <= o.columns; first += kColumns) {
+    const Factors factors(o, first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * stride + first;
+      const __m512 v = factors.dequantized(sums + r * kBlockColumns + first);
+      _mm512_storeu_ps(y + at, bounds.finished(v, o.addend == nullptr ? nullptr : o.addend + at));
+    }
+  }
+#endif
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t* __restrict in = sums + r * kBlockColumns;
-    float* __restrict out = y + r * stride;
-    for (int c = 0; c < o.columns; ++c) out[c] = dequantized(in[c], o.zeros[c], o.scales[c], o.biases[c]);
+    for (int c = first; c < o.columns; ++c) {
+      const int64_t at = r * stride + c;
+      y[at] = finished(o, dequantized(o, in[c], c), o.addend == nullptr ? nullptr : o.addend + at);
+    }
   }
 }
 
-// Each channel a row of its own: sixteen positions of sixteen channels at a time turn in the first-level cache.
+// Each channel a row of its own: sixteen positions of sixteen channels at a time turn in registers.
 void write_columns(const Output& o, const int32_t* __restrict sums, int64_t rows, float* __restrict y, int64_t stride) {
   for (int first = 0; first < o.columns; first += kColumns) {
     const int count = o.columns - first < kColumns ? o.columns - first : kColumns;
     int64_t r = 0;
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
     if (count == kColumns) {
+      const Factors factors(o, first);
+      const Bounds bounds(o);
       for (; r + 16 <= rows; r += 16) {
-        alignas(64) float turned[16][16];
-        for (int i = 0; i < 16; ++i) {
-          const int32_t* __restrict in = sums + (r + i) * kBlockColumns + first;
-          for (int c = 0; c < kColumns; ++c) {
-            turned[i][c] = dequantized(in[c], o.zeros[first + c], o.scales[first + c], o.biases[first + c]);
-          }
-        }
         __m512 a[16], b[16];
-        for (int i = 0; i < 16; ++i) a[i] = _mm512_load_ps(turned[i]);
+        for (int i = 0; i < 16; ++i) a[i] = factors.dequantized(sums + (r + i) * kBlockColumns + first);
         for (int i = 0; i < 16; i += 2) {
           b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
           b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -151,20 +200,22 @@ void write_columns(const Output& o, const int32_t* __restrict sums, int64_t rows
           b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
           b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
         }
+        const auto store = [&](int channel, __m512 v) __attribute__((always_inline)) {
+          const int64_t at = (first + channel) * stride + r;
+          _mm512_storeu_ps(y + at, bounds.finished(v, o.addend == nullptr ? nullptr : o.addend + at));
+        };
         for (int i = 0; i < 8; ++i) {
-          const __m512 low = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
-          const __m512 high = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
-          _mm512_storeu_ps(y + (first + i) * stride + r, low);
-          _mm512_storeu_ps(y + (first + i + 8) * stride + r, high);
+          store(i, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+          store(i + 8, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
         }
       }
     }
 #endif
     for (; r < rows; ++r) {
-      const int32_t* __restrict in = sums + r * kBlockColumns + first;
-      for (int c = 0; c < count; ++c) {
-        const int at = first + c;
-        y[at * stride + r] = dequantized(in[c], o.zeros[at], o.scales[at], o.biases[at]);
+      const int32_t* __restrict in = sums + r * kBlockColumns;
+      for (int c = first; c < first + count; ++c) {
+        const int64_t at = c * stride + r;
+        y[at] = finished(o, dequantized(o, in[c], c), o.addend == nullptr ? nullptr : o.addend + at);
       }
     }
   }
