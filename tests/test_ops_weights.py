@@ -99,7 +99,7 @@ def test_every_half_value_gets_the_code_of_the_division(dtype: torch.dtype, devi
     middles = torch.randint(1, 255, (12,)) / 2
     near = (torch.rand(12) * 4 + 0.1).to(dtype).float() / middles
     neighbours = [(near.view(torch.int32) + step).view(torch.float32) for step in (-1, 0, 1)]
-    fixed = torch.tensor([0.03, 1 / 3, 2.0 - 2**-23, 2.0**-23, 1.5e18, 3e38, 1e-30])
+    fixed = torch.tensor([0.03, 1 / 3, 2 - 2**-23, 1 + 0x1DF1FF / 2**23, 2**-23, 1.5e18, 3e38, 1e-30])
     for scale in torch.cat([*neighbours, fixed]):
         for bits in (4, 8, 16):
             arguments = (w.to(device), scale.reshape(1).to(device), bits)

@@ -42,7 +42,7 @@ AMCT_INLINE Range range_of(const T* w, const uint8_t* mask, int64_t n) {
   };
   constexpr int width = kWidth<T>;
   int64_t i = 0;
-  if (kFuses && n >= width) {
+  if (kMaxima && n >= width) {
     V<T> highs = V<T>{} + high;
     U<T> lows = {};
     for (; i + width <= n; i += width) {
@@ -115,12 +115,12 @@ double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetri
     for (; i + kGroup <= end; i += kGroup) {
       for (int k = 0; k < kGroup; k += kPair<T>) {
         const Pair<T> v = load_pair(w + i + k), g = load_pair(grad + i + k);
-        sums.add(first_lane<T>(k), slope.of_row(v.first) * g.first);
-        sums.add(second_lane<T>(k), slope.of_row(v.second) * g.second);
+        sums.add(lane_of<T>(k), slope.of_row(v.first) * g.first);
+        sums.add(lane_of<T>(k + kSecond<T>), slope.of_row(v.second) * g.second);
       }
     }
-    for (int lane = 0; i < end; ++i, ++lane) {
-      sums.partial[kAlternating<T> ? lane / 2 + lane % 2 * kLanes : lane] += slope(widen(w[i])) * widen(grad[i]);
+    for (int k = 0; i < end; ++i, ++k) {
+      sums.partial[lane_of<T>(k)] += slope(widen(w[i])) * widen(grad[i]);
     }
     sums.flush();
   }
