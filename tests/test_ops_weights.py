@@ -75,6 +75,41 @@ def test_values_beside_the_middle_of_two_codes(bits: int, dtype: torch.dtype, de
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_value_gets_the_code_of_the_division(dtype: torch.dtype, device: torch.device) -> None:
+    """Among few values many lie in the middle of two codes, for the scales that a range or a user gives."""
+    w = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    middles = torch.randint(1, 255, (12,)) / 2
+    near = (torch.rand(12) * 4 + 0.1).to(dtype).float() / middles
+    neighbours = [(near.view(torch.int32) + step).view(torch.float32) for step in (-1, 0, 1)]
+    fixed = torch.tensor([0.03, 1 / 3, 2 - 2**-23, 1 + 0x1DF1FF / 2**23, 2**-23, 1.5e18, 3e38, 1e-30])
+    for scale in torch.cat([*neighbours, fixed]):
+        for bits in (4, 8, 16):
+            arguments = (w.to(device), scale.reshape(1).to(device), bits)
+            assert same_bits(weights._reference_lsq(*arguments), ops.lsq_fake_quantize(*arguments)), (scale, bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_in_rows_of_every_length(dtype: torch.dtype, device: torch.device) -> None:
+    """Kernels go by registers: a value that needs care may lie in a whole one, in the last one, or in a short row."""
+    tiny = torch.finfo(dtype).smallest_normal
+    special = torch.tensor([-0.0, 0.0, tiny, -tiny, tiny / 4, -tiny / 4, math.inf, -math.inf, math.nan], dtype=dtype)
+    for length in (1, 3, 9, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200):
+        w = torch.randn(40, length, dtype=torch.float64).to(dtype)
+        for row in range(1, 40):
+            w[row, torch.randint(0, length, (1 + row // 8,))] = special[torch.randint(0, 9, (1 + row // 8,))]
+        w[30:] = special[torch.randint(0, 6, (10, length))]
+        mask = torch.rand(w.shape) > 0.3
+        w, mask, scale = w.to(device), mask.to(device), torch.rand(40).add(0.01).to(device)
+        assert same_bits(weights._reference_lsq(w, scale, 8, 0), ops.lsq_fake_quantize(w, scale, 8, 0)), length
+        assert same_bits(weights._reference_quantize(w, scale, 8, 0), ops.quantize_weight(w, scale, 8, 0)), length
+        kept = torch.where(mask, w, torch.zeros_like(w))
+        for a, b in zip(ops.arq_fake_quantize(kept, 8, 0), ops.sparse_arq_fake_quantize(w, mask, 8, 0), strict=True):
+            assert same_bits(a, b), length
+        for a, b in zip(weights._reference_arq(kept, 8, 0), ops.arq_fake_quantize(kept, 8, 0), strict=True):
+            assert same_bits(a, b), length
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ranges_of_one_sign_of_every_length(sign: int, device: torch.device) -> None:
     for length in (1, 2, 15, 16, 17, 31, 33, 100):

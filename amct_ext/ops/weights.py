@@ -94,7 +94,8 @@ def lsq_fake_quantize_backward(
 
     Args: as the forward, and `grad`, the gradient of y with the shape of w.
 
-    Sums run in float64 over fixed blocks: the same bits for any number of threads.
+    A kernel adds eight values at a time in the arithmetic type, those sums in float64 over fixed blocks: the same bits
+    for any number of threads.
 
     Errors: as the forward; ValueError where grad and w differ in shape.
 

@@ -118,8 +118,8 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
   const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
     for (int k = 0; k < kGroup; k += kPair<T>) {
       const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
-      const Mask<A> first = row(v.first, g.first, first_lane<T>(k)),
-                    second = row(v.second, g.second, second_lane<T>(k));
+      const Mask<A> first = row(v.first, g.first, lane_of<T>(k)),
+                    second = row(v.second, g.second, lane_of<T>(k + kSecond<T>));
       store_kept(ds + k, gs + k, first, second);
     }
   };

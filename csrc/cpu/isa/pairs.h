@@ -23,6 +23,8 @@ template <typename T>
 constexpr bool kAlternating = false;
 template <>
 constexpr bool kAlternating<BFloat16> = true;
+template <typename T>
+constexpr int kSecond = kAlternating<T> ? 1 : kRow<Acc<T>>;  // the first value of the second row
 
 template <typename T>
 AMCT_INLINE Pair<T> load_pair(const T* from) {

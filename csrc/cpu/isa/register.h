@@ -21,6 +21,13 @@ constexpr int kRegister = 32;
 constexpr int kRegister = 16;
 #endif
 
+// SSE2 has no maxima of most integers: there compilers make more of plain loops.
+#if defined(__SSE2__) && !defined(AMCT_AVX512) && !defined(AMCT_AVX2)
+constexpr bool kMaxima = false;
+#else
+constexpr bool kMaxima = true;
+#endif
+
 // Bit patterns of an element type. Patterns without their sign are compared as signed numbers, which every instruction
 // set can; comparisons give all ones or zero.
 template <int kBytes>

@@ -1,5 +1,5 @@
-// Arithmetic a register at a time: rows of values, and two of them for every half-precision load. Explicit vectors
-// where the order of a sum has to be fixed, or where compilers miss a plain loop.
+// Arithmetic a register at a time. Explicit vectors where the order of a sum has to be fixed, or where compilers miss a
+// plain loop.
 #pragma once
 
 #include "cpu/isa/register.h"
@@ -83,7 +83,6 @@ AMCT_INLINE Row<double> rounded(Row<double> v) {
 
 // a * b + c in one rounding, where the processor has that.
 #if defined(__FP_FAST_FMA)
-constexpr bool kFuses = true;
 AMCT_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 AMCT_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 template <typename R>
@@ -92,8 +91,6 @@ AMCT_INLINE R fused(R a, R b, R c) {
   for (size_t i = 0; i < sizeof(R) / sizeof(a[0]); ++i) result[i] = fused(a[i], b[i], c[i]);  // one instruction
   return result;
 }
-#else
-constexpr bool kFuses = false;
 #endif
 
 // a * b + zero: the same result in one rounding or in two, unless a * b underflows.

@@ -64,11 +64,12 @@ AMCT_INLINE Bits<T> magnitude_bits(T v) {
   return static_cast<Bits<T>>(as<Bits<T>>(v) & static_cast<Bits<T>>(~Traits<T>::kSign));
 }
 
-// v where it is kept, else +0; bits are moved, nothing is computed.
-template <typename T>
-AMCT_INLINE T masked(T v, bool keep) {
-  const Bits<T> bits = as<Bits<T>>(v);
-  return as<T>(static_cast<Bits<T>>(keep ? bits : Bits<T>(0)));
+// Weights that are masked read as +0 where they are not kept.
+template <bool kMasked, typename T>
+AMCT_INLINE T weight(const T* w, const uint8_t* mask, int64_t i) {
+  if constexpr (!kMasked) return w[i];
+  const Bits<T> keep = static_cast<Bits<T>>(0 - static_cast<Bits<T>>(mask[i]));  // a bool is 0 or 1
+  return as<T>(static_cast<Bits<T>>(as<Bits<T>>(w[i]) & keep));
 }
 
 AMCT_INLINE float widen(float v) { return v; }

@@ -75,14 +75,10 @@ struct GroupSums {
   }
 };
 
-// Where the two rows of the pair at k of a group have their lanes.
+// The lane of element i of a group, such that a row of a pair has neighbouring lanes.
 template <typename T>
-constexpr int first_lane(int k) {
-  return kAlternating<T> ? k / 2 : k;
-}
-template <typename T>
-constexpr int second_lane(int k) {
-  return kAlternating<T> ? k / 2 + kLanes : k + kRow<Acc<T>>;
+constexpr int lane_of(int i) {
+  return kAlternating<T> ? i / 2 + i % 2 * kLanes : i;
 }
 
 }  // namespace

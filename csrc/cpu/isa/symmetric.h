@@ -28,69 +28,85 @@ AMCT_INLINE void put_pair(int8_t* y, Pair<T> code, Row<Acc<T>>) {
   store_codes(y, code);
 }
 
-// A mask that is null keeps all. `y` may be the memory of w.
-template <typename T, typename Out>
+template <bool kMasked, typename T, typename Out>
 void symmetric_each(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
   const auto scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
              highest = static_cast<Acc<T>>(p.highest);
 #pragma GCC unroll 1
   for (int64_t i = 0; i < n; ++i) {
-    put<T>(y + i, math::code(widen(masked(w[i], !mask || mask[i])), scale, lowest, highest), scale);
+    put<T>(y + i, math::code(widen(weight<kMasked>(w, mask, i)), scale, lowest, highest), scale);
   }
 }
 
-// Values are clipped before the division, which gives the same codes and leaves no quotient that is not finite. Returns
-// how many values are done.
+// Rows of a pair or more. Values are clipped before the division, which gives the same codes and leaves no quotient
+// that is not finite.
 template <bool kMasked, typename T, typename Out>
-AMCT_INLINE int64_t symmetric_pairs(const T* w, const uint8_t* mask, Out* y, int64_t n, const Quotient<T>& quotient,
-                                    Row<Acc<T>> scale, Row<Acc<T>> bottom, Row<Acc<T>> top) {
+AMCT_INLINE void symmetric_pairs(const T* w, const uint8_t* mask, Out* y, int64_t n, const Quotient<T>& quotient,
+                                 const Symmetric& p) {
   using A = Acc<T>;
+  const Row<A> scale = filled(static_cast<A>(p.scale)), bottom = filled(static_cast<A>(p.lowest)) * scale,
+               top = filled(static_cast<A>(p.highest)) * scale;
   const auto code = [&](Row<A> v) __attribute__((always_inline)) { return rounded(quotient(clamped(v, bottom, top))); };
-  int64_t i = 0;
-  for (; i + kPair<T> <= n; i += kPair<T>) {
+  const auto codes = [&](int64_t i) __attribute__((always_inline)) {
     const Pair<T> v = kMasked ? load_kept_pair(w + i, mask + i) : load_pair(w + i);
-    put_pair(y + i, Pair<T>{code(v.first), code(v.second)}, scale);
-  }
-  return i;
+    return Pair<T>{code(v.first), code(v.second)};
+  };
+  const Pair<T> last = codes(n - kPair<T>);
+  for (int64_t i = 0; i + kPair<T> <= n; i += kPair<T>) put_pair(y + i, codes(i), scale);
+  put_pair(y + n - kPair<T>, last, scale);
 }
 
 // The same for half formats and results of that format: it is these that are clipped.
 template <bool kMasked, typename T>
-AMCT_INLINE int64_t symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient<T>& quotient,
-                                     float scale, const Symmetric& p) {
+AMCT_INLINE void symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient<T>& quotient,
+                                  const Symmetric& p) {
+  const float scale = static_cast<float>(p.scale);
   const Row<float> scales = filled(scale);
-  const auto value = [&](Row<float> v) __attribute__((always_inline)) { return rounded(quotient(v)) * scales; };
   const T bottom = narrow<T>(static_cast<float>(p.lowest) * scale),
           top = narrow<T>(static_cast<float>(p.highest) * scale);
+  const auto bits = [&](int64_t i)
+                        __attribute__((always_inline)) { return kMasked ? load_kept(w + i, mask + i) : load(w + i); };
+  const auto sound = [&](int64_t i) __attribute__((always_inline)) {
+    return !reach<T>(magnitudes<T>(bits(i)), as<T>(Traits<T>::kInfinity));
+  };
+  const auto value = [&](Row<float> v) __attribute__((always_inline)) { return rounded(quotient(v)) * scales; };
+  const auto values = [&](int64_t i) __attribute__((always_inline)) {
+    const Pair<T> v = kMasked ? widened<T>(bits(i)) : load_pair(w + i);
+    return Pair<T>{value(v.first), value(v.second)};
+  };
+  const auto each = [&](int64_t begin, int64_t end) {
+    symmetric_each<kMasked>(w + begin, kMasked ? mask + begin : nullptr, y + begin, end - begin, p);
+  };
+  const bool whole = n % kPair<T> == 0 || !sound(n - kPair<T>);
+  const Pair<T> last = values(n - kPair<T>);
   int64_t i = 0;
   for (; i + kPair<T> <= n; i += kPair<T>) {
-    const V<T> bits = kMasked ? load_kept(w + i, mask + i) : load(w + i);
-    if (reach<T>(magnitudes<T>(bits), as<T>(Traits<T>::kInfinity))) [[unlikely]] {
-      symmetric_each(w + i, kMasked ? mask + i : nullptr, y + i, kPair<T>, p);
-      continue;
+    if (sound(i)) [[likely]] {
+      store_between(y + i, values(i), bottom, top);
+    } else {
+      each(i, i + kPair<T>);
     }
-    const Pair<T> v = kMasked ? widened<T>(bits) : load_pair(w + i);
-    store_between(y + i, Pair<T>{value(v.first), value(v.second)}, bottom, top);
   }
-  return i;
+  if (whole) return each(i, n);
+  store_between(y + n - kPair<T>, last, bottom, top);
 }
 
-// A pair at a time, each written when it is done: `y` may be the memory of w.
+// `y` may be the memory of w: a pair is written when it is done, and the last one, which may overlap the one in front
+// of it, is read before anything is written.
 template <bool kMasked, typename T, typename Out>
 AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
-  using A = Acc<T>;
-  const A scale = static_cast<A>(p.scale);
-  const Quotient<T> quotient(scale);
-  int64_t done = 0;
-  if (quotient.usable) {
-    if constexpr (sizeof(Out) == 2) {
-      done = symmetric_halves<kMasked>(w, mask, y, n, quotient, scale, p);
-    } else {
-      done = symmetric_pairs<kMasked>(w, mask, y, n, quotient, filled(scale), filled(static_cast<A>(p.lowest) * scale),
-                                      filled(static_cast<A>(p.highest) * scale));
-    }
+  const Quotient<T> quotient(static_cast<Acc<T>>(p.scale));
+  if (!quotient.usable) return symmetric_each<kMasked>(w, mask, y, n, p);
+  if constexpr (sizeof(Out) == 2) {
+    if (n >= kPair<T>) return symmetric_halves<kMasked>(w, mask, y, n, quotient, p);
+    T row[kPair<T>] = {};
+    for (int64_t i = 0; i < n; ++i) row[i] = weight<kMasked>(w, mask, i);
+    symmetric_halves<false>(row, nullptr, row, kPair<T>, quotient, p);
+    for (int64_t i = 0; i < n; ++i) y[i] = row[i];
+  } else {
+    if (n >= kPair<T>) return symmetric_pairs<kMasked>(w, mask, y, n, quotient, p);
+    symmetric_each<kMasked>(w, mask, y, n, p);
   }
-  symmetric_each(w + done, kMasked ? mask + done : nullptr, y + done, n - done, p);
 }
 
 template <typename T>

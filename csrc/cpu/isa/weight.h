@@ -9,11 +9,6 @@
 namespace amct_ext::cpu {
 namespace {
 
-// Weights that are masked read as +0 where they are not kept.
-template <bool kMasked, typename T>
-AMCT_INLINE T weight(const T* w, const uint8_t* mask, int64_t i) {
-  return kMasked ? masked(w[i], mask[i] != 0) : w[i];
-}
 template <bool kMasked, typename T>
 AMCT_INLINE V<T> weights(const T* w, const uint8_t* mask, int64_t i) {
   if constexpr (kMasked) return load_kept(w + i, mask + i);
@@ -47,7 +42,7 @@ AMCT_INLINE Range range_of(const T* w, const uint8_t* mask, int64_t n) {
   };
   constexpr int width = kWidth<T>;
   int64_t i = 0;
-  if (kFuses && n >= width) {
+  if (kMaxima && n >= width) {
     V<T> highs = V<T>{} + high;
     U<T> lows = {};
     for (; i + width <= n; i += width) {
@@ -80,35 +75,52 @@ Range masked_range(const void* w, const uint8_t* mask, int64_t n) {
 }
 
 // The gradient of a learned scale. It divides: here the fraction counts.
+template <typename A>
+struct Slope {
+  Symmetric p;
+  A scale = static_cast<A>(p.scale), lowest = static_cast<A>(p.lowest), highest = static_cast<A>(p.highest),
+    bottom = lowest * scale, top = highest * scale;
+
+  AMCT_INLINE A operator()(A v) const {
+    const A z = v / scale;
+    return v < bottom ? lowest : v > top ? highest : math::round_even(z) - z;
+  }
+  AMCT_INLINE Row<A> of_row(Row<A> v) const {
+    const Row<A> z = v / filled(scale);
+    return v < filled(bottom) ? filled(lowest) : v > filled(top) ? filled(highest) : rounded(z) - z;
+  }
+};
+
+// Rows shorter than a group. On its own, for compilers that know how short they are do not make vectors of the lanes.
+template <typename T>
+__attribute__((noinline)) double short_lsq_backward(const T* grad, const T* w, int64_t n, const Symmetric& p) {
+  const Slope<Acc<T>> slope{p};
+  return lane_sum(n, [&](int64_t i) __attribute__((always_inline)) {
+    return static_cast<double>(slope(widen(w[i])) * widen(grad[i]));
+  });
+}
+
 template <typename T>
 double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetric& p) {
   using A = Acc<T>;
   constexpr int kGroup = GroupSums<A>::kGroup, kStep = kGroup * GroupSums<A>::kSteps;
   const T* grad = static_cast<const T*>(grad_);
   const T* w = static_cast<const T*>(w_);
-  const Row<A> scale = filled(static_cast<A>(p.scale)), lowest = filled(static_cast<A>(p.lowest)),
-               highest = filled(static_cast<A>(p.highest)), bottom = lowest * scale, top = highest * scale;
+  if (n < kGroup) return short_lsq_backward(grad, w, n, p);
+  const Slope<A> slope{p};
   GroupSums<A> sums;
-  const auto row = [&](Row<A> v, Row<A> g, int lane) __attribute__((always_inline)) {
-    const Row<A> z = v / scale;
-    sums.add(lane, (v < bottom ? lowest : v > top ? highest : rounded(z) - z) * g);
-  };
-  const auto group = [&](const T* gs, const T* ws) __attribute__((always_inline)) {
-    for (int k = 0; k < kGroup; k += kPair<T>) {
-      const Pair<T> v = load_pair(ws + k), g = load_pair(gs + k);
-      row(v.first, g.first, first_lane<T>(k));
-      row(v.second, g.second, second_lane<T>(k));
-    }
-  };
   for (int64_t begin = 0; begin < n; begin += kStep) {
     const int64_t end = n - begin < kStep ? n : begin + kStep;
     int64_t i = begin;
-    for (; i + kGroup <= end; i += kGroup) group(grad + i, w + i);
-    if (i < end) {
-      T gs[kGroup] = {}, ws[kGroup] = {};
-      __builtin_memcpy(gs, grad + i, (end - i) * sizeof(T));
-      __builtin_memcpy(ws, w + i, (end - i) * sizeof(T));
-      group(gs, ws);
+    for (; i + kGroup <= end; i += kGroup) {
+      for (int k = 0; k < kGroup; k += kPair<T>) {
+        const Pair<T> v = load_pair(w + i + k), g = load_pair(grad + i + k);
+        sums.add(lane_of<T>(k), slope.of_row(v.first) * g.first);
+        sums.add(lane_of<T>(k + kSecond<T>), slope.of_row(v.second) * g.second);
+      }
+    }
+    for (int k = 0; i < end; ++i, ++k) {
+      sums.partial[lane_of<T>(k)] += slope(widen(w[i])) * widen(grad[i]);
     }
     sums.flush();
   }
