@@ -2,9 +2,11 @@
 
     python benchmarks/bench_rivals.py [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--write]
 
-All models of a network quantise its convolutions and linear layers (`rivals.py` says how) and take turns. is forward, backward and SGD. Printed: medians, medians of the rounds' ratios to the float model, what the graph holds
-for backward. A rival that is not installed is named and left out; one that fails is listed with its error.
-``--compile`` adds compiled models (minutes each); ``--clock cpu`` is for one thread on a busy machine.
+All models of a network quantise its convolutions and linear layers (`rivals.py` says how) and take turns; a step is
+forward, backward and SGD. Printed: medians, medians of the rounds' ratios to the float model, how many tensors are
+quantised (weights included), what the graph holds for backward. A rival that is not installed is named and left out,
+one that fails is listed with its error. ``--compile`` adds compiled models (minutes each); ``--clock cpu`` counts the
+process's own time: for one thread on a busy machine.
 """
 
 from __future__ import annotations
@@ -134,10 +136,9 @@ def main() -> None:
     started = time.perf_counter()
 
     versions = {rival.package: rival.version() for rival in RIVALS.values()}
-    lines = [
-        f"{date.today()}, {processor()}, {args.threads} thread{'s' if args.threads > 1 else ''}, medians of {args.rounds} rounds, "
-        f"{args.clock} time. " + ", ".join(f"{package} {found}" for package, found in versions.items() if found) + "."
-    ]
+    how = f"threads: {args.threads}, medians of {args.rounds} rounds, {args.clock} time"
+    present = ", ".join(f"{package} {found}" for package, found in versions.items() if found)
+    lines = [f"{date.today()}, {processor()}, {how}. {present}."]
     lines += [f"Not installed, left out: {package}." for package, found in versions.items() if not found]
     table = Table(*HEADINGS, title="\n".join(lines))
     for name in args.models:
