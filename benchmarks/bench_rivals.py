@@ -145,6 +145,7 @@ def main() -> None:
         torch.manual_seed(0)
         x, labels = JOBS[name].batch(args.batch or JOBS[name].samples)
         found, failed = entries(JOBS[name], x, labels, args.compile)
+        print(f"{name}: {len(found)} models ready after {time.perf_counter() - started:.0f} s", flush=True)
         rows = measure(found, x, args)
         rows += [[variant, f"failed: {error}"] for variant, error in failed.items()]
         title = f"{name}, batch {len(x)}"
