@@ -215,10 +215,11 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
   m.impl("arq_fake_quantize_many", arq_many);
   // No gradient: their results never require one, whatever the inputs do.
-  for (const char* name : {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4",
-                           "filter_norms", "search_clip_range", "range_histogram_", "search_clip_range_histogram",
-                           "shift_error_", "best_shift", "ulq_quantize", "pack_weight", "integer_conv2d", "integer_conv2d_codes",
-                           "integer_linear", "integer_conv2d_accumulators", "integer_linear_accumulators"}) {
+  for (const char* name :
+       {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4", "filter_norms",
+        "search_clip_range", "range_histogram_", "search_clip_range_histogram", "shift_error_", "best_shift",
+        "ulq_quantize", "pack_weight", "integer_conv2d", "integer_conv2d_codes", "integer_linear",
+        "integer_conv2d_accumulators", "integer_linear_accumulators"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }
