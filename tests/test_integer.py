@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import amct_ext
 from amct_ext import ops
 from amct_ext.flow.surgery import compressed_layers
-from amct_ext.layers import integer
+from amct_ext.layers import timing
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(5, 20, 3, stride=2, padding=1), (3, 5, 7, 9)),
@@ -231,7 +231,7 @@ def test_auto_measures_once_per_shape(tmp_path: Path, monkeypatch: pytest.Monkey
         measured.append(call.__name__)
         return next(clock) * 0 + (2.0 if call.__name__ == slow else 1.0)
 
-    monkeypatch.setattr(integer, "_seconds", seconds)
+    monkeypatch.setattr(timing, "_seconds", seconds)
     before = copy.deepcopy(model.state_dict())
     model(torch.randn(2, 4, 8, 8))
     assert measured and amct_ext.forward_choices(model) == {"layer": "float"}

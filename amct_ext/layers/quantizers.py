@@ -11,8 +11,8 @@ from amct_ext import ops
 from amct_ext.config.plan import DataQuant, WeightQuant
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.gathering import Gathering, Values, fits, take_batch
-from amct_ext.layers.integer import Codes
 from amct_ext.layers.precision import KeepsPrecision
+from amct_ext.layers.product import Codes
 from amct_ext.layers.sharing import Shared
 
 _NAN = float("nan")

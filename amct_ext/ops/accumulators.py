@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amct_ext.ops._common import reference
-from amct_ext.ops.integer import centred, check_geometry, check_product, unpacked
+from amct_ext.ops._products import centred, check_geometry, check_product, unpacked
 
 
 def integer_conv2d_accumulators(
