@@ -21,6 +21,7 @@ import amct_ext
 from amct_ext import ops
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers import timing
+from amct_ext.layers.integer import IntegerForward
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(5, 20, 3, stride=2, padding=1), (3, 5, 7, 9)),
@@ -301,7 +302,7 @@ def test_graph_holds_no_more_than_that_of_the_float_model(tmp_path: Path) -> Non
 
 def test_a_changed_input_is_an_error(tmp_path: Path) -> None:
     model = compressed(Chain(nn.Linear(8, 4)), torch.randn(3, 8), tmp_path).layer
-    model.integer = integer.IntegerForward("integer")
+    model.integer = IntegerForward("integer")
     x = torch.randn(3, 8)
     y = model(x)
     x.zero_()
