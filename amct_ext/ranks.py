@@ -10,8 +10,16 @@ from torch import Tensor
 
 def several_ranks() -> bool:
     """Whether this process is one of several of a distributed job."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return ready and torch.distributed.get_world_size() > 1
+    return _in_a_job() and torch.distributed.get_world_size() > 1
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that writes files: rank 0, or the only one."""
+    return not _in_a_job() or torch.distributed.get_rank() == 0
+
+
+def _in_a_job() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from pathlib import Path
 
 import torch
 from _harness import (
@@ -30,6 +29,7 @@ from _harness import (
     written_out_mask,
     written_out_ulq,
 )
+from document import write_part
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -37,7 +37,6 @@ from torch.profiler import ProfilerActivity, profile
 import amct_ext
 from amct_ext import ops
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- cuda: begin (written by benchmarks/bench_cuda.py) -->", "<!-- cuda: end -->"
 MIB = 1 << 20
 SIZES = (1, 8, 64, 512)
@@ -229,8 +228,7 @@ def main() -> None:
     lines += ["", many_weights()]
     print("\n".join(lines[-2:]))
     if arguments.write:
-        text = DOCUMENT.read_text()
-        DOCUMENT.write_text(text.split(BEGIN)[0] + "\n".join([BEGIN, *lines, END]) + text.split(END)[1])
+        write_part(BEGIN, END, lines)
 
 
 if __name__ == "__main__":

@@ -68,13 +68,21 @@ def evaluation(model: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def turns(runs: dict[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def turns(
+    runs: dict[str, Run],
+    rounds: int,
+    clock: Callable[[], float],
+    warm_up: int = 2,  # rounds, in which models also calibrate and choose
+    ready: Callable[[str], None] = lambda name: None,  # before each run, not counted
+) -> dict[str, list[float]]:
+    """Milliseconds of every run in every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):  # two rounds warm up, calibrate and choose
+    for turn in range(warm_up + rounds):
         for name, run in runs.items():
+            ready(name)
             started = clock()
             run()
-            if turn > 1:
+            if turn >= warm_up:
                 times[name].append((clock() - started) * 1e3)
     return times
 

@@ -16,18 +16,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 
 import step_memory
 import step_verbs
 import torch
+from document import write_part
 from report import processor
 from rich.console import Console
 from rich.table import Table
 from step_models import JOBS, Job
 from step_variants import EAGER, FLOAT, VARIANTS, bytes_kept, make, stepper
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- step: begin (written by benchmarks/bench_retrain_step.py) -->", "<!-- step: end -->"
 HEADINGS = ("", "step ms", "to float", "to eager INT8", "first ms", "kept MiB", "to float", "peak MiB", "to float")
 
@@ -136,9 +135,7 @@ def main() -> None:
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     Console(width=130).print(table)
     if args.write:
-        text = DOCUMENT.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        DOCUMENT.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+        write_part(BEGIN, END, lines)
 
 
 if __name__ == "__main__":

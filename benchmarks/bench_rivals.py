@@ -18,10 +18,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 
 import torch
-from bench_integer import CLOCKS
+from bench_integer import CLOCKS, turns
+from document import write_part
 from report import processor
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 import amct_ext as amct
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- rivals: begin (written by benchmarks/bench_rivals.py) -->", "<!-- rivals: end -->"
 OURS = ("INT8", "INT8, forward auto")
 HEADINGS = ("", "quantisers", "step ms", "to float", "evaluation ms", "to float", "kept MiB", "to float")
@@ -86,31 +85,22 @@ def entries(job: Job, x: Tensor, labels: Tensor, compiled: bool) -> tuple[dict[s
     return found, failed
 
 
-def turns(
-    found: dict[str, Entry], run: Callable[[Entry], None], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in found}
-    for turn in range(rounds + 1):  # the first one warms up
-        for name, entry in found.items():
-            entry.ready()
-            started = clock()
-            run(entry)
-            if turn:
-                times[name].append((clock() - started) * 1e3)
-    return times
-
-
 def measure(found: dict[str, Entry], x: Tensor, args: argparse.Namespace) -> list[list[str]]:
+    def ready(name: str) -> None:
+        found[name].ready()
+
+    def evaluation(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                model(x)
+
+        return run
+
     clock = CLOCKS[args.clock]
-
-    def evaluate(entry: Entry) -> None:
-        with torch.no_grad():
-            entry.model(x)
-
-    steps = turns(found, lambda entry: entry.step(), args.rounds, clock)
+    steps = turns({name: entry.step for name, entry in found.items()}, args.rounds, clock, 1, ready)
     for entry in found.values():
         entry.model.eval()
-    evaluations = turns(found, evaluate, args.rounds, clock)
+    evaluations = turns({name: evaluation(entry.model) for name, entry in found.items()}, args.rounds, clock, 1, ready)
     rows = []
     for name, entry in found.items():
         row = [name, str(entry.quantisers)]
@@ -159,9 +149,7 @@ def main() -> None:
     Console(width=150).print(table)
     print(f"{time.perf_counter() - started:.0f} s")
     if args.write:
-        text = DOCUMENT.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        DOCUMENT.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+        write_part(BEGIN, END, lines)
 
 
 if __name__ == "__main__":

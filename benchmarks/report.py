@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from _harness import median_ms, threads
+from document import write_part
 from rows import Row, all_rows
 
 import amct_ext
 from amct_ext import ops
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- cpu: begin (written by benchmarks/report.py) -->", "<!-- cpu: end -->"
 HEAD = (
     "| op | threads | floor ms | ours ms | ours/floor | aim | ours/clone | eager/ours | torch op/ours | Inductor/ours |"
@@ -101,9 +101,7 @@ def main() -> None:
     lines += ["", f"Small call (64 elements, forward and backward with autograd): {small_call_us():.1f} us."]
     print("\n".join(lines[-2:]))
     if arguments.write:
-        text = DOCUMENT.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        DOCUMENT.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+        write_part(BEGIN, END, lines)
 
 
 if __name__ == "__main__":

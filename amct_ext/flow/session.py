@@ -18,7 +18,7 @@ from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.pending import Running, plain
 from amct_ext.layers.rnn import CompressedRNN
-from amct_ext.ranks import average_, several_ranks
+from amct_ext.ranks import average_, first_rank, several_ranks
 from amct_ext.reasons import LayerReasons
 from amct_ext.record.types import ChannelRecord, QuantRecord, Record, SparseRecord
 
@@ -99,7 +99,7 @@ def write_record(model: nn.Module, record_file: str | None = None, with_factors:
     session = session_of(model)
     raise_if_invalid(model)
     record = build_record(model, with_factors)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+    if first_rank():
         record.write(record_file or session.record_file)
     if record_file is None or os.path.abspath(record_file) == session.record_file:
         session.dirty = session.plan.quant_active and not (record.quant and _shifts_complete(model, session.plan))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amct_ext.layers.norms import folded
 from amct_ext.ranks import whole
 
 
@@ -28,12 +29,8 @@ def device_accumulators(layer: Any, sums: Tensor, deq_scale: Tensor, channel_axi
     bias = None if layer.bias is None else whole(layer.bias).double()
     norm = layer.links.norm
     if norm is not None:
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            factor = factor * whole(norm.weight).double()
-        bias = ((0.0 if bias is None else bias) - norm.running_mean.double()) * factor
-        if norm.bias is not None:
-            bias = bias + whole(norm.bias).double()
+        weight, shift = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
+        factor, bias = folded(bias, weight, shift, norm.running_mean, norm.running_var, norm.eps)
         total *= factor.sign().view(shape)
     if bias is not None:
         total += (bias / deq_scale.double()).round_().view(shape)

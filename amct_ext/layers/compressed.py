@@ -119,10 +119,15 @@ class CompressedLayer(nn.Module):
         if self.search_n is not None:
             if self.training:
                 self.search_n.forget()
-            elif self.search_n.wants_data:
+            elif self.feeds_search:
                 sums = None if self.integer is None else self.integer.take_sums()
                 self._search_shift(self.search_n, y.detach(), sums)
         return y
+
+    @property
+    def feeds_search(self) -> bool:
+        """Whether a forward's output is for the shift search, too."""
+        return self.search_n is not None and not self.training and self.search_n.wants_data
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         quantizer, quantised = self.activation, x

@@ -72,7 +72,7 @@ class IntegerForward:
         return sums
 
     def _keep_sums(self, layer: Any, made: Codes, packed: Tensor, sums: Tensor) -> None:
-        if layer.search_n is not None and not layer.training and layer.search_n.wants_data:
+        if layer.feeds_search:
             self._sums = accumulators(layer, made, packed, sums)
 
     def forget_weight(self) -> None:
@@ -94,8 +94,7 @@ class IntegerForward:
     def _may_wait(self, layer: Any) -> bool:
         if layer.training or not (self.running.depth and self.patience.left and isinstance(layer, nn.Conv2d)):
             return False
-        search: Any = layer.search_n  # reads the result
-        return bool(search is None or not search.wants_data)
+        return not layer.feeds_search  # the search reads the result
 
     def _pending(self, layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
         geometry = geometry_of(layer)

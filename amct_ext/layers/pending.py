@@ -19,6 +19,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_any, tree_map_only
 
 from amct_ext import ops
+from amct_ext.layers.norms import folded
 
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -80,13 +81,8 @@ class Convolution:
         self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
     ) -> Convolution:
         """With a normalisation by these statistics behind it, in float64."""
-        factor = (variance.double() + eps).rsqrt_()
-        if weight is not None:
-            factor *= weight
-        shift = ((0.0 if self.bias is None else self.bias) - mean.double()) * factor
-        if bias is not None:
-            shift += bias
-        return replace(self, scale=factor * self.scale, bias=shift)
+        factor, term = folded(self.bias, weight, bias, mean, variance, eps)
+        return replace(self, scale=factor * self.scale, bias=term)
 
     def bounded(self, lowest: float, highest: float | None) -> Convolution:
         """Limited to these bounds; there is no upper one yet."""

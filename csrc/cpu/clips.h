@@ -5,7 +5,7 @@
 #include <tuple>
 #include <utility>
 
-#include "check.h"
+#include "check_ulq.h"
 #include "cpu/tensors.h"
 #include "quant_math.h"
 
@@ -33,14 +33,9 @@ Clips effective(const std::array<double, 4>& values, int num_bits, bool fixed_mi
 inline Clips used_clips(const char* op, const at::Tensor& x, const at::Tensor& clip_max, const at::Tensor& clip_min,
                         const at::Tensor& prev_clip_max, const at::Tensor& prev_clip_min, int64_t num_bits,
                         bool fixed_min) {
-  const std::array<const at::Tensor*, 4> clips{&clip_max, &clip_min, &prev_clip_max, &prev_clip_min};
-  const std::array<const char*, 4> names{"clip_max", "clip_min", "prev_clip_max", "prev_clip_min"};
-  std::array<double, 4> values;
-  for (size_t i = 0; i < clips.size(); ++i) {
-    check_floating(op, names[i], *clips[i]);
-    check_scalar(op, names[i], *clips[i]);
-    values[i] = value_at(*clips[i], 0);
-  }
+  check_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min);
+  const std::array<double, 4> values{value_at(clip_max, 0), value_at(clip_min, 0), value_at(prev_clip_max, 0),
+                                     value_at(prev_clip_min, 0)};
   const int bits = static_cast<int>(num_bits);
   return wide(x) ? effective<double>(values, bits, fixed_min) : effective<float>(values, bits, fixed_min);
 }

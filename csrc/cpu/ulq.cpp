@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "check_ulq.h"
 #include "cpu/clips.h"
 #include "cpu/reuse.h"
 #include "cpu/tensors.h"
@@ -56,15 +56,7 @@ UlqBackward limits(double clip_max, double clip_min, int num_bits) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
                                             const Tensor& clip_min, int64_t num_bits) {
-  const char* op = "ulq_fake_quantize_backward";
-  check_floating(op, "grad", grad);
-  check_floating(op, "x", x);
-  check_bits(op, num_bits);
-  check_floating(op, "clip_max", clip_max);
-  check_floating(op, "clip_min", clip_min);
-  check_scalar(op, "clip_max", clip_max);
-  check_scalar(op, "clip_min", clip_min);
-  check_same_shape(op, "grad", grad, "x", x);
+  check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const int bits = static_cast<int>(num_bits);
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
   const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);

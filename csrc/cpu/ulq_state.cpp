@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "check.h"
+#include "check_ulq.h"
 #include "cpu/tensors.h"
 #include "ops.h"
 
@@ -14,13 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& clip_m
                                            const Tensor& prev_clip_max, const Tensor& prev_clip_min,
                                            const Tensor& scale, const Tensor& offset, const Tensor& invalid,
                                            int64_t num_bits, bool fixed_min) {
-  const char* op = "ulq_fake_quantize_";
-  check_floating(op, "scale", scale);
-  check_scalar(op, "scale", scale);
-  check_floating(op, "offset", offset);
-  check_scalar(op, "offset", offset);
-  check_scalar(op, "invalid", invalid);
-  check_type(op, "invalid", invalid, at::kBool);
+  check_state("ulq_fake_quantize_", x, scale, offset, invalid);
   auto [y, used_scale, used_offset, used_max, used_min, bad] =
       ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
   const double high = value_at(used_max, 0), low = value_at(used_min, 0);

@@ -4,7 +4,7 @@
 #include <array>
 #include <tuple>
 
-#include "check.h"
+#include "check_ulq.h"
 #include "cuda/map.cuh"
 #include "cuda/nearest.cuh"
 #include "cuda/reduce.cuh"
@@ -77,13 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_forward(const Ten
   const char* op = "ulq_fake_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits);
-  const std::array<const Tensor*, 4> clips{&clip_max, &clip_min, &prev_clip_max, &prev_clip_min};
-  const std::array<const char*, 4> names{"clip_max", "clip_min", "prev_clip_max", "prev_clip_min"};
-  for (size_t i = 0; i < clips.size(); ++i) {
-    check_floating(op, names[i], *clips[i]);
-    check_scalar(op, names[i], *clips[i]);
-    check_device(op, names[i], *clips[i], "x", x);
-  }
+  check_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min);
   const c10::DeviceGuard guard(x.device());
   const Tensor source = without_holes(x);
   Tensor y = at::empty_like(source), invalid = at::empty({}, x.options().dtype(at::kBool));
@@ -188,18 +182,7 @@ void backward_as(const Tensor& grad, const Tensor& x, const Tensor& dx, const Te
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
                                             const Tensor& clip_min, int64_t num_bits) {
-  const char* op = "ulq_fake_quantize_backward";
-  check_floating(op, "grad", grad);
-  check_floating(op, "x", x);
-  check_bits(op, num_bits);
-  check_floating(op, "clip_max", clip_max);
-  check_floating(op, "clip_min", clip_min);
-  check_scalar(op, "clip_max", clip_max);
-  check_scalar(op, "clip_min", clip_min);
-  check_same_shape(op, "grad", grad, "x", x);
-  check_device(op, "grad", grad, "x", x);
-  check_device(op, "clip_max", clip_max, "x", x);
-  check_device(op, "clip_min", clip_min, "x", x);
+  check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const c10::DeviceGuard guard(x.device());
   const at::ScalarType given = grad.scalar_type(), type = shared_type(grad, x);
   const bool keeps = wide(grad) && !wide(x);

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "check.h"
+#include "check_ulq.h"
 #include "cuda/launch.cuh"
 #include "cuda/ulq.h"
 
@@ -33,16 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& clip_m
                                            const Tensor& prev_clip_max, const Tensor& prev_clip_min,
                                            const Tensor& scale, const Tensor& offset, const Tensor& invalid,
                                            int64_t num_bits, bool fixed_min) {
-  const char* op = "ulq_fake_quantize_";
-  check_floating(op, "scale", scale);
-  check_scalar(op, "scale", scale);
-  check_device(op, "scale", scale, "x", x);
-  check_floating(op, "offset", offset);
-  check_scalar(op, "offset", offset);
-  check_device(op, "offset", offset, "x", x);
-  check_scalar(op, "invalid", invalid);
-  check_type(op, "invalid", invalid, at::kBool);
-  check_device(op, "invalid", invalid, "x", x);
+  check_state("ulq_fake_quantize_", x, scale, offset, invalid);
   auto [y, used_scale, used_offset, used_max, used_min, found_invalid] =
       ulq_forward(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
   const c10::DeviceGuard guard(x.device());

@@ -144,10 +144,7 @@ void apply_mask(const void* w_, const uint8_t* __restrict mask, void* y_, int64_
     __builtin_memcpy(y + i, &kept, sizeof(kept));
   }
 #pragma GCC unroll 1
-  for (; i < n; ++i) {
-    const Bits<T> keep = static_cast<Bits<T>>(0 - static_cast<Bits<T>>(mask[i]));  // a bool is 0 or 1
-    y[i] = as<T>(static_cast<Bits<T>>(as<Bits<T>>(w[i]) & keep));
-  }
+  for (; i < n; ++i) y[i] = weight<true>(w, mask, i);
 }
 
 template <typename T>
