@@ -18,6 +18,8 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kMostAhead = 1 << 17;  // bytes
+
 Range joined(Range a, Range b) {
   const bool nan = a.largest != a.largest || b.largest != b.largest;
   return nan ? Range{NAN, NAN} : Range{std::max(a.largest, b.largest), std::min(a.smallest, b.smallest)};
@@ -39,13 +41,25 @@ class Weight {
 
   const Runs runs;
 
-  void channel(int64_t channel) const {
-    if (prepare_) prepare_(channel);
-    Range whole = range_at(channel * runs.inner, runs.inner);
-    for (int64_t o = 1; o < runs.outer; ++o) whole = joined(whole, range_at(first(o, channel), runs.inner));
-    const Symmetric symmetric = parameters(whole);
-    for (int64_t o = 0; o < runs.outer; ++o) quantize_at(first(o, channel), runs.inner, symmetric);
-    put_scale(channel, symmetric.scale);
+  // Channels from `begin` to `end`. Where each is one run, the loop that quantises one takes the range of the next.
+  void channels(int64_t begin, int64_t end) const {
+    if (mask_ || runs.outer > 1) {
+      for (int64_t c = begin; c < end; ++c) channel(c);
+      return;
+    }
+    const auto quantize_and_range = kernels().quantize_and_range[element_];
+    const int64_t n = runs.inner;
+    Range range = range_at(begin * n, n);
+    for (int64_t c = begin; c < end; ++c) {
+      const Symmetric symmetric = parameters(range);
+      put_scale(c, symmetric.scale);
+      if (c + 1 == end) {
+        quantize_at(c * n, n, symmetric);
+      } else {
+        range = quantize_and_range(at_element(in_, c * n, size_), at_element(out_, c * n, size_), n, symmetric,
+                                   at_element(in_, (c + 1) * n, size_));
+      }
+    }
   }
 
   // All channels, where their weights are scattered.
@@ -73,6 +87,18 @@ class Weight {
   }
 
  private:
+  void channel(int64_t channel) const {
+    if (prepare_) prepare_(channel);
+    Range whole = range_at(channel * runs.inner, runs.inner);
+    for (int64_t o = 1; o < runs.outer; ++o) whole = joined(whole, range_at(first(o, channel), runs.inner));
+    Symmetric symmetric = parameters(whole);
+    // What is read next is the next channel's, unless that would drive this one out of the cache.
+    const int64_t bytes = runs.inner * static_cast<int64_t>(size_);
+    if (bytes <= kMostAhead) symmetric.ahead = bytes;
+    for (int64_t o = 0; o < runs.outer; ++o) quantize_at(first(o, channel), runs.inner, symmetric);
+    put_scale(channel, symmetric.scale);
+  }
+
   int64_t first(int64_t o, int64_t channel) const { return (o * runs.count + channel) * runs.inner; }
 
   Range range(const void* in, const uint8_t* mask, int64_t n) const {
@@ -190,8 +216,11 @@ void run_arq(const std::vector<ArqJob>& jobs, int num_bits) {
     }
   }
   at::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t channel = pieces[i].first; channel < pieces[i].last; ++channel) pieces[i].weight->channel(channel);
+    for (int64_t i = begin; i < end;) {
+      const Piece& piece = pieces[i];
+      int64_t last = piece.last;
+      while (++i < end && pieces[i].weight == piece.weight) last = pieces[i].last;
+      piece.weight->channels(piece.first, last);
     }
   });
 }

@@ -19,8 +19,12 @@ struct UlqBackward {
   double upper, lower;  // x beyond these was clipped
 };
 
+// Loops on weights bring into the cache what lies so many bytes ahead of what they read, and of what they write.
+constexpr int64_t kLead = 4096;
+
 struct Symmetric {
   double scale, lowest, highest;
+  int64_t ahead = kLead;  // of what is read
 };
 
 // Sums of the ULQ backward: rounding error times gradient, gradient above, gradient below.
@@ -57,7 +61,9 @@ struct Kernels {
 
   Range (*range[kElements])(const void* w, int64_t n);
   void (*quantize[kElements])(const void* w, void* y, int64_t n, const Symmetric&);
-  // The same where what the mask does not keep counts as zero.
+  // The same, and the range of as many weights at `next`, which `ahead` counts from.
+  Range (*quantize_and_range[kElements])(const void* w, void* y, int64_t n, const Symmetric&, const void* next);
+  // Where what the mask does not keep counts as zero.
   Range (*masked_range[kElements])(const void* w, const uint8_t* mask, int64_t n);
   void (*masked_quantize[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n, const Symmetric&);
   void (*codes[kElements])(const void* w, int8_t* y, int64_t n, const Symmetric&);
@@ -66,6 +72,7 @@ struct Kernels {
 
   // 2:4 along `count` rows of `inner` values.
   void (*mask_plane[kElements])(const void* w, uint8_t* mask, int64_t count, int64_t inner);
+  void (*sparsify_plane[kElements])(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner);
   void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
 
   Range (*extremes[kElements])(const void* x, int64_t n);  // zero included

@@ -89,7 +89,7 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   void* out = y ? y->mutable_data_ptr() : nullptr;
   const auto choose = kernels().mask_plane[element_of(source)];
-  const auto apply = kernels().apply_mask[element_of(source)];
+  const auto sparsify = kernels().sparsify_plane[element_of(source)];
   // A few groups at a time, so that one long plane is shared between threads as well, and the mask of a piece is
   // applied while the piece is in the first-level cache.
   const int64_t group = 4 * runs.inner, groups = (runs.count + 3) / 4;
@@ -98,8 +98,11 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std
   for_rows(runs.outer * pieces, step * group, [&](int64_t i) {
     const int64_t first = i % pieces * step * 4, count = std::min(runs.count - first, step * 4);
     const int64_t at = (i / pieces * runs.count + first) * runs.inner;
-    choose(at_element(in, at, size), keep + at, count, runs.inner);
-    if (out) apply(at_element(in, at, size), keep + at, at_element(out, at, size), count * runs.inner);
+    if (out) {
+      sparsify(at_element(in, at, size), keep + at, at_element(out, at, size), count, runs.inner);
+    } else {
+      choose(at_element(in, at, size), keep + at, count, runs.inner);
+    }
   });
 }
 

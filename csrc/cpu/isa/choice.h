@@ -7,8 +7,8 @@
 namespace amct_ext::cpu {
 namespace {
 
-// What is kept of a register, from comparisons: a mask register where there are such, else all ones or zero in a lane.
-// `put` writes it as bytes.
+// What is kept of a register, from comparisons: in a mask register where there are such. `from`: what is not below the
+// second largest; `where`: lanes of all ones; `put_four` writes four as bytes.
 #if defined(AMCT_AVX512)
 AMCT_INLINE __m512i plain(auto v) { return as<__m512i>(v); }
 AMCT_INLINE bool somewhere(uint32_t lanes) { return lanes != 0; }
@@ -18,51 +18,78 @@ struct Choice;
 template <>
 struct Choice<4> {
   using Lanes = __mmask16;
-  static AMCT_INLINE __mmask16 at_least(auto a, auto b) { return _mm512_cmpge_epi32_mask(plain(a), plain(b)); }
-  static AMCT_INLINE __mmask16 equal(auto a, auto b) { return _mm512_cmpeq_epi32_mask(plain(a), plain(b)); }
-  static AMCT_INLINE __mmask16 ones(auto v) { return _mm512_movepi32_mask(plain(v)); }
-  static AMCT_INLINE void put(__mmask16 keep, uint8_t* mask) {
+  using Keep = __mmask16;
+  static AMCT_INLINE Lanes equal(auto a, auto b) { return _mm512_cmpeq_epi32_mask(plain(a), plain(b)); }
+  static AMCT_INLINE Lanes above(auto a, auto b) { return _mm512_cmpgt_epi32_mask(plain(a), plain(b)); }
+  static AMCT_INLINE Keep from(auto m, auto second) { return _mm512_cmpge_epi32_mask(plain(m), plain(second)); }
+  static AMCT_INLINE Keep where(auto v) { return _mm512_movepi32_mask(plain(v)); }
+  template <typename V>
+  static AMCT_INLINE V kept(V v, Keep keep) {
+    return as<V>(_mm512_maskz_mov_epi32(keep, plain(v)));
+  }
+  static AMCT_INLINE void put(Keep keep, uint8_t* mask) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(mask), _mm_maskz_mov_epi8(keep, _mm_set1_epi8(1)));
+  }
+  static AMCT_INLINE void put_four(const Keep* keep, uint8_t* mask, int64_t apart) {
+    for (int r = 0; r < 4; ++r) put(keep[r], mask + r * apart);
   }
   template <typename V>
   static AMCT_INLINE V load(V other, Lanes lanes, const void* from) {
     return as<V>(_mm512_mask_loadu_epi32(plain(other), lanes, from));
   }
-  static AMCT_INLINE void put(Lanes lanes, Lanes keep, uint8_t* mask) {
+  static AMCT_INLINE void put(Lanes lanes, Keep keep, uint8_t* mask) {
     _mm_mask_storeu_epi8(mask, lanes, _mm_maskz_mov_epi8(keep, _mm_set1_epi8(1)));
   }
 };
 template <>
 struct Choice<8> {
   using Lanes = __mmask8;
-  static AMCT_INLINE __mmask8 at_least(auto a, auto b) { return _mm512_cmpge_epi64_mask(plain(a), plain(b)); }
-  static AMCT_INLINE __mmask8 equal(auto a, auto b) { return _mm512_cmpeq_epi64_mask(plain(a), plain(b)); }
-  static AMCT_INLINE __mmask8 ones(auto v) { return _mm512_movepi64_mask(plain(v)); }
-  static AMCT_INLINE void put(__mmask8 keep, uint8_t* mask) {
+  using Keep = __mmask8;
+  static AMCT_INLINE Lanes equal(auto a, auto b) { return _mm512_cmpeq_epi64_mask(plain(a), plain(b)); }
+  static AMCT_INLINE Lanes above(auto a, auto b) { return _mm512_cmpgt_epi64_mask(plain(a), plain(b)); }
+  static AMCT_INLINE Keep from(auto m, auto second) { return _mm512_cmpge_epi64_mask(plain(m), plain(second)); }
+  static AMCT_INLINE Keep where(auto v) { return _mm512_movepi64_mask(plain(v)); }
+  template <typename V>
+  static AMCT_INLINE V kept(V v, Keep keep) {
+    return as<V>(_mm512_maskz_mov_epi64(keep, plain(v)));
+  }
+  static AMCT_INLINE void put(Keep keep, uint8_t* mask) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(mask), _mm_maskz_mov_epi8(keep, _mm_set1_epi8(1)));
+  }
+  static AMCT_INLINE void put_four(const Keep* keep, uint8_t* mask, int64_t apart) {
+    for (int r = 0; r < 4; ++r) put(keep[r], mask + r * apart);
   }
   template <typename V>
   static AMCT_INLINE V load(V other, Lanes lanes, const void* from) {
     return as<V>(_mm512_mask_loadu_epi64(plain(other), lanes, from));
   }
-  static AMCT_INLINE void put(Lanes lanes, Lanes keep, uint8_t* mask) {
+  static AMCT_INLINE void put(Lanes lanes, Keep keep, uint8_t* mask) {
     _mm_mask_storeu_epi8(mask, lanes, _mm_maskz_mov_epi8(keep, _mm_set1_epi8(1)));
   }
 };
 template <>
 struct Choice<2> {
   using Lanes = __mmask32;
-  static AMCT_INLINE __mmask32 at_least(auto a, auto b) { return _mm512_cmpge_epi16_mask(plain(a), plain(b)); }
-  static AMCT_INLINE __mmask32 equal(auto a, auto b) { return _mm512_cmpeq_epi16_mask(plain(a), plain(b)); }
-  static AMCT_INLINE __mmask32 ones(auto v) { return _mm512_movepi16_mask(plain(v)); }
-  static AMCT_INLINE void put(__mmask32 keep, uint8_t* mask) {
+  using Keep = __mmask32;
+  static AMCT_INLINE Lanes equal(auto a, auto b) { return _mm512_cmpeq_epi16_mask(plain(a), plain(b)); }
+  static AMCT_INLINE Lanes above(auto a, auto b) { return _mm512_cmpgt_epi16_mask(plain(a), plain(b)); }
+  static AMCT_INLINE Keep from(auto m, auto second) { return _mm512_cmpge_epi16_mask(plain(m), plain(second)); }
+  static AMCT_INLINE Keep where(auto v) { return _mm512_movepi16_mask(plain(v)); }
+  template <typename V>
+  static AMCT_INLINE V kept(V v, Keep keep) {
+    return as<V>(_mm512_maskz_mov_epi16(keep, plain(v)));
+  }
+  static AMCT_INLINE void put(Keep keep, uint8_t* mask) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), _mm256_maskz_mov_epi8(keep, _mm256_set1_epi8(1)));
+  }
+  static AMCT_INLINE void put_four(const Keep* keep, uint8_t* mask, int64_t apart) {
+    for (int r = 0; r < 4; ++r) put(keep[r], mask + r * apart);
   }
   template <typename V>
   static AMCT_INLINE V load(V other, Lanes lanes, const void* from) {
     return as<V>(_mm512_mask_loadu_epi16(plain(other), lanes, from));
   }
-  static AMCT_INLINE void put(Lanes lanes, Lanes keep, uint8_t* mask) {
+  static AMCT_INLINE void put(Lanes lanes, Keep keep, uint8_t* mask) {
     _mm256_mask_storeu_epi8(mask, lanes, _mm256_maskz_mov_epi8(keep, _mm256_set1_epi8(1)));
   }
 };
@@ -72,42 +99,59 @@ AMCT_INLINE bool somewhere(V lanes) {
   return any(lanes);
 }
 
-// Lanes that are all ones or zero as bytes 1 or 0. Compilers make poor code of the conversion.
-template <int kBytes, typename V>
-AMCT_INLINE void put_bytes(V keep, uint8_t* mask) {
-  constexpr int kLanes = kRegister / kBytes;
+// Four registers of lanes that are all ones where a value goes, as bytes of 0 there and 1 elsewhere: rows of the mask
+// `apart`. Compilers make poor code of the conversion.
 #if defined(__SSE2__)
-  __m128i half[2];
-  __builtin_memcpy(&half[0], &keep, 16);
-  __builtin_memcpy(&half[1], reinterpret_cast<const char*>(&keep) + kRegister - 16, 16);
-  __m128i v = kBytes == 2 ? _mm_packs_epi16(half[0], half[1]) : _mm_packs_epi32(half[0], half[1]);
-  for (int size = kBytes; size > 2; size /= 2) v = _mm_packs_epi16(v, v);
-  v = _mm_and_si128(v, _mm_set1_epi8(1));
-  __builtin_memcpy(mask, &v, kLanes);
-#else
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  const Bytes bytes = __builtin_convertvector(keep, Bytes) & 1;
-  __builtin_memcpy(mask, &bytes, kLanes);
-#endif
+AMCT_INLINE __m128i half(const auto& v, int at) {
+  __m128i part;
+  __builtin_memcpy(&part, reinterpret_cast<const char*>(&v) + 16 * at, 16);
+  return part;
 }
+template <int kBytes>
+AMCT_INLINE void put_bytes(const auto* gone, uint8_t* mask, int64_t apart) {
+  constexpr int kLanes = kRegister / kBytes, kLast = kRegister / 16 - 1;
+#if defined(AMCT_AVX2)
+  if constexpr (kBytes == 4) {
+    const auto two = [&](int r) { return _mm256_packs_epi32(as<__m256i>(gone[r]), as<__m256i>(gone[r + 1])); };
+    const __m256i mixed = _mm256_packs_epi16(two(0), two(2));  // the first halves of the rows, then the second
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i rows = _mm256_add_epi8(_mm256_permutevar8x32_epi32(mixed, order), _mm256_set1_epi8(1));
+    if (apart == kLanes) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), rows);
+    const auto* words = reinterpret_cast<const int64_t*>(&rows);
+    for (int r = 0; r < 4; ++r) __builtin_memcpy(mask + r * apart, words + r, kLanes);
+    return;
+  }
+#endif
+  for (int r = 0; r < 4; ++r) {
+    const __m128i first = half(gone[r], 0), last = half(gone[r], kLast);
+    __m128i v = kBytes == 2 ? _mm_packs_epi16(first, last) : _mm_packs_epi32(first, last);
+    for (int size = kBytes; size > 2; size /= 2) v = _mm_packs_epi16(v, v);
+    v = _mm_add_epi8(v, _mm_set1_epi8(1));
+    __builtin_memcpy(mask + r * apart, &v, kLanes);
+  }
+}
+#else
+template <int kBytes>
+AMCT_INLINE void put_bytes(const auto* gone, uint8_t* mask, int64_t apart) {
+  typedef uint8_t Bytes __attribute__((vector_size(kRegister / kBytes)));
+  for (int r = 0; r < 4; ++r) {
+    const Bytes bytes = __builtin_convertvector(gone[r], Bytes) + 1;
+    __builtin_memcpy(mask + r * apart, &bytes, sizeof(bytes));
+  }
+}
+#endif
 
+// All ones in the lanes of what is not kept.
 template <int kBytes>
 struct Choice {
-  template <typename V>
-  static AMCT_INLINE V at_least(V a, V b) {
-    return a >= b;
-  }
-  template <typename V>
-  static AMCT_INLINE V equal(V a, V b) {
-    return a == b;
-  }
-  template <typename V>
-  static AMCT_INLINE V ones(V v) {
-    return v;
-  }
-  template <typename V>
-  static AMCT_INLINE void put(V keep, uint8_t* mask) {
-    put_bytes<kBytes>(keep, mask);
+  using Keep = typename Register<kBytes>::Signed;
+  static AMCT_INLINE Keep equal(Keep a, Keep b) { return a == b; }
+  static AMCT_INLINE Keep above(Keep a, Keep b) { return a > b; }
+  static AMCT_INLINE Keep from(Keep m, Keep second) { return second > m; }
+  static AMCT_INLINE Keep where(Keep v) { return ~v; }
+  static AMCT_INLINE Keep kept(Keep v, Keep gone) { return v & ~gone; }
+  static AMCT_INLINE void put_four(const Keep* gone, uint8_t* mask, int64_t apart) {
+    put_bytes<kBytes>(gone, mask, apart);
   }
 };
 #endif
@@ -140,8 +184,8 @@ AMCT_INLINE bool second_largest(const V<T>* m, V<T>& second) {
   const V<T> p = smaller(first, other), q = larger(smaller(m[0], m[1]), smaller(m[2], m[3]));
   second = larger(p, q);
   using C = Choice<sizeof(T)>;
-  constexpr auto nan = static_cast<Lane<T>>(Traits<T>::kInfinity + 1);
-  return !somewhere(C::equal(p, q) | C::at_least(larger(first, other), V<T>{} + nan));
+  constexpr auto infinity = static_cast<Lane<T>>(Traits<T>::kInfinity);
+  return !somewhere(C::equal(p, q) | C::above(larger(first, other), V<T>{} + infinity));
 }
 
 // All NaN are equal and larger than infinity.
@@ -152,17 +196,20 @@ AMCT_INLINE void chosen_exactly(const V<T>* m, V<T>* keep) {
   kept_of_four(ordered, keep);
 }
 
-// put(member, what is kept of it) for each of the four.
+// put(what is kept of each of the four).
 template <typename T, typename Put>
 AMCT_INLINE void choose(const V<T>* raw, const Put& put) {
   using C = Choice<sizeof(T)>;
   const V<T> m[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
-  V<T> second, keep[4];
+  V<T> second, exact[4];
   if (second_largest<T>(m, second)) [[likely]] {
-    for (int r = 0; r < 4; ++r) put(r, C::at_least(m[r], second));
+    const typename C::Keep keep[4] = {C::from(m[0], second), C::from(m[1], second), C::from(m[2], second),
+                                      C::from(m[3], second)};
+    put(keep);
   } else {
-    chosen_exactly<T>(m, keep);
-    for (int r = 0; r < 4; ++r) put(r, C::ones(keep[r]));
+    chosen_exactly<T>(m, exact);
+    const typename C::Keep keep[4] = {C::where(exact[0]), C::where(exact[1]), C::where(exact[2]), C::where(exact[3])};
+    put(keep);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "cpu/isa/activation.h"
 #include "cpu/isa/codes.h"
 #include "cpu/isa/mask.h"
+#include "cpu/isa/range.h"
 #include "cpu/isa/search.h"
 #include "cpu/isa/shift.h"
 #include "cpu/isa/symmetric.h"
@@ -27,12 +28,14 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .transpose_bytes = transpose_bytes,
     .range = AMCT_EACH(range),
     .quantize = AMCT_EACH(quantize),
+    .quantize_and_range = AMCT_EACH(quantize_and_range),
     .masked_range = AMCT_EACH(masked_range),
     .masked_quantize = AMCT_EACH(masked_quantize),
     .codes = AMCT_EACH(codes),
     .lsq_backward = AMCT_EACH(lsq_backward),
     .sum_squares = AMCT_EACH(sum_squares),
     .mask_plane = AMCT_EACH(mask_plane),
+    .sparsify_plane = AMCT_EACH(sparsify_plane),
     .apply_mask = AMCT_EACH(apply_mask),
     .extremes = AMCT_EACH(extremes),
     .histogram = AMCT_EACH(histogram),

@@ -1,69 +1,100 @@
 // 2:4 masks: how groups come to lie in the lanes of registers, and what is kept goes back to its place.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "cpu/isa/choice.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
 namespace {
 
-// Four rows of a register of groups, `inner` apart.
+// What else is done with four registers of weights `apart`, once it is known what of them is kept.
+struct MaskOnly {
+  AMCT_INLINE void operator()(const auto*, const auto*, int64_t, int64_t) const {}
+};
+
+// Weights that are not kept become +0.
 template <typename T>
-AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t inner) {
-  const V<T> raw[4] = {load(w), load(w + inner), load(w + 2 * inner), load(w + 3 * inner)};
-  choose<T>(raw,
-            [&](int r, auto keep) __attribute__((always_inline)) { Choice<sizeof(T)>::put(keep, mask + r * inner); });
+struct MaskAndApply {
+  using C = Choice<sizeof(T)>;
+  T* y;
+  AMCT_INLINE void operator()(const V<T>* raw, const typename C::Keep* keep, int64_t at, int64_t apart) const {
+    for (int r = 0; r < 4; ++r) store_row(y + at + r * apart, C::kept(raw[r], keep[r]));
+  }
+};
+
+// Four rows of a register of groups, `inner` apart, of which the first begins at `at`.
+template <typename T, typename Use>
+AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, const Use& use) {
+  const T* from = w + at;
+  const V<T> raw[4] = {load(from), load(from + inner), load(from + 2 * inner), load(from + 3 * inner)};
+  choose<T>(raw, [&](const auto* keep) __attribute__((always_inline)) {
+    Choice<sizeof(T)>::put_four(keep, mask + at, inner);
+    use(raw, keep, at, inner);
+  });
 }
 
-// Every second lane of two registers, from the first or from the second on.
-template <int kFirst, typename V, int... I>
-AMCT_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (2 * I + kFirst)...);
+// Neighbours are sorted into registers within lanes of 128 bits, which is cheaper than across them; a group of float64
+// fills two of these.
+template <typename T>
+constexpr int kSorted = sizeof(T) == 8 ? kWidth<T> : 16 / static_cast<int>(sizeof(T));
+
+// Every second value of two registers, from the first or from the second on.
+template <typename T, int kFirst, int... I>
+AMCT_INLINE V<T> every_second(V<T> a, V<T> b, std::integer_sequence<int, I...>) {
+  constexpr int n = kSorted<T>;
+  using Shuffled = std::conditional_t<sizeof(T) == 4, Row<float>, V<T>>;  // of floats it is one instruction
+  return as<V<T>>(__builtin_shufflevector(as<Shuffled>(a), as<Shuffled>(b),
+                                          (I / n * n + I % n * 2 % n + kFirst + (I % n < n / 2 ? 0 : kWidth<T>))...));
 }
 
 // Register kAt of four in memory order, from one value for each group.
-template <int kAt, typename V, int... I>
-AMCT_INLINE V of_groups(V v, std::integer_sequence<int, I...>) {
-  constexpr int kFirst = kAt * static_cast<int>(sizeof...(I));
-  return __builtin_shufflevector(v, v, ((kFirst + I) / 4)...);
+template <typename T, int kAt, int... I>
+AMCT_INLINE V<T> of_groups(V<T> v, std::integer_sequence<int, I...>) {
+  constexpr int n = kSorted<T>;
+  return __builtin_shufflevector(v, v, (I / n * n + kAt * n / 4 + I % n / 4)...);
 }
 
 // The same from one value for each member.
-template <int kAt, typename V, int... I>
-AMCT_INLINE V of_members(const V* v, std::integer_sequence<int, I...> lanes) {
-  constexpr int kFirst = kAt * static_cast<int>(sizeof...(I));
-  constexpr V member = {((kFirst + I) % 4)...};
-  return (of_groups<kAt>(v[0], lanes) & (member == 0)) | (of_groups<kAt>(v[1], lanes) & (member == 1)) |
-         (of_groups<kAt>(v[2], lanes) & (member == 2)) | (of_groups<kAt>(v[3], lanes) & (member == 3));
+template <typename T, int kAt, int... I>
+AMCT_INLINE V<T> of_members(const V<T>* v, std::integer_sequence<int, I...> lanes) {
+  constexpr V<T> member = {((kAt * kWidth<T> + I) % 4)...};
+  return (of_groups<T, kAt>(v[0], lanes) & (member == 0)) | (of_groups<T, kAt>(v[1], lanes) & (member == 1)) |
+         (of_groups<T, kAt>(v[2], lanes) & (member == 2)) | (of_groups<T, kAt>(v[3], lanes) & (member == 3));
 }
 
 // Four registers of groups that lie side by side.
-template <typename T>
-AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask) {
+template <typename T, typename Use>
+AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, const Use& use) {
+  using C = Choice<sizeof(T)>;
   constexpr int width = kWidth<T>;
   constexpr auto lanes = std::make_integer_sequence<int, width>{};
-  const V<T> raw[4] = {load(w), load(w + width), load(w + 2 * width), load(w + 3 * width)};
+  const T* from = w + at;
+  const V<T> raw[4] = {load(from), load(from + width), load(from + 2 * width), load(from + 3 * width)};
   const V<T> in[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
-  const V<T> even[2] = {every_second<0>(in[0], in[1], lanes), every_second<0>(in[2], in[3], lanes)};
-  const V<T> odd[2] = {every_second<1>(in[0], in[1], lanes), every_second<1>(in[2], in[3], lanes)};
-  const V<T> m[4] = {every_second<0>(even[0], even[1], lanes), every_second<0>(odd[0], odd[1], lanes),
-                     every_second<1>(even[0], even[1], lanes), every_second<1>(odd[0], odd[1], lanes)};
-  const auto put = [&](int r, auto kept)
-                       __attribute__((always_inline)) { Choice<sizeof(T)>::put(kept, mask + r * width); };
-  V<T> second, keep[4];
+  const V<T> even[2] = {every_second<T, 0>(in[0], in[1], lanes), every_second<T, 0>(in[2], in[3], lanes)};
+  const V<T> odd[2] = {every_second<T, 1>(in[0], in[1], lanes), every_second<T, 1>(in[2], in[3], lanes)};
+  const V<T> m[4] = {every_second<T, 0>(even[0], even[1], lanes), every_second<T, 0>(odd[0], odd[1], lanes),
+                     every_second<T, 1>(even[0], even[1], lanes), every_second<T, 1>(odd[0], odd[1], lanes)};
+  const auto put = [&](const typename C::Keep* keep) __attribute__((always_inline)) {
+    C::put_four(keep, mask + at, width);
+    use(raw, keep, at, width);
+  };
+  V<T> second, exact[4];
   if (second_largest<T>(m, second)) [[likely]] {
-    put(0, Choice<sizeof(T)>::at_least(in[0], of_groups<0>(second, lanes)));
-    put(1, Choice<sizeof(T)>::at_least(in[1], of_groups<1>(second, lanes)));
-    put(2, Choice<sizeof(T)>::at_least(in[2], of_groups<2>(second, lanes)));
-    put(3, Choice<sizeof(T)>::at_least(in[3], of_groups<3>(second, lanes)));
+    const typename C::Keep keep[4] = {
+        C::from(in[0], of_groups<T, 0>(second, lanes)), C::from(in[1], of_groups<T, 1>(second, lanes)),
+        C::from(in[2], of_groups<T, 2>(second, lanes)), C::from(in[3], of_groups<T, 3>(second, lanes))};
+    put(keep);
   } else {
-    chosen_exactly<T>(m, keep);
-    put(0, Choice<sizeof(T)>::ones(of_members<0>(keep, lanes)));
-    put(1, Choice<sizeof(T)>::ones(of_members<1>(keep, lanes)));
-    put(2, Choice<sizeof(T)>::ones(of_members<2>(keep, lanes)));
-    put(3, Choice<sizeof(T)>::ones(of_members<3>(keep, lanes)));
+    chosen_exactly<T>(m, exact);
+    const typename C::Keep keep[4] = {
+        C::where(of_members<T, 0>(exact, lanes)), C::where(of_members<T, 1>(exact, lanes)),
+        C::where(of_members<T, 2>(exact, lanes)), C::where(of_members<T, 3>(exact, lanes))};
+    put(keep);
   }
 }
 
@@ -76,8 +107,8 @@ AMCT_INLINE void mask_piece(const T* w, uint8_t* mask, int64_t inner, int rows, 
   V<T> raw[4] = {V<T>{} + 1, V<T>{} + 1, {}, {}};  // where nothing is read the choice is clear
   for (int r = 0; r < rows; ++r) raw[r] = C::load(raw[r], lanes, w + r * inner);
   for (int r = rows; r < 4; ++r) raw[r] = V<T>{};
-  choose<T>(raw, [&](int r, auto keep) __attribute__((always_inline)) {
-    if (r < rows) C::put(lanes, keep, mask + r * inner);
+  choose<T>(raw, [&](const auto* keep) __attribute__((always_inline)) {
+    for (int r = 0; r < rows; ++r) C::put(lanes, keep[r], mask + r * inner);
   });
 }
 #else
@@ -90,7 +121,7 @@ AMCT_INLINE void mask_piece(const T* w, uint8_t* mask, int64_t inner, int rows, 
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) in[r * width + i] = w[r * inner + i];
   }
-  mask_rows(in, bytes, width);
+  mask_rows(in, bytes, 0, width, MaskOnly{});
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) mask[r * inner + i] = bytes[r * width + i];
   }
@@ -109,18 +140,16 @@ void mask_rest(const T* w, uint8_t* mask, int64_t count, int64_t inner) {
   }
 }
 
-// Whole groups; returns how many were masked. Rows of a register or more: the last register of a row overlaps the one
+// Whole groups; returns how many were done. Rows of a register or more: the last register of a row overlaps the one
 // before. Shorter rows: what is written beyond a row is overwritten by the rows that follow, which go out in rising
 // order, as far as enough of them follow.
-template <typename T>
-AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64_t inner) {
+template <typename T, typename Use>
+AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64_t inner, const Use& use) {
   constexpr int64_t width = kWidth<T>;
   const int64_t size = groups * 4 * inner;
   if (inner == 1) {
     int64_t at = 0;
-    for (; at + 4 * width <= size; at += 4 * width) {
-      mask_neighbours(w + at, mask + at);
-    }
+    for (; at + 4 * width <= size; at += 4 * width) mask_neighbours(w, mask, at, use);
     return at / 4;
   }
   for (int64_t g = 0; g < groups; ++g) {
@@ -128,7 +157,7 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
     if (inner < width && start + 3 * inner + width > size) return g;
     for (int64_t i = 0; i < inner; i += width) {
       const int64_t at = start + (i + width <= inner || inner < width ? i : inner - width);
-      mask_rows(w + at, mask + at, inner);
+      mask_rows(w, mask, at, inner, use);
     }
   }
   return groups;
@@ -154,8 +183,21 @@ void mask_plane(const void* w_, uint8_t* mask, int64_t count, int64_t inner) {
     for (int64_t i = 0; i < count * inner; ++i) mask[i] = 1;
     return;
   }
-  const int64_t done = mask_groups<T>(w, mask, count / 4, inner), at = 4 * done * inner;
+  const int64_t done = mask_groups(w, mask, count / 4, inner, MaskOnly{}), at = 4 * done * inner;
   mask_rest(w + at, mask + at, count - 4 * done, inner);
+}
+
+// Rows shorter than a register are masked first: stores that overlap are slower than a loop of their own.
+template <typename T>
+void sparsify_plane(const void* w_, uint8_t* mask, void* y_, int64_t count, int64_t inner) {
+  const T* w = static_cast<const T*>(w_);
+  T* y = static_cast<T*>(y_);
+  const bool together = count > 2 && (inner == 1 || inner >= kWidth<T>);
+  const int64_t groups = together ? mask_groups(w, mask, count / 4, inner, MaskAndApply<T>{y}) : 0;
+  const int64_t done = 4 * groups * inner, n = count * inner;
+  if (done == n) return;
+  mask_plane<T>(w + done, mask + done, count - 4 * groups, inner);
+  apply_mask<T>(w + done, mask + done, y + done, n - done);
 }
 
 }  // namespace

@@ -69,6 +69,14 @@ AMCT_INLINE V<T> load(const T* from) {
   return v;
 }
 
+// Begins to read some bytes that lie ahead of an address, if they exist.
+template <int kBytes>
+AMCT_INLINE void bring(const void* at, int64_t ahead) {
+  constexpr int kLine = 64;
+  const auto from = reinterpret_cast<uintptr_t>(at) + static_cast<uintptr_t>(ahead);
+  for (int b = 0; b < kBytes; b += kLine) __builtin_prefetch(reinterpret_cast<const void*>(from + b));
+}
+
 // Zero where the mask, a byte of 0 or 1 for each value, does not keep it.
 template <typename T>
 AMCT_INLINE V<T> load_kept(const T* from, const uint8_t* mask) {

@@ -1,10 +1,9 @@
-// Weights: symmetric fake quantisation and integer codes.
+// Weights: symmetric fake quantisation and integer codes. What the loops wait for is memory: they ask for it ahead.
 #pragma once
-
-#include <type_traits>
 
 #include "cpu/isa/pairs.h"
 #include "cpu/isa/quotient.h"
+#include "cpu/isa/range.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
@@ -38,28 +37,92 @@ void symmetric_each(const T* w, const uint8_t* mask, Out* y, int64_t n, const Sy
   }
 }
 
-// Rows of a pair or more. Values are clipped before the division, which gives the same codes and leaves no quotient
-// that is not finite.
-template <bool kMasked, typename T, typename Out>
-AMCT_INLINE void symmetric_pairs(const T* w, const uint8_t* mask, Out* y, int64_t n, const Quotient<T>& quotient,
-                                 const Symmetric& p) {
+// What a loop does with the values at `next` while it quantises others, from the first on: nothing. `ahead`, in bytes:
+// what lies so far ahead of them is brought into the cache.
+template <typename T>
+struct Alone {
+  const T* next;
+  int64_t ahead;
+  AMCT_INLINE void pair(int64_t) {}
+  AMCT_INLINE void values(int64_t, int64_t) {}
+};
+
+// It takes their range.
+template <typename T>
+struct BesideRange {
+  const T* next;
+  int64_t ahead;
+  Extremes<T> extremes = {};
+
+  AMCT_INLINE void pair(int64_t i) {
+    extremes.add(load(next + i));
+    if constexpr (kPair<T> > kWidth<T>) extremes.add_other(load(next + i + kWidth<T>));
+  }
+  AMCT_INLINE void values(int64_t i, int64_t n) {
+    for (; i < n; ++i) extremes.add(next[i]);
+  }
+};
+
+template <typename T, typename Out, typename Beside>
+AMCT_INLINE void pass_pair(Beside& beside, Out* y, int64_t i) {
+  bring<kPair<T> * sizeof(T)>(beside.next + i, beside.ahead);
+  bring<kPair<T> * sizeof(Out)>(y + i, kLead);
+  beside.pair(i);
+}
+
+// Rows of a pair or more. The quotient is rounded by way of the reciprocal, and by division where it is not finite or
+// too close to the middle between two integers for that: the values of a step are tried together.
+template <bool kMasked, typename T, typename Out, typename Beside>
+AMCT_INLINE void symmetric_pairs(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p,
+                                 Beside& beside) {
   using A = Acc<T>;
-  const Row<A> scale = filled(static_cast<A>(p.scale)), bottom = filled(static_cast<A>(p.lowest)) * scale,
-               top = filled(static_cast<A>(p.highest)) * scale;
-  const auto code = [&](Row<A> v) __attribute__((always_inline)) { return rounded(quotient(clamped(v, bottom, top))); };
-  const auto codes = [&](int64_t i) __attribute__((always_inline)) {
-    const Pair<T> v = kMasked ? load_kept_pair(w + i, mask + i) : load_pair(w + i);
-    return Pair<T>{code(v.first), code(v.second)};
+  constexpr int kStep = 2 * kPair<T>;
+  const auto fast = reciprocal<A>(p.scale, p.lowest, p.highest);
+  const A limit = fast.usable ? fast.limit : A(0);  // which every distance reaches
+  const Row<A> scale = filled(static_cast<A>(p.scale)), inverse = filled(fast.inverse),
+               lowest = filled(static_cast<A>(p.lowest)), highest = filled(static_cast<A>(p.highest));
+  const auto pair_at = [&](int64_t i) __attribute__((always_inline)) {
+    return kMasked ? load_kept_pair(w + i, mask + i) : load_pair(w + i);
   };
-  const Pair<T> last = codes(n - kPair<T>);
-  for (int64_t i = 0; i + kPair<T> <= n; i += kPair<T>) put_pair(y + i, codes(i), scale);
-  put_pair(y + n - kPair<T>, last, scale);
+  const auto exact = [&](const Pair<T>& v) __attribute__((always_inline)) {
+    return Pair<T>{clamped(rounded(v.first / scale), lowest, highest),
+                   clamped(rounded(v.second / scale), lowest, highest)};
+  };
+  Mask<A> farthest;
+  const auto code = [&](Row<A> v) __attribute__((always_inline)) {
+    const Row<A> t = v * inverse, whole = rounded(t);
+    farthest = larger(farthest, magnitude_bits_of<A>(t - whole));
+    return clamped(whole, lowest, highest);
+  };
+  const bool overlap = n % kPair<T> != 0;
+  const Pair<T> last = overlap ? exact(pair_at(n - kPair<T>)) : Pair<T>{};
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    pass_pair<T>(beside, y, i);
+    pass_pair<T>(beside, y, i + kPair<T>);
+    farthest = Mask<A>{};
+    const Pair<T> v = pair_at(i), u = pair_at(i + kPair<T>);
+    Pair<T> first = {code(v.first), code(v.second)}, second = {code(u.first), code(u.second)};
+    if (reach<A>(farthest, limit)) [[unlikely]] {
+      first = exact(v);
+      second = exact(u);
+    }
+    put_pair(y + i, first, scale);
+    put_pair(y + i + kPair<T>, second, scale);
+  }
+  if (i + kPair<T> <= n) {
+    beside.pair(i);
+    put_pair(y + i, exact(pair_at(i)), scale);
+    i += kPair<T>;
+  }
+  beside.values(i, n);
+  if (overlap) put_pair(y + n - kPair<T>, last, scale);
 }
 
 // The same for half formats and results of that format: it is these that are clipped.
-template <bool kMasked, typename T>
-AMCT_INLINE void symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient<T>& quotient,
-                                  const Symmetric& p) {
+template <bool kMasked, typename T, typename Beside>
+AMCT_INLINE void symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient& quotient,
+                                  const Symmetric& p, Beside& beside) {
   const float scale = static_cast<float>(p.scale);
   const Row<float> scales = filled(scale);
   const T bottom = narrow<T>(static_cast<float>(p.lowest) * scale),
@@ -81,37 +144,55 @@ AMCT_INLINE void symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t
   const Pair<T> last = values(n - kPair<T>);
   int64_t i = 0;
   for (; i + kPair<T> <= n; i += kPair<T>) {
+    pass_pair<T>(beside, y, i);
     if (sound(i)) [[likely]] {
       store_between(y + i, values(i), bottom, top);
     } else {
       each(i, i + kPair<T>);
     }
   }
+  beside.values(i, n);
   if (whole) return each(i, n);
   store_between(y + n - kPair<T>, last, bottom, top);
 }
 
-// `y` may be the memory of w: a pair is written when it is done, and the last one, which may overlap the one in front
+// `y` may be the memory of w: a step is written when it is done, and the last pair, which may overlap the one in front
 // of it, is read before anything is written.
-template <bool kMasked, typename T, typename Out>
-AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
-  const Quotient<T> quotient(static_cast<Acc<T>>(p.scale));
-  if (!quotient.usable) return symmetric_each<kMasked>(w, mask, y, n, p);
+template <bool kMasked, typename T, typename Out, typename Beside>
+AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p, Beside& beside) {
   if constexpr (sizeof(Out) == 2) {
-    if (n >= kPair<T>) return symmetric_halves<kMasked>(w, mask, y, n, quotient, p);
+    const Quotient quotient(static_cast<float>(p.scale));
+    if (quotient.usable && n >= kPair<T>) return symmetric_halves<kMasked>(w, mask, y, n, quotient, p, beside);
+    beside.values(0, n);
+    if (!quotient.usable) return symmetric_each<kMasked>(w, mask, y, n, p);
     T row[kPair<T>] = {};
     for (int64_t i = 0; i < n; ++i) row[i] = weight<kMasked>(w, mask, i);
-    symmetric_halves<false>(row, nullptr, row, kPair<T>, quotient, p);
+    Alone<T> alone = {row, 0};
+    symmetric_halves<false>(row, nullptr, row, kPair<T>, quotient, p, alone);
     for (int64_t i = 0; i < n; ++i) y[i] = row[i];
   } else {
-    if (n >= kPair<T>) return symmetric_pairs<kMasked>(w, mask, y, n, quotient, p);
+    if (n >= kPair<T>) return symmetric_pairs<kMasked>(w, mask, y, n, p, beside);
+    beside.values(0, n);
     symmetric_each<kMasked>(w, mask, y, n, p);
   }
+}
+
+template <bool kMasked, typename T, typename Out>
+AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
+  Alone<T> alone = {w, p.ahead};
+  symmetric<kMasked>(w, mask, y, n, p, alone);
 }
 
 template <typename T>
 void quantize(const void* w, void* y, int64_t n, const Symmetric& p) {
   symmetric<false>(static_cast<const T*>(w), nullptr, static_cast<T*>(y), n, p);
+}
+
+template <typename T>
+Range quantize_and_range(const void* w, void* y, int64_t n, const Symmetric& p, const void* next) {
+  BesideRange<T> beside = {static_cast<const T*>(next), p.ahead};
+  symmetric<false>(static_cast<const T*>(w), nullptr, static_cast<T*>(y), n, p, beside);
+  return beside.extremes.result([&] { return range_by_value<false>(beside.next, nullptr, n); });
 }
 
 template <typename T>

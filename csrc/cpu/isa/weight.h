@@ -1,78 +1,11 @@
-// Weights: range, the gradient of learned scales, norms.
+// Weights: the gradient of learned scales, norms.
 #pragma once
-
-#include <type_traits>
 
 #include "cpu/isa/sums.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
 namespace {
-
-template <bool kMasked, typename T>
-AMCT_INLINE V<T> weights(const T* w, const uint8_t* mask, int64_t i) {
-  if constexpr (kMasked) return load_kept(w + i, mask + i);
-  return load(w + i);
-}
-
-template <bool kMasked, typename T>
-Range range_by_value(const T* w, const uint8_t* mask, int64_t n) {
-  Acc<T> largest = widen(weight<kMasked>(w, mask, 0)), smallest = largest;
-  for (int64_t i = 1; i < n; ++i) {
-    const Acc<T> v = widen(weight<kMasked>(w, mask, i));
-    largest = v > largest ? v : largest;
-    smallest = v < smallest ? v : smallest;
-  }
-  return {static_cast<double>(largest), static_cast<double>(smallest)};
-}
-
-// Bit patterns are ordered as the magnitudes: the largest pattern read as a signed number is the largest value, the
-// largest read as an unsigned one the smallest, provided that there are values of both signs. Two integer maxima, NaN
-// included.
-template <bool kMasked, typename T>
-AMCT_INLINE Range range_of(const T* w, const uint8_t* mask, int64_t n) {
-  using Unsigned = Bits<T>;
-  using Signed = std::make_signed_t<Unsigned>;
-  constexpr Unsigned infinity = Traits<T>::kInfinity, sign = Traits<T>::kSign;
-  Signed high = static_cast<Signed>(sign);
-  Unsigned low = 0;
-  const auto join = [&](Unsigned bits) __attribute__((always_inline)) {
-    high = static_cast<Signed>(bits) > high ? static_cast<Signed>(bits) : high;
-    low = bits > low ? bits : low;
-  };
-  constexpr int width = kWidth<T>;
-  int64_t i = 0;
-  if (kMaxima && n >= width) {
-    V<T> highs = V<T>{} + high;
-    U<T> lows = {};
-    for (; i + width <= n; i += width) {
-      const V<T> bits = weights<kMasked>(w, mask, i);
-      highs = larger(highs, bits);
-      lows = larger(lows, as<U<T>>(bits));
-    }
-    for (int l = 0; l < width; ++l) {
-      high = highs[l] > high ? highs[l] : high;
-      low = lows[l] > low ? lows[l] : low;
-    }
-  }
-  for (; i < n; ++i) join(as<Unsigned>(weight<kMasked>(w, mask, i)));
-  const bool negative = low >= sign, positive = high >= 0;
-  if ((positive && static_cast<Unsigned>(high) > infinity) || (negative && (low ^ sign) > infinity)) {
-    return {__builtin_nan(""), __builtin_nan("")};
-  }
-  if (!negative || !positive) return range_by_value<kMasked>(w, mask, n);
-  return {static_cast<double>(widen(as<T>(static_cast<Unsigned>(high)))), static_cast<double>(widen(as<T>(low)))};
-}
-
-template <typename T>
-Range range(const void* w, int64_t n) {
-  return range_of<false>(static_cast<const T*>(w), nullptr, n);
-}
-
-template <typename T>
-Range masked_range(const void* w, const uint8_t* mask, int64_t n) {
-  return range_of<true>(static_cast<const T*>(w), mask, n);
-}
 
 // The gradient of a learned scale. It divides: here the fraction counts.
 template <typename A>
