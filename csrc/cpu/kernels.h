@@ -9,6 +9,9 @@ namespace amct_ext::cpu {
 
 enum Element : int { kFloat32, kFloat64, kBFloat16, kFloat16, kElements };
 
+// Loops bring into the cache what lies so many bytes ahead of what they read, and of what they write.
+constexpr int64_t kLead = 4096;
+
 // Parameters travel as float64, which holds every float32 exactly; loops on narrower types narrow them back.
 struct UlqForward {
   double scale, offset, lowest, highest;
@@ -18,9 +21,6 @@ struct UlqBackward {
   double scale, clip_max, clip_min;
   double upper, lower;  // x beyond these was clipped
 };
-
-// Loops on weights bring into the cache what lies so many bytes ahead of what they read, and of what they write.
-constexpr int64_t kLead = 4096;
 
 struct Symmetric {
   double scale, lowest, highest;

@@ -74,6 +74,8 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
   const int64_t whole = n / kGroup * kGroup;
   bool good = true;
   for (int64_t i = 0; i < whole; i += kGroup) {
+    bring<kGroup * sizeof(T)>(x + i, kLead);
+    bring<kGroup * sizeof(T)>(y + i, kLead);
     Mask<A> farthest = {};
     const auto fast_pair = [&](const T* from, T* to) __attribute__((always_inline)) {
       const Pair<T> v = load_pair(from);
@@ -116,6 +118,9 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
     return ~(over | under);
   };
   const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
+    bring<kGroup * sizeof(T)>(gs, kLead);
+    bring<kGroup * sizeof(T)>(xs, kLead);
+    bring<kGroup * sizeof(T)>(ds, kLead);
     for (int k = 0; k < kGroup; k += kPair<T>) {
       const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
       const Mask<A> first = row(v.first, g.first, lane_of<T>(k)),
