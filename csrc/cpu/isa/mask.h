@@ -22,6 +22,7 @@ struct MaskAndApply {
   using C = Choice<sizeof(T)>;
   T* y;
   AMCT_INLINE void operator()(const V<T>* raw, const typename C::Keep* keep, int64_t at, int64_t apart) const {
+    for (int r = 0; r < 4; ++r) bring<kRegister>(y + at + r * apart, kLead);
     for (int r = 0; r < 4; ++r) store_row(y + at + r * apart, C::kept(raw[r], keep[r]));
   }
 };
@@ -31,6 +32,7 @@ template <typename T, typename Use>
 AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, const Use& use) {
   const T* from = w + at;
   const V<T> raw[4] = {load(from), load(from + inner), load(from + 2 * inner), load(from + 3 * inner)};
+  for (int r = 0; r < 4; ++r) bring<kRegister>(from + r * inner, kLead);
   choose<T>(raw, [&](const auto* keep) __attribute__((always_inline)) {
     Choice<sizeof(T)>::put_four(keep, mask + at, inner);
     use(raw, keep, at, inner);
@@ -74,6 +76,7 @@ AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, const Us
   constexpr auto lanes = std::make_integer_sequence<int, width>{};
   const T* from = w + at;
   const V<T> raw[4] = {load(from), load(from + width), load(from + 2 * width), load(from + 3 * width)};
+  bring<4 * kRegister>(from, kLead);
   const V<T> in[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
   const V<T> even[2] = {every_second<T, 0>(in[0], in[1], lanes), every_second<T, 0>(in[2], in[3], lanes)};
   const V<T> odd[2] = {every_second<T, 1>(in[0], in[1], lanes), every_second<T, 1>(in[2], in[3], lanes)};
@@ -169,6 +172,8 @@ void apply_mask(const void* w_, const uint8_t* __restrict mask, void* y_, int64_
   T* __restrict y = static_cast<T*>(y_);
   int64_t i = 0;
   for (; i + kWidth<T> <= n; i += kWidth<T>) {
+    bring<kRegister>(w + i, kLead);
+    bring<kRegister>(y + i, kLead);
     const V<T> kept = load_kept(w + i, mask + i);
     __builtin_memcpy(y + i, &kept, sizeof(kept));
   }
