@@ -43,7 +43,7 @@ class Weight {
 
   // Channels from `begin` to `end`. Where each is one run, the loop that quantises one takes the range of the next.
   void channels(int64_t begin, int64_t end) const {
-    if (mask_ || runs.outer > 1) {
+    if (mask_ || prepare_ || runs.outer > 1) {
       for (int64_t c = begin; c < end; ++c) channel(c);
       return;
     }

@@ -69,30 +69,31 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   axis = check_axis(op, "axis", w, axis);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   ArqJob job = arq_job(w, {}, channel_axis);
-  const Tensor& source = job.source;
-  job.mask = reused_like(source, Life::kStep, at::kBool);
+  const Tensor source = job.source, mask = reused_like(source, Life::kStep, at::kBool);
+  job.source = job.y;  // holds what is kept and is quantised where it lies
   if (!rows_lie_together(source, channel_axis, axis)) {
-    make_mask(source, axis, job.mask, std::nullopt);
+    make_mask(source, axis, mask, job.y);
     run_arq({job}, static_cast<int>(num_bits));
-    return {std::move(job.y), std::move(job.scale), std::move(job.mask)};
+    return {std::move(job.y), std::move(job.scale), mask};
   }
-  // The mask of a row is made when the row is about to be read, so that both stay in the first caches.
-  const auto plane = kernels().mask_plane[element_of(w)];
+  // A row is masked when it is about to be quantised, so that it stays in the first caches.
+  const auto plane = kernels().sparsify_plane[element_of(w)];
   Runs runs = runs_along(source, axis);
   const int64_t row = source.numel() / source.size(0);
   // One or two weights along the axis are all kept: any cut of the row will do.
   if (runs.count <= 2) runs = {1, 1, row};
   const void* in = source.const_data_ptr();
-  uint8_t* keep = static_cast<uint8_t*>(job.mask.mutable_data_ptr());
+  void* out = job.y.mutable_data_ptr();
+  uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const size_t size = w.element_size();
   const int64_t length = runs.count * runs.inner;
   job.prepare = [=](int64_t channel) {
     for (int64_t at = channel * row; at < (channel + 1) * row; at += length) {
-      plane(at_element(in, at, size), keep + at, runs.count, runs.inner);
+      plane(at_element(in, at, size), keep + at, at_element(out, at, size), runs.count, runs.inner);
     }
   };
   run_arq({job}, static_cast<int>(num_bits));
-  return {std::move(job.y), std::move(job.scale), std::move(job.mask)};
+  return {std::move(job.y), std::move(job.scale), mask};
 }
 
 }  // namespace
