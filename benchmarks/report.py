@@ -9,6 +9,7 @@ import argparse
 import math
 import platform
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from _harness import median_ms, threads
 from document import write_part
 from rows import Row, all_rows
+from torch import Tensor
 
 import amct_ext
 from amct_ext import ops
@@ -57,7 +59,7 @@ def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
 
 
 def small_call_us() -> float:
-    """Forward and backward of 64 elements with autograd, in microseconds."""
+    """Forward and backward of 64 elements with autograd, from Python and back, in microseconds."""
     x = torch.randn(64, requires_grad=True)
     high, low = (torch.tensor(v, requires_grad=True) for v in (2.0, -1.5))
     none, g = torch.tensor(math.nan), torch.randn(64)
@@ -75,6 +77,25 @@ def small_call_us() -> float:
             step()
         best = min(best, (time.perf_counter() - start) * 1e4)
     return best
+
+
+def chained_call_us() -> tuple[float, float]:
+    """The same as one of fifty in a graph, as in a model: ours, and a torch op with as many gradients."""
+    x, g, none = torch.randn(64, requires_grad=True), torch.randn(64), torch.tensor(math.nan)
+    clips = [tuple(torch.tensor(v, requires_grad=True) for v in (2.0, -1.5)) for _ in range(50)]
+
+    def run(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
+        start, y = time.perf_counter(), x
+        for high, low in clips:
+            y = call(y, high, low)
+        y.backward(g)
+        return (time.perf_counter() - start) * 1e6 / len(clips)
+
+    def ours(y: Tensor, high: Tensor, low: Tensor) -> Tensor:
+        return ops.ulq_fake_quantize(y, high, low, none, none)[0]
+
+    times = [(run(ours), run(torch.addcmul)) for _ in range(120)]  # in turns; the first ones warm up
+    return min(t for t, _ in times[20:]), min(t for _, t in times[20:])
 
 
 def main() -> None:
@@ -98,7 +119,12 @@ def main() -> None:
         for count in (1, 2):
             lines.append(measure(row, count, seconds, not arguments.no_compile))
             print(lines[-1], flush=True)
-    lines += ["", f"Small call (64 elements, forward and backward with autograd): {small_call_us():.1f} us."]
+    one, torch_one = chained_call_us()
+    lines += [
+        "",
+        f"Small call (64 elements, forward and backward with autograd): {small_call_us():.1f} us alone; "
+        f"{one:.1f} us as one of fifty in a graph, where `addcmul` takes {torch_one:.1f}.",
+    ]
     print("\n".join(lines[-2:]))
     if arguments.write:
         write_part(BEGIN, END, lines)

@@ -34,3 +34,17 @@ def test_a_consumer_builds_and_runs(tmp_path: Path) -> None:
     run("cmake", "--build", tmp_path / "build")
     run(tmp_path / "build" / "test_ops")
     run(tmp_path / "build" / "test_splitting")
+
+
+@pytest.mark.slow
+def test_instruction_sets_agree_on_random_rows(tmp_path: Path) -> None:
+    built = {path.parts[-5]: path for path in BUILD.glob("CMakeFiles/amct_loops_*.dir/csrc/cpu/isa/loops.cpp.o")}
+    levels = [f"amct_loops_{level}.dir" for level in ("baseline", "v3", "v4", "v4bf16")]
+    if not all(level in built for level in levels) or shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler and the build folder of an editable install with several instruction sets")
+    program = tmp_path / "test_levels"
+    sources = [ROOT / "tests" / "cpp" / "test_levels.cpp", *(built[level] for level in levels)]
+    sanitized = "AMCT_SANITIZE:BOOL=ON" in (BUILD / "CMakeCache.txt").read_text()
+    flags = ["-fsanitize=address,undefined"] if sanitized else []
+    run("c++", "-std=c++20", "-O1", *flags, "-I", ROOT / "csrc", *sources, "-o", program)
+    print(run(program))
