@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
-from _harness import median_ms, threads
+from _harness import in_turns, threads, times_slower
 from document import write_part
 from rows import Row, all_rows
 from torch import Tensor
@@ -36,24 +37,22 @@ def processor() -> str:
 
 
 def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
+    rivals = {"eager": row.eager, "torch op": row.torch_op, "Inductor": row.inductor if compile_too else None}
+    present = [call for call in rivals.values() if call]
     with threads(count):
-        # Ours between two measurements of the floor: a neighbour's load then shows in both.
-        floor = median_ms(row.floor, seconds)
-        ours = median_ms(row.ours, seconds)
-        floor = min(floor, median_ms(row.floor, seconds))
-        fresh = f"{ours / median_ms(row.fresh, seconds / 2):.2f}" if row.fresh else ""
-        rivals = [row.eager, row.torch_op, row.inductor if compile_too else None]
-        ratios = [f"{median_ms(r, seconds / 2, 1, 20) / ours:.1f}x" if r else "" for r in rivals]
-    aim = f"{row.limit:.2f}{'' if ours / floor <= row.limit else ' (missed)'}" if row.limit else ""
+        floor, ours, *fresh = in_turns([row.floor, row.ours, *([row.fresh] if row.fresh else [])], seconds)
+        beside, *slower = in_turns([row.ours, *present], seconds / 4, 2, 1)
+    ratio = times_slower(ours, floor)
+    ratios = iter(f"{times_slower(times, beside):.1f}x" for times in slower)
     cells = [
         row.name,
         str(count),
-        f"{floor:.3f} {row.floor_name}",
-        f"{ours:.3f}",
-        f"{ours / floor:.2f}",
-        aim,
-        fresh,
-        *ratios,
+        f"{statistics.median(floor):.3f} {row.floor_name}",
+        f"{statistics.median(ours):.3f}",
+        f"{ratio:.2f}",
+        f"{row.limit:.2f}{'' if ratio <= row.limit else ' (missed)'}" if row.limit else "",
+        f"{times_slower(ours, fresh[0]):.2f}" if fresh else "",
+        *(next(ratios) if rival else "" for rival in rivals.values()),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -101,7 +100,7 @@ def chained_call_us() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="float32 only, less time per figure")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time per figure without --quick")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time per call without --quick")
     parser.add_argument("--no-compile", action="store_true", help="leave Inductor out")
     parser.add_argument("--write", action="store_true", help="replace the CPU part of docs/performance.md")
     arguments = parser.parse_args()
@@ -109,8 +108,8 @@ def main() -> None:
     info = amct_ext.build_info()
     head = (
         f"{date.today()}, {processor()}, torch {torch.__version__}, {info['compiler']}, {info['simd']}. "
-        "Medians; other work on the machine moves single figures. ours/floor below 1 is faster than moving the same "
-        "bytes with one torch call."
+        "Ours, the floor and `clone` in turns; ratios are medians of the rounds' ratios, so they need not be the ratio "
+        "of the medians beside them. ours/floor below 1 is faster than moving the same bytes with one torch call."
     )
     lines = [head, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     print("\n".join(lines), flush=True)

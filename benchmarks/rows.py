@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from _harness import (
@@ -53,6 +54,12 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+
+
+def cache_bytes() -> int:
+    """What the last level of the cache holds; 32 MiB where the system does not say."""
+    said = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(said.read_text().strip().removesuffix("K")) << 10 if said.exists() else 32 << 20
 
 
 def _compiled(function: object, *arguments: object) -> Call:
@@ -156,7 +163,7 @@ def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHT
         yield row(
             "arq",
             partial(ops.arq_fake_quantize, w, 8, 0),
-            1.0,
+            1.0 if w.nbytes + out.nbytes <= cache_bytes() else 1.15,
             partial(eager_arq, w),
             _compiled(eager_arq, w),
             partial(torch.fake_quantize_per_channel_affine, w, scale, zero, 0, -128, 127),
