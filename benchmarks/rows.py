@@ -163,7 +163,7 @@ def weight_rows(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = WEIGHT
         yield row(
             "arq",
             partial(ops.arq_fake_quantize, w, 8, 0),
-            1.0 if w.nbytes + out.nbytes <= cache_bytes() else 1.15,
+            1.0 if w.nbytes + out.nbytes < cache_bytes() else 1.15,
             partial(eager_arq, w),
             _compiled(eager_arq, w),
             partial(torch.fake_quantize_per_channel_affine, w, scale, zero, 0, -128, 127),

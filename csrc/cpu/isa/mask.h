@@ -11,8 +11,16 @@
 namespace amct_ext::cpu {
 namespace {
 
+// Asks for the memory a lead ahead of `n` values.
+template <typename T>
+AMCT_INLINE void bring_all(const T* at, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += line) bring<1>(at + i, kLead);
+}
+
 // What else is done with four registers of weights `apart`, once it is known what of them is kept.
 struct MaskOnly {
+  AMCT_INLINE void ask(int64_t, int64_t) const {}
   AMCT_INLINE void operator()(const auto*, const auto*, int64_t, int64_t) const {}
 };
 
@@ -21,8 +29,8 @@ template <typename T>
 struct MaskAndApply {
   using C = Choice<sizeof(T)>;
   T* y;
+  AMCT_INLINE void ask(int64_t at, int64_t n) const { bring_all(y + at, n); }
   AMCT_INLINE void operator()(const V<T>* raw, const typename C::Keep* keep, int64_t at, int64_t apart) const {
-    for (int r = 0; r < 4; ++r) bring<kRegister>(y + at + r * apart, kLead);
     for (int r = 0; r < 4; ++r) store_row(y + at + r * apart, C::kept(raw[r], keep[r]));
   }
 };
@@ -32,7 +40,6 @@ template <typename T, typename Use>
 AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, const Use& use) {
   const T* from = w + at;
   const V<T> raw[4] = {load(from), load(from + inner), load(from + 2 * inner), load(from + 3 * inner)};
-  for (int r = 0; r < 4; ++r) bring<kRegister>(from + r * inner, kLead);
   choose<T>(raw, [&](const auto* keep) __attribute__((always_inline)) {
     Choice<sizeof(T)>::put_four(keep, mask + at, inner);
     use(raw, keep, at, inner);
@@ -76,7 +83,6 @@ AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, const Us
   constexpr auto lanes = std::make_integer_sequence<int, width>{};
   const T* from = w + at;
   const V<T> raw[4] = {load(from), load(from + width), load(from + 2 * width), load(from + 3 * width)};
-  bring<4 * kRegister>(from, kLead);
   const V<T> in[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
   const V<T> even[2] = {every_second<T, 0>(in[0], in[1], lanes), every_second<T, 0>(in[2], in[3], lanes)};
   const V<T> odd[2] = {every_second<T, 1>(in[0], in[1], lanes), every_second<T, 1>(in[2], in[3], lanes)};
@@ -152,12 +158,18 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
   const int64_t size = groups * 4 * inner;
   if (inner == 1) {
     int64_t at = 0;
-    for (; at + 4 * width <= size; at += 4 * width) mask_neighbours(w, mask, at, use);
+    for (; at + 4 * width <= size; at += 4 * width) {
+      bring_all(w + at, 4 * width);
+      use.ask(at, 4 * width);
+      mask_neighbours(w, mask, at, use);
+    }
     return at / 4;
   }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t start = g * 4 * inner;
     if (inner < width && start + 3 * inner + width > size) return g;
+    bring_all(w + start, 4 * inner);
+    use.ask(start, 4 * inner);
     for (int64_t i = 0; i < inner; i += width) {
       const int64_t at = start + (i + width <= inner || inner < width ? i : inner - width);
       mask_rows(w, mask, at, inner, use);
