@@ -10,7 +10,7 @@ namespace amct_ext::cpu {
 enum Element : int { kFloat32, kFloat64, kBFloat16, kFloat16, kElements };
 
 // Loops bring into the cache what lies so many bytes ahead of what they read, and of what they write.
-constexpr int64_t kLead = 4096;
+constexpr int64_t kLead = 2048;
 
 // Parameters travel as float64, which holds every float32 exactly; loops on narrower types narrow them back.
 struct UlqForward {

@@ -29,6 +29,24 @@ AMCT_INLINE void store_row(void* to, R row) {
   __builtin_memcpy(to, &row, sizeof(R));
 }
 
+// As many values of any type as float64.
+template <typename T>
+AMCT_INLINE Row<double> doubles(const T* from) {
+  if constexpr (sizeof(T) == 8) return load_row<Row<double>>(from);
+  using Singles = float __attribute__((vector_size(kRegister / 2)));
+  Singles row;
+  if constexpr (sizeof(T) == 4) {
+    row = load_row<Singles>(from);
+  } else {
+    for (int l = 0; l < kRow<double>; ++l) row[l] = widen(from[l]);
+  }
+#if defined(AMCT_AVX512)
+  return _mm512_maskz_cvtps_pd(-1, row);  // compilers make two halves of the general form
+#else
+  return __builtin_convertvector(row, Row<double>);
+#endif
+}
+
 template <typename A>
 AMCT_INLINE Row<A> filled(A v) {
   return v - Row<A>{};

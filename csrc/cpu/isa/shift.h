@@ -5,7 +5,7 @@
 // instruction set or memory layout, and vectors need no lanes kept apart.
 #pragma once
 
-#include "cpu/isa/scalar.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kernels.h"
 
 namespace amct_ext::cpu {
@@ -22,9 +22,8 @@ struct Held {
   int blocks;                        // of kPadding values
 };
 
-using Double8 = double __attribute__((vector_size(64)));
-using Int8 = int32_t __attribute__((vector_size(32)));
-using Long8 = int64_t __attribute__((vector_size(64)));
+constexpr int kTotals = kRow<double>;  // accumulators made at a time
+using Totals = int32_t __attribute__((vector_size(4 * kTotals)));
 
 // round(x / scale) as a 32-bit integer, by the division itself. True: a value is NaN.
 template <typename T>
@@ -42,28 +41,17 @@ bool totals_exact(const T* x, int n, double scale, int32_t* total) {
 // The same by the reciprocal; false where a value comes too close to the middle between two integers, or is NaN.
 template <typename T>
 AMCT_INLINE bool totals_fast(const T* x, int n, const Reciprocal<double>& by, int32_t* total) {
-  constexpr double round = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, half to even
-  Long8 fine = Long8{} - 1;
-  for (int i = 0; i < n; i += 8) {
-    Double8 v;
-    if constexpr (sizeof(T) == 2) {
-      for (int l = 0; l < 8; ++l) v[l] = static_cast<double>(widen(x[i + l]));
-    } else {
-      Acc<T> __attribute__((vector_size(8 * sizeof(Acc<T>)))) raw;
-      __builtin_memcpy(&raw, x + i, sizeof(raw));
-      v = __builtin_convertvector(raw, Double8);
-    }
-    Double8 t = v * by.inverse;
-    t = t < -2147483648.0 ? Double8{} - 2147483648.0 : t;
-    t = t > 2147483647.0 ? Double8{} + 2147483647.0 : t;
-    const Double8 code = (t + round) - round, off = t - code;
-    fine &= (off <= by.limit) & (off >= -by.limit);
-    const Int8 result = __builtin_convertvector(code, Int8);
+  const Row<double> round = filled(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer, half to even
+  const Row<double> lowest = filled(-2147483648.0), highest = filled(2147483647.0), limit = filled(by.limit);
+  Mask<double> close = {};
+  for (int i = 0; i < n; i += kTotals) {
+    const Row<double> t = clamped(doubles(x + i) * by.inverse, lowest, highest), code = (t + round) - round;
+    const Row<double> off = reinterpret_cast<Row<double>>(magnitude_bits_of<double>(t - code));
+    close |= ~(off <= limit);  // NaN is not
+    const Totals result = __builtin_convertvector(code, Totals);
     __builtin_memcpy(total + i, &result, sizeof(result));
   }
-  bool all = true;
-  for (int l = 0; l < 8; ++l) all = all && fine[l] != 0;
-  return all;
+  return !any(close);
 }
 
 // Sum of products of 16-bit integers; the caller sees to it that 32 bits hold it.

@@ -23,38 +23,19 @@ AMCT_INLINE double lane_sum(int64_t n, Term term) {
   return total;
 }
 
-// The lanes as vector types, which say what compilers fail to see in plain loops.
+// The lanes as registers, which compilers fail to see in plain loops.
 struct LaneSums {
-  using Double8 = double __attribute__((vector_size(64)));
-  using Float8 = float __attribute__((vector_size(32)));
+  static constexpr int kParts = kLanes / kRow<double>;
+  Row<double> parts[kParts] = {};
 
-  Double8 low = {}, high = {};
-
-  AMCT_INLINE void add(const float* v) {
-    Float8 first, second;
-    __builtin_memcpy(&first, v, sizeof(first));
-    __builtin_memcpy(&second, v + 8, sizeof(second));
-#if defined(AMCT_AVX512)
-    low += _mm512_maskz_cvtps_pd(-1, first);  // compilers make two halves of the general form
-    high += _mm512_maskz_cvtps_pd(-1, second);
-#else
-    low += __builtin_convertvector(first, Double8);
-    high += __builtin_convertvector(second, Double8);
-#endif
-  }
-
-  AMCT_INLINE void add(const double* v) {
-    Double8 first, second;
-    __builtin_memcpy(&first, v, sizeof(first));
-    __builtin_memcpy(&second, v + 8, sizeof(second));
-    low += first;
-    high += second;
+  template <typename A>
+  AMCT_INLINE void add(const A* v) {
+    for (int p = 0; p < kParts; ++p) parts[p] += doubles(v + p * kRow<double>);
   }
 
   AMCT_INLINE double total() const {
     double sum = 0;
-    for (int i = 0; i < 8; ++i) sum += low[i];
-    for (int i = 0; i < 8; ++i) sum += high[i];
+    for (int lane = 0; lane < kLanes; ++lane) sum += parts[lane / kRow<double>][lane % kRow<double>];
     return sum;
   }
 };
