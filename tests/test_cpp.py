@@ -36,15 +36,45 @@ def test_a_consumer_builds_and_runs(tmp_path: Path) -> None:
     run(tmp_path / "build" / "test_splitting")
 
 
+LEVELS = ("baseline", "v3", "v4", "v4bf16")
+INCLUDE = ("-std=c++20", "-I", ROOT / "csrc")
+
+
+def loops_of(level: str) -> Path:
+    """The loops of an instruction set, as the normal build compiled them."""
+    built = BUILD / "CMakeFiles" / f"amct_loops_{level}.dir" / "csrc" / "cpu" / "isa" / "loops.cpp.o"
+    if not built.is_file() or shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler and the build folder of an editable install with several instruction sets")
+    return built
+
+
 @pytest.mark.slow
 def test_instruction_sets_agree_on_random_rows(tmp_path: Path) -> None:
-    built = {path.parts[-5]: path for path in BUILD.glob("CMakeFiles/amct_loops_*.dir/csrc/cpu/isa/loops.cpp.o")}
-    levels = [f"amct_loops_{level}.dir" for level in ("baseline", "v3", "v4", "v4bf16")]
-    if not all(level in built for level in levels) or shutil.which("c++") is None:
-        pytest.skip("needs a C++ compiler and the build folder of an editable install with several instruction sets")
-    program = tmp_path / "test_levels"
-    sources = [ROOT / "tests" / "cpp" / "test_levels.cpp", *(built[level] for level in levels)]
-    sanitized = "AMCT_SANITIZE:BOOL=ON" in (BUILD / "CMakeCache.txt").read_text()
-    flags = ["-fsanitize=address,undefined"] if sanitized else []
-    run("c++", "-std=c++20", "-O1", *flags, "-I", ROOT / "csrc", *sources, "-o", program)
+    program, source = tmp_path / "test_levels", ROOT / "tests" / "cpp" / "test_levels.cpp"
+    run("c++", *INCLUDE, "-O1", source, *map(loops_of, LEVELS), "-o", program)
     print(run(program))
+
+
+@pytest.mark.slow
+def test_avx512_loops_agree_where_the_processor_has_none(tmp_path: Path) -> None:
+    """The loops of level v4, each AVX-512 instruction carried out lane by lane, against the baseline."""
+    if not {"avx2", "f16c"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("the stand-ins for AVX-512 take AVX2 and F16C")
+    sources, loops = ROOT / "tests" / "cpp", tmp_path / "v4.o"
+    run(
+        "c++", "-I", sources / "avx512", *INCLUDE, "-O1", "-march=x86-64-v3", "-ffp-contract=off", "-fno-math-errno",
+        "-fno-trapping-math", "-w", "-DAMCT_LEVEL=v4", "-c", ROOT / "csrc" / "cpu" / "isa" / "loops.cpp", "-o", loops,
+    )  # fmt: skip
+    both = (loops_of("baseline"), loops)
+    run("c++", *INCLUDE, "-O1", "-DAMCT_EMULATED", sources / "test_levels.cpp", *both, "-o", tmp_path / "test_levels")
+    print(run(tmp_path / "test_levels"))
+    hashes = []
+    for level in ("baseline", "v4"):
+        choice = tmp_path / f"{level}.cpp"
+        choice.write_text(
+            f'#include "cpu/kernels.h"\nnamespace amct_ext::cpu {{\nextern const Kernels kernels_{level};\n'
+            f"const Kernels& kernels() {{ return kernels_{level}; }}\n}}\n"
+        )
+        run("c++", *INCLUDE, "-O1", sources / "kernel_bits.cpp", choice, *both, "-o", tmp_path / level)
+        hashes.append(run(tmp_path / level))
+    assert hashes[0] == hashes[1]
