@@ -36,14 +36,10 @@ inline void check_ulq_backward(const char* op, const at::Tensor& grad, const at:
   check_floating(op, "grad", grad);
   check_floating(op, "x", x);
   check_bits(op, num_bits);
-  check_floating(op, "clip_max", clip_max);
-  check_floating(op, "clip_min", clip_min);
-  check_scalar(op, "clip_max", clip_max);
-  check_scalar(op, "clip_min", clip_min);
+  check_value(op, "clip_max", clip_max, x);
+  check_value(op, "clip_min", clip_min, x);
   check_same_shape(op, "grad", grad, "x", x);
   check_device(op, "grad", grad, "x", x);
-  check_device(op, "clip_max", clip_max, "x", x);
-  check_device(op, "clip_min", clip_min, "x", x);
 }
 
 }  // namespace amct_ext
