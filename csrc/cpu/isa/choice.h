@@ -108,50 +108,52 @@ AMCT_INLINE __m128i half(const auto& v, int at) {
   return part;
 }
 template <int kBytes>
-AMCT_INLINE void put_bytes(const auto* gone, uint8_t* mask, int64_t apart) {
-  constexpr int kLanes = kRegister / kBytes, kLast = kRegister / 16 - 1;
+AMCT_INLINE void put_bytes(const auto& gone, uint8_t* mask) {
+  const __m128i first = half(gone, 0), last = half(gone, kRegister / 16 - 1);
+  __m128i v = kBytes == 2 ? _mm_packs_epi16(first, last) : _mm_packs_epi32(first, last);
+  for (int size = kBytes; size > 2; size /= 2) v = _mm_packs_epi16(v, v);
+  v = _mm_add_epi8(v, _mm_set1_epi8(1));
+  __builtin_memcpy(mask, &v, kRegister / kBytes);
+}
+#else
+template <int kBytes>
+AMCT_INLINE void put_bytes(const auto& gone, uint8_t* mask) {
+  typedef uint8_t Bytes __attribute__((vector_size(kRegister / kBytes)));
+  const Bytes bytes = __builtin_convertvector(gone, Bytes) + 1;
+  __builtin_memcpy(mask, &bytes, sizeof(bytes));
+}
+#endif
+
+template <int kBytes>
+AMCT_INLINE void put_four_bytes(const auto* gone, uint8_t* mask, int64_t apart) {
 #if defined(AMCT_AVX2)
   if constexpr (kBytes == 4) {
     const auto two = [&](int r) { return _mm256_packs_epi32(as<__m256i>(gone[r]), as<__m256i>(gone[r + 1])); };
     const __m256i mixed = _mm256_packs_epi16(two(0), two(2));  // the first halves of the rows, then the second
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i rows = _mm256_add_epi8(_mm256_permutevar8x32_epi32(mixed, order), _mm256_set1_epi8(1));
-    if (apart == kLanes) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), rows);
+    if (apart == kWidth<float>) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(mask), rows);
     const auto* words = reinterpret_cast<const int64_t*>(&rows);
-    for (int r = 0; r < 4; ++r) __builtin_memcpy(mask + r * apart, words + r, kLanes);
+    for (int r = 0; r < 4; ++r) __builtin_memcpy(mask + r * apart, words + r, sizeof(*words));
     return;
   }
 #endif
-  for (int r = 0; r < 4; ++r) {
-    const __m128i first = half(gone[r], 0), last = half(gone[r], kLast);
-    __m128i v = kBytes == 2 ? _mm_packs_epi16(first, last) : _mm_packs_epi32(first, last);
-    for (int size = kBytes; size > 2; size /= 2) v = _mm_packs_epi16(v, v);
-    v = _mm_add_epi8(v, _mm_set1_epi8(1));
-    __builtin_memcpy(mask + r * apart, &v, kLanes);
-  }
+  for (int r = 0; r < 4; ++r) put_bytes<kBytes>(gone[r], mask + r * apart);
 }
-#else
-template <int kBytes>
-AMCT_INLINE void put_bytes(const auto* gone, uint8_t* mask, int64_t apart) {
-  typedef uint8_t Bytes __attribute__((vector_size(kRegister / kBytes)));
-  for (int r = 0; r < 4; ++r) {
-    const Bytes bytes = __builtin_convertvector(gone[r], Bytes) + 1;
-    __builtin_memcpy(mask + r * apart, &bytes, sizeof(bytes));
-  }
-}
-#endif
 
 // All ones in the lanes of what is not kept.
 template <int kBytes>
 struct Choice {
-  using Keep = typename Register<kBytes>::Signed;
+  using Lanes = typename Register<kBytes>::Signed;
+  using Keep = Lanes;
   static AMCT_INLINE Keep equal(Keep a, Keep b) { return a == b; }
   static AMCT_INLINE Keep above(Keep a, Keep b) { return a > b; }
   static AMCT_INLINE Keep from(Keep m, Keep second) { return second > m; }
   static AMCT_INLINE Keep where(Keep v) { return ~v; }
   static AMCT_INLINE Keep kept(Keep v, Keep gone) { return v & ~gone; }
+  static AMCT_INLINE void put(Keep gone, uint8_t* mask) { put_bytes<kBytes>(gone, mask); }
   static AMCT_INLINE void put_four(const Keep* gone, uint8_t* mask, int64_t apart) {
-    put_bytes<kBytes>(gone, mask, apart);
+    put_four_bytes<kBytes>(gone, mask, apart);
   }
 };
 #endif
@@ -176,16 +178,16 @@ AMCT_INLINE void kept_of_four(const V* m, V* keep) {
   keep[3] = two_of(~a_d, ~b_d, ~c_d);
 }
 
-// The second largest of every four and whether the choice is clear: it is not where the third is as large, or where a
-// value is NaN.
+// The second largest of every four, and the lanes where that leaves the choice open: the third is as large, or a value
+// is NaN.
 template <typename T>
-AMCT_INLINE bool second_largest(const V<T>* m, V<T>& second) {
+AMCT_INLINE auto second_largest(const V<T>* m, V<T>& second) {
   const V<T> first = larger(m[0], m[1]), other = larger(m[2], m[3]);
   const V<T> p = smaller(first, other), q = larger(smaller(m[0], m[1]), smaller(m[2], m[3]));
   second = larger(p, q);
   using C = Choice<sizeof(T)>;
   constexpr auto infinity = static_cast<Lane<T>>(Traits<T>::kInfinity);
-  return !somewhere(C::equal(p, q) | C::above(larger(first, other), V<T>{} + infinity));
+  return static_cast<typename C::Lanes>(C::equal(p, q) | C::above(larger(first, other), V<T>{} + infinity));
 }
 
 // All NaN are equal and larger than infinity.
@@ -202,7 +204,7 @@ AMCT_INLINE void choose(const V<T>* raw, const Put& put) {
   using C = Choice<sizeof(T)>;
   const V<T> m[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
   V<T> second, exact[4];
-  if (second_largest<T>(m, second)) [[likely]] {
+  if (!somewhere(second_largest<T>(m, second))) [[likely]] {
     const typename C::Keep keep[4] = {C::from(m[0], second), C::from(m[1], second), C::from(m[2], second),
                                       C::from(m[3], second)};
     put(keep);

@@ -1,111 +1,11 @@
-// 2:4 masks: how groups come to lie in the lanes of registers, and what is kept goes back to its place.
+// 2:4 masks: planes of weights.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
-#include "cpu/isa/choice.h"
-#include "cpu/isa/rows.h"
-#include "cpu/kernels.h"
+#include "cpu/isa/groups.h"
+#include "cpu/isa/nines.h"
 
 namespace amct_ext::cpu {
 namespace {
-
-// Asks for the memory a lead ahead of `n` values.
-template <typename T>
-AMCT_INLINE void bring_all(const T* at, int64_t n) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < n; i += line) bring<1>(at + i, kLead);
-}
-
-// What else is done with four registers of weights `apart`, once it is known what of them is kept.
-struct MaskOnly {
-  AMCT_INLINE void ask(int64_t, int64_t) const {}
-  AMCT_INLINE void operator()(const auto*, const auto*, int64_t, int64_t) const {}
-};
-
-// Weights that are not kept become +0.
-template <typename T>
-struct MaskAndApply {
-  using C = Choice<sizeof(T)>;
-  T* y;
-  AMCT_INLINE void ask(int64_t at, int64_t n) const { bring_all(y + at, n); }
-  AMCT_INLINE void operator()(const V<T>* raw, const typename C::Keep* keep, int64_t at, int64_t apart) const {
-    for (int r = 0; r < 4; ++r) store_row(y + at + r * apart, C::kept(raw[r], keep[r]));
-  }
-};
-
-// Four rows of a register of groups, `inner` apart, of which the first begins at `at`.
-template <typename T, typename Use>
-AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, const Use& use) {
-  const T* from = w + at;
-  const V<T> raw[4] = {load(from), load(from + inner), load(from + 2 * inner), load(from + 3 * inner)};
-  choose<T>(raw, [&](const auto* keep) __attribute__((always_inline)) {
-    Choice<sizeof(T)>::put_four(keep, mask + at, inner);
-    use(raw, keep, at, inner);
-  });
-}
-
-// Neighbours are sorted into registers within lanes of 128 bits, which is cheaper than across them; a group of float64
-// fills two of these.
-template <typename T>
-constexpr int kSorted = sizeof(T) == 8 ? kWidth<T> : 16 / static_cast<int>(sizeof(T));
-
-// Every second value of two registers, from the first or from the second on.
-template <typename T, int kFirst, int... I>
-AMCT_INLINE V<T> every_second(V<T> a, V<T> b, std::integer_sequence<int, I...>) {
-  constexpr int n = kSorted<T>;
-  using Shuffled = std::conditional_t<sizeof(T) == 4, Row<float>, V<T>>;  // of floats it is one instruction
-  return as<V<T>>(__builtin_shufflevector(as<Shuffled>(a), as<Shuffled>(b),
-                                          (I / n * n + I % n * 2 % n + kFirst + (I % n < n / 2 ? 0 : kWidth<T>))...));
-}
-
-// Register kAt of four in memory order, from one value for each group.
-template <typename T, int kAt, int... I>
-AMCT_INLINE V<T> of_groups(V<T> v, std::integer_sequence<int, I...>) {
-  constexpr int n = kSorted<T>;
-  return __builtin_shufflevector(v, v, (I / n * n + kAt * n / 4 + I % n / 4)...);
-}
-
-// The same from one value for each member.
-template <typename T, int kAt, int... I>
-AMCT_INLINE V<T> of_members(const V<T>* v, std::integer_sequence<int, I...> lanes) {
-  constexpr V<T> member = {((kAt * kWidth<T> + I) % 4)...};
-  return (of_groups<T, kAt>(v[0], lanes) & (member == 0)) | (of_groups<T, kAt>(v[1], lanes) & (member == 1)) |
-         (of_groups<T, kAt>(v[2], lanes) & (member == 2)) | (of_groups<T, kAt>(v[3], lanes) & (member == 3));
-}
-
-// Four registers of groups that lie side by side.
-template <typename T, typename Use>
-AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, const Use& use) {
-  using C = Choice<sizeof(T)>;
-  constexpr int width = kWidth<T>;
-  constexpr auto lanes = std::make_integer_sequence<int, width>{};
-  const T* from = w + at;
-  const V<T> raw[4] = {load(from), load(from + width), load(from + 2 * width), load(from + 3 * width)};
-  const V<T> in[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
-  const V<T> even[2] = {every_second<T, 0>(in[0], in[1], lanes), every_second<T, 0>(in[2], in[3], lanes)};
-  const V<T> odd[2] = {every_second<T, 1>(in[0], in[1], lanes), every_second<T, 1>(in[2], in[3], lanes)};
-  const V<T> m[4] = {every_second<T, 0>(even[0], even[1], lanes), every_second<T, 0>(odd[0], odd[1], lanes),
-                     every_second<T, 1>(even[0], even[1], lanes), every_second<T, 1>(odd[0], odd[1], lanes)};
-  const auto put = [&](const typename C::Keep* keep) __attribute__((always_inline)) {
-    C::put_four(keep, mask + at, width);
-    use(raw, keep, at, width);
-  };
-  V<T> second, exact[4];
-  if (second_largest<T>(m, second)) [[likely]] {
-    const typename C::Keep keep[4] = {
-        C::from(in[0], of_groups<T, 0>(second, lanes)), C::from(in[1], of_groups<T, 1>(second, lanes)),
-        C::from(in[2], of_groups<T, 2>(second, lanes)), C::from(in[3], of_groups<T, 3>(second, lanes))};
-    put(keep);
-  } else {
-    chosen_exactly<T>(m, exact);
-    const typename C::Keep keep[4] = {
-        C::where(of_members<T, 0>(exact, lanes)), C::where(of_members<T, 1>(exact, lanes)),
-        C::where(of_members<T, 2>(exact, lanes)), C::where(of_members<T, 3>(exact, lanes))};
-    put(keep);
-  }
-}
 
 // `n` values of up to four rows, at most a register wide.
 #if defined(AMCT_AVX512)
@@ -165,7 +65,16 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
     }
     return at / 4;
   }
-  for (int64_t g = 0; g < groups; ++g) {
+  int64_t g = 0;
+  if constexpr (kHasNines<T>) {
+    constexpr int64_t block = kNine * width, read = width < kNine ? block : block - kNine + width;
+    for (; inner == kNine && g * 4 * kNine + read <= size; g += kNineGroups<T>) {
+      bring_all(w + g * 4 * kNine, block);
+      use.ask(g * 4 * kNine, block);
+      mask_nines(w, mask, g * 4 * kNine, use);
+    }
+  }
+  for (; g < groups; ++g) {
     const int64_t start = g * 4 * inner;
     if (inner < width && start + 3 * inner + width > size) return g;
     bring_all(w + start, 4 * inner);
@@ -209,7 +118,7 @@ template <typename T>
 void sparsify_plane(const void* w_, uint8_t* mask, void* y_, int64_t count, int64_t inner) {
   const T* w = static_cast<const T*>(w_);
   T* y = static_cast<T*>(y_);
-  const bool together = count > 2 && (inner == 1 || inner >= kWidth<T>);
+  const bool together = count > 2 && (inner == 1 || inner >= kWidth<T> || (kHasNines<T> && inner == kNine));
   const int64_t groups = together ? mask_groups(w, mask, count / 4, inner, MaskAndApply<T>{y}) : 0;
   const int64_t done = 4 * groups * inner, n = count * inner;
   if (done == n) return;
