@@ -20,10 +20,7 @@ using at::Tensor;
 
 constexpr int64_t kMostAhead = 1 << 17;  // bytes
 
-Range joined(Range a, Range b) {
-  const bool nan = a.largest != a.largest || b.largest != b.largest;
-  return nan ? Range{NAN, NAN} : Range{std::max(a.largest, b.largest), std::min(a.smallest, b.smallest)};
-}
+int64_t address_of(const Tensor& t) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.const_data_ptr())); }
 
 // Pointers of a job and the loops for its element type.
 class Weight {
@@ -36,6 +33,7 @@ class Weight {
         num_bits_(num_bits),
         in_(job.source.const_data_ptr()),
         mask_(job.mask.defined() ? static_cast<const uint8_t*>(job.mask.const_data_ptr()) : nullptr),
+        to_origin_(job.origin.defined() ? address_of(job.origin) - address_of(job.source) : 0),
         out_(job.y.mutable_data_ptr()),
         scale_(job.scale.mutable_data_ptr()) {}
 
@@ -75,7 +73,6 @@ class Weight {
 
   // A single scale: the blocks of the tensor share it.
   void whole() const {
-    if (prepare_) prepare_(0);
     const int64_t n = runs.outer * runs.inner;
     std::vector<Range> parts((n + kBlock - 1) / kBlock);
     for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) { parts[block] = range_at(begin, end - begin); });
@@ -88,13 +85,12 @@ class Weight {
 
  private:
   void channel(int64_t channel) const {
-    if (prepare_) prepare_(channel);
-    Range whole = range_at(channel * runs.inner, runs.inner);
+    Range whole = prepare_ ? prepare_(channel) : range_at(channel * runs.inner, runs.inner);
     for (int64_t o = 1; o < runs.outer; ++o) whole = joined(whole, range_at(first(o, channel), runs.inner));
     Symmetric symmetric = parameters(whole);
     // What is read next is the next channel's, unless that would drive this one out of the cache.
     const int64_t bytes = runs.inner * static_cast<int64_t>(size_);
-    if (bytes <= kMostAhead) symmetric.ahead = bytes;
+    if (bytes <= kMostAhead) symmetric.ahead = bytes + to_origin_;
     for (int64_t o = 0; o < runs.outer; ++o) quantize_at(first(o, channel), runs.inner, symmetric);
     put_scale(channel, symmetric.scale);
   }
@@ -135,12 +131,13 @@ class Weight {
     }
   }
 
-  const std::function<void(int64_t)>& prepare_;
+  const std::function<Range(int64_t)>& prepare_;
   Element element_;
   size_t size_;
   int num_bits_;
   const void* in_;
   const uint8_t* mask_;
+  int64_t to_origin_;
   void* out_;
   void* scale_;
 };
@@ -184,6 +181,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
 }
 
 }  // namespace
+
+Range joined(Range a, Range b) {
+  const bool nan = a.largest != a.largest || b.largest != b.largest;
+  return nan ? Range{NAN, NAN} : Range{std::max(a.largest, b.largest), std::min(a.smallest, b.smallest)};
+}
 
 ArqJob arq_job(const Tensor& w, const Tensor& mask, std::optional<int64_t> channel_axis) {
   const Tensor source = without_holes(w);

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/tensors.h"
 
 namespace amct_ext::cpu {
@@ -16,8 +17,11 @@ namespace amct_ext::cpu {
 struct ArqJob {
   at::Tensor source, mask, y, scale;  // `mask` undefined: all is kept
   std::optional<int64_t> channel_axis;
-  std::function<void(int64_t)> prepare = nullptr;  // called before a channel is read
+  std::function<Range(int64_t)> prepare = nullptr;  // makes a channel of `source` and takes its range
+  at::Tensor origin = {};                           // what it makes it of, laid out as `source`
 };
+
+Range joined(Range a, Range b);
 
 // A job on `w` with new results; `w` may have holes, `mask` any layout.
 ArqJob arq_job(const at::Tensor& w, const at::Tensor& mask, std::optional<int64_t> channel_axis);

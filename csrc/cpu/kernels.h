@@ -73,6 +73,8 @@ struct Kernels {
   // 2:4 along `count` rows of `inner` values.
   void (*mask_plane[kElements])(const void* w, uint8_t* mask, int64_t count, int64_t inner);
   void (*sparsify_plane[kElements])(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner);
+  // The same, and the range of `y`.
+  Range (*sparsify_and_range[kElements])(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner);
   void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
 
   Range (*extremes[kElements])(const void* x, int64_t n);  // zero included

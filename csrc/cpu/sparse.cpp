@@ -42,10 +42,10 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   return {std::move(y), std::move(mask)};
 }
 
-// Rows along axis 0 lie one after the other and hold whole groups of the mask's axis.
+// Several rows along axis 0 lie one after the other and hold whole groups of the mask's axis.
 bool rows_lie_together(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
   const Runs runs = channel_axis ? runs_along(source, *channel_axis) : Runs{0, 0, 0};
-  return channel_axis == 0 && mask_axis != 0 && runs.outer == 1 && source.size(0) > 0 && source.numel() > 0;
+  return channel_axis == 0 && mask_axis != 0 && runs.outer == 1 && source.size(0) > 1 && source.numel() > 0;
 }
 
 std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
@@ -77,20 +77,25 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
     return {std::move(job.y), std::move(job.scale), mask};
   }
   // A row is masked when it is about to be quantised, so that it stays in the first caches.
-  const auto plane = kernels().sparsify_plane[element_of(w)];
+  const auto plane = kernels().sparsify_and_range[element_of(w)];
   Runs runs = runs_along(source, axis);
   const int64_t row = source.numel() / source.size(0);
   // One or two weights along the axis are all kept: any cut of the row will do.
   if (runs.count <= 2) runs = {1, 1, row};
+  job.origin = source;
   const void* in = source.const_data_ptr();
   void* out = job.y.mutable_data_ptr();
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const size_t size = w.element_size();
   const int64_t length = runs.count * runs.inner;
   job.prepare = [=](int64_t channel) {
-    for (int64_t at = channel * row; at < (channel + 1) * row; at += length) {
-      plane(at_element(in, at, size), keep + at, at_element(out, at, size), runs.count, runs.inner);
-    }
+    const auto sparsify = [=](int64_t at) {
+      return plane(at_element(in, at, size), keep + at, at_element(out, at, size), runs.count, runs.inner);
+    };
+    Range range = sparsify(channel * row);
+    for (int64_t at = channel * row + length; at < (channel + 1) * row; at += length)
+      range = joined(range, sparsify(at));
+    return range;
   };
   run_arq({job}, static_cast<int>(num_bits));
   return {std::move(job.y), std::move(job.scale), mask};

@@ -159,6 +159,9 @@ class Comparison {
     same("sparsify_plane", y,
          written(size, [&](char* to) { level_.sparsify_plane[e](w.data(), bytes(made.data()), to, count, inner); }));
     same("the mask of sparsify_plane", mask, made);
+    Bytes unused(size + 64);
+    same("sparsify_and_range", as_bytes(kernels_baseline.range[e](y.data(), kept)),
+         as_bytes(level_.sparsify_and_range[e](w.data(), bytes(made.data()), unused.data(), count, inner)));
   }
 
   void values(const char* loop, int element, size_t size, const Loop& run) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/isa/choice.h"
+#include "cpu/isa/range.h"
 #include "cpu/isa/rows.h"
 #include "cpu/kernels.h"
 
@@ -18,10 +19,11 @@ AMCT_INLINE void bring_all(const T* at, int64_t n) {
   for (int64_t i = 0; i < n; i += line) bring<1>(at + i, kLead);
 }
 
-// What else is done with a register of weights, once it is known what of it is kept.
+// What else is done with a register of weights once it is known what of it is kept, and with values that no register
+// takes. A register may come twice, and may overlap another.
 struct MaskOnly {
-  AMCT_INLINE void ask(int64_t, int64_t) const {}
-  AMCT_INLINE void operator()(auto, auto, int64_t) const {}
+  AMCT_INLINE void ask(int64_t, int64_t) {}
+  AMCT_INLINE void operator()(auto, auto, int64_t) {}
 };
 
 // Weights that are not kept become +0.
@@ -29,23 +31,39 @@ template <typename T>
 struct MaskAndApply {
   using C = Choice<sizeof(T)>;
   T* y;
-  AMCT_INLINE void ask(int64_t at, int64_t n) const { bring_all(y + at, n); }
-  AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) const {
-    store_row(y + at, C::kept(raw, keep));
+  AMCT_INLINE void ask(int64_t at, int64_t n) { bring_all(y + at, n); }
+  AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) { store_row(y + at, C::kept(raw, keep)); }
+  AMCT_INLINE void values(int64_t, int64_t) {}
+};
+
+// The range of what is stored is taken.
+template <typename T>
+struct MaskApplyAndRange {
+  using C = Choice<sizeof(T)>;
+  T* y;
+  Extremes<T> extremes = {};
+  AMCT_INLINE void ask(int64_t at, int64_t n) { bring_all(y + at, n); }
+  AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) {
+    const V<T> kept = C::kept(raw, keep);
+    store_row(y + at, kept);
+    extremes.add(kept);
+  }
+  AMCT_INLINE void values(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) extremes.add(y[i]);
   }
 };
 
 // Four registers, `apart`, of which the first begins at `at`.
 template <typename T, typename Use>
 AMCT_INLINE void put_four(const V<T>* raw, const typename Choice<sizeof(T)>::Keep* keep, uint8_t* mask, int64_t at,
-                          int64_t apart, const Use& use) {
+                          int64_t apart, Use& use) {
   Choice<sizeof(T)>::put_four(keep, mask + at, apart);
   for (int r = 0; r < 4; ++r) use(raw[r], keep[r], at + r * apart);
 }
 
 // Four rows of a register of groups, `inner` apart, of which the first begins at `at`.
 template <typename T, typename Use>
-AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, const Use& use) {
+AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, Use& use) {
   const T* from = w + at;
   const V<T> raw[4] = {load(from), load(from + inner), load(from + 2 * inner), load(from + 3 * inner)};
   choose<T>(raw,
@@ -83,7 +101,7 @@ AMCT_INLINE V<T> of_members(const V<T>* v, std::integer_sequence<int, I...> lane
 
 // Four registers of groups that lie side by side.
 template <typename T, typename Use>
-AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, const Use& use) {
+AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, Use& use) {
   using C = Choice<sizeof(T)>;
   constexpr int width = kWidth<T>;
   constexpr auto lanes = std::make_integer_sequence<int, width>{};

@@ -36,6 +36,7 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .sum_squares = AMCT_EACH(sum_squares),
     .mask_plane = AMCT_EACH(mask_plane),
     .sparsify_plane = AMCT_EACH(sparsify_plane),
+    .sparsify_and_range = AMCT_EACH(sparsify_and_range),
     .apply_mask = AMCT_EACH(apply_mask),
     .extremes = AMCT_EACH(extremes),
     .histogram = AMCT_EACH(histogram),

@@ -30,7 +30,8 @@ AMCT_INLINE void mask_piece(const T* w, uint8_t* mask, int64_t inner, int rows, 
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) in[r * width + i] = w[r * inner + i];
   }
-  mask_rows(in, bytes, 0, width, MaskOnly{});
+  MaskOnly only;
+  mask_rows(in, bytes, 0, width, only);
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) mask[r * inner + i] = bytes[r * width + i];
   }
@@ -53,13 +54,14 @@ void mask_rest(const T* w, uint8_t* mask, int64_t count, int64_t inner) {
 // before. Shorter rows: what is written beyond a row is overwritten by the rows that follow, which go out in rising
 // order, as far as enough of them follow.
 template <typename T, typename Use>
-AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64_t inner, const Use& use) {
+AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64_t inner, Use& use) {
   constexpr int64_t width = kWidth<T>;
   const int64_t size = groups * 4 * inner;
   if (inner == 1) {
     int64_t at = 0;
     for (; at + 4 * width <= size; at += 4 * width) {
       bring_all(w + at, 4 * width);
+      bring<1>(mask + at, kLead);
       use.ask(at, 4 * width);
       mask_neighbours(w, mask, at, use);
     }
@@ -70,6 +72,7 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
     constexpr int64_t block = kNine * width, read = width < kNine ? block : block - kNine + width;
     for (; inner == kNine && g * 4 * kNine + read <= size; g += kNineGroups<T>) {
       bring_all(w + g * 4 * kNine, block);
+      bring_all(mask + g * 4 * kNine, block);
       use.ask(g * 4 * kNine, block);
       mask_nines(w, mask, g * 4 * kNine, use);
     }
@@ -109,21 +112,34 @@ void mask_plane(const void* w_, uint8_t* mask, int64_t count, int64_t inner) {
     for (int64_t i = 0; i < count * inner; ++i) mask[i] = 1;
     return;
   }
-  const int64_t done = mask_groups(w, mask, count / 4, inner, MaskOnly{}), at = 4 * done * inner;
+  MaskOnly only;
+  const int64_t done = mask_groups(w, mask, count / 4, inner, only), at = 4 * done * inner;
   mask_rest(w + at, mask + at, count - 4 * done, inner);
 }
 
 // Rows shorter than a register are masked first: stores that overlap are slower than a loop of their own.
-template <typename T>
-void sparsify_plane(const void* w_, uint8_t* mask, void* y_, int64_t count, int64_t inner) {
-  const T* w = static_cast<const T*>(w_);
-  T* y = static_cast<T*>(y_);
+template <typename T, typename Use>
+AMCT_INLINE void sparsify(const T* w, uint8_t* mask, int64_t count, int64_t inner, Use& use) {
   const bool together = count > 2 && (inner == 1 || inner >= kWidth<T> || (kHasNines<T> && inner == kNine));
-  const int64_t groups = together ? mask_groups(w, mask, count / 4, inner, MaskAndApply<T>{y}) : 0;
+  const int64_t groups = together ? mask_groups(w, mask, count / 4, inner, use) : 0;
   const int64_t done = 4 * groups * inner, n = count * inner;
   if (done == n) return;
   mask_plane<T>(w + done, mask + done, count - 4 * groups, inner);
-  apply_mask<T>(w + done, mask + done, y + done, n - done);
+  apply_mask<T>(w + done, mask + done, use.y + done, n - done);
+  use.values(done, n);
+}
+
+template <typename T>
+void sparsify_plane(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner) {
+  MaskAndApply<T> use = {static_cast<T*>(y)};
+  sparsify(static_cast<const T*>(w), mask, count, inner, use);
+}
+
+template <typename T>
+Range sparsify_and_range(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner) {
+  MaskApplyAndRange<T> use = {static_cast<T*>(y)};
+  sparsify(static_cast<const T*>(w), mask, count, inner, use);
+  return use.extremes.result([&] { return range_by_value<false>(use.y, nullptr, count * inner); });
 }
 
 }  // namespace

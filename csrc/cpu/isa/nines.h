@@ -1,5 +1,5 @@
-// 2:4 masks of 3x3 kernels: rows of nine weights, a register and one more or part of a register. Rows are compared as they
-// lie, and what is kept is stored in memory order, nine registers of it at a time.
+// 2:4 masks of 3x3 kernels: rows of nine weights, a register and one more or part of a register. Rows are compared as
+// they lie, and what is kept is stored in memory order, nine registers of it at a time.
 #pragma once
 
 #include <utility>
@@ -35,7 +35,7 @@ AMCT_INLINE V<T> of_nines(const V<T>* first, const V<T>* last, std::integer_sequ
 }
 
 template <typename T, typename Use>
-AMCT_INLINE void mask_nines(const T* w, uint8_t* mask, int64_t at, const Use& use) {
+AMCT_INLINE void mask_nines(const T* w, uint8_t* mask, int64_t at, Use& use) {
   using C = Choice<sizeof(T)>;
   constexpr int width = kWidth<T>, groups = kNineGroups<T>;
   constexpr auto lanes = std::make_integer_sequence<int, width>{};
