@@ -1,5 +1,5 @@
-// Every instruction set that this processor has, against the baseline: the loops on weights and masks, on random rows
-// of all lengths. Needs no torch: built with csrc/cpu/isa/loops.cpp, once per level (tests/test_cpp.py).
+// Every instruction set that this processor has, against the baseline: loops on weights, masks and activations, on
+// random rows of all lengths. Needs no torch: built with csrc/cpu/isa/loops.cpp, once per level (tests/test_cpp.py).
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -96,6 +96,13 @@ Bytes as_bytes(Range range) {
   return bytes;
 }
 
+Bytes as_bytes(const UlqSums& sums) {
+  Bytes bytes(sizeof(sums));
+  std::memcpy(bytes.data(), &sums, sizeof(sums));
+  plain_nan(kFloat64, bytes);
+  return bytes;
+}
+
 class Comparison {
  public:
   explicit Comparison(const Kernels& level) : level_(level) {}
@@ -136,6 +143,8 @@ class Comparison {
     same("masked_range", as_bytes(kernels_baseline.masked_range[e](w.data(), mask.data(), n)),
          as_bytes(level_.masked_range[e](w.data(), mask.data(), n)));
 
+    activations(e, w, next, p);
+
     const int64_t sizes[] = {1, 1, 3, 8, 9, 16, 25}, inner = sizes[below(7)], count = n / inner;
     if (count) planes(e, w, count, inner);
   }
@@ -144,6 +153,26 @@ class Comparison {
 
  private:
   using Loop = std::function<void(const Kernels&, char*)>;
+
+  // Clips on both sides, on one or on none; `upper` and `lower` lie half a step beyond them.
+  void activations(int e, const Bytes& x, const Bytes& grad, const Symmetric& p) {
+    const size_t size = x.size();
+    const int64_t n = size / kSizes[e];
+    const double offset = below(2) ? 0 : below(200) - 100, half = static_cast<float>(p.scale / 2);
+    const UlqForward forward{p.scale, offset, p.lowest, p.highest};
+    bool bad[2];
+    values("ulq_forward", e, size,
+           [&](const Kernels& k, char* y) { bad[&k == &level_] = k.ulq_forward[e](x.data(), y, n, forward); });
+    if (bad[0] != bad[1]) same("ulq_forward, not finite", {char(bad[0])}, {char(bad[1])});
+    const double ends[] = {0, 1e30, std::fabs(normal(2))}, top = static_cast<float>(ends[below(3)]),
+                 bottom = -static_cast<float>(ends[below(3)]);
+    const UlqBackward backward{p.scale, top, bottom, static_cast<float>(top + half), static_cast<float>(bottom - half)};
+    UlqSums sums[2];
+    values("ulq_backward", e, size, [&](const Kernels& k, char* dx) {
+      k.ulq_backward[e](grad.data(), x.data(), dx, n, backward, sums[&k == &level_]);
+    });
+    same("sums of ulq_backward", as_bytes(sums[0]), as_bytes(sums[1]));
+  }
 
   void planes(int e, const Bytes& w, int64_t count, int64_t inner) {
     const size_t kept = count * inner, size = kept * kSizes[e];

@@ -107,30 +107,53 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
   T* dx = static_cast<T*>(dx_);
   const Row<A> scale = filled(static_cast<A>(p.scale)), clip_max = filled(static_cast<A>(p.clip_max)),
                clip_min = filled(static_cast<A>(p.clip_min)), upper = filled(static_cast<A>(p.upper)),
-               lower = filled(static_cast<A>(p.lower)), zero = {};
+               lower = filled(static_cast<A>(p.lower));
   GroupSums<A> error, above, below;
-  const auto row = [&](Row<A> v, Row<A> g, int lane) __attribute__((always_inline)) {
-    const Mask<A> over = v > upper, under = v < lower;
-    const Row<A> z = (over ? clip_max : under ? clip_min : v) / scale;
+  const auto add_error = [&](int lane, Row<A> v, Row<A> g) __attribute__((always_inline)) {
+    const Row<A> z = v / scale;
     error.add(lane, (rounded(z) - z) * g);
-    above.add(lane, over ? g : zero);
-    below.add(lane, under ? g : zero);
+  };
+  const auto row = [&](int lane, Row<A> v, Row<A> g) __attribute__((always_inline)) {
+    const Mask<A> over = v > upper, under = v < lower;
+    add_error(lane, over ? clip_max : under ? clip_min : v, g);
+    above.add(lane, where(over, g));
+    below.add(lane, where(under, g));
     return ~(over | under);
   };
+  bool clipped;  // whether a value of the step was
   const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
     bring<kGroup * sizeof(T)>(gs, kLead);
     bring<kGroup * sizeof(T)>(xs, kLead);
     bring<kGroup * sizeof(T)>(ds, kLead);
+    Row<A> largest = lower, smallest = upper;
+    for (int k = 0; k < kGroup; k += kPair<T>) {
+      const Pair<T> v = load_pair(xs + k);
+      largest = larger(v.second, larger(v.first, largest));
+      smallest = smaller(v.second, smaller(v.first, smallest));
+    }
+    // No sum is -0, so adding +0 changes none: where no value is clipped, two of the three stay as they are.
+    if (any((largest > upper) | (smallest < lower))) [[unlikely]] {
+      clipped = true;
+      for (int k = 0; k < kGroup; k += kPair<T>) {
+        const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
+        const Mask<A> first = row(lane_of<T>(k), v.first, g.first),
+                      second = row(lane_of<T>(k + kSecond<T>), v.second, g.second);
+        store_kept(ds + k, gs + k, first, second);
+      }
+      return;
+    }
+#pragma GCC unroll 8
     for (int k = 0; k < kGroup; k += kPair<T>) {
       const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
-      const Mask<A> first = row(v.first, g.first, lane_of<T>(k)),
-                    second = row(v.second, g.second, lane_of<T>(k + kSecond<T>));
-      store_kept(ds + k, gs + k, first, second);
+      add_error(lane_of<T>(k), v.first, g.first);
+      add_error(lane_of<T>(k + kSecond<T>), v.second, g.second);
+      for (int i = 0; i < kPair<T>; i += kWidth<T>) store_row(ds + k + i, load(gs + k + i));
     }
   };
   for (int64_t begin = 0; begin < n; begin += kStep) {
     const int64_t end = n - begin < kStep ? n : begin + kStep;
     int64_t i = begin;
+    clipped = false;
     for (; i + kGroup <= end; i += kGroup) group(grad + i, x + i, dx + i);
     if (i < end) {
       T gs[kGroup] = {}, xs[kGroup] = {}, ds[kGroup];
@@ -140,8 +163,8 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
       __builtin_memcpy(dx + i, ds, (end - i) * sizeof(T));
     }
     error.flush();
-    above.flush();
-    below.flush();
+    if (clipped) above.flush();
+    if (clipped) below.flush();
   }
   out.error += error.sums.total();
   out.above += above.sums.total();

@@ -40,8 +40,11 @@ AMCT_INLINE Row<double> doubles(const T* from) {
   } else {
     for (int l = 0; l < kRow<double>; ++l) row[l] = widen(from[l]);
   }
+  // Compilers make two halves of the general form.
 #if defined(AMCT_AVX512)
-  return _mm512_maskz_cvtps_pd(-1, row);  // compilers make two halves of the general form
+  return _mm512_maskz_cvtps_pd(-1, row);
+#elif defined(AMCT_AVX2)
+  return _mm256_cvtps_pd(row);
 #else
   return __builtin_convertvector(row, Row<double>);
 #endif
@@ -55,6 +58,12 @@ AMCT_INLINE Row<A> filled(A v) {
 template <typename A>
 AMCT_INLINE Mask<A> magnitude_bits_of(Row<A> v) {
   return magnitudes<A>(reinterpret_cast<Mask<A>>(v));
+}
+
+// +0 elsewhere. Compilers invert the comparison behind a choice of zero, and make it again.
+template <typename R>
+AMCT_INLINE R where(auto mask, R v) {
+  return reinterpret_cast<R>(reinterpret_cast<decltype(mask)>(v) & mask);
 }
 
 // NaN stays NaN. Compilers miss the two instructions where v was made as a bit pattern.
