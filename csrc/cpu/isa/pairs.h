@@ -116,7 +116,11 @@ AMCT_INLINE U<BFloat16> narrow_words(Pair<BFloat16> v) {
   const auto even = reinterpret_cast<WordBits>(v.first), odd = reinterpret_cast<WordBits>(v.second);
   const WordBits low = (even + 0x7fffu + ((even >> 16) & 1u)) >> 16;
   const WordBits high = odd + 0x7fffu + ((odd >> 16) & 1u);
+#if defined(AMCT_AVX2)
+  return as<U<BFloat16>>(_mm256_blend_epi16(as<__m256i>(low), as<__m256i>(high), 0xaa));
+#else
   return reinterpret_cast<U<BFloat16>>(low | (high & 0xffff0000u));
+#endif
 #endif
 }
 template <typename T>
