@@ -72,7 +72,6 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
     constexpr int64_t block = kNine * width, read = width < kNine ? block : block - kNine + width;
     for (; inner == kNine && g * 4 * kNine + read <= size; g += kNineGroups<T>) {
       bring_all(w + g * 4 * kNine, block);
-      bring_all(mask + g * 4 * kNine, block);
       use.ask(g * 4 * kNine, block);
       mask_nines(w, mask, g * 4 * kNine, use);
     }
