@@ -52,7 +52,7 @@ struct GroupSums {
 
   AMCT_INLINE void flush() {
     for (int lane = 0; lane < kGroup; lane += kLanes) sums.add(partial + lane);
-    for (int lane = 0; lane < kGroup; ++lane) partial[lane] = 0;
+    for (int lane = 0; lane < kGroup; lane += kRow<A>) store_row(partial + lane, Row<A>{});
   }
 };
 
