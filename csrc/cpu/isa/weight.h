@@ -46,8 +46,8 @@ double lsq_backward(const void* grad_, const void* w_, int64_t n, const Symmetri
     const int64_t end = n - begin < kStep ? n : begin + kStep;
     int64_t i = begin;
     for (; i + kGroup <= end; i += kGroup) {
-      bring<kGroup * sizeof(T)>(w + i, kLead);
-      bring<kGroup * sizeof(T)>(grad + i, kLead);
+      bring<kGroup * sizeof(T)>(w + i, 2 * kLead);  // nothing is written: there is room for more
+      bring<kGroup * sizeof(T)>(grad + i, 2 * kLead);
       for (int k = 0; k < kGroup; k += kPair<T>) {
         const Pair<T> v = load_pair(w + i + k), g = load_pair(grad + i + k);
         sums.add(lane_of<T>(k), slope.of_row(v.first) * g.first);
