@@ -58,7 +58,8 @@ def test_instruction_sets_agree_on_random_rows(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_avx512_loops_agree_where_the_processor_has_none(tmp_path: Path) -> None:
     """The loops of level v4, each AVX-512 instruction carried out lane by lane, against the baseline."""
-    if not {"avx2", "f16c"} <= set(Path("/proc/cpuinfo").read_text().split()):
+    processor = Path("/proc/cpuinfo")
+    if not processor.exists() or not {"avx2", "f16c"} <= set(processor.read_text().split()):
         pytest.skip("the stand-ins for AVX-512 take AVX2 and F16C")
     sources, loops = ROOT / "tests" / "cpp", tmp_path / "v4.o"
     run(

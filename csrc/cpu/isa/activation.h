@@ -107,7 +107,7 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
   T* dx = static_cast<T*>(dx_);
   const Row<A> scale = filled(static_cast<A>(p.scale)), clip_max = filled(static_cast<A>(p.clip_max)),
                clip_min = filled(static_cast<A>(p.clip_min)), upper = filled(static_cast<A>(p.upper)),
-               lower = filled(static_cast<A>(p.lower));
+               lower = filled(static_cast<A>(p.lower)), infinity = filled(as<A>(Traits<A>::kInfinity));
   GroupSums<A> error, above, below;
   const auto add_error = [&](int lane, Row<A> v, Row<A> g) __attribute__((always_inline)) {
     const Row<A> z = v / scale;
@@ -125,7 +125,7 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
     bring<kGroup * sizeof(T)>(gs, kLead);
     bring<kGroup * sizeof(T)>(xs, kLead);
     bring<kGroup * sizeof(T)>(ds, kLead);
-    Row<A> largest = lower, smallest = upper;
+    Row<A> largest = -infinity, smallest = infinity;
     for (int k = 0; k < kGroup; k += kPair<T>) {
       const Pair<T> v = load_pair(xs + k);
       largest = larger(v.second, larger(v.first, largest));

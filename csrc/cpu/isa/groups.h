@@ -38,18 +38,15 @@ struct MaskAndApply {
 
 // The range of what is stored is taken.
 template <typename T>
-struct MaskApplyAndRange {
+struct MaskApplyAndRange : MaskAndApply<T> {
   using C = Choice<sizeof(T)>;
-  T* y;
   Extremes<T> extremes = {};
-  AMCT_INLINE void ask(int64_t at, int64_t n) { bring_all(y + at, n); }
   AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) {
-    const V<T> kept = C::kept(raw, keep);
-    store_row(y + at, kept);
-    extremes.add(kept);
+    MaskAndApply<T>::operator()(raw, keep, at);
+    extremes.add(C::kept(raw, keep));
   }
   AMCT_INLINE void values(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) extremes.add(y[i]);
+    for (int64_t i = begin; i < end; ++i) extremes.add(this->y[i]);
   }
 };
 

@@ -136,7 +136,7 @@ void sparsify_plane(const void* w, uint8_t* mask, void* y, int64_t count, int64_
 
 template <typename T>
 Range sparsify_and_range(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner) {
-  MaskApplyAndRange<T> use = {static_cast<T*>(y)};
+  MaskApplyAndRange<T> use = {{static_cast<T*>(y)}};
   sparsify(static_cast<const T*>(w), mask, count, inner, use);
   return use.extremes.result([&] { return range_by_value<false>(use.y, nullptr, count * inner); });
 }
