@@ -46,7 +46,7 @@ struct MaskApplyAndRange : MaskAndApply<T> {
     extremes.add(C::kept(raw, keep));
   }
   AMCT_INLINE void values(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) extremes.add(this->y[i]);
+    extremes.template add_all<false>(this->y + begin, nullptr, end - begin);
   }
 };
 

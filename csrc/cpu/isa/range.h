@@ -38,6 +38,27 @@ class Extremes {
     low_ = larger(low_, bits);
   }
 
+  template <bool kMasked>
+  AMCT_INLINE void add_all(const T* w, const uint8_t* mask, int64_t n) {
+    const auto bits = [&](int64_t i) __attribute__((always_inline)) {
+      if constexpr (kMasked) return load_kept(w + i, mask + i);
+      return load(w + i);
+    };
+    constexpr int width = kWidth<T>;
+    int64_t i = 0;
+    if (kMaxima) {
+      for (; i + 2 * width <= n; i += 2 * width) {
+        add(bits(i));
+        add_other(bits(i + width));
+      }
+      if (i + width <= n) {
+        add(bits(i));
+        i += width;
+      }
+    }
+    for (; i < n; ++i) add(weight<kMasked>(w, mask, i));
+  }
+
   // by_value() where all have one sign.
   template <typename ByValue>
   AMCT_INLINE Range result(const ByValue& by_value) const {
@@ -73,24 +94,8 @@ class Extremes {
 
 template <bool kMasked, typename T>
 AMCT_INLINE Range range_of(const T* w, const uint8_t* mask, int64_t n) {
-  const auto bits = [&](int64_t i) __attribute__((always_inline)) {
-    if constexpr (kMasked) return load_kept(w + i, mask + i);
-    return load(w + i);
-  };
-  constexpr int width = kWidth<T>;
   Extremes<T> extremes;
-  int64_t i = 0;
-  if (kMaxima) {
-    for (; i + 2 * width <= n; i += 2 * width) {
-      extremes.add(bits(i));
-      extremes.add_other(bits(i + width));
-    }
-    if (i + width <= n) {
-      extremes.add(bits(i));
-      i += width;
-    }
-  }
-  for (; i < n; ++i) extremes.add(weight<kMasked>(w, mask, i));
+  extremes.template add_all<kMasked>(w, mask, n);
   return extremes.result([&] { return range_by_value<kMasked>(w, mask, n); });
 }
 

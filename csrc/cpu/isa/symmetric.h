@@ -58,9 +58,7 @@ struct BesideRange {
     extremes.add(load(next + i));
     if constexpr (kPair<T> > kWidth<T>) extremes.add_other(load(next + i + kWidth<T>));
   }
-  AMCT_INLINE void values(int64_t i, int64_t n) {
-    for (; i < n; ++i) extremes.add(next[i]);
-  }
+  AMCT_INLINE void values(int64_t i, int64_t n) { extremes.template add_all<false>(next + i, nullptr, n - i); }
 };
 
 template <typename T, typename Out, typename Beside>
