@@ -34,6 +34,8 @@ AMCT_INLINE V<T> of_nines(const V<T>* first, const V<T>* last, std::integer_sequ
   }
 }
 
+// Nine registers from `at` on. Where a register holds more than a row, some values behind them are read; if the choice
+// is open, also written, and written again with the groups that follow.
 template <typename T, typename Use>
 AMCT_INLINE void mask_nines(const T* w, uint8_t* mask, int64_t at, Use& use) {
   using C = Choice<sizeof(T)>;
