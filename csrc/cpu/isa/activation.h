@@ -39,8 +39,7 @@ struct UlqRows {
   // it.
   AMCT_INLINE Row<A> fast(Row<A> v, Mask<A>& farthest) const {
     const Row<A> t = product(v, inverse, zero), code = rounded(t);
-    const Mask<A> distance = magnitude_bits_of<A>(t - code);
-    farthest = distance > farthest ? distance : farthest;
+    farthest = larger(magnitude_bits_of<A>(t - code), farthest);
     return product(clamped(code, lowest_step, highest_step), scale, signed_zero);
   }
 };
@@ -163,8 +162,10 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
       __builtin_memcpy(dx + i, ds, (end - i) * sizeof(T));
     }
     error.flush();
-    if (clipped) above.flush();
-    if (clipped) below.flush();
+    if (clipped) {
+      above.flush();
+      below.flush();
+    }
   }
   out.error += error.sums.total();
   out.above += above.sums.total();

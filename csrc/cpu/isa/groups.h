@@ -67,6 +67,16 @@ AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner,
             [&](const auto* keep) __attribute__((always_inline)) { put_four<T>(raw, keep, mask, at, inner, use); });
 }
 
+// One group of rows. Of rows of a register or more the last register overlaps the one before; what is written beyond
+// shorter rows is overwritten by the rows that follow, which go out in rising order.
+template <typename T, typename Use>
+AMCT_INLINE void mask_group(const T* w, uint8_t* mask, int64_t start, int64_t inner, Use& use) {
+  constexpr int64_t width = kWidth<T>;
+  for (int64_t i = 0; i < inner; i += width) {
+    mask_rows(w, mask, start + (i + width <= inner || inner < width ? i : inner - width), inner, use);
+  }
+}
+
 // Neighbours are sorted into registers within lanes of 128 bits, which is cheaper than across them; a group of float64
 // fills two of these.
 template <typename T>

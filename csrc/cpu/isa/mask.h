@@ -50,9 +50,7 @@ void mask_rest(const T* w, uint8_t* mask, int64_t count, int64_t inner) {
   }
 }
 
-// Whole groups; returns how many were done. Rows of a register or more: the last register of a row overlaps the one
-// before. Shorter rows: what is written beyond a row is overwritten by the rows that follow, which go out in rising
-// order, as far as enough of them follow.
+// Whole groups; returns how many were done: of rows shorter than a register those that enough rows follow.
 template <typename T, typename Use>
 AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64_t inner, Use& use) {
   constexpr int64_t width = kWidth<T>;
@@ -81,10 +79,7 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
     if (inner < width && start + 3 * inner + width > size) return g;
     bring_all(w + start, 4 * inner);
     use.ask(start, 4 * inner);
-    for (int64_t i = 0; i < inner; i += width) {
-      const int64_t at = start + (i + width <= inner || inner < width ? i : inner - width);
-      mask_rows(w, mask, at, inner, use);
-    }
+    mask_group(w, mask, start, inner, use);
   }
   return groups;
 }
@@ -97,8 +92,7 @@ void apply_mask(const void* w_, const uint8_t* __restrict mask, void* y_, int64_
   for (; i + kWidth<T> <= n; i += kWidth<T>) {
     bring<kRegister>(w + i, kLead);
     bring<kRegister>(y + i, kLead);
-    const V<T> kept = load_kept(w + i, mask + i);
-    __builtin_memcpy(y + i, &kept, sizeof(kept));
+    store_row(y + i, load_kept(w + i, mask + i));
   }
 #pragma GCC unroll 1
   for (; i < n; ++i) y[i] = weight<true>(w, mask, i);

@@ -54,10 +54,7 @@ AMCT_INLINE void mask_nines(const T* w, uint8_t* mask, int64_t at, Use& use) {
     if constexpr (width < kNine) compare(from + kNine - width, last[g]);
   }
   if (somewhere(open)) [[unlikely]] {
-    for (int64_t g = at; g < at + kNine * width; g += 4 * kNine) {
-      mask_rows(w, mask, g, kNine, use);
-      if constexpr (width < kNine) mask_rows(w, mask, g + kNine - width, kNine, use);
-    }
+    for (int64_t g = at; g < at + kNine * width; g += 4 * kNine) mask_group(w, mask, g, kNine, use);
     return;
   }
   const auto keep = [&](V<T> raw, V<T> second)

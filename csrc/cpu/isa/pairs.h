@@ -175,8 +175,7 @@ AMCT_INLINE void store_kept(Float16* to, const Float16* from, Mask<float> first,
 template <typename A>
 AMCT_INLINE auto integers(Row<A> code) {
   typedef int32_t Words __attribute__((vector_size(4 * kRow<A>)));
-  const auto number = reinterpret_cast<Row<A>>(reinterpret_cast<Mask<A>>(code) & (code == code));
-  return __builtin_convertvector(number, Words);
+  return __builtin_convertvector(where(code == code, code), Words);
 }
 template <typename A>
 AMCT_INLINE void store_bytes(int8_t* to, Row<A> code) {
