@@ -4,6 +4,7 @@ from amct_ext._library import build_info, release_memory
 from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
+from amct_ext.flow.calibrate import calibrate
 from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.parallel import average_gradients, replicated_parameters
 from amct_ext.prune.search import (
@@ -46,6 +47,7 @@ __all__ = [
     "auto_channel_prune_search",
     "average_gradients",
     "build_info",
+    "calibrate",
     "check_target",
     "configure",
     "create_compressed_retrain_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -55,3 +56,24 @@ def write_if_changed(path: str | os.PathLike[str], data: str | bytes) -> bool:
         pass
     write_atomic(path, wanted)
     return True
+
+
+def keep_old(path: str | os.PathLike[str], data: bytes) -> Path | None:
+    """Keep a file that is about to be replaced by `data`, unless it is empty or says the same, beside it.
+
+    Returns where: `<name>.bak`, or `<name>.bak1` and so on where that is taken by another content; None where there was
+    nothing to keep. Errors: OSError.
+    """
+    try:
+        old = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    if not old.strip() or old == data:
+        return None
+    names = itertools.chain([""], map(str, itertools.count(1)))
+    for beside in (Path(f"{os.fspath(path)}.bak{number}") for number in names):
+        if not beside.exists():
+            write_atomic(beside, old)
+        if beside.read_bytes() == old:
+            return beside
+    raise AssertionError("unreachable: the numbers do not end")

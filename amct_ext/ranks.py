@@ -34,6 +34,12 @@ def average_(tensors: Sequence[Tensor]) -> None:
         x.copy_(mean.view_as(x))
 
 
+def sum_(x: Tensor) -> None:
+    """Replace a tensor by its sum over all ranks: one collective."""
+    if several_ranks():
+        torch.distributed.all_reduce(x)
+
+
 def whole(x: Tensor) -> Tensor:
     """A sharded tensor (DTensor) put together, which all ranks must ask for at once; any other as it is."""
     full = getattr(x, "full_tensor", None)

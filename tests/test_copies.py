@@ -30,13 +30,17 @@ def test_averaged_copy(tmp_path: Path, name: str, use_buffers: bool) -> None:
     assert all(torch.isfinite(p).all() for p in average.parameters())
     assert not {id(p) for p in average.parameters()} & {id(p) for p in model.parameters()}
     assert not torch.equal(average.module.conv1.weight, model.conv1.weight)
-    out = evaluate(average.module)  # records the factors of the copy
-    assert torch.isfinite(out).all()
-    amct_ext.save_compressed_retrain_model(average.module, str(job.record), str(tmp_path / "ema"), small.SAMPLE)
-    if name != "filter_quant":  # the model's own factors are others: stale until it is evaluated itself
-        with pytest.raises(RuntimeError, match="update_record"):
-            amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
     evaluate(model)
+    recorded = job.record.read_text()
+    out = evaluate(average.module)  # a copy has no record file until it is given one
+    assert torch.isfinite(out).all() and job.record.read_text() == recorded
+    with pytest.raises(RuntimeError, match="update_record"):
+        amct_ext.save_compressed_retrain_model(average.module, str(job.record), str(tmp_path / "ema"), small.SAMPLE)
+    own = str(tmp_path / "ema.txt")
+    with pytest.raises(RuntimeError, match="no record file of its own"):
+        amct_ext.update_record(average.module)
+    amct_ext.update_record(average.module, own)
+    amct_ext.save_compressed_retrain_model(average.module, own, str(tmp_path / "ema"), small.SAMPLE)
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
 
 

@@ -107,6 +107,8 @@ def test_create_empties_the_record_and_leaves_the_model_alone(job: Job) -> None:
     assert Path(job.record).read_text() == ""
     assert_same = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert assert_same and type(model.conv1) is nn.Conv2d and created is not model
+    assert Path(job.record + ".bak").read_text() == "old\n"
+    train(created, optimizer_of(created), range(1))
     evaluate(created)
     assert len(Record.read(job.record).quant) == 5
 
@@ -145,6 +147,7 @@ def test_distributed_wrapper_stays(job: Job, tmp_path: Path) -> None:
         amct_ext.create_quant_retrain_config(job.config, ddp(small.build()), small.SAMPLE)
         model = job.create(ddp(small.build()))
         assert isinstance(model, ddp)
+        train(model, optimizer_of(model), range(1))
         torch.save(model.state_dict(), tmp_path / "state.pth")
         restored = job.restore(tmp_path / "state.pth", model=ddp(small.build()))
         assert isinstance(restored, ddp)
@@ -171,6 +174,7 @@ def test_save(job: Job) -> None:
 
 def test_save_refuses_another_configuration(job: Job) -> None:
     model = job.create()
+    train(model, optimizer_of(model), range(1))
     evaluate(model)
     content = json.loads(Path(job.config).read_text())
     content["batch_num"] = 3

@@ -102,8 +102,8 @@ def test_other_variants_stay_float(tmp_path: Path, kind: str, options: dict[str,
 @every_kind
 def test_hidden_clips_come_from_all_states(tmp_path: Path, kind: str) -> None:
     """Without an initial state there would be nothing but zeros to calibrate on."""
-    model = Job(tmp_path, kind).create()
-    evaluate(model)
+    model = Job(tmp_path, kind).create().train()
+    model(batch(0)[0])
     assert 0.001 < float(model.rnn.hidden_quant.scale) < 1.3 / 127
     assert int(model.rnn.hidden_quant.batches_seen) == 1
 

@@ -161,7 +161,7 @@ def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tens
 
 def _ran(layer: CompressedLayer) -> bool:
     wts = layer.weight_quant
-    return wts is not None and (wts._initialised if wts.learned else bool(torch.isfinite(wts.scale).all()))
+    return wts is not None and (wts.ready if wts.learned else bool(torch.isfinite(wts.scale).all()))
 
 
 def _read_layer(
@@ -192,7 +192,6 @@ def _read_layer(
         )
         out[ours + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
         out[ours + "invalid"] = torch.tensor(False)
-        out[ours + "calibration_data"] = torch.zeros(0)
     if layer.weight_quant is not None and "wts_scales" in taken:
         ran = bool(taken.get("cur_batch", torch.tensor(0.0)) > 0) and bool(torch.isfinite(taken["wts_scales"]).all())
         ours = f"{name}.weight_quant."

@@ -83,6 +83,8 @@ def read_rnn(
 def _copy(out: dict[str, Tensor], acts: list[tuple[str, ActivationQuantizer]], names: Mapping[str, str]) -> None:
     for prefix, quantizer in acts:
         out |= {prefix + theirs: getattr(quantizer, ours).detach().clone() for theirs, ours in names.items()}
+        if names is _PARAMS and not quantizer.ready and int(quantizer.batches_seen) == 0:
+            out[prefix + "clip_min"] = -out[prefix + "clip_max"]  # AMCT's start for recurrent layers
 
 
 def _read_activation(
@@ -92,9 +94,10 @@ def _read_activation(
         if prefix + theirs in taken:
             out[ours + key] = taken[prefix + theirs]
     finite = all(prefix + key in taken and bool(torch.isfinite(taken[prefix + key])) for key in _PREVIOUS)
+    if not finite and ours + "clip_max" in out:  # AMCT's start is a range, ours is none
+        out[ours + "clip_min"] = out[ours + "clip_max"]
     out[ours + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
     out[ours + "invalid"] = torch.tensor(False)
-    out[ours + "calibration_data"] = torch.zeros(0)
 
 
 def _read_weight(
@@ -124,4 +127,4 @@ def _present(layer: CompressedRNN) -> list[str]:
 def _ran(layer: CompressedRNN) -> bool:
     quantizer = layer.weight_quant
     assert quantizer is not None
-    return quantizer._initialised if quantizer.learned else bool(torch.isfinite(quantizer.scale).all())
+    return quantizer.ready if quantizer.learned else bool(torch.isfinite(quantizer.scale).all())

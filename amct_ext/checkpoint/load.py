@@ -13,6 +13,7 @@ from amct_ext.checkpoint import dialect
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
 from amct_ext.layers.gathering import fits
 
+_GATHERED = ".act_quant.calibration_data", ".hidden_quant.calibration_data"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
@@ -84,14 +85,20 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Every entry that is missing, unexpected or of another shape, in the model's order."""
     own = model.state_dict()
     problems = [f"missing: {key} {_shape(value)}" for key, value in own.items() if key not in state]
-    problems += [f"unexpected: {key} {_shape(value)}" for key, value in state.items() if key not in own]
+    problems += [
+        f"unexpected: {key} {_shape(value)}"
+        for key, value in state.items()
+        if key not in own and not key.endswith(_GATHERED)
+    ]
+    problems += [  # of an unfinished calibration, as version 0.1 kept it
+        f"shape: {key} {_shape(value)} was not gathered by this version"
+        for key, value in state.items()
+        if key.endswith(_GATHERED) and not fits(value)
+    ]
     for key, value in own.items():
         if key not in state:
             continue
-        if key.endswith(".calibration_data"):  # of an unfinished calibration; it has the size that it has
-            if not fits(state[key]):
-                problems.append(f"shape: {key} {_shape(state[key])} was not gathered by this version")
-        elif _shape(state[key]) != _shape(value):
+        if _shape(state[key]) != _shape(value):
             problems.append(f"shape: {key} is {_shape(state[key])} in the checkpoint and {_shape(value)} in the model")
     return problems
 

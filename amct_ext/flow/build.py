@@ -18,7 +18,7 @@ from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
 from amct_ext.config.text import RetrainConfig
 from amct_ext.errors import RecordError
-from amct_ext.flow.session import Session, attach, write_record
+from amct_ext.flow.session import Session, attach, start_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import apply_channels, plan_channels
@@ -37,7 +37,7 @@ class Planner:
 def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
     inner = compress(model, input_data, planner, record_file)
-    write_record(inner, with_factors=False)
+    start_record(inner)
     return wrap_like(model, inner)
 
 

@@ -53,10 +53,14 @@ def save_quantised(
     raise_if_invalid(model)
     record = Record.read(record_file)
     if not record.quant:
-        raise RecordError(
-            f"{record_file}: no quantisation factors recorded; run a forward in eval mode first "
-            "(a compiled model needs amct_ext.update_record(model) after it)"
+        waiting = [name for name, layer in compressed_layers(model) if not layer.ready]
+        todo = (
+            f"'{waiting[0]}' and {len(waiting) - 1} other layer(s) are not calibrated; train the model, or call "
+            "amct_ext.calibrate(model, batches), then run a forward in eval mode"
+            if waiting
+            else f"run a forward in eval mode, or call amct_ext.update_record(model, {record_file!r})"
         )
+        raise RecordError(f"{record_file}: no quantisation factors recorded: {todo}")
     check_record(model, record, record_file)
     write.export_quantized(
         plain, input_data, record.quant, session.conv_bn, save_path, **names, write_shift=session.plan.write_shift_bit

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 from amct_ext import ops
 from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, StaleStateError
+from amct_ext.files import keep_old, write_if_changed
+from amct_ext.flow.rank_ranges import share_ranges
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.pending import Running, plain
+from amct_ext.layers.phase import leaves_no_trace
+from amct_ext.layers.quantizers import ActivationQuantizer
 from amct_ext.layers.rnn import CompressedRNN
-from amct_ext.ranks import average_, first_rank, several_ranks
+from amct_ext.ranks import first_rank, several_ranks
 from amct_ext.reasons import LayerReasons
 from amct_ext.record.types import ChannelRecord, QuantRecord, Record, SparseRecord
+
+logger = logging.getLogger("amct_ext")
 
 _ATTRIBUTE = "amct_ext_session"
 _SMALLEST_FP16, _LARGEST_FP16 = 2.0**-14, 65504.0
@@ -28,22 +37,35 @@ _SMALLEST_FP16, _LARGEST_FP16 = 2.0**-14, 65504.0
 
 @dataclass
 class Session:
-    """Facts of one compressed model; plain data, copied and pickled with the model."""
+    """Facts of one compressed model; plain data, copied and pickled with the model.
+
+    A copy (teacher, average, a model handed to another framework) has no record file until it is given one; a pickle
+    keeps it.
+    """
 
     plan: Plan
-    record_file: str
+    record_file: str | None
     channel: tuple[ChannelRecord, ...] = ()
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
     reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
-    dirty: bool = True  # the record does not hold the factors of the present parameters
-    calibrating: bool = True  # forwards may still find clip ranges, each rank its own
+    recorded: tuple[Any, ...] | None = None  # what the record was made of; None: not of the present state
+    written: bytes | None = None  # content of the record file, when this model last wrote it
     running: Running = field(default_factory=Running)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.record_file = new.recorded = new.written = None
+        new.running = copy.deepcopy(self.running, memo)
+        return new
 
 
 def attach(model: nn.Module, session: Session) -> None:
     """Give the model its session and the hooks that keep the record file up to date."""
     setattr(model, _ATTRIBUTE, session)
+    for quantizer in _quantizers(model):
+        quantizer.running = session.running
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
@@ -94,15 +116,88 @@ def link_norms(model: nn.Module) -> None:
         layers[conv].links.norm = model.get_submodule(norm)
 
 
-def write_record(model: nn.Module, record_file: str | None = None, with_factors: bool = True) -> None:
-    """Write the record (on rank 0 of a distributed job). Errors: InvalidDataError where activations held NaN/Inf."""
+def start_record(model: nn.Module) -> None:
+    """Write the record of a model just created, without factors; an older one that says something else is kept.
+
+    Errors: OSError.
+    """
+    session = session_of(model)
+    assert session.record_file is not None
+    if first_rank():
+        content = build_record(model, with_factors=False).dumps().encode()
+        kept = keep_old(session.record_file, content)
+        if kept is not None:
+            logger.warning(
+                "%s holds the record of another run; it is kept as %s, and replaced by that of the model created now",
+                session.record_file,
+                kept,
+            )
+        write_if_changed(session.record_file, content)
+        session.written = content
+
+
+def write_record(model: nn.Module, record_file: str | None = None) -> None:
+    """Write the record (on rank 0 of a distributed job).
+
+    Errors: ModelError (a copy that has no file), InvalidDataError where activations held NaN/Inf.
+    """
     session = session_of(model)
     raise_if_invalid(model)
-    record = build_record(model, with_factors)
+    path = record_file or session.record_file
+    if path is None:
+        raise ModelError(
+            "this model is a copy of a compressed model and has no record file of its own: give one, "
+            "amct_ext.update_record(model, record_file)"
+        )
+    path = os.path.abspath(path)
+    record = build_record(model)
     if first_rank():
-        record.write(record_file or session.record_file)
-    if record_file is None or os.path.abspath(record_file) == session.record_file:
-        session.dirty = session.plan.quant_active and not (record.quant and _shifts_complete(model, session.plan))
+        content = record.dumps().encode()
+        if path == session.record_file:
+            _warn_of_other_writers(session, content)
+        write_if_changed(path, content)
+        session.written = content
+    session.record_file = session.record_file or path
+    if path == session.record_file:
+        complete = record.quant and _shifts_complete(model, session.plan)
+        session.recorded = _state_behind(model) if complete or not session.plan.quant_active else None
+
+
+def _warn_of_other_writers(session: Session, content: bytes) -> None:
+    """Say so where the record file is about to lose what somebody else wrote since this model's last write."""
+    if session.written is None or session.record_file is None:
+        return
+    try:
+        found = Path(session.record_file).read_bytes()
+    except OSError:
+        return
+    if found not in (session.written, content):
+        logger.warning(
+            "%s: another model or process wrote to this record file; it is replaced by the factors of the model "
+            "evaluated now. Give each model a record file of its own",
+            session.record_file,
+        )
+
+
+def _state_behind(model: nn.Module) -> tuple[Any, ...]:
+    """Identity and version of every tensor that recorded factors follow from; writes of forwards do not count."""
+    state: list[Any] = []
+    for _, layer in compressed_layers(model):
+        tensors: list[torch.Tensor] = [p for p in layer._parameters.values() if p is not None]
+        tensors += [q.scale for q in layer.weight_quantizers if q.learned]
+        if layer.sparsity is not None:
+            tensors.append(layer.sparsity.mask)
+        norm = layer.links.norm
+        if norm is not None:
+            tensors += [t for t in (norm.weight, norm.running_var) if t is not None]
+        state += [(id(t), _version(t)) for t in tensors]
+        for q in layer.own_quantizers:
+            state += [(id(t), _version(t) - q.own_writes) for t in (q.clip_max, q.clip_min)]
+    return tuple(state)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def check_record(model: nn.Module, record: Record, source: str) -> None:
@@ -118,14 +213,14 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
     if wrong:
         raise StaleStateError(
             f"{source}: the recorded factors of {len(wrong)} layer(s) are not those of the model "
-            f"({', '.join(sorted(wrong)[:5])}{', ...' if len(wrong) > 5 else ''}); it was trained on or loaded since. "
-            "Run one forward in eval mode, or call amct_ext.update_record(model), before saving"
+            f"({', '.join(sorted(wrong)[:5])}{', ...' if len(wrong) > 5 else ''}); it was trained on, loaded or copied "
+            f"since. Call amct_ext.update_record(model, {source!r}) before saving"
         )
 
 
 def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
-    quantisers = [quantiser for _, layer in compressed_layers(model) for quantiser in layer.own_quantizers]
+    quantisers = _quantizers(model)
     if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
@@ -135,8 +230,8 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
     """The factors of all quantised layers in execution order; none before every calibration is finished."""
     session = session_of(model)
     layers = dict(compressed_layers(model))
-    quantised = [name for name in session.order if layers[name].weight_quant is not None]
-    if not all(_calibrated(layers[name]) for name in quantised):
+    quantised = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
+    if not all(layers[name].ready for name in quantised):
         return ()
     link_norms(model)
     return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
@@ -156,16 +251,15 @@ def own_buffers(model: nn.Module) -> list[str]:
     return [f"{prefix}.{key}" for prefix, child in children if child is not None for key, _ in child.named_buffers()]
 
 
-def share_ranges(model: nn.Module) -> None:
-    """Give every rank the mean of the clips that the ranks found on data of their own, by one collective."""
-    quantisers = [quantiser for _, layer in compressed_layers(model) for quantiser in layer.own_quantizers]
-    average_([clip for quantiser in quantisers for clip in quantiser.found_range()])
-    session_of(model).calibrating = not all(quantiser.calibrated for quantiser in quantisers)
+def _quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    return [quantizer for _, layer in compressed_layers(model) for quantizer in layer.own_quantizers]
 
 
 def _before_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        getattr(model, _ATTRIBUTE).running.depth += 1
+        running = getattr(model, _ATTRIBUTE).running
+        running.depth += 1
+        running.forwards += running.depth == 1
 
 
 def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
@@ -179,11 +273,14 @@ def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
 
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     session = getattr(model, _ATTRIBUTE)
-    if session.calibrating and several_ranks():
-        share_ranges(model)
-    if model.training:
-        session.dirty = True
-    elif session.dirty and not torch.compiler.is_compiling():
+    learning = model.training or session.running.calibrating
+    if learning and several_ranks():
+        share_ranges(_quantizers(model))
+    if torch.compiler.is_compiling() or leaves_no_trace():
+        return
+    if learning:
+        session.recorded = None
+    elif session.record_file is not None and (session.recorded is None or session.recorded != _state_behind(model)):
         write_record(model)
 
 
@@ -192,12 +289,7 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _after_load(model: nn.Module, incompatible: Any) -> None:
-    session = getattr(model, _ATTRIBUTE)
-    session.dirty = session.calibrating = True
-
-
-def _calibrated(layer: CompressedLayer) -> bool:
-    return layer.activation is not None and all(q.calibrated for q in (layer.activation, *layer.own_quantizers))
+    getattr(model, _ATTRIBUTE).recorded = None
 
 
 def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:

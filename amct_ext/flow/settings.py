@@ -12,7 +12,7 @@ from amct_ext.errors import StaleStateError
 from amct_ext.flow.session import link_norms, session_of, write_record
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.gathering import Gathering, Histogram, Values, is_histogram
+from amct_ext.layers.gathering import Gathering, Histogram, Values
 from amct_ext.layers.integer import IntegerForward, obstacle
 from amct_ext.layers.quantizers import ActivationQuantizer
 
@@ -73,11 +73,11 @@ def configure(
         if stash is not None:
             quantizer.stash = stash == "rebuild"
         if calibration is not None:
-            quantizer.gathering = _WAYS[calibration]()
+            quantizer.calibration.way = _WAYS[calibration]()
 
 
 def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:
-    begun = [q.layer for q in quantizers if is_histogram(q.calibration_data)]
+    begun = [q.layer for q in quantizers if q.calibration.is_histogram]
     if begun:
         raise StaleStateError(
             f"layer '{begun[0]}': its calibration has begun as a histogram, which does not hold the values; let it "
@@ -116,8 +116,9 @@ def forward_choices(model: nn.Module) -> dict[str, Forward]:
 def update_record(model: nn.Module, record_file: str | None = None) -> None:
     """Write the record of the model as it is now: channel groups, present masks and, once calibrated, present factors.
 
-    ``record_file``: where to (default: the file given at create or restore). Errors: ModelError, InvalidDataError,
-    OSError.
+    ``record_file``: where to (default: the file given at create or restore). A copy of a compressed model has no file
+    of its own, so that it never writes to that of the model it was made of; the first one given here becomes its own.
+    Errors: ModelError (also a copy without a file), InvalidDataError, OSError.
     """
     write_record(unwrap(model), record_file)
 

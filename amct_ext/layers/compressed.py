@@ -14,6 +14,7 @@ from amct_ext import ops
 from amct_ext.config.plan import LayerPlan, SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.integer import IntegerForward
+from amct_ext.layers.phase import leaves_no_trace
 from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity
@@ -118,8 +119,9 @@ class CompressedLayer(nn.Module):
             y = self._float_forward(x, *args)
         if self.search_n is not None:
             if self.training:
-                self.search_n.forget()
-            elif self.feeds_search:
+                if not leaves_no_trace():
+                    self.search_n.forget()
+            elif y.numel() and self.feeds_search:
                 sums = None if self.integer is None else self.integer.take_sums()
                 self._search_shift(self.search_n, y.detach(), sums)
         return y
@@ -127,7 +129,26 @@ class CompressedLayer(nn.Module):
     @property
     def feeds_search(self) -> bool:
         """Whether a forward's output is for the shift search, too."""
-        return self.search_n is not None and not self.training and self.search_n.wants_data
+        if self.search_n is None or self.training or not self.search_n.wants_data:
+            return False
+        return self.ready and not leaves_no_trace()
+
+    @property
+    def ready(self) -> bool:
+        """Whether ranges and learned scales have begun, so that an evaluation has factors to record."""
+        quantizers = (self.activation, *self.own_quantizers)
+        return all(q is None or q.ready for q in quantizers) and all(q.ready for q in self.weight_quantizers)
+
+    @property
+    def weight_quantizers(self) -> tuple[WeightQuantizer, ...]:
+        """The quantisers of the layer's weights."""
+        return () if self.weight_quant is None else (self.weight_quant,)
+
+    @torch.no_grad()
+    def start_scales(self) -> None:
+        """Start learned scales that no training forward has started yet."""
+        if self.weight_quant is not None:
+            self.weight_quant.initialise(self._to_rows(self.masked_weight()))
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         quantizer, quantised = self.activation, x
@@ -176,7 +197,10 @@ class CompressedLayer(nn.Module):
     def masked_weight(self) -> Tensor:
         """The float weight with the present 2:4 mask folded in."""
         weight = whole(self.weight.detach())
-        return weight if self.sparsity is None else ops.apply_mask(weight, self.sparsity.mask)
+        if self.sparsity is None:
+            return weight
+        self.sparsity.check(weight)
+        return ops.apply_mask(weight, self.sparsity.mask)
 
     @torch.no_grad()
     def recorded_scale_w(self) -> Tensor:

@@ -44,7 +44,8 @@ class IntegerForward:
     def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the float path is to be taken."""
         self._sums = None
-        self.used = applies(layer, x) and (self.mode == "integer" or self._faster(layer, x))
+        begun = layer.training or layer.ready  # before that an evaluation uses ranges of its own
+        self.used = applies(layer, x) and begun and (self.mode == "integer" or self._faster(layer, x))
         if not self.used:
             return None
         if layer.training or torch.is_grad_enabled():
@@ -83,6 +84,7 @@ class IntegerForward:
         """Packed weight, sums and scale; kept between evaluation forwards while no tensor behind them changes."""
         sources = [layer.weight, *layer.weight_quant.parameters()]
         if layer.sparsity is not None:
+            layer.sparsity.check(layer.weight)
             sources.append(layer.sparsity.mask)
         key = [(id(t), t.data_ptr(), t._version) for t in sources]
         if self._packed is None or self._packed[0] != key:
@@ -162,12 +164,12 @@ def applies(layer: Any, x: Tensor) -> bool:
 def _activation_codes(layer: Any, x: Tensor) -> Codes:
     quantizer = layer.activation
     first = layer.act_quant is not None
+    forward = quantizer.running.forward
     if not first:
-        made = quantizer.shared_codes.take(x)
+        made = quantizer.shared_codes.take(x, forward)
         if made is not None:
             return made
-    else:
-        quantizer.calibrate(x)
+    quantizer.calibrate(x)
     clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
     options = (quantizer.num_bits, quantizer.fixed_min)
     if type(x) is Pending and x.made is not None and not torch.is_grad_enabled():
@@ -179,7 +181,7 @@ def _activation_codes(layer: Any, x: Tensor) -> Codes:
     if torch.is_grad_enabled():
         carrier = Carrier.apply(x, quantizer.clip_max, quantizer.clip_min, clip_max, clip_min, quantizer.num_bits)
     made = Codes(carrier, x, clip_max, clip_min, codes, scale, offset, quantizer.num_bits)
-    if first:
-        quantizer.write_back(scale, offset, clip_max, clip_min, invalid)
-        quantizer.shared_codes.keep(made, x, quantizer.num_readers - 1)
+    quantizer.write_back(scale, offset, clip_max, clip_min, invalid)
+    if first or forward is not None:
+        quantizer.shared_codes.keep(made, x, quantizer.num_readers - 1, forward)
     return made

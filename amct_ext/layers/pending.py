@@ -9,6 +9,7 @@ floats, computed then. Any use is therefore right, and only a second one compute
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from amct_ext import ops
 from amct_ext.layers.norms import folded
+
+logger = logging.getLogger("amct_ext")
 
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -33,10 +36,32 @@ class Patience:
 
 
 class Running:
-    """How many forwards of a whole model are under way: only there a result may wait for what follows."""
+    """The forwards of a whole model: how many are under way, and which one it is.
+
+    Only within one may a result wait for what follows, and only there do layers know what the others did.
+    """
 
     def __init__(self) -> None:
         self.depth = 0
+        self.forwards = 0  # begun so far
+        self.calibrating = False  # evaluations calibrate, too: `calibrate` asked for it
+        self.warned = False
+
+    @property
+    def forward(self) -> int | None:
+        """The forward of the model that is under way; None where there is none, or in a compiled graph."""
+        return self.forwards if not torch.compiler.is_compiling() and self.depth else None
+
+    def warn_uncalibrated(self, layer: str) -> None:
+        """Say, once for a model, that it is evaluated before its calibration."""
+        if not self.warned:
+            self.warned = True
+            logger.warning(
+                "layer '%s' and maybe others are evaluated before their activation ranges were calibrated: each input "
+                "is quantised by a range of its own and nothing is kept. Forwards in training mode calibrate; "
+                "amct_ext.calibrate(model, batches) does so without training",
+                layer,
+            )
 
     def __reduce__(self) -> tuple[type[Running], tuple[()]]:
         return Running, ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.config.plan import DataQuant, WeightQuant
 from amct_ext.errors import InvalidDataError
-from amct_ext.layers.gathering import Gathering, Values, fits, take_batch
+from amct_ext.layers.gathering import Calibration, batch_range, fits
+from amct_ext.layers.host_value import HostValue
+from amct_ext.layers.pending import Running
+from amct_ext.layers.phase import leaves_no_trace
 from amct_ext.layers.precision import KeepsPrecision
 from amct_ext.layers.product import Codes
 from amct_ext.layers.sharing import Shared
@@ -18,15 +21,26 @@ from amct_ext.layers.sharing import Shared
 _NAN = float("nan")
 
 
+class Range(NamedTuple):
+    """Clips to quantise one input with."""
+
+    clip_max: Tensor
+    clip_min: Tensor
+    prev_clip_max: Tensor
+    prev_clip_min: Tensor
+    kept: bool  # the quantiser's own, so that what a forward makes of them is written back
+
+
 class ActivationQuantizer(KeepsPrecision):
     """Fake quantisation of an activation with learned clips (ULQ), started by a range search (IFMR).
 
-    Without configured clips the first ``batch_num`` forwards calibrate: each but the last uses the range of its own
-    batch, the last one searches the clips on all data gathered. Parameters: ``clip_max``, ``clip_min`` (0-dim).
-    Buffers: ``prev_clip_max``, ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky:
-    NaN/Inf was seen), ``batches_seen``, ``calibration_data`` (empty outside a calibration of several batches; values
-    or a histogram, as ``gathering`` says). The effective clips are written back to the parameters by every forward, as
-    AMCT does. Source: AMCT's activation ULQ and IFMR.
+    Without configured clips the first ``batch_num`` training forwards calibrate: each but the last uses the range of
+    its own batch, the last one searches the clips on all data gathered. An evaluation before that uses a range of its
+    own and keeps nothing. Parameters: ``clip_max``, ``clip_min`` (0-dim). Buffers: ``prev_clip_max``,
+    ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky: NaN/Inf was seen),
+    ``batches_seen``. The data of a calibration under way are in no state dict: after a load it starts over. The
+    effective clips are written back to the parameters by every forward, as AMCT does. Source: AMCT's activation ULQ
+    and IFMR.
     """
 
     clip_max: nn.Parameter
@@ -37,7 +51,6 @@ class ActivationQuantizer(KeepsPrecision):
     offset: Tensor
     invalid: Tensor
     batches_seen: Tensor
-    calibration_data: Tensor
 
     def __init__(self, plan: DataQuant, fixed_min: bool, batch_num: int, layer: str, device: torch.device) -> None:
         super().__init__()
@@ -45,89 +58,134 @@ class ActivationQuantizer(KeepsPrecision):
         self.num_bits = plan.num_bits
         self.fixed_min = fixed_min
         self.batch_num = 0 if plan.clip_max is not None else batch_num
+        # Equal clips are those of nobody: an average over floats alone, made before the calibration, tells them apart.
         start_max = 1.0 if plan.clip_max is None else plan.clip_max
         start_min = 1.0 if plan.clip_min is None else plan.clip_min
-        self.clip_max = nn.Parameter(torch.tensor(start_max, device=device))
-        self.clip_min = nn.Parameter(torch.tensor(start_min, device=device))
+        self.clip_max = nn.Parameter(torch.tensor(start_max, dtype=torch.float32, device=device))
+        self.clip_min = nn.Parameter(torch.tensor(start_min, dtype=torch.float32, device=device))
         for name in ("prev_clip_max", "prev_clip_min", "scale", "offset"):
-            self.register_buffer(name, torch.tensor(_NAN, device=device))
+            self.register_buffer(name, torch.tensor(_NAN, dtype=torch.float32, device=device))
         self.register_buffer("invalid", torch.zeros((), dtype=torch.bool, device=device))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("calibration_data", torch.zeros(0, device=device))
+        self.calibration = Calibration()
+        self.running = Running()
         self.validate_now = False
         self.stash = True
-        self.gathering: Gathering = Values()
         self.num_readers = 1
         self.shared: Shared[tuple[Tensor, ...]] = Shared()
         self.shared_codes: Shared[Codes] = Shared()
-        # Host mirror of batches_seen: the branch must not read a tensor.
-        self._seen = 0
-        self._own_range = False
+        self.found: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
+        self.own_writes = 0  # to the clips, by forwards: versions that mean no change
+        self._seen = HostValue(0)
+        self._calibrated_in: int | None = None  # forward of the model
 
     @property
     def calibrated(self) -> bool:
-        return self._seen >= self.batch_num
+        """Whether the calibration is finished."""
+        return self._seen.read(self.batches_seen) >= self.batch_num
+
+    @property
+    def ready(self) -> bool:
+        """Whether an evaluation can use the clips: calibrated, or given a range by somebody else (an average)."""
+        seen = self._seen.read(self.batches_seen)
+        return seen >= self.batch_num or (seen == 0 and self._has_range())
+
+    @property
+    def learning(self) -> bool:
+        """Whether the present forward may calibrate: one of training, or one of `calibrate`."""
+        return (self.training or self.running.calibrating) and not leaves_no_trace()
 
     def forward(self, x: Tensor, used: list[Tensor] | None = None) -> Tensor:
         """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input.
 
         ``used`` takes up the result and what it was made of: the input, the effective clips (maximum, minimum).
         """
-        self.calibrate(x)
-        y, clip_max, clip_min = ops.ulq_fake_quantize_(
-            x,
-            self.clip_max,
-            self.clip_min,
-            self.prev_clip_max,
-            self.prev_clip_min,
-            self.scale,
-            self.offset,
-            self.invalid,
-            self.num_bits,
-            self.fixed_min,
-        )
-        if self.validate_now:
-            self.raise_if_invalid()
-        made = (y, x, clip_max, clip_min)
-        self.shared.keep(made, x, self.num_readers - 1)
+        made = self._make(x)
+        self.shared.keep(made, x, self.num_readers - 1, self.running.forward)
         if used is not None:
             used += made
-        return y
+        return made[0]
+
+    def reuse(self, x: Tensor, used: list[Tensor]) -> Tensor:
+        """Quantised ``x`` for a further reader: what was made of the same input in this forward, else made here.
+
+        Where the layer that holds the quantiser does not run, the first reader calibrates in its place.
+        """
+        forward = self.running.forward
+        made = self.shared.take(x, forward)
+        if made is None:
+            made = self._make(x)
+            if forward is not None:
+                self.shared.keep(made, x, self.num_readers - 1, forward)
+        used += made
+        return made[0]
+
+    def _make(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Quantised ``x``, ``x``, and the effective clips (maximum, minimum)."""
+        clips = self.range_for(x)
+        if not clips.kept or x.numel() == 0 or leaves_no_trace():
+            y, _, _, clip_max, clip_min, invalid = self._quantize(x, clips)
+            if not clips.kept and not leaves_no_trace():
+                self._note_invalid(invalid)
+            return y, x, clip_max, clip_min
+        y, clip_max, clip_min = ops.ulq_fake_quantize_(
+            x, *clips[:4], self.scale, self.offset, self.invalid, self.num_bits, self.fixed_min
+        )
+        self.own_writes += 1
+        if self.validate_now:
+            self.raise_if_invalid()
+        return y, x, clip_max, clip_min
+
+    def range_for(self, x: Tensor) -> Range:
+        """The clips for ``x``, calibrating on it first where that is due. Errors: InvalidDataError."""
+        self.calibrate(x)
+        own = Range(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, kept=True)
+        if self.calibrated or x.numel() == 0:
+            return own
+        if torch.compiler.is_compiling():
+            return own if self.learning else self._range_of(x)
+        if self._has_range() if self.training or self.running.calibrating else self.ready:
+            return own
+        self.running.warn_uncalibrated(self.layer)
+        return self._range_of(x)
 
     def calibrate(self, x: Tensor) -> None:
-        """Take ``x`` as a batch of the calibration; does nothing once that is finished. Errors: InvalidDataError."""
-        if not self.calibrated:
+        """Take ``x`` as a batch of the calibration, once in a forward of the model and only while training.
+
+        Errors: InvalidDataError.
+        """
+        if self.calibrated or x.numel() == 0 or not self.learning:
+            return
+        forward = self.running.forward
+        if forward is None or forward != self._calibrated_in:
+            self._calibrated_in = forward
             self._calibrate(x.detach())
 
-    def quantize_step(self, state: Tensor, steps: list[tuple[Tensor, ...]]) -> Tensor:
+    def quantize_step(self, state: Tensor, clips: Range, steps: list[tuple[Tensor, ...]]) -> Tensor:
         """Quantise the state of one step of a sequence; ``steps`` gathers what ``end_sequence`` needs."""
-        steps.append(self._quantize(state))
+        steps.append(self._quantize(state, clips))
         return steps[-1][0]
 
-    def end_sequence(self, steps: list[tuple[Tensor, ...]]) -> None:
+    def end_sequence(self, clips: Range, steps: list[tuple[Tensor, ...]]) -> None:
         """Write the effective clips back, once per sequence: they are the same at every step, as are those of AMCT."""
         _, scale, offset, clip_max, clip_min, _ = steps[-1]
-        self.write_back(scale, offset, clip_max, clip_min, torch.stack([step[5] for step in steps]).any())
+        invalid = torch.stack([step[5] for step in steps]).any()
+        if clips.kept:
+            self.write_back(scale, offset, clip_max, clip_min, invalid)
+        elif not leaves_no_trace():
+            self._note_invalid(invalid)
 
     @torch.no_grad()
     def write_back(self, scale: Tensor, offset: Tensor, clip_max: Tensor, clip_min: Tensor, invalid: Tensor) -> None:
         """Note what a forward used. Errors: InvalidDataError, where the check is not deferred."""
+        if leaves_no_trace():
+            return
         torch._foreach_copy_(
             [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
             [clip_max, clip_min, clip_max, clip_min, scale, offset],
         )
-        self.invalid.logical_or_(invalid)
-        if self.validate_now:
-            self.raise_if_invalid()
-
-    def reuse(self, x: Tensor, used: list[Tensor]) -> Tensor:
-        """Quantised ``x`` for a further reader: what ``forward`` made of the same input, else made anew."""
-        made = self.shared.take(x)
-        if made is None:
-            y, _, _, clip_max, clip_min, _ = self._quantize(x)
-            made = (y, x, clip_max, clip_min)
-        used += made
-        return made[0]
+        self.own_writes += 1
+        self._note_invalid(invalid)
 
     @torch.no_grad()
     def present_scale(self) -> Tensor:
@@ -152,44 +210,67 @@ class ActivationQuantizer(KeepsPrecision):
                 "look at the data, the learning rate and loss scaling, and restore the last good checkpoint"
             )
 
-    def _quantize(self, x: Tensor) -> tuple[Tensor, ...]:
-        return ops.ulq_fake_quantize(
-            x, self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.num_bits, self.fixed_min
-        )
+    def _note_invalid(self, invalid: Tensor) -> None:
+        self.invalid.logical_or_(invalid)
+        if self.validate_now:
+            self.raise_if_invalid()
+
+    def _quantize(self, x: Tensor, clips: Range | None = None) -> tuple[Tensor, ...]:
+        bounds = (self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min) if clips is None else clips[:4]
+        return ops.ulq_fake_quantize(x, *bounds, self.num_bits, self.fixed_min)
+
+    @torch.no_grad()
+    def _has_range(self) -> bool:
+        """Whether the clips are a range at all; reads the device, so only asked before the calibration is finished."""
+        return bool(self.clip_max - self.clip_min > torch.finfo(torch.float32).eps)
+
+    @torch.no_grad()
+    def _range_of(self, x: Tensor) -> Range:
+        """The range that a calibration with ``x`` as its next batch would use; nothing is kept.
+
+        In a compiled graph, which cannot ask, clips that are a range go first; decided on the device.
+        """
+        last = self._seen.value + 1 >= self.batch_num
+        clip_max, clip_min = batch_range(_values(x.detach()), self.num_bits, last)
+        if torch.compiler.is_compiling() and self._seen.value == 0:
+            usable = self.clip_max - self.clip_min > torch.finfo(torch.float32).eps
+            clip_max = torch.where(usable, self.clip_max, clip_max)
+            clip_min = torch.where(usable, self.clip_min, clip_min)
+        return Range(clip_max, clip_min, clip_max, clip_min, kept=False)
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
-        data = x.flatten()
-        data = data if data.dtype == torch.float64 else data.float()
-        last = self._seen + 1 >= self.batch_num
-        gathered, clip_max, clip_min = take_batch(self.gathering, self.calibration_data, data, self.num_bits, last)
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
-            raise InvalidDataError(f"layer '{self.layer}': its input holds NaN or Inf, no clip range can be found")
-        self.calibration_data = gathered
+        seen = int(self._seen.read(self.batches_seen))
+        if seen != self.calibration.batches:  # what was gathered before a load, or by another model, is not here
+            self.calibration.clear()
+            self.batches_seen.zero_()
+            seen = 0
+        last = seen + 1 >= self.batch_num
+        clip_max, clip_min = self.calibration.add(_values(x), self.num_bits, last, self.layer)
         self.clip_max.copy_(clip_max)
         self.clip_min.copy_(clip_min)
         if last:
             self.prev_clip_max.copy_(clip_max)
             self.prev_clip_min.copy_(clip_min)
-        self._seen += 1
-        self._own_range = True
+        self.found = "final" if last else "provisional"
         self.batches_seen.add_(1)
+        self._seen.wrote(self.batches_seen, seen + 1)
 
-    def found_range(self) -> list[Tensor]:
-        """The clips that the last forward found on this rank's data alone, once; nothing where it found none."""
-        if not self._own_range:
-            return []
-        self._own_range = False
-        clips = [self.clip_max.detach(), self.clip_min.detach()]
-        return clips + ([self.prev_clip_max, self.prev_clip_min] if self.calibrated else [])
+    @torch.no_grad()
+    def finish_calibration(self) -> None:
+        """Count the calibration as finished, with the clips that are there."""
+        self.calibration.clear()
+        if not self.calibrated:
+            self.batches_seen.fill_(self.batch_num)
+            self._seen.wrote(self.batches_seen, self.batch_num)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        data = state_dict.get(prefix + "calibration_data")
-        own = self.calibration_data
-        if isinstance(data, Tensor) and fits(data) and (data.shape, data.dtype) != (own.shape, own.dtype):
-            self.calibration_data = torch.zeros_like(data, device=own.device)
+        self.calibration.clear()
+        gathered = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._seen = int(self.batches_seen)
+        if gathered is not None and gathered.numel() and fits(gathered):
+            self.calibration.resume(gathered.to(self.clip_max.device), int(self.batches_seen))
+        self._seen.read(self.batches_seen)  # a graph compiled next takes the value as it is now
         self.shared, self.shared_codes = Shared(), Shared()
 
     def extra_repr(self) -> str:
@@ -197,12 +278,20 @@ class ActivationQuantizer(KeepsPrecision):
         return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
 
 
+def _values(x: Tensor) -> Tensor:
+    """The values of an activation as the range searches take them."""
+    data = x.flatten()
+    return data if data.dtype == torch.float64 else data.float()
+
+
 class WeightQuantizer(KeepsPrecision):
     """Fake quantisation of a weight: range of the present weight (ARQ) or a learned scale (weight ULQ).
 
     ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the
-    first), and a Parameter for learned scales, set from the weight's range by the first forward. Sources: AMCT's ARQ
-    and weight ULQ; Esser et al. 2020 (learned step size).
+    first), and a Parameter for learned scales, set from the weight's range by the first training forward, which also
+    sets ``initialised`` to one. That flag is a float, so that an average of the model carries it too; above zero it is
+    set. An evaluation before that uses the range of the present weight. Sources: AMCT's ARQ and weight ULQ; Esser et
+    al. 2020 (learned step size).
     """
 
     scale: Tensor
@@ -215,10 +304,10 @@ class WeightQuantizer(KeepsPrecision):
         self.learned = plan.algo == "ulq_retrain"
         self.grad_factor = grad_factor
         start = ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
-        self._initialised = False
+        self._initialised = HostValue(0)
         if self.learned:
             self.scale = nn.Parameter(start.clone())
-            self.register_buffer("initialised", torch.zeros((), dtype=torch.bool, device=weight.device))
+            self.register_buffer("initialised", torch.zeros((), dtype=torch.float32, device=weight.device))
         else:
             self.register_buffer("scale", torch.full_like(start, _NAN))
 
@@ -234,9 +323,15 @@ class WeightQuantizer(KeepsPrecision):
             return y
         if mask is not None:
             weight = ops.apply_mask(weight, mask)
-        if not self._initialised:
-            self._initialise(weight.detach())
-        return ops.lsq_fake_quantize(weight, self.scale, self.num_bits, self.channel_axis, self.grad_factor)
+        if self.training and not leaves_no_trace():
+            self.initialise(weight)
+        used = self.scale if self.ready else self.present_scale(weight)
+        return ops.lsq_fake_quantize(weight, used, self.num_bits, self.channel_axis, self.grad_factor)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scale is that of a forward to come: always so for ARQ, from its start on for a learned one."""
+        return not self.learned or self._initialised.read(self.initialised) > 0
 
     @torch.no_grad()
     def used_scale(self) -> Tensor:
@@ -246,20 +341,22 @@ class WeightQuantizer(KeepsPrecision):
     @torch.no_grad()
     def present_scale(self, weight: Tensor) -> Tensor:
         """The scale that a forward on ``weight`` would use now; nothing is changed."""
-        if self.learned and self._initialised:
+        if self.learned and self.ready:
             return self.used_scale()
         return ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
 
     @torch.no_grad()
-    def _initialise(self, weight: Tensor) -> None:
-        self.scale.copy_(ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)[1])
-        self.initialised.fill_(True)
-        self._initialised = True
+    def initialise(self, weight: Tensor) -> None:
+        """Start a learned scale from the range of ``weight``, masked already; does nothing once it has begun."""
+        if not self.ready:
+            self.scale.copy_(ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1])
+            self.initialised.fill_(1.0)
+            self._initialised.wrote(self.initialised, 1.0)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.learned:
-            self._initialised = bool(self.initialised)
+            self._initialised.read(self.initialised)
 
     def extra_repr(self) -> str:
         algo = "learned scale" if self.learned else "ARQ"

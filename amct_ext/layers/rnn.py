@@ -59,10 +59,7 @@ class CompressedRNN(CompressedLayer):
 
     def _activation(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> ActivationQuantizer:
         assert plan.quant is not None
-        quantizer = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, self.weight_ih_l0.device)
-        if plan.quant.data.clip_min is None:
-            quantizer.clip_min.data.fill_(-1.0)  # where AMCT starts here; calibration replaces it
-        return quantizer
+        return ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, self.weight_ih_l0.device)
 
     def _weight(self, plan: QuantPlan, weight: Tensor) -> WeightQuantizer:
         steps = 2 ** (plan.weight.num_bits - 1) - 1
@@ -72,6 +69,15 @@ class CompressedRNN(CompressedLayer):
     def own_quantizers(self) -> tuple[ActivationQuantizer, ...]:
         return tuple(q for q in (self.act_quant, self.hidden_quant) if q is not None)
 
+    @property
+    def weight_quantizers(self) -> tuple[WeightQuantizer, ...]:
+        return tuple(q for q in (self.weight_quant, self.hidden_weight_quant) if q is not None)
+
+    @torch.no_grad()
+    def start_scales(self) -> None:
+        for quantizer, weight in zip(self.weight_quantizers, (self.weight_ih_l0, self.weight_hh_l0), strict=False):
+            quantizer.initialise(weight)
+
     # -- the forward
 
     def forward(self, x: Tensor, hx: Any = None) -> Any:
@@ -79,17 +85,17 @@ class CompressedRNN(CompressedLayer):
         hidden = self._initial_state(x, hx)
         assert self.act_quant is not None and self.hidden_quant is not None
         assert self.weight_quant is not None and self.hidden_weight_quant is not None
-        if not self.hidden_quant.calibrated:
-            self.hidden_quant.calibrate(self._float_states(x, hidden))
+        hidden_quant = self.hidden_quant
+        states = hidden[0] if hidden_quant.calibrated else self._float_states(x, hidden)
+        clips = hidden_quant.range_for(states)
         quantised: list[tuple[Tensor, ...]] = []
 
         def step(state: Tensor) -> Tensor:
-            assert self.hidden_quant is not None
-            return self.hidden_quant.quantize_step(state, quantised)
+            return hidden_quant.quantize_step(state, clips, quantised)
 
         weights = self.weight_quant(self.weight_ih_l0), self.hidden_weight_quant(self.weight_hh_l0)
         output, last = self._run(self.act_quant(x), hidden, *weights, step)
-        self.hidden_quant.end_sequence(quantised)
+        hidden_quant.end_sequence(clips, quantised)
         return output.transpose(0, 1) if self.batch_first else output, last
 
     def _initial_state(self, x: Tensor, hx: Any) -> States:

@@ -13,19 +13,23 @@ class Shared(Generic[Made]):
     """A result and the input that it was made of, kept until the last reader took it; copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Made, Tensor, int] | None = None
+        self._kept: tuple[Made, Tensor, int, int | None] | None = None
 
-    def keep(self, made: Made, x: Tensor, readers: int) -> None:
-        """Keep what was made of ``x`` for so many further readers: no activation outlives the forward."""
-        self._kept = (made, x, readers) if readers > 0 else None
+    def keep(self, made: Made, x: Tensor, readers: int, forward: int | None) -> None:
+        """Keep what was made of ``x`` for so many further readers in the same forward of the model."""
+        self._kept = (made, x, readers, forward) if readers > 0 else None
 
-    def take(self, x: Tensor) -> Made | None:
-        """What was made of ``x``; None where it was another tensor, or nobody has made anything of it."""
-        if self._kept is None or self._kept[1] is not x:
+    def take(self, x: Tensor, forward: int | None) -> Made | None:
+        """What was made of ``x`` in this forward; None where nobody has made anything of it."""
+        if self._kept is None or self._kept[1] is not x or self._kept[3] != forward:
             return None
-        made, _, readers = self._kept
-        self.keep(made, x, readers - 1)
+        made, _, readers, _ = self._kept
+        self.keep(made, x, readers - 1, forward)
         return made
+
+    def clear(self) -> None:
+        """Let go of a result that not all readers took: no activation outlives the forward."""
+        self._kept = None
 
     @property
     def empty(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import StaleStateError
+from amct_ext.layers.host_value import HostValue
 from amct_ext.layers.precision import KeepsPrecision
 
 NUM_SHIFTS = 16
@@ -19,7 +20,7 @@ class ShiftSearch(KeepsPrecision):
     """Accumulates the squeeze error of the shifts 1..16 over evaluation forwards; never touches the data it sees.
 
     A training forward makes the result stale; the next ``batch_num`` evaluation forwards gather it anew. State:
-    ``errors`` (float64, channels x 16), ``deq_scale`` (the scales they were made with), ``batches``.
+    ``errors`` (float64, channels x 16), ``deq_scale`` (the scales they were made with), ``batches`` (0: stale).
     Source: the search of AMCT 9.0.0 and of the published dequantisation emulators.
     """
 
@@ -31,23 +32,26 @@ class ShiftSearch(KeepsPrecision):
         super().__init__()
         self.batch_num = batch_num
         self.register_buffer("errors", torch.zeros(num_scales, NUM_SHIFTS, dtype=torch.float64, device=device))
-        self.register_buffer("deq_scale", torch.zeros(num_scales, device=device))
+        self.register_buffer("deq_scale", torch.zeros(num_scales, dtype=torch.float32, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
-        # Host mirrors: whether to gather is decided in Python, without reading a tensor.
-        self._gathered = 0
-        self._stale = False
+        self._batches = HostValue(0)
 
+    @torch.no_grad()
     def forget(self) -> None:
         """Note that the scales are about to change: the next evaluation starts over."""
-        self._stale = True
+        if self.has_result:
+            self.batches.zero_()
+            self._batches.wrote(self.batches, 0)
 
     @property
     def wants_data(self) -> bool:
-        return self._stale or self._gathered < self.batch_num
+        """Whether further evaluation batches are of use."""
+        return self._batches.read(self.batches) < self.batch_num
 
     @property
     def has_result(self) -> bool:
-        return self._gathered > 0 and not self._stale
+        """Whether a batch was seen since the last training forward."""
+        return self._batches.read(self.batches) > 0
 
     @torch.no_grad()
     def observe(self, output: Tensor, deq_scale: Tensor, channel_axis: int, in_steps: bool = False) -> None:
@@ -55,12 +59,9 @@ class ShiftSearch(KeepsPrecision):
 
         ``in_steps``: output counts steps of deq_scale, the accumulators themselves.
         """
-        if self._stale:
-            self._stale = False
-            self._gathered = 0
-            self.batches.zero_()
-        self._gathered += 1
+        seen = self._batches.read(self.batches) + 1
         self.batches.add_(1)
+        self._batches.wrote(self.batches, seen)
         deq_scale = deq_scale.to(self.deq_scale.dtype)
         # Scales that changed without a training forward (a hand-set clip) void what was gathered; decided on the
         # device.
@@ -93,8 +94,7 @@ class ShiftSearch(KeepsPrecision):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._gathered = int(self.batches)
-        self._stale = False
+        self._batches.read(self.batches)
 
     def extra_repr(self) -> str:
         return f"scales={self.errors.shape[0]}, batch_num={self.batch_num}"

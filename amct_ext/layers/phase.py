@@ -1,0 +1,30 @@
+"""What kind of forward is under way: one that moves the state on, or one that repeats or only looks on."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_TRACERS = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
+
+
+def leaves_no_trace() -> bool:
+    """Whether the present forward must not change any state.
+
+    So for one that runs inside a backward (gradient checkpointing computes a part again, which has to give what it gave
+    before), under a transform of torch.func, in a tracer or an exporter.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._current_graph_task_id() != -1
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack())
+        )
+    )
