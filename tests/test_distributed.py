@@ -117,3 +117,51 @@ def test_a_checkpoint_of_one_process_restores_on_two(tmp_path: Path) -> None:
         for key, value in model.state_dict().items():
             assert torch.equal(state["module." + key], value), key
         assert torch.load(tmp_path / f"rank{rank}" / "flagged.pth") is (rank == 1)
+
+
+class Heads(nn.Module):
+    """Each rank trains one head at a time; their inputs are a hundredfold apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, which: int | None = None) -> torch.Tensor:
+        if which is None:
+            return self.a(x) + self.b(100 * x)
+        return self.b(100 * x) if which else self.a(x)
+
+
+def heads(rank: int, folder: str, order: tuple[tuple[int, int], ...]) -> None:
+    """One rank: in each step the head that ``order`` names for it."""
+    mine = start(rank, folder)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(rank))
+    model = amct_ext.create_compressed_retrain_model(
+        Heads(), x, f"{folder}/compress.cfg", str(mine / "record.txt")
+    ).train()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for which in order:
+        parallel(x, which[rank]).square().mean().backward()
+    torch.save({k: v for k, v in model.state_dict().items() if "act_quant" in k}, mine / "state.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("batches", "order"),
+    [
+        (1, ((0, 1), (1, 0))),
+        (1, ((0, 1), (0, 1))),
+        (2, ((0, 1), (1, 0), (0, 1))),
+        (2, ((0, 0), (0, 1), (1, 1), (1, 0))),
+    ],
+)
+def test_ranks_on_different_heads(tmp_path: Path, batches: int, order: tuple[tuple[int, int], ...]) -> None:
+    """What is averaged does not depend on what a rank ran: no clips of other layers, no lists of unequal length."""
+    (tmp_path / "compress.cfg").write_text(f"batch_num: {batches}\n" + small.QUANT)
+    multiprocessing.start_processes(heads, (str(tmp_path), order), nprocs=WORLD, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
+    for key, value in first.items():
+        if "clip_m" in key or "batches_seen" in key:
+            assert torch.equal(value, second[key]), key
+    assert 2 < first["a.act_quant.clip_max"] < 5 and 200 < first["b.act_quant.clip_max"] < 500
+    assert first["a.act_quant.batches_seen"] == first["b.act_quant.batches_seen"] == batches

@@ -129,9 +129,9 @@ class CompressedLayer(nn.Module):
     @property
     def feeds_search(self) -> bool:
         """Whether a forward's output is for the shift search, too."""
-        if self.search_n is None or self.training or not self.search_n.wants_data:
+        if self.search_n is None or self.activation is None or self.training or not self.search_n.wants_data:
             return False
-        return self.ready and not leaves_no_trace()
+        return self.ready and not self.activation.running.calibrating and not leaves_no_trace()
 
     @property
     def ready(self) -> bool:

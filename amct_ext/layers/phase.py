@@ -28,3 +28,15 @@ def leaves_no_trace() -> bool:
             and any(isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack())
         )
     )
+
+
+def segment() -> tuple[bool, object]:
+    """What tells the part of a forward that is run again by itself from the rest: gradients, and hooks on saved tensors.
+
+    Checkpointed parts have hooks of their own (or no gradients at first). A result made in one must not be used in
+    another: the autograd graph of each has to be the same when it runs again.
+    """
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled(), None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), None if hooks is None else hooks[0]

@@ -38,8 +38,8 @@ class ActivationQuantizer(KeepsPrecision):
     its own batch, the last one searches the clips on all data gathered. An evaluation before that uses a range of its
     own and keeps nothing. Parameters: ``clip_max``, ``clip_min`` (0-dim). Buffers: ``prev_clip_max``,
     ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky: NaN/Inf was seen),
-    ``batches_seen``. The data of a calibration under way are in no state dict: after a load it starts over. The
-    effective clips are written back to the parameters by every forward, as AMCT does. Source: AMCT's activation ULQ
+    ``batches_seen`` (a float, so that an average of the model carries it too). The data of a calibration under way are
+    in no state dict: after a load it starts over. The effective clips are written back to the parameters by every forward, as AMCT does. Source: AMCT's activation ULQ
     and IFMR.
     """
 
@@ -66,7 +66,7 @@ class ActivationQuantizer(KeepsPrecision):
         for name in ("prev_clip_max", "prev_clip_min", "scale", "offset"):
             self.register_buffer(name, torch.tensor(_NAN, dtype=torch.float32, device=device))
         self.register_buffer("invalid", torch.zeros((), dtype=torch.bool, device=device))
-        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.float32, device=device))
         self.calibration = Calibration()
         self.running = Running()
         self.validate_now = False
@@ -86,9 +86,12 @@ class ActivationQuantizer(KeepsPrecision):
 
     @property
     def ready(self) -> bool:
-        """Whether an evaluation can use the clips: calibrated, or given a range by somebody else (an average)."""
+        """Whether an evaluation can use the clips: calibrated, or given a range by somebody else.
+
+        An average that was made before the calibration has averaged clips, and no count of batches or a broken one.
+        """
         seen = self._seen.read(self.batches_seen)
-        return seen >= self.batch_num or (seen == 0 and self._has_range())
+        return seen >= self.batch_num or ((seen == 0 or seen != int(seen)) and self._has_range())
 
     @property
     def learning(self) -> bool:
@@ -240,7 +243,7 @@ class ActivationQuantizer(KeepsPrecision):
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
-        seen = int(self._seen.read(self.batches_seen))
+        seen = self._seen.read(self.batches_seen)
         if seen != self.calibration.batches:  # what was gathered before a load, or by another model, is not here
             self.calibration.clear()
             self.batches_seen.zero_()
@@ -318,8 +321,9 @@ class WeightQuantizer(KeepsPrecision):
                 y, scale = ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)
             else:
                 y, scale = ops.sparse_arq_fake_quantize(weight, mask, self.num_bits, self.channel_axis)
-            with torch.no_grad():
-                self.scale.copy_(scale)
+            if not leaves_no_trace():
+                with torch.no_grad():
+                    self.scale.copy_(scale)
             return y
         if mask is not None:
             weight = ops.apply_mask(weight, mask)

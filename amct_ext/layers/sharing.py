@@ -6,6 +6,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from amct_ext.layers.phase import segment
+
 Made = TypeVar("Made")
 
 
@@ -13,18 +15,18 @@ class Shared(Generic[Made]):
     """A result and the input that it was made of, kept until the last reader took it; copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Made, Tensor, int, int | None] | None = None
+        self._kept: tuple[Made, Tensor, int, tuple[int | None, bool, object]] | None = None
 
     def keep(self, made: Made, x: Tensor, readers: int, forward: int | None) -> None:
-        """Keep what was made of ``x`` for so many further readers in the same forward of the model."""
-        self._kept = (made, x, readers, forward) if readers > 0 else None
+        """Keep what was made of ``x`` for so many further readers in the same part of a forward of the model."""
+        self._kept = (made, x, readers, (forward, *segment())) if readers > 0 else None
 
     def take(self, x: Tensor, forward: int | None) -> Made | None:
-        """What was made of ``x`` in this forward; None where nobody has made anything of it."""
-        if self._kept is None or self._kept[1] is not x or self._kept[3] != forward:
+        """What was made of ``x`` in this part of this forward; None where nobody has made anything of it."""
+        if self._kept is None or self._kept[1] is not x or self._kept[3] != (forward, *segment()):
             return None
-        made, _, readers, _ = self._kept
-        self.keep(made, x, readers - 1, forward)
+        made, _, readers, where = self._kept
+        self._kept = (made, x, readers - 1, where) if readers > 1 else None
         return made
 
     def clear(self) -> None:
