@@ -31,7 +31,7 @@ def leaves_no_trace() -> bool:
 
 
 def segment() -> tuple[bool, object]:
-    """What tells the part of a forward that is run again by itself from the rest: gradients, and hooks on saved tensors.
+    """What tells a part of a forward that is run again by itself from the rest: gradients, hooks on saved tensors.
 
     Checkpointed parts have hooks of their own (or no gradients at first). A result made in one must not be used in
     another: the autograd graph of each has to be the same when it runs again.

@@ -39,8 +39,8 @@ class ActivationQuantizer(KeepsPrecision):
     own and keeps nothing. Parameters: ``clip_max``, ``clip_min`` (0-dim). Buffers: ``prev_clip_max``,
     ``prev_clip_min``, ``scale``, ``offset`` (of the last forward), ``invalid`` (sticky: NaN/Inf was seen),
     ``batches_seen`` (a float, so that an average of the model carries it too). The data of a calibration under way are
-    in no state dict: after a load it starts over. The effective clips are written back to the parameters by every forward, as AMCT does. Source: AMCT's activation ULQ
-    and IFMR.
+    in no state dict: after a load it starts over. The effective clips are written back to the parameters by every
+    forward, as AMCT does. Source: AMCT's activation ULQ and IFMR.
     """
 
     clip_max: nn.Parameter
