@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -165,14 +166,13 @@ def share_ranges(model: nn.Module) -> None:
 
 def _before_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        getattr(model, _ATTRIBUTE).running.depth += 1
+        getattr(model, _ATTRIBUTE).running.enter(sys._getframe(1))
 
 
 def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
-    running = getattr(model, _ATTRIBUTE).running
-    running.depth = max(running.depth - 1, 0)
+    getattr(model, _ATTRIBUTE).running.leave(sys._getframe(1))
     values = plain(output)
     return None if values is output else values
 

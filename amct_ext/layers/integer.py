@@ -92,9 +92,9 @@ class IntegerForward:
         return self._packed[1:]
 
     def _may_wait(self, layer: Any) -> bool:
-        if layer.training or not (self.running.depth and self.patience.left and isinstance(layer, nn.Conv2d)):
+        if layer.training or not (self.patience.left and isinstance(layer, nn.Conv2d)):
             return False
-        return not layer.feeds_search  # the search reads the result
+        return self.running.forward is not None and not layer.feeds_search  # the search reads the result
 
     def _pending(self, layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
         geometry = geometry_of(layer)
