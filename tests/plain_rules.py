@@ -20,7 +20,9 @@ def straight(value: Tensor, rounded: Tensor) -> Tensor:
 
 def ulq(x: Tensor, y: Tensor, clip_max: Tensor, clip_min: Tensor, used: tuple[Tensor, Tensor], num_bits: int) -> Tensor:
     """`y` as the op made it of x; the clips that were used have the derivatives of those given."""
-    high, low = (straight(given.reshape(()), u.reshape(())) for given, u in zip((clip_max, clip_min), used, strict=True))
+    high, low = (
+        straight(given.reshape(()), u.reshape(())) for given, u in zip((clip_max, clip_min), used, strict=True)
+    )
     half = 2 ** (num_bits - 1)
     scale = (high - low) / (2 * half - 1)
     offset = torch.round(-half - low / scale).detach()

@@ -29,13 +29,16 @@ uint64_t fingerprint(const void* data, size_t bytes, size_t pieces) {
   const char* start = static_cast<const char*>(data);
   const size_t all = bytes / kPiece;
   State state;
-  if (pieces == 0 || pieces >= all) {
+  if (pieces >= all) {
     for (size_t i = 0; i < all; ++i) state.take(start + i * kPiece);
   } else {
-    for (size_t i = 0; i < pieces; ++i) {
-      // Somewhere in its part, in each part elsewhere: parts may be rows, whose beginnings alone say little.
-      const size_t first = i * all / pieces, length = (i + 1) * all / pieces - first;
-      state.take(start + (first + (i * kOdd >> 32) % length) * kPiece);
+    // Somewhere in its part, in each part elsewhere: parts may be rows, whose beginnings alone say little. Parts have a
+    // length in 2^-32 pieces; divisions would take longer than the memory.
+    const uint64_t part = (static_cast<uint64_t>(all) << 32) / pieces;
+    uint64_t first = 0;
+    for (size_t i = 0; i < pieces; ++i, first += part) {
+      const uint64_t inside = ((i * kOdd) >> 32) * (part >> 32);
+      state.take(start + ((first + inside) >> 32) * kPiece);
     }
   }
   char rest[kPiece] = {};

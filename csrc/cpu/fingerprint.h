@@ -8,7 +8,7 @@
 
 namespace amct_ext::cpu {
 
-// Of all `bytes`, or of `pieces` pieces of 64 bytes, one out of every equal part, where that is less. A change of a
+// Of `pieces` pieces of 64 bytes, one out of every equal part, and of all bytes where that is no more. A change of a
 // single 8-byte word of what is read always shows, any other with a chance of 1 - 2^-64.
 AMCT_API uint64_t fingerprint(const void* data, size_t bytes, size_t pieces);
 
