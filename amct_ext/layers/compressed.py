@@ -126,7 +126,12 @@ class CompressedLayer(nn.Module):
 
     @property
     def feeds_search(self) -> bool:
-        """Whether a forward's output is for the shift search, too."""
+        """Whether a forward's output is for the shift search, too; those of compiled graphs are not.
+
+        The search decides on the host and would be traced once a layer, in a graph of its own.
+        """
+        if torch.compiler.is_compiling():
+            return False
         return self.search_n is not None and not self.training and self.search_n.wants_data
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
