@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -164,6 +165,11 @@ def share_ranges(model: nn.Module) -> None:
     session_of(model).calibrating = not all(quantiser.calibrated for quantiser in quantisers)
 
 
+def untraced(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, run as it is also where a graph breaks and Dynamo goes on with what is called next."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
 def _before_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         getattr(model, _ATTRIBUTE).running.enter(sys._getframe(1))
@@ -179,12 +185,12 @@ def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
 
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     session = getattr(model, _ATTRIBUTE)
-    if session.calibrating and several_ranks():
+    if several_ranks() and session.calibrating:
         share_ranges(model)
     if model.training:
         session.dirty = True
-    elif session.dirty and not torch.compiler.is_compiling():
-        write_record(model)
+    elif not torch.compiler.is_compiling() and session.dirty:  # in this order: a graph must not depend on `dirty`
+        untraced(write_record)(model)
 
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
