@@ -1,10 +1,15 @@
 // Autograd rules. Each forward and backward calls ops of this library below autograd, so every device is served and
-// torch.compile sees both.
+// torch.compile sees both. Where a gradient is to be differentiated again, and under torch.func, whose levels know no
+// Function in C++, the rules are those of straight_through.h.
+#include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "ops.h"
+#include "straight_through.h"
 
 namespace amct_ext {
 namespace {
@@ -13,6 +18,20 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+// Whether torch.func (grad, vjp, jvp, vmap) is at work.
+bool transformed() { return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode); }
+
+// Whether a gradient made of `grad` has to have a graph itself.
+bool differentiated_again(const Tensor& grad) {
+  return transformed() || (c10::GradMode::is_enabled() && grad.requires_grad());
+}
+
+template <typename Run>
+auto below_autograd(const Run& run) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return run();
+}
+
 // What the ops on activations share. A graph takes time for everything that it knows of, which counts for small
 // activations: so only y and what can have a gradient are its variables, and `run`, which calls the op and returns y
 // and the clips that were used, keeps the other arguments and results to itself.
@@ -20,8 +39,7 @@ struct UlqFunction : torch::autograd::Function<UlqFunction> {
   template <typename Run>
   static Variable forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max, const Variable& clip_min,
                           int64_t num_bits, const Run& run) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const std::tuple<Tensor, Tensor, Tensor> made = run();
+    const std::tuple<Tensor, Tensor, Tensor> made = below_autograd(run);
     ctx->save_for_backward({x, std::get<1>(made), std::get<2>(made)});
     ctx->saved_data["num_bits"] = num_bits;
     if (clip_max.dim()) ctx->saved_data["max_shape"] = clip_max.sizes();
@@ -51,8 +69,7 @@ struct UlqFunction : torch::autograd::Function<UlqFunction> {
 struct ArqFunction : torch::autograd::Function<ArqFunction> {
   template <typename Run>
   static Variable forward(AutogradContext*, const Variable&, const Run& run) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return run();
+    return below_autograd(run);
   }
 
   static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0], {}}; }
@@ -62,8 +79,7 @@ struct ArqFunction : torch::autograd::Function<ArqFunction> {
 struct MaskedFunction : torch::autograd::Function<MaskedFunction> {
   template <typename Run>
   static Variable forward(AutogradContext* ctx, const Variable&, const Run& run) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const std::tuple<Tensor, Tensor> made = run();
+    const std::tuple<Tensor, Tensor> made = below_autograd(run);
     ctx->save_for_backward({std::get<1>(made)});
     return std::get<0>(made);
   }
@@ -117,20 +133,40 @@ struct ArqManyFunction : torch::autograd::Function<ArqManyFunction> {
   }
 };
 
+// y of an op on activations; `run` as UlqFunction wants it.
+template <typename Run>
+Tensor ulq_applied(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits, const Run& run) {
+  if (!transformed()) return UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
+  const auto [y, used_max, used_min] = below_autograd(run);
+  return straight(y, UlqRule(x, used_max, used_min, num_bits).forward(x, clip_max, clip_min));
+}
+
+template <typename Run>
+Tensor arq_applied(const Tensor& w, const Run& run) {
+  return transformed() ? straight(below_autograd(run), w) : ArqFunction::apply(w, run);
+}
+
+template <typename Run>
+Tensor masked_applied(const Tensor& w, const Run& run) {
+  if (!transformed()) return MaskedFunction::apply(w, run);
+  const auto [y, mask] = below_autograd(run);
+  return straight(y, at::where(mask, w, at::zeros_like(w)));
+}
+
 Tensor masked(const Tensor& w, const Tensor& mask) {
-  return MaskedFunction::apply(w, [&] { return std::tuple(apply_mask(w, mask), mask); });
+  return masked_applied(w, [&] { return std::tuple(apply_mask(w, mask), mask); });
 }
 
 std::tuple<Tensor, Tensor> sparsify(const Tensor& w, int64_t axis) {
   std::tuple<Tensor, Tensor> results;
-  std::get<0>(results) = MaskedFunction::apply(w, [&] { return results = sparsify_2to4(w, axis); });
+  std::get<0>(results) = masked_applied(w, [&] { return results = sparsify_2to4(w, axis); });
   return results;
 }
 
 std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
                                       std::optional<int64_t> channel_axis) {
   Tensor scale;
-  Tensor y = MaskedFunction::apply(w, [&] {
+  Tensor y = masked_applied(w, [&] {
     auto made = sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
     scale = std::move(std::get<1>(made));
     return std::tuple(std::move(std::get<0>(made)), mask);
@@ -141,7 +177,7 @@ std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64
 std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
                                                    std::optional<int64_t> channel_axis) {
   Tensor scale, mask;
-  Tensor y = MaskedFunction::apply(w, [&] {
+  Tensor y = masked_applied(w, [&] {
     auto made = sparse_arq_fake_quantize_2to4(w, axis, num_bits, channel_axis);
     std::tie(std::ignore, scale, mask) = made;
     return std::tuple(std::move(std::get<0>(made)), mask);
@@ -151,6 +187,12 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
                                                               at::IntArrayRef channel_axes) {
+  if (transformed()) {
+    auto made = below_autograd([&] { return arq_fake_quantize_many(weights, num_bits, channel_axes); });
+    std::vector<Tensor>& y = std::get<0>(made);
+    for (size_t i = 0; i < y.size(); ++i) y[i] = straight(y[i], weights[i]);
+    return made;
+  }
   const auto r = ArqManyFunction::apply(weights, num_bits, channel_axes.vec());
   const auto middle = r.begin() + static_cast<int64_t>(weights.size());
   return {std::vector<Tensor>(r.begin(), middle), std::vector<Tensor>(middle, r.end())};
@@ -165,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq(const Tensor& x, 
     results = ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
     return std::tuple(std::move(std::get<0>(results)), std::get<3>(results), std::get<4>(results));
   };
-  std::get<0>(results) = UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
+  std::get<0>(results) = ulq_applied(x, clip_max, clip_min, num_bits, run);
   return results;
 }
 
@@ -183,13 +225,13 @@ std::tuple<Tensor, Tensor, Tensor> ulq_update(const Tensor& x, const Tensor& cli
     }
     return results;
   };
-  std::get<0>(results) = UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
+  std::get<0>(results) = ulq_applied(x, clip_max, clip_min, num_bits, run);
   return results;
 }
 
 std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
   Tensor scale;
-  Tensor y = ArqFunction::apply(w, [&] {
+  Tensor y = arq_applied(w, [&] {
     auto made = arq_fake_quantize(w, num_bits, channel_axis);
     scale = std::move(std::get<1>(made));
     return std::move(std::get<0>(made));
@@ -199,7 +241,26 @@ std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<
 
 Tensor lsq(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
            std::optional<double> grad_factor) {
-  return LsqFunction::apply(w, scale, num_bits, channel_axis, grad_factor);
+  if (!transformed()) return LsqFunction::apply(w, scale, num_bits, channel_axis, grad_factor);
+  const Tensor y = below_autograd([&] { return lsq_fake_quantize(w, scale, num_bits, channel_axis, grad_factor); });
+  return straight(y, LsqRule(w, scale, num_bits, channel_axis, grad_factor).forward(w, scale));
+}
+
+std::tuple<Tensor, Tensor, Tensor> ulq_backward(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
+                                                const Tensor& clip_min, int64_t num_bits) {
+  const auto made = below_autograd([&] { return ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits); });
+  if (!differentiated_again(grad)) return made;
+  const auto [dx, d_max, d_min] = UlqRule(x, clip_max, clip_min, num_bits).backward(grad);
+  const auto& [x_bits, max_bits, min_bits] = made;
+  return {straight(x_bits, dx), straight(max_bits, d_max), straight(min_bits, d_min)};
+}
+
+Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
+                    std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
+  const Tensor made =
+      below_autograd([&] { return lsq_fake_quantize_backward(grad, w, scale, num_bits, channel_axis, grad_factor); });
+  if (!differentiated_again(grad)) return made;
+  return straight(made, LsqRule(w, scale, num_bits, channel_axis, grad_factor).backward_of_scale(grad));
 }
 
 }  // namespace
@@ -214,12 +275,13 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("sparse_arq_fake_quantize", sparse_arq);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
   m.impl("arq_fake_quantize_many", arq_many);
+  m.impl("ulq_fake_quantize_backward", ulq_backward);
+  m.impl("lsq_fake_quantize_backward", lsq_backward);
   // No gradient: their results never require one, whatever the inputs do.
   for (const char* name :
-       {"ulq_fake_quantize_backward", "lsq_fake_quantize_backward", "quantize_weight", "mask_2to4", "filter_norms",
-        "search_clip_range", "range_histogram_", "search_clip_range_histogram", "shift_error_", "best_shift",
-        "ulq_quantize", "pack_weight", "integer_conv2d", "integer_conv2d_codes", "integer_linear",
-        "integer_conv2d_accumulators", "integer_linear_accumulators"}) {
+       {"quantize_weight", "mask_2to4", "filter_norms", "search_clip_range", "range_histogram_",
+        "search_clip_range_histogram", "shift_error_", "best_shift", "ulq_quantize", "pack_weight", "integer_conv2d",
+        "integer_conv2d_codes", "integer_linear", "integer_conv2d_accumulators", "integer_linear_accumulators"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

@@ -1,9 +1,10 @@
-// `_C`: what no op schema carries, the build information and idle memory.
+// `_C`: what no op schema carries: the build information, idle memory, and whether memory was written to.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 
 #include "build_info.h"
+#include "cpu/fingerprint.h"
 #include "cpu/reuse.h"
 
 namespace py = pybind11;
@@ -34,7 +35,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "How the compiled part of amct_ext was built, and its idle memory.";
+  m.doc() = "How the compiled part of amct_ext was built, its idle memory, and fingerprints of memory.";
   m.def("build_info", &build_info);
   m.def("release_memory", &amct_ext::cpu::release_memory);
+  m.def("fingerprint", [](uintptr_t address, size_t bytes, size_t pieces) {
+    return amct_ext::cpu::fingerprint(reinterpret_cast<const void*>(address), bytes, pieces);
+  });
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -308,8 +309,9 @@ def test_training_statistics_are_taken_of_values() -> None:
 
 def test_copies_of_what_counts() -> None:
     running = Running()
-    running.depth = 3
-    assert copy.deepcopy(running).depth == 0
+    running.enter(sys._getframe())
+    assert running.forward == 1
+    assert copy.deepcopy(running).forward is None
     file = io.BytesIO()
     torch.save(waiting()[0], file)
     file.seek(0)

@@ -6,6 +6,8 @@ import copy
 import logging
 import math
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -255,18 +257,20 @@ def _quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     return [quantizer for _, layer in compressed_layers(model) for quantizer in layer.own_quantizers]
 
 
+def untraced(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, run as it is also where a graph breaks and Dynamo goes on with what is called next."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
 def _before_forward(model: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        running = getattr(model, _ATTRIBUTE).running
-        running.depth += 1
-        running.forwards += running.depth == 1
+        getattr(model, _ATTRIBUTE).running.enter(sys._getframe(1))
 
 
 def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
     if torch.compiler.is_compiling():
         return None
-    running = getattr(model, _ATTRIBUTE).running
-    running.depth = max(running.depth - 1, 0)
+    getattr(model, _ATTRIBUTE).running.leave(sys._getframe(1))
     values = plain(output)
     return None if values is output else values
 
@@ -274,13 +278,20 @@ def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     session = getattr(model, _ATTRIBUTE)
     learning = model.training or session.running.calibrating
-    if learning and several_ranks():
+    if several_ranks() and learning:
         share_ranges(_quantizers(model))
     if torch.compiler.is_compiling() or leaves_no_trace():
         return
     if learning:
         session.recorded = None
-    elif session.record_file is not None and (session.recorded is None or session.recorded != _state_behind(model)):
+    elif session.record_file is not None:
+        untraced(_follow)(model)
+
+
+def _follow(model: nn.Module) -> None:
+    """Write the record anew where the state behind it is not what it was made of."""
+    session = session_of(model)
+    if session.recorded is None or session.recorded != _state_behind(model):
         write_record(model)
 
 

@@ -38,10 +38,11 @@ def configure(
     ``forward``: what convolutions and linear layers multiply, for the model or by layer name. "float" (how a model
     starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a kernel
     (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once; "auto" times
-    both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float" but do not
-    differentiate twice, and nothing is kept whatever ``stash`` says. Evaluations keep integer weights until a training
-    step, a change of the parameter, or a call of train() or eval(); after a change through ``weight.data`` call eval().
-    They also compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of
+    both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float", and nothing is
+    kept whatever ``stash`` says. Evaluations keep integer weights until a training step, a change of the parameter, or
+    a call of train() or eval(). A change through ``weight.data`` (an exchange with averaged weights), which torch does
+    not count, is found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of the
+    input, else at an even sample, so after writing a few values of a larger one so, call eval(). Evaluations also compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of
     at each step; forward hooks in the model then see tensors whose values are computed when they are read.
     ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
     values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is

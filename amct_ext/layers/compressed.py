@@ -128,10 +128,15 @@ class CompressedLayer(nn.Module):
 
     @property
     def feeds_search(self) -> bool:
-        """Whether a forward's output is for the shift search, too."""
-        if self.search_n is None or self.activation is None or self.training or not self.search_n.wants_data:
+        """Whether a forward's output is for the shift search, too; those of compiled graphs are not.
+
+        The search decides on the host and would be traced once a layer, in a graph of its own.
+        """
+        if torch.compiler.is_compiling() or self.search_n is None or self.activation is None or self.training:
             return False
-        return self.ready and not self.activation.running.calibrating and not leaves_no_trace()
+        if not self.search_n.wants_data or self.activation.running.calibrating:
+            return False
+        return self.ready and not leaves_no_trace()
 
     @property
     def ready(self) -> bool:

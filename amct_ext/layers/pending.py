@@ -9,9 +9,13 @@ floats, computed then. Any use is therefore right, and only a second one compute
 
 from __future__ import annotations
 
+import itertools
 import logging
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -36,21 +40,38 @@ class Patience:
 
 
 class Running:
-    """The forwards of a whole model: how many are under way, and which one it is.
+    """The forwards of a whole model, numbered: only within one may a result wait for what follows.
 
-    Only within one may a result wait for what follows, and only there do layers know what the others did.
+    A forward is under way while the frame that began it is on the stack of the present thread. A count would stay
+    where an interrupt leaves the model, for which torch calls no hook. Copies and pickles know of none.
     """
 
     def __init__(self) -> None:
-        self.depth = 0
-        self.forwards = 0  # begun so far
         self.calibrating = False  # evaluations calibrate, too: `calibrate` asked for it
         self.warned = False
+        self._numbers = itertools.count(1)
+        self._here = threading.local()
+
+    def enter(self, frame: FrameType) -> None:
+        """Note that ``frame`` runs the model; one within another belongs to it."""
+        outer = self.forward
+        self._begun().append((frame, next(self._numbers) if outer is None else outer))
+
+    def leave(self, frame: FrameType) -> None:
+        """Note that ``frame``, or one that it called, has run the model."""
+        begun = self._begun()
+        while begun and (begun[-1][0] is frame or not _on_stack(begun[-1][0])):
+            begun.pop()
 
     @property
     def forward(self) -> int | None:
-        """The forward of the model that is under way; None where there is none, or in a compiled graph."""
-        return self.forwards if not torch.compiler.is_compiling() and self.depth else None
+        """Which forward of the model is under way here; None where there is none, or in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return None
+        begun = self._begun()
+        while begun and not _on_stack(begun[-1][0]):
+            begun.pop()
+        return begun[-1][1] if begun else None
 
     def warn_uncalibrated(self, layer: str) -> None:
         """Say, once for a model, that it is evaluated before its calibration."""
@@ -63,8 +84,22 @@ class Running:
                 layer,
             )
 
+    def _begun(self) -> list[tuple[FrameType, int]]:
+        try:
+            found: list[tuple[FrameType, int]] = self._here.begun
+        except AttributeError:
+            found = self._here.begun = []
+        return found
+
     def __reduce__(self) -> tuple[type[Running], tuple[()]]:
         return Running, ()
+
+
+def _on_stack(wanted: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
 
 
 @dataclass(frozen=True)

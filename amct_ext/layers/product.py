@@ -1,4 +1,4 @@
-"""A layer's product on 8-bit codes, and its gradients: those of the float path, bit for bit."""
+"""A layer's product on 8-bit codes, and its gradients: those of the float path, bit for bit, any number of times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from amct_ext import ops
 from amct_ext.layers.stash import rounded_again
@@ -83,7 +82,6 @@ class Carrier(torch.autograd.Function):
         return x.new_empty(()).expand(x.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, high, low = ctx.saved_tensors
         return *ops.ulq_fake_quantize_backward(grad, x, high, low, ctx.num_bits), None, None, None
@@ -107,6 +105,7 @@ class Product(torch.autograd.Function):
         y = product(layer, made, made.x, packed, sums, scale)
         x = made.x  # without its history; the carrier's node holds the same memory
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, made.clip_max, made.clip_min, weight)
+        ctx.carrier = carrier  # an edge of the graph for gradients of gradients; there is nothing to save of it
         ctx.num_bits, ctx.shape, ctx.bias = made.num_bits, x.shape, None if bias is None else list(bias.shape)
         ctx.conv = None
         if isinstance(layer, nn.Conv2d):
@@ -114,15 +113,28 @@ class Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, high, low, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         quantised = None
         if wanted[1]:
             quantised = rounded_again(x, high, low, ctx.num_bits)
+            if torch.is_grad_enabled():
+                quantised = _Valued.apply(ctx.carrier, quantised)
         backward = _linear_backward if ctx.conv is None else _conv_backward
         return *backward(ctx, grad, quantised, weight, wanted), None, None, None, None, None
+
+
+class _Valued(torch.autograd.Function):
+    """A carrier with its values: what the carrier stands for, with its place in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def _conv_backward(ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, wanted: Any) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ from amct_ext import _library, backends
 
 _library.load()
 
+from amct_ext.ops import shapes  # noqa: E402, F401  (registers what tracers ask)
 from amct_ext.ops.accumulators import integer_conv2d_accumulators, integer_linear_accumulators  # noqa: E402
 from amct_ext.ops.codes import pack_weight, ulq_quantize  # noqa: E402
 from amct_ext.ops.histogram import range_histogram_, search_clip_range_histogram  # noqa: E402

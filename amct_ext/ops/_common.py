@@ -15,11 +15,24 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def reference(name: str) -> Callable[[_Function], _Function]:
     """Register a plain-torch function as the op's implementation on every device that has no kernel of its own.
 
-    It also runs on meta tensors, so it is the op's shape rule for `torch.compile`; it never reads a value on the host.
+    It never reads a value on the host.
     """
 
     def register(function: _Function) -> _Function:
         torch.library.impl(f"amct_ext::{name}", "default")(function)
+        return function
+
+    return register
+
+
+def abstract(name: str) -> Callable[[_Function], _Function]:
+    """Register what an op gives for tensors without values: errors, shapes, types, strides, as kernels have them.
+
+    Tracers ask it for every call. The reference would say the same, after tracing all it computes.
+    """
+
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"amct_ext::{name}", function)
         return function
 
     return register

@@ -93,9 +93,7 @@ def reference_codes(
     return codes, *used.results(wide, clip_max.dtype)
 
 
-@reference("pack_weight")
-def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
-    op = "pack_weight"
+def check_packing(op: str, w: Tensor, scale: Tensor, num_bits: int) -> None:
     check_floating(op, "w", w)
     check_bits(op, num_bits, 8)
     check_floating(op, "scale", scale)
@@ -107,6 +105,11 @@ def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor
             f"not shape {list(scale.shape)}"
         ),
     )
+
+
+@reference("pack_weight")
+def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
+    check_packing("pack_weight", w, scale, num_bits)
     wide = w.to(accumulate_type(w))
     shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, None if scale.numel() == 1 else 0)
     codes = torch.clamp(torch.round(wide / shaped), *code_range(num_bits)).nan_to_num(0.0).to(torch.int8)

@@ -80,7 +80,7 @@ def search_clip_range_histogram(
     return torch.ops.amct_ext.search_clip_range_histogram(histogram, extremes, num_bits)
 
 
-def _check_state(op: str, histogram: Tensor, extremes: Tensor) -> None:
+def check_histogram(op: str, histogram: Tensor, extremes: Tensor) -> None:
     torch._check_type(histogram.dtype == torch.int64, lambda: f"{op}: histogram must be int64, not {histogram.dtype}")
     torch._check_type(extremes.dtype == torch.float32, lambda: f"{op}: extremes must be float32, not {extremes.dtype}")
     torch._check_value(
@@ -97,7 +97,7 @@ def _check_state(op: str, histogram: Tensor, extremes: Tensor) -> None:
 def _reference_histogram(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     op = "range_histogram_"
     check_floating(op, "x", x)
-    _check_state(op, histogram, extremes)
+    check_histogram(op, histogram, extremes)
     values = x.reshape(-1).to(torch.float32)
     bits = values.abs().view(torch.int32)
     keys = bits.clamp_min((_FIRST + 1) << _CUT).sub(_FIRST << _CUT)
@@ -114,7 +114,7 @@ def _reference_search(
     histogram: Tensor, extremes: Tensor, num_bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "search_clip_range_histogram"
-    _check_state(op, histogram, extremes)
+    check_histogram(op, histogram, extremes)
     check_bits(op, num_bits)
     lowest, highest = code_range(num_bits)
     counts = histogram[:, 0]

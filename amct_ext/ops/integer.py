@@ -178,6 +178,14 @@ def integer_linear(
     return torch.ops.amct_ext.integer_linear(codes, x_scale, x_offset, packed, sums, w_scale, bias)
 
 
+def check_addend(op: str, addend: Tensor, y: Tensor) -> None:
+    torch._check_type(addend.dtype == torch.float32, lambda: f"{op}: addend must be float32, not {addend.dtype}")
+    torch._check_value(
+        addend.shape == y.shape,
+        lambda: f"{op}: addend must have the shape of the result, {list(y.shape)}, not {list(addend.shape)}",
+    )
+
+
 @reference("integer_conv2d")
 def _reference_conv2d(
     codes: Tensor,
@@ -210,11 +218,7 @@ def _reference_conv2d(
         y = y + bias.to(torch.float64).view(1, -1, 1, 1)
     y = y.to(torch.float32)
     if addend is not None:
-        torch._check_type(addend.dtype == torch.float32, lambda: f"{op}: addend must be float32, not {addend.dtype}")
-        torch._check_value(
-            addend.shape == y.shape,
-            lambda: f"{op}: addend must have the shape of the result, {list(y.shape)}, not {list(addend.shape)}",
-        )
+        check_addend(op, addend, y)
         y = y + addend
     if lowest is not None:
         y = torch.where(y < lowest, torch.full_like(y, lowest), y)

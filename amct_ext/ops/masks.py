@@ -118,11 +118,14 @@ def kept_of_four(magnitude: Tensor) -> Tensor:
     return torch.where(first_smallest.unsqueeze(-1), others, keep)
 
 
-@reference("mask_2to4")
-def _reference_mask(w: Tensor, axis: int = 1) -> Tensor:
-    op = "mask_2to4"
+def check_groups(op: str, w: Tensor, axis: int) -> None:
     check_floating(op, "w", w)
     check_axis(op, "axis", w, axis)
+
+
+@reference("mask_2to4")
+def _reference_mask(w: Tensor, axis: int = 1) -> Tensor:
+    check_groups("mask_2to4", w, axis)
     mask = torch.empty_like(w, dtype=torch.bool)
     count = w.shape[axis]
     if count <= 2 or w.numel() == 0:
@@ -142,9 +145,7 @@ def _ordinal(magnitude: Tensor, nan: Tensor) -> Tensor:
     return bits + nan.to(bits.dtype)
 
 
-@reference("refresh_mask_")
-def _reference_refresh(w: Tensor, mask: Tensor, step: Tensor, update_freq: int, axis: int = 1) -> None:
-    op = "refresh_mask_"
+def check_refresh(op: str, w: Tensor, mask: Tensor, step: Tensor, update_freq: int) -> None:
     torch._check_type(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, not {mask.dtype}")
     torch._check_type(step.dtype == torch.int64, lambda: f"{op}: step must be int64, not {step.dtype}")
     torch._check_value(
@@ -153,6 +154,11 @@ def _reference_refresh(w: Tensor, mask: Tensor, step: Tensor, update_freq: int, 
     )
     torch._check_value(step.numel() == 1, lambda: f"{op}: step must hold one value, not shape {tuple(step.shape)}")
     torch._check_value(update_freq >= 0, lambda: f"{op}: update_freq must be 0 or more, not {update_freq}")
+
+
+@reference("refresh_mask_")
+def _reference_refresh(w: Tensor, mask: Tensor, step: Tensor, update_freq: int, axis: int = 1) -> None:
+    check_refresh("refresh_mask_", w, mask, step, update_freq)
     renew = (step == 0 if update_freq == 0 else step % update_freq == 0).reshape([1] * w.dim())
     mask.copy_(torch.where(renew, _reference_mask(w, axis), mask))
     step.add_(1)
@@ -172,9 +178,8 @@ def _reference_pack(mask: Tensor) -> Tensor:
     return packed.reshape(-1).view(torch.int64)
 
 
-@reference("unpack_mask")
-def _reference_unpack(words: Tensor, shape: Sequence[int]) -> Tensor:
-    op = "unpack_mask"
+def check_words(op: str, words: Tensor, shape: Sequence[int]) -> int:
+    """How many values a mask of this shape has."""
     torch._check_type(words.dtype == torch.int64, lambda: f"{op}: words must be int64, not {words.dtype}")
     count = 1
     for size in shape:
@@ -186,5 +191,11 @@ def _reference_unpack(words: Tensor, shape: Sequence[int]) -> Tensor:
             f"not shape {tuple(words.shape)}"
         ),
     )
+    return count
+
+
+@reference("unpack_mask")
+def _reference_unpack(words: Tensor, shape: Sequence[int]) -> Tensor:
+    count = check_words("unpack_mask", words, shape)
     packed = words.contiguous().view(torch.uint8).unsqueeze(-1)
     return (packed & _bit_weights(words.device)).ne(0).reshape(-1)[:count].reshape(shape).clone()

@@ -140,12 +140,15 @@ def _ratios(like: Tensor) -> Tensor:
     return torch.tensor(RATIOS, dtype=torch.float32, device=like.device).to(like.dtype)
 
 
-@reference("search_clip_range")
-def _reference(x: Tensor, num_bits: int = 8, with_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op = "search_clip_range"
+def check_search(op: str, x: Tensor, num_bits: int) -> None:
     check_floating(op, "x", x)
     check_bits(op, num_bits)
     torch._check_value(x.numel() > 0, lambda: f"{op}: x must hold at least one value, shape {tuple(x.shape)} has none")
+
+
+@reference("search_clip_range")
+def _reference(x: Tensor, num_bits: int = 8, with_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_search("search_clip_range", x, num_bits)
     values = x.reshape(-1).to(accumulate_type(x))
     lowest, highest = code_range(num_bits)
     largest, smallest = _extremes(values)

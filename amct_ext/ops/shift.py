@@ -59,9 +59,7 @@ def best_shift(errors: Tensor) -> Tensor:
     return torch.ops.amct_ext.best_shift(errors)
 
 
-@reference("shift_error_")
-def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int = 1) -> None:
-    op = "shift_error_"
+def check_errors(op: str, x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int) -> None:
     check_floating(op, "x", x)
     check_floating(op, "deq_scale", deq_scale)
     check_axis(op, "channel_axis", x, channel_axis)
@@ -75,6 +73,12 @@ def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis:
         errors.dim() == 2 and errors.shape[0] in (1, channels) and errors.shape[1] == SHIFTS,
         lambda: f"{op}: errors must have shape ({channels}, {SHIFTS}) or (1, {SHIFTS}), not {tuple(errors.shape)}",
     )
+
+
+@reference("shift_error_")
+def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int = 1) -> None:
+    check_errors("shift_error_", x, deq_scale, errors, channel_axis)
+    channels = x.shape[channel_axis]
     rows = x.movedim(channel_axis, 0).reshape(channels, x.numel() // max(channels, 1)).to(torch.float64)
     scale = deq_scale.reshape(-1, 1).to(torch.float64)
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.full_like(scale, torch.nan))
@@ -88,14 +92,17 @@ def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis:
     errors.add_(batch if errors.shape[0] == channels else batch.sum(0, keepdim=True))
 
 
-@reference("best_shift")
-def _reference_best(errors: Tensor) -> Tensor:
-    op = "best_shift"
+def check_rows(op: str, errors: Tensor) -> None:
     torch._check_type(errors.dtype == torch.float64, lambda: f"{op}: errors must be float64, not {errors.dtype}")
     torch._check_value(
         errors.dim() == 2 and errors.shape[1] == SHIFTS,
         lambda: f"{op}: errors must have shape (channels, {SHIFTS}), not {tuple(errors.shape)}",
     )
+
+
+@reference("best_shift")
+def _reference_best(errors: Tensor) -> Tensor:
+    check_rows("best_shift", errors)
     smallest = errors.amin(1, keepdim=True)
     before = (errors <= smallest).to(torch.int32).cumsum(1).eq(0).sum(1)
     return before.clamp_max(SHIFTS - 1).to(torch.int32) + 1

@@ -119,7 +119,7 @@ def arq_fake_quantize_many(
     return torch.ops.amct_ext.arq_fake_quantize_many(list(weights), num_bits, axes)
 
 
-def _check_mask(op: str, w: Tensor, mask: Tensor) -> None:
+def check_mask(op: str, w: Tensor, mask: Tensor) -> None:
     check_floating(op, "w", w)
     torch._check_type(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, not {mask.dtype}")
     torch._check_value(
@@ -128,9 +128,19 @@ def _check_mask(op: str, w: Tensor, mask: Tensor) -> None:
     )
 
 
+def check_many(op: str, weights: Sequence[Tensor], channel_axes: Sequence[int]) -> None:
+    torch._check_value(
+        len(channel_axes) == len(weights),
+        lambda: (
+            f"{op}: channel_axes must hold one axis (-1 for none) for each of {len(weights)} weights, "
+            f"not {len(channel_axes)}"
+        ),
+    )
+
+
 @reference("apply_mask")
 def _reference_apply(w: Tensor, mask: Tensor) -> Tensor:
-    _check_mask("apply_mask", w, mask)
+    check_mask("apply_mask", w, mask)
     return torch.empty_like(w).copy_(torch.where(mask, w, torch.zeros_like(w)))  # laid out as w, not as mask
 
 
@@ -145,7 +155,7 @@ def _reference_sparse(
     w: Tensor, mask: Tensor, num_bits: int = 8, channel_axis: int | None = None
 ) -> tuple[Tensor, Tensor]:
     op = "sparse_arq_fake_quantize"
-    _check_mask(op, w, mask)
+    check_mask(op, w, mask)
     check_bits(op, num_bits)
     check_axis(op, "channel_axis", w, channel_axis)
     return _reference_arq(_reference_apply(w, mask), num_bits, channel_axis)
@@ -163,14 +173,7 @@ def _reference_sparse_2to4(
 def _reference_many(
     weights: Sequence[Tensor], num_bits: int = 8, channel_axes: Sequence[int] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    op = "arq_fake_quantize_many"
-    torch._check_value(
-        len(channel_axes) == len(weights),
-        lambda: (
-            f"{op}: channel_axes must hold one axis (-1 for none) for each of {len(weights)} weights, "
-            f"not {len(channel_axes)}"
-        ),
-    )
+    check_many("arq_fake_quantize_many", weights, channel_axes)
     pairs = [
         _reference_arq(w, num_bits, None if axis < 0 else axis) for w, axis in zip(weights, channel_axes, strict=True)
     ]

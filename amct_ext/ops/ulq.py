@@ -168,6 +168,34 @@ class UsedClips(NamedTuple):
         return self.scale.to(dtype), self.offset.to(dtype), *clips, ~valid
 
 
+def check_activation(op: str, x: Tensor, clips: tuple[Tensor, ...], num_bits: int, most_bits: int = 16) -> None:
+    check_floating(op, "x", x)
+    check_bits(op, num_bits, most_bits)
+    for name, value in zip(("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"), clips, strict=True):
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+
+
+def check_state(op: str, scale: Tensor, offset: Tensor, invalid: Tensor) -> None:
+    for name, value in (("scale", scale), ("offset", offset)):
+        check_floating(op, name, value)
+        check_scalar(op, name, value)
+    check_scalar(op, "invalid", invalid)
+    torch._check_type(invalid.dtype == torch.bool, lambda: f"{op}: invalid must be Bool, not {invalid.dtype}")
+
+
+def check_backward(op: str, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> None:
+    check_floating(op, "grad", grad)
+    check_floating(op, "x", x)
+    check_bits(op, num_bits)
+    check_scalar(op, "clip_max", clip_max)
+    check_scalar(op, "clip_min", clip_min)
+    torch._check_value(
+        grad.shape == x.shape,
+        lambda: f"{op}: grad must have the shape of x, {tuple(x.shape)}, not {tuple(grad.shape)}",
+    )
+
+
 def clipped(
     op: str,
     x: Tensor,
@@ -180,12 +208,8 @@ def clipped(
     most_bits: int = 16,
 ) -> tuple[Tensor, UsedClips]:
     """Check the arguments of an op on activations: x in its arithmetic, and the clips that it uses."""
-    check_floating(op, "x", x)
-    check_bits(op, num_bits, most_bits)
     given = (clip_max, clip_min, prev_clip_max, prev_clip_min)
-    for name, value in zip(("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"), given, strict=True):
-        check_floating(op, name, value)
-        check_scalar(op, name, value)
+    check_activation(op, x, given, num_bits, most_bits)
     acc = accumulate_type(x)
     clips = [value.reshape(()).to(acc) for value in given]
     high, low = _effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
@@ -220,12 +244,7 @@ def _reference_with_state(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "ulq_fake_quantize_"
-    for name, value in (("scale", scale), ("offset", offset)):
-        check_floating(op, name, value)
-        check_scalar(op, name, value)
-    check_scalar(op, "invalid", invalid)
-    torch._check_type(invalid.dtype == torch.bool, lambda: f"{op}: invalid must be Bool, not {invalid.dtype}")
+    check_state("ulq_fake_quantize_", scale, offset, invalid)
     made = torch.ops.amct_ext.ulq_fake_quantize(
         x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min
     )
@@ -241,16 +260,7 @@ def _reference_with_state(
 def _reference_backward(
     grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "ulq_fake_quantize_backward"
-    check_floating(op, "grad", grad)
-    check_floating(op, "x", x)
-    check_bits(op, num_bits)
-    check_scalar(op, "clip_max", clip_max)
-    check_scalar(op, "clip_min", clip_min)
-    torch._check_value(
-        grad.shape == x.shape,
-        lambda: f"{op}: grad must have the shape of x, {tuple(x.shape)}, not {tuple(grad.shape)}",
-    )
+    check_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits)
     acc = accumulate_type(x)
     high, low = clip_max.reshape(()).to(acc), clip_min.reshape(()).to(acc)
     scale, offset = affine(high, low, num_bits)

@@ -134,15 +134,35 @@ def _codes(w: Tensor, scale: Tensor, num_bits: int) -> Tensor:
     return torch.clamp(torch.round(w / scale), *code_range(num_bits))
 
 
-def _check(op: str, w: Tensor, num_bits: int, channel_axis: int | None, most: int = 16) -> None:
+def check_weight(op: str, w: Tensor, num_bits: int, channel_axis: int | None, most: int = 16) -> None:
     check_floating(op, "w", w)
     check_bits(op, num_bits, most)
     check_axis(op, "channel_axis", w, channel_axis)
 
 
+def check_scaled(
+    op: str,
+    w: Tensor,
+    scale: Tensor,
+    num_bits: int,
+    channel_axis: int | None,
+    grad: Tensor | None = None,
+    most: int = 16,
+) -> None:
+    check_weight(op, w, num_bits, channel_axis, most)
+    if grad is not None:
+        check_floating(op, "grad", grad)
+    check_floating(op, "scale", scale)
+    check_scale(op, scale, w, channel_axis)
+    torch._check_value(
+        grad is None or grad.shape == w.shape,
+        lambda: f"{op}: grad must have the shape of w, {tuple(w.shape)}, not {tuple(grad.shape)}",  # type: ignore[union-attr]
+    )
+
+
 @reference("arq_fake_quantize")
 def _reference_arq(w: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
-    _check("arq_fake_quantize", w, num_bits, channel_axis)
+    check_weight("arq_fake_quantize", w, num_bits, channel_axis)
     wide = w.to(accumulate_type(w))
     if w.numel() == 0:
         count = 1 if channel_axis is None else w.shape[channel_axis]
@@ -159,10 +179,7 @@ def _reference_arq(w: Tensor, num_bits: int = 8, channel_axis: int | None = None
 def _reference_lsq(
     w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None, grad_factor: float | None = None
 ) -> Tensor:
-    op = "lsq_fake_quantize"
-    _check(op, w, num_bits, channel_axis)
-    check_floating(op, "scale", scale)
-    check_scale(op, scale, w, channel_axis)
+    check_scaled("lsq_fake_quantize", w, scale, num_bits, channel_axis)
     wide = w.to(accumulate_type(w))
     shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, channel_axis)
     return (_codes(wide, shaped, num_bits) * shaped).to(w.dtype)
@@ -177,15 +194,7 @@ def _reference_lsq_backward(
     channel_axis: int | None = None,
     grad_factor: float | None = None,
 ) -> Tensor:
-    op = "lsq_fake_quantize_backward"
-    _check(op, w, num_bits, channel_axis)
-    check_floating(op, "grad", grad)
-    check_floating(op, "scale", scale)
-    check_scale(op, scale, w, channel_axis)
-    torch._check_value(
-        grad.shape == w.shape,
-        lambda: f"{op}: grad must have the shape of w, {tuple(w.shape)}, not {tuple(grad.shape)}",
-    )
+    check_scaled("lsq_fake_quantize_backward", w, scale, num_bits, channel_axis, grad)
     wide = w.to(accumulate_type(w))
     shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, channel_axis)
     lowest, highest = code_range(num_bits)
@@ -205,10 +214,7 @@ def _reference_lsq_backward(
 
 @reference("quantize_weight")
 def _reference_quantize(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> Tensor:
-    op = "quantize_weight"
-    _check(op, w, num_bits, channel_axis, most=8)
-    check_floating(op, "scale", scale)
-    check_scale(op, scale, w, channel_axis)
+    check_scaled("quantize_weight", w, scale, num_bits, channel_axis, most=8)
     wide = w.to(accumulate_type(w))
     shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, channel_axis)
     return _codes(wide, shaped, num_bits).nan_to_num(0.0).to(torch.int8)
