@@ -1,19 +1,18 @@
 """amct_ext: compression retraining for INT8 devices on fused custom ops; a drop-in for AMCT's retraining flows."""
 
 from amct_ext._library import build_info, release_memory
+from amct_ext.auto_channel_prune_search import (
+    GreedySearch,
+    SearchChannelBase,
+    SensitivityBase,
+    TaylorLossSensitivity,
+    auto_channel_prune_search,
+)
 from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
 from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.parallel import average_gradients, replicated_parameters
-from amct_ext.prune.search import (
-    GreedySearch,
-    SearchChannelBase,
-    SearchGroup,
-    SensitivityBase,
-    TaylorLossSensitivity,
-    auto_channel_prune_search,
-)
 from amct_ext.retrain import (
     create_compressed_retrain_model,
     restore_compressed_retrain_model,
@@ -39,7 +38,6 @@ __all__ = [
     "GreedySearch",
     "LayerReport",
     "SearchChannelBase",
-    "SearchGroup",
     "SensitivityBase",
     "Target",
     "TaylorLossSensitivity",
