@@ -9,6 +9,7 @@ from amct_ext.auto_channel_prune_search import (
     auto_channel_prune_search,
 )
 from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
+from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
 from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
@@ -52,6 +53,7 @@ __all__ = [
     "create_quant_retrain_model",
     "explain",
     "forward_choices",
+    "from_amct_optimizer_state_dict",
     "from_amct_state_dict",
     "release_memory",
     "replicated_parameters",
