@@ -1,20 +1,20 @@
 """amct_ext: compression retraining for INT8 devices on fused custom ops; a drop-in for AMCT's retraining flows."""
 
 from amct_ext._library import build_info, release_memory
+from amct_ext.auto_channel_prune_search import (
+    GreedySearch,
+    SearchChannelBase,
+    SensitivityBase,
+    TaylorLossSensitivity,
+    auto_channel_prune_search,
+)
 from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
+from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
 from amct_ext.flow.calibrate import calibrate
 from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.parallel import average_gradients, replicated_parameters
-from amct_ext.prune.search import (
-    GreedySearch,
-    SearchChannelBase,
-    SearchGroup,
-    SensitivityBase,
-    TaylorLossSensitivity,
-    auto_channel_prune_search,
-)
 from amct_ext.retrain import (
     create_compressed_retrain_model,
     restore_compressed_retrain_model,
@@ -40,7 +40,6 @@ __all__ = [
     "GreedySearch",
     "LayerReport",
     "SearchChannelBase",
-    "SearchGroup",
     "SensitivityBase",
     "Target",
     "TaylorLossSensitivity",
@@ -56,6 +55,7 @@ __all__ = [
     "create_quant_retrain_model",
     "explain",
     "forward_choices",
+    "from_amct_optimizer_state_dict",
     "from_amct_state_dict",
     "release_memory",
     "replicated_parameters",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from amct_ext import targets
 from amct_ext._library import build_info
 from amct_ext.checkpoint.dialect import is_amct
 from amct_ext.checkpoint.load import read_state_dict
-from amct_ext.config.json import read_config
+from amct_ext.config.json import check_config
 from amct_ext.errors import AmctError
 from amct_ext.record.types import Record
 
@@ -46,23 +49,19 @@ def validate(
     target: Annotated[str, typer.Option(help="also warn of methods that this device family gains nothing from")] = "",
 ) -> None:
     """Check a configuration file (text or JSON) for what can be checked without the model."""
-    try:
-        read_config(config)
+    with _told():
+        check_config(config)
         warnings = targets.check_target(config, target) if target else []
-    except (AmctError, ValueError) as error:
-        raise _failure(error) from error
     for warning in warnings:
-        typer.echo(f"warning: {warning}")
-    typer.echo(f"{config}: valid")
+        typer.echo(_printable(f"warning: {warning}"))
+    typer.echo(_printable(f"{config}: valid"))
 
 
 @app.command()
 def inspect(record: ExistingFile) -> None:
     """Show a record file: quantisation factors, removed channels, 2:4 masks."""
-    try:
+    with _told():
         content = Record.read(str(record))
-    except AmctError as error:
-        raise _failure(error) from error
     console = Console()
     if content.quant:
         table = Table("layer", "types", "scale_d", "offset_d", "scale_w", "shifts", title="quantisation factors")
@@ -71,23 +70,23 @@ def inspect(record: ExistingFile) -> None:
             scales = f"{low:.4g}" if len(entry.scale_w) == 1 else f"{low:.4g} .. {high:.4g} ({len(entry.scale_w)})"
             shifts = f"{min(entry.shift_bit)} .. {max(entry.shift_bit)}" if entry.shift_bit else "-"
             types = f"{entry.act_type}/{entry.wts_type}"
-            table.add_row(entry.key, types, f"{entry.scale_d:.4g}", str(entry.offset_d), scales, shifts)
+            _add_row(table, entry.key, types, f"{entry.scale_d:.4g}", str(entry.offset_d), scales, shifts)
         console.print(table)
     if content.channel:
         table = Table("producers", "consumers", "channels", "removed", title="channel groups")
         for group in content.channel:
             first = group.producers[0]
             names = [", ".join(node.name for node in nodes) for nodes in (group.producers, group.consumers)]
-            table.add_row(*names, str(first.end - first.begin), str(len(first.prune_index)))
+            _add_row(table, *names, str(first.end - first.begin), str(len(first.prune_index)))
         console.print(table)
     if content.sparse:
         table = Table("layer", "shape", "mask", title="2:4 sparsity")
         for sparse in content.sparse:
             shape = " x ".join(map(str, sparse.mask_shape))
-            table.add_row(sparse.name, shape, "not made yet" if sparse.mask is None else "present")
+            _add_row(table, sparse.name, shape, "not made yet" if sparse.mask is None else "present")
         console.print(table)
     if not (content.quant or content.channel or content.sparse):
-        typer.echo(f"{record}: empty (no factors, channel groups or masks yet)")
+        typer.echo(_printable(f"{record}: empty (no factors, channel groups or masks yet)"))
 
 
 @app.command()
@@ -96,18 +95,32 @@ def checkpoint(
     state_dict_name: Annotated[str | None, typer.Option(help="the entry that holds the state dict")] = None,
 ) -> None:
     """Show whose names a checkpoint uses (ours or AMCT's) and what it holds; the file is never executed."""
-    try:
+    with _told():
         state = read_state_dict(str(file), state_dict_name)
-    except (AmctError, KeyError) as error:
-        raise _failure(error) from error
     table = Table(
         "entry", "shape", "dtype", title=f"{'AMCT' if is_amct(state) else 'native'} names, {len(state)} tensors"
     )
     for key, value in state.items():
-        table.add_row(key, " x ".join(map(str, value.shape)) or "scalar", str(value.dtype).removeprefix("torch."))
+        shape, dtype = " x ".join(map(str, value.shape)) or "scalar", str(value.dtype).removeprefix("torch.")
+        _add_row(table, key, shape, dtype)
     Console().print(table)
 
 
-def _failure(error: Exception) -> typer.Exit:
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(1)
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong with a file, or with reading it, ends the command with one message and status 1."""
+    try:
+        yield
+    except (AmctError, ValueError, TypeError, OSError) as error:
+        typer.echo(_printable(f"error: {error}"), err=True)
+        raise typer.Exit(1) from error
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Add cells as they are: names in a file may look like rich's markup."""
+    table.add_row(*(Text(_printable(cell)) for cell in cells))
+
+
+def _printable(text: str) -> str:
+    """Text for a terminal: control characters and halves of surrogate pairs, which a file may hold, are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

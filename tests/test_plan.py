@@ -164,7 +164,7 @@ def test_int4_weights_fall_back(plan, caplog):
 def test_bits_that_do_not_go_together(plan):
     text = "retrain_data_quant_config { ulq_quantize { dst_type: INT16 } }"
     assert plan(text).layers["conv1"].quant.data.num_bits == 16
-    with pytest.raises(ConfigError, match=r"layer 'conv1': INT16 activations with INT4 weights"):
+    with pytest.raises(ConfigError, match=r"job\.cfg: INT16 activations with INT4 weights"):
         plan(text + "retrain_weight_quant_config { arq_retrain { dst_type: INT4 } }")
 
 

@@ -179,6 +179,11 @@ def test_channels_that_stay_have_a_reason(network, layer, reason):
     assert reason in found[layer], found
 
 
+def test_a_batchnorm_over_tokens_without_statistics_mixes_the_channels():
+    net = nn.Sequential(nn.Linear(8, 20), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(20, 3))
+    assert "1 normalises over the channels" in why_not(net, torch.randn(2, 5, 8))["0"]
+
+
 def test_layers_with_a_common_weight_stay():
     net = nn.Sequential(conv(3, 3), nn.ReLU(), conv(3, 3), conv(3, 2))
     net[2].weight = net[0].weight

@@ -15,7 +15,9 @@ from amct_ext.config.plan import resolve
 from amct_ext.config.text import FilterPrune, RetrainConfig, parse_config
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import discover
-from amct_ext.prune.cost import Cost, layer_work
+from amct_ext.prune.cost import Cost, layer_work, layer_works
+from amct_ext.prune.groups import ChannelGroup, Member
+from amct_ext.prune.search_space import SearchGraph, graph_info, read_scores, search_records, write_scores
 
 
 def operations(model: nn.Module, sample: Tensor) -> int:
@@ -80,7 +82,7 @@ def test_cost_of_removed_channels_is_that_of_the_pruned_model(tmp_path: Path, bu
     graph = trace(model, small.SAMPLE)
     plan = resolve(parse_config(config), graph.traits(model))
     groups = list(discover(graph, plan, model).prunable)
-    cost = Cost(graph, model, groups)
+    cost = Cost(layer_works(graph, model), groups)
     assert cost([0] * len(groups)) == cost.original
     pruned = amct_ext.create_prune_retrain_model(model, small.SAMPLE, str(config), str(tmp_path / "record.txt"))
     present = dict(pruned.named_modules())
@@ -101,12 +103,15 @@ def test_taylor_by_hand() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
         model[1].weight.copy_(torch.tensor([[0.5, 2.0]]))
-    group = amct_ext.SearchGroup(("0",), ("1",), 2, (0, 1))
-    scores = amct_ext.TaylorLossSensitivity().get_sensitivity(
-        model, [group], [((torch.tensor([[1.0, 3.0]]),), torch.tensor([[-100.0]]))]
+    group = ChannelGroup(2, [Member("0", "MatMul")], [Member("1", "MatMul")])
+    records = search_records([group])
+    measure = amct_ext.TaylorLossSensitivity()
+    measure.setup_initialization(
+        (SearchGraph(model, ()), {}), [torch.tensor([[1.0, 3.0]]), torch.tensor([[-100.0]])], 1
     )
+    measure.get_sensitivity(records)
     # The loss grows with the output, so the gradient of w[c, i] is out_weight[c] * x[i].
-    torch.testing.assert_close(scores[0], torch.tensor([0.5 * (1 + 6), 2.0 * (3 + 3)]))
+    torch.testing.assert_close(read_scores(records[0], group), torch.tensor([0.5 * (1 + 6), 2.0 * (3 + 3)]))
 
 
 def test_greedy_equals_its_definition() -> None:
@@ -115,23 +120,31 @@ def test_greedy_equals_its_definition() -> None:
     graph = trace(model, small.SAMPLE)
     config = RetrainConfig(prune=FilterPrune(0.5, False))
     found = list(discover(graph, resolve(config, graph.traits(model)), model).prunable)
-    cost = Cost(graph, model, found)
-    groups, scores = [], []
-    for group in found:
-        blocks = group.blocks or 1
-        counts = tuple(range(0, group.count, blocks))
-        names = tuple(member.name for member in group.producers)
-        groups.append(amct_ext.SearchGroup(names, (), group.count, counts, blocks))
+    works = layer_works(graph, model)
+    cost = Cost(works, found)
+    records, scores = search_records(found), []
+    for record, group in zip(records, found, strict=True):
         scores.append(torch.rand(group.count))
-    removed = [0] * len(groups)
+        write_scores(record, scores[-1])
+    removed = [0] * len(found)
     while cost.original / cost(removed) < 1.5:
         steps = []
-        for index, group in enumerate(groups):
+        for index, group in enumerate(found):
+            blocks = group.blocks or 1
             further = [*removed]
-            further[index] += group.blocks
-            if further[index] in group.counts:
-                rows = scores[index].reshape(group.blocks, -1).sort(1).values
-                loss = rows[:, removed[index] // group.blocks].double().sum().item()
+            further[index] += blocks
+            if further[index] < group.count:
+                rows = scores[index].reshape(blocks, -1).sort(1).values
+                loss = rows[:, removed[index] // blocks].double().sum().item()
                 steps.append((loss / (cost(removed) - cost(further)), further))
         removed = min(steps)[1]
-    assert amct_ext.GreedySearch().channel_prune_search(groups, scores, cost, 1.5) == removed
+    kept = amct_ext.GreedySearch().channel_prune_search(graph_info(works), records, (1.5, False, 1.0))
+    for group, values, count in zip(found, scores, removed, strict=True):
+        blocks = group.blocks or 1
+        for member in group.producers:
+            flags = torch.tensor(kept[member.name]).reshape(blocks, -1)
+            assert (flags == 0).sum(1).tolist() == [count // blocks] * blocks
+            rows = values.reshape(blocks, -1)
+            assert rows[flags == 0].numel() == 0 or all(
+                row[flag == 0].max() <= row[flag == 1].min() for row, flag in zip(rows, flags, strict=True)
+            )

@@ -173,6 +173,17 @@ NETWORKS = {
                     norm=nn.LayerNorm(8), gate=nn.Linear(8, 20), up=nn.Linear(8, 20), down=nn.Linear(20, 8)),
         torch.randn(2, 5, 8), {"gate", "up"},
     ),
+    "BatchNorm over tokens": (
+        lambda: nn.Sequential(nn.Linear(8, 20), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(20, 12, bias=False),
+                              nn.BatchNorm1d(5, affine=False), nn.Linear(12, 3)),
+        torch.randn(2, 5, 8), {"0", "3"},
+    ),
+    "BatchNorm over rows, and one that is called twice": (
+        lambda: Net(lambda m, x: m.out(m.twice(m.twice(m.a(m.rows(m.tokens(x)).permute(0, 3, 1, 2)).transpose(1, 2)))),
+                    tokens=nn.Linear(3, 12), rows=nn.BatchNorm2d(5), a=conv(12, 10), twice=nn.BatchNorm2d(5),
+                    out=conv(5, 2)),
+        torch.randn(2, 5, 6, 3), {"tokens"},
+    ),
     "channels last linear": (
         lambda: Net(lambda m, x: m.c(m.b(F.gelu(m.a(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)).mean((-2, -1)),
                     a=nn.Linear(3, 10), b=nn.Linear(10, 6), c=conv(6, 4)),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext.config.text import FilterPrune, parse_config
 from amct_ext.files import write_if_changed
+from amct_ext.prune.groups import ChannelGroup, Member
+from amct_ext.prune.search_space import SearchGraph, search_records
 
-DATA, LABEL = torch.randn(6, 3, 12, 12), torch.randn(6, 5)
+DATA, LABEL, CLASSES = torch.randn(6, 3, 12, 12), torch.randn(6, 5), torch.randint(5, (6,))
 
 
 class Search:
@@ -84,35 +86,148 @@ def test_file_form(search: Search) -> None:
     assert "fc" in config.regular_prune_skip_layers  # an output of the model: not pruned, and said so
 
 
+def scores(records: Any) -> dict[str, list[float]]:
+    nodes = [record.producer[0] for record in records]
+    return {node.name: list(next(a.floats for a in node.attr if a.name == "sensitivity")) for node in nodes}
+
+
+def measured(model: nn.Module, samples: int, data: Any, label: Any) -> Tensor:
+    """Taylor's scores of conv1 from the first samples."""
+    group = ChannelGroup(16, [Member("conv1", "Conv")], [Member("bn1", "BatchNormalization"), Member("conv2", "Conv")])
+    records = search_records([group])
+    measure = amct_ext.TaylorLossSensitivity()
+    measure.setup_initialization((SearchGraph(model, ()), {}), [data, label], samples)
+    measure.get_sensitivity(records)
+    return torch.tensor(scores(records)["conv1"])
+
+
 def test_more_samples_add_up(search: Search) -> None:
     model = small.build().eval()
-    group = amct_ext.SearchGroup(("conv1",), ("bn1", "conv2"), 16, (0, 1))
-    measure = amct_ext.TaylorLossSensitivity()
-    samples = [((DATA[i : i + 1],), LABEL[i : i + 1]) for i in range(3)]
-    one_by_one = [measure.get_sensitivity(model, [group], [sample])[0] for sample in samples]
-    torch.testing.assert_close(measure.get_sensitivity(model, [group], samples)[0], sum(one_by_one))
+    one_by_one = [measured(model, 1, DATA[i : i + 1], LABEL[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(measured(model, 3, DATA, LABEL), torch.stack(one_by_one).sum(0))
     for iterations in (1, 6):
         search.run(f"compress_ratio: 1.5 ascend_optimized: false test_iteration: {iterations}")
 
 
-def test_least_sensitive_layer_goes_first(search: Search) -> None:
-    class OnlyConv1(amct_ext.SensitivityBase):
-        def get_sensitivity(self, model: nn.Module, groups: Any, samples: Any) -> Sequence[Tensor]:
-            assert len(samples) == 2 and all(len(arguments[0]) == 1 for arguments, _ in samples)
-            return [torch.full((g.channels,), 1e-9 if "conv1" in g.producers else 1e9) for g in groups]
+def write_floats(record: Any, values: list[float]) -> None:
+    """As the guide's readers write it: a message of AMCT's with a name, a type and floats."""
+    attr = record.producer[0].attr.add(name="sensitivity", type=4)
+    attr.floats.extend(values)
 
-    ratios = search.run("compress_ratio: 1.1 ascend_optimized: false test_iteration: 2", sensitivity=OnlyConv1())
+
+class OnlyConv1(amct_ext.SensitivityBase):
+    """An own measure with AMCT's methods."""
+
+    def setup_initialization(
+        self, graph_tuple: Any, input_data: Any, test_iteration: int, output_nodes: Any = None
+    ) -> None:
+        (self.graph, self.graph_info), self.data, self.count = graph_tuple, input_data, test_iteration
+
+    def get_sensitivity(self, search_records: Any) -> None:
+        assert self.count == 2 and self.data[0] is DATA and not self.graph.model.training
+        assert {"stem", "conv1", "fc"} <= {node.name for node in self.graph.nodes if node.type in ("Conv", "Gemm")}
+        for record in search_records:
+            names = [node.name for node in record.producer]
+            assert self.graph.model.get_submodule(names[0]).out_channels == self.graph_info[names[0]]["cout"]
+            write_floats(record, [1e-9 if "conv1" in names else 1e9] * self.graph_info[names[0]]["ori_cout"])
+
+
+class GuidesForm(OnlyConv1):
+    """The form of the method that the guide shows for PyTorch: without output_nodes."""
+
+    def setup_initialization(self, graph_tuple: Any, input_data: Any, test_iteration: int) -> None:  # type: ignore[override]
+        super().setup_initialization(graph_tuple, input_data, test_iteration)
+
+
+@pytest.mark.parametrize("own", [OnlyConv1, GuidesForm])
+def test_least_sensitive_layer_goes_first(search: Search, own: Any) -> None:
+    ratios = search.run("compress_ratio: 1.1 ascend_optimized: false test_iteration: 2", sensitivity=own())
     assert [name for name, ratio in ratios.items() if ratio] == ["conv1"]
 
 
-def test_own_algorithm_and_coupled_layers(search: Search) -> None:
-    class Half(amct_ext.SearchChannelBase):
-        def channel_prune_search(self, groups: Any, sensitivity: Any, cost: Any, compress_ratio: float) -> list[int]:
-            assert cost([0] * len(groups)) == cost.original and compress_ratio == 2.0
-            return [group.channels // 2 for group in groups]
+class Half(amct_ext.SearchChannelBase):
+    """An own algorithm with AMCT's method: half of each layer goes."""
 
-    ratios = search.run("compress_ratio: 2 ascend_optimized: false", search_alg=Half())
-    assert ratios == {"stem": 0.5, "conv1": 0.5, "conv2": 0.5, "down": 0.5, "fc": 0.0}
+    def channel_prune_search(self, graph_info: Any, search_records: Any, prune_config: Any) -> dict[str, list[int]]:
+        assert prune_config == (2.0, False, 0.75)
+        assert all({"cin", "cout", "ori_cout", "bitops"} <= set(entry) for entry in graph_info.values())
+        assert all(any(a.name == "bitops" and a.f > 0 for a in r.producer[0].attr) for r in search_records)
+        assert set(scores(search_records)) == {record.producer[0].name for record in search_records}
+        widths = {node.name: graph_info[node.name]["cout"] for record in search_records for node in record.producer}
+        return {name: [0] * (width // 2) + [1] * (width - width // 2) for name, width in widths.items()}
+
+
+def test_own_algorithm_and_coupled_layers(search: Search) -> None:
+    text = "compress_ratio: 2 ascend_optimized: false max_prune_ratio: 0.75"
+    expected = {"stem": 0.5, "conv1": 0.5, "conv2": 0.5, "down": 0.5, "fc": 0.0}
+    assert search.run(text, search_alg=Half()) == expected
+    # The file says what holds for the whole model first.
+    assert search.out.read_text().startswith("prune_config")
+
+
+def test_methods_derived_from_the_built_in_ones(search: Search) -> None:
+    """They may call what they override, and update_graph keeps the table they are given up to date."""
+
+    class Doubled(amct_ext.TaylorLossSensitivity):
+        def get_sensitivity(self, search_records: Any) -> None:
+            super().get_sensitivity(search_records)
+            for record in search_records:
+                values = scores([record])[record.producer[0].name]
+                attr = next(a for a in record.producer[0].attr if a.name == "sensitivity")
+                attr.floats[:] = [2 * value for value in values]
+
+    class Narrowed(amct_ext.GreedySearch):
+        def channel_prune_search(self, graph_info: Any, search_records: Any, prune_config: Any) -> dict[str, list[int]]:
+            kept = super().channel_prune_search(graph_info, search_records, prune_config)
+            before = sum(entry["bitops"] for entry in graph_info.values())
+            lost = {i: kept[r.producer[0].name].count(0) for i, r in enumerate(search_records)}
+            self.update_graph(lost, graph_info, search_records)
+            assert before / sum(entry["bitops"] for entry in graph_info.values()) == pytest.approx(1.5, rel=0.1)
+            assert all(graph_info[n.name]["cout"] == sum(kept[n.name]) for r in search_records for n in r.producer)
+            return kept
+
+    text = "compress_ratio: 1.5 ascend_optimized: false"
+    plain = search.run(text)
+    assert search.run(text, sensitivity=Doubled(), search_alg=Narrowed()) == plain and search.cost_ratio() >= 1.5
+
+
+def test_the_samples_import_lines() -> None:
+    """The module has the function's name, and the function stays what the package's name gives."""
+    module = importlib.import_module("amct_ext.auto_channel_prune_search")
+    assert module.TaylorLossSensitivity is amct_ext.TaylorLossSensitivity
+    assert module.GreedySearch is amct_ext.GreedySearch
+    assert module.auto_channel_prune_search is amct_ext.auto_channel_prune_search and callable(
+        module.auto_channel_prune_search
+    )
+
+
+class Counted(nn.CrossEntropyLoss):
+    called = 0
+
+    def forward(self, output: Tensor, label: Tensor) -> Tensor:
+        type(self).called += 1
+        return super().forward(output, label)
+
+
+def test_a_loss_of_the_users_own(search: Search) -> None:
+    measure = amct_ext.TaylorLossSensitivity()
+    measure.set_loss_func(Counted())
+    text = "compress_ratio: 1.5 ascend_optimized: false test_iteration: 3"
+    ratios = search.run(text, data=[DATA, CLASSES], sensitivity=measure)
+    assert Counted.called == 3
+    measure.set_loss_func()
+    assert search.run(text, data=[DATA, CLASSES], sensitivity=measure) == ratios  # the same loss, found from the labels
+    with pytest.raises(TypeError, match="loss_func"):
+        measure.set_loss_func("cross entropy")  # type: ignore[arg-type]
+
+
+def test_class_numbers_are_measured_by_cross_entropy() -> None:
+    model = small.build().eval()
+    output = model(DATA[:1])
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(output, CLASSES[:1]), [model.conv1.weight])
+    expected = (model.conv1.weight * gradient).flatten(1).abs().sum(1).detach()
+    for label in (CLASSES, CLASSES.to(torch.uint8)):
+        torch.testing.assert_close(measured(model, 1, DATA, label), expected)
 
 
 def test_limit_per_layer_and_unreachable_ratio(search: Search, caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +295,6 @@ def test_bad_override_file(search: Search, text: str, words: tuple[str, ...]) ->
         search.run(config)
 
 
-@pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize(
     ("data", "error", "words"),
     [
@@ -188,8 +302,14 @@ def test_bad_override_file(search: Search, text: str, words: tuple[str, ...]) ->
         ([DATA, "label"], RuntimeError, ("tensors",)),
         ((DATA, LABEL), TypeError, ("input_data", "list")),
         ([DATA[:, :2], LABEL], RuntimeError, ("rejects",)),
-        ([DATA, torch.randn(6, 4)], RuntimeError, ("rejects input_data",)),
         ([DATA * float("nan"), LABEL], RuntimeError, ("NaN",)),
+        # Labels that torch would broadcast, or that are no classes of this model.
+        ([DATA, torch.randn(6, 4)], RuntimeError, ("label", "[1, 4]", "[1, 5]")),
+        ([DATA, torch.randn(6, 1)], RuntimeError, ("label", "[1, 1]", "set_loss_func")),
+        ([DATA, torch.randn(6)], RuntimeError, ("label", "[1]", "set_loss_func")),
+        ([DATA, torch.randint(5, (6, 1))], RuntimeError, ("label", "[1, 1]")),
+        ([DATA, torch.full((6,), 5)], RuntimeError, ("label", "0..4", "5")),
+        ([DATA, torch.zeros(6, dtype=torch.bool)], RuntimeError, ("label", "bool")),
     ],
 )
 def test_bad_data(search: Search, data: Any, error: type[Exception], words: tuple[str, ...]) -> None:
@@ -198,25 +318,74 @@ def test_bad_data(search: Search, data: Any, error: type[Exception], words: tupl
         search.run("compress_ratio: 2", data=data)
 
 
-def test_bad_plugins(search: Search) -> None:
-    class Wrong(amct_ext.SensitivityBase, amct_ext.SearchChannelBase):
-        def get_sensitivity(self, *args: Any) -> Any:
-            return [torch.ones(3)]
+@pytest.mark.parametrize("loss", [nn.L1Loss(), nn.MSELoss(), nn.SmoothL1Loss(), nn.HuberLoss()])
+def test_a_given_loss_that_would_broadcast_the_labels(search: Search, loss: nn.Module) -> None:
+    measure = amct_ext.TaylorLossSensitivity()
+    measure.set_loss_func(loss)
+    search.config.write_text("compress_ratio: 2")
+    with rejected(search.folder, RuntimeError, "label", "target size"):
+        search.run("compress_ratio: 2", data=[DATA, CLASSES], sensitivity=measure)
 
-        def channel_prune_search(self, groups: Any, *args: Any) -> list[int]:
-            return [group.channels for group in groups]
 
-    for plugins, words in (
+@pytest.mark.parametrize("loss", [lambda output, label: output, lambda output, label: 1.0, lambda output, label: label])
+def test_a_loss_that_is_none(search: Search, loss: Any) -> None:
+    measure = amct_ext.TaylorLossSensitivity()
+    measure.set_loss_func(loss)
+    search.config.write_text("compress_ratio: 2")
+    with rejected(search.folder, RuntimeError, "loss", "one number"):
+        search.run("compress_ratio: 2", sensitivity=measure)
+
+
+class Writes(amct_ext.SensitivityBase):
+    def __init__(self, values: list[float] | None) -> None:
+        self.values = values
+
+    def setup_initialization(self, *args: Any) -> None:
+        pass
+
+    def get_sensitivity(self, search_records: Any) -> None:
+        for record in search_records if self.values is not None else ():
+            write_floats(record, self.values)
+
+
+class Returns(amct_ext.SearchChannelBase):
+    def __init__(self, chosen: Any) -> None:
+        self.chosen = chosen
+
+    def channel_prune_search(self, graph_info: Any, search_records: Any, prune_config: Any) -> Any:
+        return self.chosen
+
+
+@pytest.mark.parametrize(
+    ("plugins", "words"),
+    [
         ({"sensitivity": "Hessian"}, ("Hessian", "TaylorLossSensitivity")),
         ({"search_alg": "Random"}, ("Random", "GreedySearch")),
-        ({"sensitivity": Wrong()}, ("1 score vectors",)),
-        ({"search_alg": Wrong()}, ("removes 8 channels of stem",)),
-    ):
-        search.config.write_text("compress_ratio: 2")
-        with rejected(search.folder, ValueError, *words):
-            search.run("compress_ratio: 2", **plugins)
+        ({"sensitivity": Writes([1.0] * 3)}, ("stem", "8 scores", "3")),
+        ({"sensitivity": Writes(None)}, ("stem", "8 scores", "none")),
+        ({"search_alg": Returns([1])}, ("dict", "list")),
+        ({"search_alg": Returns({"stm": [1] * 8})}, ("stm", "'stem'")),
+        ({"search_alg": Returns({"stem": [1] * 7})}, ("stem", "8 flags")),
+        ({"search_alg": Returns({"stem": [2] * 8})}, ("stem", "8 flags")),
+        ({"search_alg": Returns({"stem": 0.5})}, ("stem", "8 flags")),
+        ({"search_alg": Returns({"stem": [0] * 8})}, ("all 8 channels", "stem")),
+    ],
+)
+def test_bad_plugins(search: Search, plugins: dict[str, Any], words: tuple[str, ...]) -> None:
+    search.config.write_text("compress_ratio: 2")
+    with rejected(search.folder, ValueError, *words):
+        search.run("compress_ratio: 2", **plugins)
     with rejected(search.folder, TypeError, "search_alg"):
         search.run("compress_ratio: 2", search_alg=3)
+
+
+def test_coupled_layers_and_rounding_follow_create(search: Search, caplog: pytest.LogCaptureFixture) -> None:
+    """Of coupled layers the one that loses fewest counts; what create's rounding makes of a ratio is told."""
+    chosen = {"conv1": [0] * 3 + [1] * 13, "conv2": [0] * 8 + [1] * 8, "down": [0] * 4 + [1] * 12}
+    with caplog.at_level(logging.WARNING):
+        ratios = search.run("compress_ratio: 2 ascend_optimized: true", search_alg=Returns(chosen))
+    assert ratios == {"stem": 0.0, "conv1": 3 / 16, "conv2": 0.25, "down": 0.25, "fc": 0.0}
+    assert "conv1: of the 3 channels" in caplog.text and "create will remove 0" in caplog.text
 
 
 def test_groups_that_the_model_cannot_lose_are_left_out(search: Search, caplog: pytest.LogCaptureFixture) -> None:

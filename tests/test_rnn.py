@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models as small
 import torch
 from rnn_job import KINDS, PER_TENSOR, Job, assert_same, batch, evaluate, every_kind, every_setting, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext
+from amct_ext import ops
 from amct_ext.flow import saving
 from amct_ext.layers.rnn import CompressedGRU, CompressedLSTM
 
@@ -100,12 +102,37 @@ def test_other_variants_stay_float(tmp_path: Path, kind: str, options: dict[str,
 
 
 @every_kind
-def test_hidden_clips_come_from_all_states(tmp_path: Path, kind: str) -> None:
-    """Without an initial state there would be nothing but zeros to calibrate on."""
-    model = Job(tmp_path, kind).create().train()
-    model(batch(0)[0])
-    assert 0.001 < float(model.rnn.hidden_quant.scale) < 1.3 / 127
-    assert int(model.rnn.hidden_quant.batches_seen) == 1
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("setting", ["quant", "two_batches"])
+def test_hidden_clips_come_from_the_states_that_are_read(
+    tmp_path: Path, kind: str, options: dict[str, Any], setting: str
+) -> None:
+    """From the initial state to the last but one: the last output is never quantised. AMCT's numbers follow."""
+    job = Job(tmp_path, kind, setting, **options)
+    plain, model = copy.deepcopy(job.net.rnn), job.create().train()
+    states = []
+    for x in [job.sample, job.sample * 0.5][: 2 if setting == "two_batches" else 1]:
+        model(x)
+        output = plain(x)[0].detach()
+        output = output.transpose(0, 1) if plain.batch_first else output
+        states += [torch.zeros_like(output[:1]), output[:-1]]
+    high, low = ops.search_clip_range(torch.cat(states).flatten(), 8)[2:]
+    quantizer = model.rnn.hidden_quant
+    torch.testing.assert_close((quantizer.clip_max.detach(), quantizer.clip_min.detach()), (high, low))
+
+
+@every_kind
+@pytest.mark.parametrize("start", [0.0, 0.3])
+def test_hidden_clips_of_a_single_step(tmp_path: Path, kind: str, start: float) -> None:
+    """A zero state alone would give steps of 1, which no later state survives."""
+    job = Job(tmp_path, kind)
+    plain, model = copy.deepcopy(job.net.rnn), job.create().train()
+    state = torch.full((1, 4, 8), start)
+    given: Any = (state, state) if kind == "LSTM" else state
+    model(job.sample[:1], given)
+    expected = plain(job.sample[:1], given)[0].detach() if start == 0 else state
+    high = ops.search_clip_range(expected.flatten(), 8)[2]
+    torch.testing.assert_close(model.rnn.hidden_quant.clip_max.detach(), high)
 
 
 @every_kind
@@ -124,6 +151,36 @@ def test_fixed_min_only_where_it_is_asked_for(tmp_path: Path, kind: str) -> None
     job.net = Behind()
     model = job.create()
     assert model.rnn.act_quant.fixed_min and not model.rnn.hidden_quant.fixed_min
+
+
+class BehindRelu(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.before, self.rnn = nn.Linear(6, 6), rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(self.before(x).relu())[0]
+
+
+@every_kind
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_learned_lower_clip_of_amct_survives(tmp_path: Path, kind: str, asked: bool | None) -> None:
+    """AMCT sees no ReLU before a layer with the batch axis first, so its checkpoints hold lower clips below 0."""
+    setting = (
+        small.QUANT if asked is None else small.QUANT.replace("ulq_quantize { }", "ulq_quantize { fixed_min: true }")
+    )
+    job = Job(tmp_path, kind, setting, batch_first=True)
+    job.net = BehindRelu(job.net.rnn)
+    model = job.create()
+    model.train()(job.sample)
+    state = amct_ext.to_amct_state_dict(model)
+    keys = [key for key in state if key.startswith("rnn.") and key.endswith(("acts_clip_min", "acts_h_clip_min"))]
+    state.update({key: torch.tensor(-0.05) for key in keys})
+    restored = job.restore(state)
+    evaluate(restored, job.sample)
+    expected = -0.05 if asked is None else 0.0
+    for quantizer in (restored.rnn.act_quant, restored.rnn.hidden_quant):
+        assert float(quantizer.clip_min.detach()) == pytest.approx(expected, abs=float(quantizer.scale))
 
 
 @every_kind

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amct_ext.arguments import unwrap
-from amct_ext.checkpoint.dialect_rnn import read_rnn, write_rnn
+from amct_ext.arguments import check_types, unwrap
+from amct_ext.checkpoint.dialect_rnn import has_run, is_finite, read_rnn, write_rnn
 from amct_ext.flow.session import session_of
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
@@ -72,8 +72,10 @@ def from_amct_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[
     """Translate AMCT's names into those of ``model`` (a compressed model of the same configuration and record).
 
     Finite previous clips count as a finished calibration. Keys that have no place are passed on, so that the strict
-    load reports them. Errors: ModelError.
+    load reports them. Errors: ModelError, TypeError (an entry that is no tensor).
     """
+    for key, value in state.items():
+        check_types(**{f"state['{key}']": (value, object if key.endswith("_extra_state") else Tensor)})
     model = unwrap(model)
     session = session_of(model)
     layers = dict(compressed_layers(model))
@@ -187,13 +189,11 @@ def _read_layer(
         for theirs, key in (_ACT_PARAMS | _ACT_BUFFERS).items():
             if pre + theirs in taken:
                 out[ours + key] = taken[pre + theirs]
-        finite = all(
-            bool(torch.isfinite(taken.get(pre + k, torch.tensor(float("nan"))))) for k in list(_ACT_BUFFERS)[:2]
-        )
+        finite = all(pre + k in taken and is_finite(taken[pre + k]) for k in list(_ACT_BUFFERS)[:2])
         out[ours + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
         out[ours + "invalid"] = torch.tensor(False)
     if layer.weight_quant is not None and "wts_scales" in taken:
-        ran = bool(taken.get("cur_batch", torch.tensor(0.0)) > 0) and bool(torch.isfinite(taken["wts_scales"]).all())
+        ran = has_run(taken) and is_finite(taken["wts_scales"])
         ours = f"{name}.weight_quant."
         if layer.weight_quant.learned:
             out[ours + "scale"] = taken["wts_scales"] if ran else fallback[ours + "scale"]
@@ -201,7 +201,7 @@ def _read_layer(
         else:
             out[ours + "scale"] = taken["wts_scales"]
         out.update((k, torch.zeros_like(fallback[k])) for k in fallback if k.startswith(f"{name}.search_n."))
-    if layer.sparsity is not None and "wts_mask" in taken:
+    if layer.sparsity is not None and {"wts_mask", "prune_cur_batch"} <= set(taken):
         ours, mask = f"{name}.sparsity.", taken["wts_mask"]
         # A wrapper that never ran has no mask yet; the one made from record or weights stays.
         out[ours + "mask"] = fallback[ours + "mask"] if mask.isnan().any() else mask.bool()

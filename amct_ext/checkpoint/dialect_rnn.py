@@ -73,11 +73,21 @@ def read_rnn(
             out[f"{name}.{key}"] = value
     for prefix, child in _ACTS:
         _read_activation(out, f"{name}.{child}.", taken, prefix, getattr(layer, child))
-    ran = bool(taken.get("cur_batch", torch.tensor(0.0)) > 0)
+    ran = has_run(taken)
     for prefix, child in _WEIGHTS:
         if f"{prefix}scales" in taken:
             _read_weight(out, f"{name}.{child}.", taken[f"{prefix}scales"], ran, getattr(layer, child), fallback)
     return out
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether every element is finite; the shape is checked later, with all the others."""
+    return bool(torch.isfinite(value).all())
+
+
+def has_run(taken: Mapping[str, Tensor]) -> bool:
+    """Whether AMCT's wrapper with these entries has seen a forward."""
+    return bool((taken.get("cur_batch", torch.tensor(0.0)) != 0).any())
 
 
 def _copy(out: dict[str, Tensor], acts: list[tuple[str, ActivationQuantizer]], names: Mapping[str, str]) -> None:
@@ -93,7 +103,7 @@ def _read_activation(
     for theirs, key in (_PARAMS | _PREVIOUS | _FACTORS).items():
         if prefix + theirs in taken:
             out[ours + key] = taken[prefix + theirs]
-    finite = all(prefix + key in taken and bool(torch.isfinite(taken[prefix + key])) for key in _PREVIOUS)
+    finite = all(prefix + key in taken and is_finite(taken[prefix + key]) for key in _PREVIOUS)
     if not finite and ours + "clip_max" in out:  # AMCT's start is a range, ours is none
         out[ours + "clip_min"] = out[ours + "clip_max"]
     out[ours + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
@@ -110,10 +120,10 @@ def _read_weight(
 ) -> None:
     own = fallback[ours + "scale"]
     # One scale for the whole weight stands once per gate in the file.
-    scales = scales[:1] if own.numel() == 1 else scales
+    scales = scales[:1] if own.numel() == 1 and scales.dim() else scales
     if quantizer.learned:
         # AMCT's own learned scales of recurrent layers are NaN: they start from the weight's range.
-        ran = ran and bool(torch.isfinite(scales).all())
+        ran = ran and is_finite(scales)
         out[ours + "initialised"] = torch.tensor(ran)
         out[ours + "scale"] = scales if ran else own
     else:

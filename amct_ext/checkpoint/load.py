@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
     ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict. Errors:
     FileNotFoundError; UnsafeCheckpointError (a pickle.UnpicklingError) where the file holds more than tensors and
     plain containers; CheckpointKeyError (a KeyError) where the entry is missing or empty; CheckpointError (a
-    RuntimeError) where it is no state dict.
+    RuntimeError) where it is no state dict, or holds anything but dense tensors with values.
     """
     try:
         content = torch.load(pth_file, map_location="cpu", weights_only=True)
@@ -34,11 +35,14 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}' holds more than tensors and plain containers, or is damaged; not executed; "
             f"save state dicts and plain values only ({str(error).splitlines()[0]})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"checkpoint '{pth_file}' cannot be read (truncated?): {error}") from None
+    except Exception as error:  # bytes that are none of torch's may end its reader in any way
+        raise CheckpointError(
+            f"checkpoint '{pth_file}' cannot be read (truncated, or no file of torch.save?): "
+            f"{type(error).__name__}: {error}"
+        ) from None
     if state_dict_name is not None:
         named = content.get(state_dict_name) if isinstance(content, Mapping) else None
-        if not named:
+        if named is None or (isinstance(named, Mapping) and not named):
             names = sorted(map(str, content)) if isinstance(content, Mapping) else []
             raise CheckpointKeyError(
                 f"checkpoint '{pth_file}' has no (or an empty) entry '{state_dict_name}'; it has: "
@@ -50,11 +54,19 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}' is no state dict; give the name of its entry as state_dict_name"
         )
     state = dict(content)
-    bare = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    bare = [key for key, value in state.items() if not isinstance(value, Tensor) and not _is_extra(key)]
     if bare:
         raise CheckpointError(
             f"checkpoint '{pth_file}': '{bare[0]}' is no tensor; if the state dict is an entry of the file, name it as "
             "state_dict_name"
+        )
+    unusual = [(key, what) for key, value in state.items() if isinstance(value, Tensor) and (what := _unusual(value))]
+    if unusual:
+        key, what = unusual[0]
+        more = f" (and {len(unusual) - 1} more)" if len(unusual) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint '{pth_file}': '{key}'{more} is {what}; save the state dict of the trained model, with dense "
+            "tensors in memory"
         )
     for prefix in _WRAPPERS * 2:
         if state and all(key.startswith(prefix) for key in state):
@@ -62,11 +74,25 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
     return state
 
 
+def _is_extra(key: str) -> bool:
+    """Whether an entry is what a module's own ``get_extra_state`` returned: anything."""
+    return key.rpartition(".")[2] == "_extra_state"
+
+
+def _unusual(value: Tensor) -> str:
+    """What keeps a tensor from being copied into a parameter, '' for nothing."""
+    if value.is_meta:
+        return "on the meta device, without values"
+    if value.is_nested or value.layout is not torch.strided:
+        return "a nested tensor" if value.is_nested else f"stored as {value.layout}"
+    return "quantised by torch" if value.is_quantized else ""
+
+
 def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None = None) -> None:
     """Load a checkpoint of ours or of AMCT into a compressed model, strictly.
 
-    Errors: those of ``read_state_dict``; CheckpointError listing all missing, unexpected and misshapen entries.
-    Nothing is loaded unless everything fits.
+    Errors: those of ``read_state_dict``; CheckpointError listing all missing, unexpected and misshapen entries, or what
+    torch or a module of the user's says while it loads. The model is as it was then, bit for bit.
     """
     state = read_state_dict(pth_file, state_dict_name)
     if dialect.is_amct(state):
@@ -78,7 +104,35 @@ def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None
             f"checkpoint '{pth_file}' does not fit ({len(problems)} mismatch(es)); it belongs to another model, "
             f"configuration or record:\n  {listed}"
         )
-    model.load_state_dict(state, strict=True)
+    with _unchanged_on_failure(model):
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"checkpoint '{pth_file}' cannot be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Give the model back its tensors, their values and its attributes where the block raises."""
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    held: list[tuple[Any, dict[str, Any]]] = [
+        (holder, dict(holder))
+        for module in model.modules()
+        for holder in (vars(module), module._parameters, module._buffers)
+    ]
+    try:
+        yield
+    except BaseException:
+        for holder, before in held:
+            for name in [name for name in holder if name not in before]:
+                del holder[name]
+            for name, value in before.items():
+                if holder.get(name) is not value:
+                    holder[name] = value
+        for tensor, values in tensors:
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(values)
+        raise
 
 
 def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -98,9 +152,17 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     for key, value in own.items():
         if key not in state:
             continue
+        if _is_extra(key):
+            continue
         if _shape(state[key]) != _shape(value):
             problems.append(f"shape: {key} is {_shape(state[key])} in the checkpoint and {_shape(value)} in the model")
+        elif _complex(state[key]) and not _complex(value):
+            problems.append(f"dtype: {key} is {state[key].dtype} in the checkpoint and {value.dtype} in the model")
     return problems
+
+
+def _complex(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _shape(value: Any) -> tuple[int, ...]:

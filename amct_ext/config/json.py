@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from amct_ext.config.plan import LayerTraits, Plan, QuantPlan, resolve
+from amct_ext.config.plan_checks import check_without_model
 from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings, parse_config
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import Places, close_matches
@@ -28,6 +30,8 @@ _LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
 _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")
 _WEIGHT_KEYS = ("algo", "channel_wise", "dst_type")
 _WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
+_MOST_BATCHES = 2**32 - 1  # as in a text configuration
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # of normal float32 numbers
 _log = logging.getLogger("amct_ext")
 
 
@@ -115,14 +119,26 @@ def read_json(path: str | os.PathLike[str]) -> JsonConfig:
     source = os.fspath(path)
     try:
         content = json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_Object)
+    except RecursionError:
+        raise ConfigError(f"{source}: not a JSON configuration: its objects are nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: not a JSON configuration (byte {error.start} is not UTF-8)") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{source}:{error.lineno}:{error.colno}: not a JSON configuration: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{source}: not a JSON configuration: {error}") from None
     if not isinstance(content, _Object):
         raise ConfigError(f"{source}: a JSON object is needed, not {type(content).__name__}")
     content.check_unique(source)
     return _Reader(source).config(content)
+
+
+def check_config(path: str | os.PathLike[str]) -> None:
+    """Read a text or a JSON configuration and check all that needs no model. Errors: those of reading; ConfigError."""
+    config = read_config(path)
+    if isinstance(config, JsonConfig):
+        _check_enabled(config)
+    check_without_model(config.settings if isinstance(config, JsonConfig) else config)
 
 
 def read_config(path: str | os.PathLike[str]) -> RetrainConfig | JsonConfig:
@@ -149,9 +165,13 @@ def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
             )
     if problems:
         raise ConfigError("\n  ".join([f"{config.source}: the file does not fit the model:", *problems]))
-    if not named:
-        raise ConfigError(f"{config.source}: every layer is disabled, nothing is left to quantise")
+    _check_enabled(config)
     return resolve(config.settings, traits)
+
+
+def _check_enabled(config: JsonConfig) -> None:
+    if not config.settings.override_layer_configs:
+        raise ConfigError(f"{config.source}: every layer is disabled, nothing is left to quantise")
 
 
 class _Object(dict[str, Any]):
@@ -159,16 +179,16 @@ class _Object(dict[str, Any]):
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        names = [name for name, _ in pairs]
-        self.duplicates = sorted({name for name in names if names.count(name) > 1})
+        self.duplicates = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
 
     def check_unique(self, where: str) -> None:
         """Raise ConfigError for a duplicate key here or deeper inside."""
-        if self.duplicates:
-            raise ConfigError(f"{where}: key '{self.duplicates[0]}' stands more than once; keep one of them")
-        for name, value in self.items():
-            if isinstance(value, _Object):
-                value.check_unique(f"{where}: '{name}'")
+        left = [(where, self)]
+        while left:
+            place, content = left.pop()
+            if content.duplicates:
+                raise ConfigError(f"{place}: key '{content.duplicates[0]}' stands more than once; keep one of them")
+            left += [(f"{place}: '{name}'", value) for name, value in content.items() if isinstance(value, _Object)]
 
 
 class _Reader:
@@ -185,6 +205,8 @@ class _Reader:
         batch_num = self._typed(content, "batch_num", int, "")
         if batch_num < 1:
             raise ConfigError(f"{self._source}: batch_num: {batch_num} batches cannot calibrate anything, must be >= 1")
+        if batch_num > _MOST_BATCHES:
+            raise ConfigError(f"{self._source}: batch_num: must be at most {_MOST_BATCHES}")
         mode = self._typed(content, "fakequant_precision_mode", str, "", "DEFAULT")
         self._one_of(mode, ("DEFAULT", _FP16), "fakequant_precision_mode")
         enabled, disabled = [], []
@@ -230,9 +252,11 @@ class _Reader:
         clips: list[float | None] = []
         for key, sign in (("clip_max", 1), ("clip_min", -1)):
             clip = self._typed(content, key, float, where, None)
-            if clip is not None and not (math.isfinite(clip) and clip * sign > 0):
+            if clip is not None and not _SMALLEST <= clip * sign <= _LARGEST:
                 wanted = "greater" if sign > 0 else "less"
-                raise ConfigError(f"{self._source}: {where}{key}: {clip} must be finite and {wanted} than 0")
+                raise ConfigError(
+                    f"{self._source}: {where}{key}: {clip} must be finite (in float32) and {wanted} than 0"
+                )
             clips.append(clip)
         if (clips[0] is None) != (clips[1] is None):
             raise ConfigError(f"{self._source}: {where}clip_max and clip_min go together, one of them is missing")
@@ -269,5 +293,7 @@ class _Reader:
         value = content.get(key, default)
         if key in content and type(value) is not kind:
             wanted = "a JSON object" if kind is _Object else f"of type {kind.__name__}"
-            raise TypeError(f"{self._source}: {where}{key}: must be {wanted}, not {type(value).__name__} ({value!r})")
+            raise TypeError(
+                f"{self._source}: {where}{key}: must be {wanted}, not {type(value).__name__} ({reprlib.repr(value)})"
+            )
         return value

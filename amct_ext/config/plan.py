@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 _PER_TENSOR_TYPES = ("Linear",)
-_PAIRS = ((8, 8), (16, 8), (8, 4))  # bits of activations and weights that go together
 _log = logging.getLogger("amct_ext")
 
 
@@ -142,12 +141,6 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     else:
         data, weight, place = config.data, config.weight, ()
     data, weight = data or DataQuant(), weight or WeightSettings()
-    if (data.num_bits, weight.num_bits) not in _PAIRS:
-        pairs = ", ".join(f"INT{act} with INT{wts}" for act, wts in _PAIRS)
-        raise ConfigError(
-            f"{config.places.at(*place)}: layer '{name}': INT{data.num_bits} activations with INT{weight.num_bits} "
-            f"weights do not go together; choose one of {pairs}"
-        )
     bits = weight.num_bits
     if bits == 4 and not trait.int4_weights:
         bits = 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
-from amct_ext.config.text import FilterPrune, Override, RetrainConfig, SparsePrune
+from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import close_matches
@@ -18,6 +18,7 @@ from amct_ext.proto.text import close_matches
 QUANT_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose2d", "LSTM", "GRU", "ConvTranspose1d")
 FILTER_TYPES = ("Conv2d", "Linear")
 SPARSE_TYPES = ("Conv2d", "Linear", "ConvTranspose2d")
+_BIT_PAIRS = ((8, 8), (16, 8), (8, 4))  # bits of activations and weights that go together
 
 _log = logging.getLogger("amct_ext")
 
@@ -41,14 +42,16 @@ def _methods(config: RetrainConfig) -> set[type]:
     return {type(item) for item in chosen if item is not None}
 
 
+def check_without_model(config: RetrainConfig) -> None:
+    """Errors: ConfigError with every entry that no model could make right, or an empty job."""
+    _raise(list(_by_itself(config)))
+
+
 def check_against_model(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> None:
     """Errors: ConfigError with every entry that names an unknown or unsuitable layer or type, or an empty job."""
-    if not (quant_active(config) or prune_active(config)):
-        raise ConfigError(
-            f"{config.places.source}: nothing to do; give retrain_data_quant_config, retrain_weight_quant_config or "
-            "prune_config, for the whole model or in an override"
-        )
-    problems = [*_skips(config, traits), *_layer_overrides(config, traits), *_type_overrides(config)]
+    problems = list(_by_itself(config))
+    if quant_active(config) or prune_active(config):
+        problems += [*_skipped_layers(config, traits), *_layer_overrides(config, traits)]
     if not problems and quant_active(config) and not any(trait.quantizable for trait in traits.values()):
         reasons = sorted({trait.why_not_quantizable for trait in traits.values()} - {""})
         problems.append(
@@ -59,6 +62,10 @@ def check_against_model(config: RetrainConfig, traits: Mapping[str, LayerTraits]
         problems.append(
             f"{config.places.source}: pruning is asked for, but no layer of the model can be pruned that way"
         )
+    _raise(problems)
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems]))
 
@@ -72,12 +79,38 @@ def _any_method(trait: LayerTraits) -> bool:
     return trait.quantizable or trait.filter_prunable or trait.sparse_prunable
 
 
-def _skips(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator[str]:
-    quant, prune = quant_active(config), prune_active(config)
-    methods = _methods(config)
-    prune_types = (FILTER_TYPES if methods == {FilterPrune} else SPARSE_TYPES) if prune else ()
-    every_type = (*QUANT_TYPES, *SPARSE_TYPES)
+def _by_itself(config: RetrainConfig) -> Iterator[str]:
+    if not (quant_active(config) or prune_active(config)):
+        yield (
+            f"{config.places.source}: nothing to do; give retrain_data_quant_config, retrain_weight_quant_config or "
+            "prune_config, for the whole model or in an override"
+        )
+        return
+    yield from _skipped_types(config)
+    yield from _type_overrides(config)
+    yield from _bit_pairs(config)
 
+
+def _bit_pairs(config: RetrainConfig) -> Iterator[str]:
+    settings = [((), "", config.data, config.weight)] if config.data or config.weight else []
+    places: list[tuple[tuple[str | int, ...], str, DataQuant | None, WeightSettings | None]] = [*settings]
+    for name, kind in (("override_layer_configs", "layer"), ("override_layer_types", "type")):
+        places += [
+            ((name, index), f"{kind} '{item.target}': ", item.data, item.weight)
+            for index, item in enumerate(getattr(config, name))
+            if item.quantizes
+        ]
+    for place, label, data, weight in places:
+        bits = (data or DataQuant()).num_bits, (weight or WeightSettings()).num_bits
+        if bits not in _BIT_PAIRS:
+            pairs = ", ".join(f"INT{act} with INT{wts}" for act, wts in _BIT_PAIRS)
+            yield (
+                f"{config.places.at(*place)}: {label}INT{bits[0]} activations with INT{bits[1]} weights do not go "
+                f"together; choose one of {pairs}"
+            )
+
+
+def _skipped_layers(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator[str]:
     def prunable(trait: LayerTraits) -> bool:
         return _prunable(config, trait)
 
@@ -86,8 +119,8 @@ def _skips(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator
 
     layer_rules: tuple[tuple[str, bool, Callable[[LayerTraits], bool], str], ...] = (
         ("skip_layers", True, _any_method, "compressed"),
-        ("quant_skip_layers", quant, quantizable, "quantised"),
-        ("regular_prune_skip_layers", prune, prunable, "pruned"),
+        ("quant_skip_layers", quant_active(config), quantizable, "quantised"),
+        ("regular_prune_skip_layers", prune_active(config), prunable, "pruned"),
     )
     for list_name, binding, suits, what in layer_rules:
         for index, name in enumerate(getattr(config, list_name)):
@@ -98,9 +131,15 @@ def _skips(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator
             elif binding and not suits(trait):
                 reason = f" ({trait.why_not_quantizable})" if what == "quantised" and trait.why_not_quantizable else ""
                 yield f"{place}: {list_name}: layer '{name}' ({trait.type}) is not {what} anyway{reason}; remove it"
+
+
+def _skipped_types(config: RetrainConfig) -> Iterator[str]:
+    methods = _methods(config)
+    prune_types = (FILTER_TYPES if methods == {FilterPrune} else SPARSE_TYPES) if methods else ()
+    every_type = (*QUANT_TYPES, *SPARSE_TYPES)
     for list_name, allowed in (
         ("skip_layer_types", every_type),
-        ("quant_skip_types", QUANT_TYPES if quant else every_type),
+        ("quant_skip_types", QUANT_TYPES if quant_active(config) else every_type),
         ("regular_prune_skip_types", prune_types or every_type),
     ):
         for index, name in enumerate(getattr(config, list_name)):

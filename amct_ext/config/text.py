@@ -97,6 +97,11 @@ class RetrainConfig:
     write_shift_bit: bool = False
     places: Places = field(default=Places("<config>"), compare=False, repr=False)
 
+    @property
+    def source(self) -> str:
+        """The file's name, as messages give it."""
+        return self.places.source
+
 
 def parse_config(path: str | os.PathLike[str]) -> RetrainConfig:
     """Read a configuration file and check everything that can be checked without a model.

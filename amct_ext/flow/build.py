@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ from amct_ext.arguments import check_model, unwrap, wrap_like
 from amct_ext.checkpoint.load import load_checkpoint
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
-from amct_ext.config.text import RetrainConfig
-from amct_ext.errors import RecordError
-from amct_ext.flow.session import Session, attach, start_record
+from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
+from amct_ext.errors import ConfigError, RecordError
+from amct_ext.flow.session import Session, attach, session_of, start_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.reasons import reasons
 from amct_ext.record.types import ChannelRecord, Record
+
+_log = logging.getLogger("amct_ext")
+_SHOWN = 9  # layers named in a message
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Planner:
 def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
     inner = compress(model, input_data, planner, record_file)
+    _check_pruned(session_of(inner), planner.config.source)
     start_record(inner)
     return wrap_like(model, inner)
 
@@ -77,6 +82,9 @@ def restore(
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
     inner = _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why))
     _take_masks(inner, record, record_file)
+    asked = [layer.name for layer in plan.layers.values() if isinstance(layer.prune, FilterPrune)]
+    if not any(layer.quant for layer in plan.layers.values()) and all(why[name].not_pruned for name in asked):
+        _check_pruned(session_of(inner), planner.config.source)  # else a record without channels is AMCT's choice
     load_checkpoint(inner, pth_file, state_dict_name)
     return wrap_like(model, inner)
 
@@ -102,6 +110,26 @@ def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
     session.order = tuple(name for name in graph.calls if name in compressed)
     attach(model, session)
     return model
+
+
+def _check_pruned(session: Session, source: str) -> None:
+    """Raise ConfigError where pruning is asked for and no group of channels may lose any, nor a layer is 2:4 sparse."""
+    layers = session.plan.layers.values()
+    asked = [layer.name for layer in layers if isinstance(layer.prune, FilterPrune)]
+    if not asked or any(isinstance(layer.prune, SparsePrune) for layer in layers):
+        return
+    if session.channel:
+        if not any(node.prune_index for record in session.channel for node in record.producers):
+            _log.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
+        return
+    dropped = "the model fails without its channels (see the log)"
+    lines = [f"{name}: {session.reasons[name].not_pruned or dropped}" for name in asked]
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more (amct_ext.explain lists them)"]
+    raise ConfigError(
+        f"{source}: channel pruning is asked for, but no layer can lose channels, nothing is left to prune:\n  "
+        + "\n  ".join(lines)
+    )
 
 
 def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:

@@ -47,7 +47,8 @@ def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, 
         if cls is None:
             logger.warning("layer '%s' (%s) is left float: no compressed form of this class", name, layer_plan.type)
             continue
-        layer = cls.from_float(modules[name], layer_plan, plan.batch_num, _fixed_min(graph, layer_plan))
+        fixed_min = _fixed_min(graph, layer_plan, modules[name])
+        layer = cls.from_float(modules[name], layer_plan, plan.batch_num, fixed_min)
         touched[name] = layer
         model = set_submodule(model, name, layer)
     _share_inputs(graph, plan, touched)
@@ -93,11 +94,15 @@ def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]
             touched[name].share_activation(touched[names[0]])
 
 
-def _fixed_min(graph: Any, layer: LayerPlan) -> bool:
+def _fixed_min(graph: Any, layer: LayerPlan, module: nn.Module) -> bool:
     if layer.quant is None:
         return False
     asked = layer.quant.data.fixed_min
-    return graph.fed_by_relu(layer.name) if asked is None else asked
+    if asked is not None:
+        return asked
+    # ONNX has the time axis first: a Transpose stands before a batch_first layer, so AMCT sees no ReLU there and learns
+    # a lower clip, which its checkpoints hold.
+    return graph.fed_by_relu(layer.name) and not getattr(module, "batch_first", False)
 
 
 def _transposed(module: nn.Module) -> bool:

@@ -25,8 +25,9 @@ class CompressedRNN(CompressedLayer):
 
     The input sequence is quantised in one call and projected by one matrix product: its clips do not change within a
     sequence, so this gives the numbers of a quantisation step by step. Only the recurrence is a loop. The hidden state
-    has clips of its own; they are calibrated on all states of a float run, the initial one included. Outputs and states
-    have the shapes of the float class, and a missing initial state is zeros.
+    has clips of its own; they are calibrated on the states that the recurrence reads in a float run, from the initial
+    one on; the last output is none of them. Outputs and states have the shapes of the float class, and a missing
+    initial state is zeros.
 
     Children: ``act_quant`` and ``weight_quant`` (input side), ``hidden_quant`` and ``hidden_weight_quant`` (recurrent
     side). There is no ``search_n``: the accumulators of the two sides are dequantised by different scales. Source:
@@ -140,9 +141,13 @@ class CompressedRNN(CompressedLayer):
 
     @torch.no_grad()
     def _float_states(self, x: Tensor, state: States) -> Tensor:
-        """Every hidden state of an unquantised run, the initial one first."""
+        """The hidden states that an unquantised run quantises: the initial one and all outputs but the last."""
         output, _ = self._run(x.detach(), state, self.weight_ih_l0, self.weight_hh_l0, lambda hidden: hidden)
-        return torch.cat([state[0].to(output.dtype), output])
+        first = state[0].to(output.dtype)
+        if len(output) > 1:
+            return torch.cat([first, output[:-1]])
+        # A single step from a zero state: what it ends in is all that is known of the states to come.
+        return torch.where((first == 0).all(), output, first)
 
     def _cell(
         self, inputs: Tensor, recurrent: Tensor, hidden: Tensor, states: tuple[Tensor, ...]

@@ -21,6 +21,7 @@ _TOKEN = re.compile(
     r"|(?P<mark>[{}<>\[\]:;,])|(?P<word>[^\s{}<>\[\]:;,\"'#]+)"
 )
 _END = ("end", "", 0)
+_LONGEST = 600  # characters of a message, whatever stands in the file
 
 
 @dataclass
@@ -127,6 +128,13 @@ def close_matches(name: str, known: Iterable[str]) -> str:
 
 def explain(error: text_format.ParseError, text: str, source: str, message: Any) -> tuple[str, int | None, int | None]:
     """(message, line, column) for a syntax error that protobuf found in `text` while it filled `message`."""
+    reason, line, column = _explain(error, text, source, message)
+    if len(reason) > _LONGEST:
+        reason = f"{reason[: _LONGEST - 60]} ... {reason[-50:]}"
+    return reason, line, column
+
+
+def _explain(error: text_format.ParseError, text: str, source: str, message: Any) -> tuple[str, int | None, int | None]:
     line, column = error.GetLine(), error.GetColumn()
     reason = re.sub(r"^\d+:\d+ : ", "", str(error))
     reason = re.sub(r"^'.*?': (?=[A-Z])", "", reason, flags=re.DOTALL).rstrip(". ")
@@ -139,7 +147,7 @@ def explain(error: text_format.ParseError, text: str, source: str, message: Any)
         known = _field_names(message.DESCRIPTOR, unknown[1])
         hint = close_matches(unknown[2], known) or f"; known here: {', '.join(known)}"
         return f"{place}: unknown field '{unknown[2]}' in {unknown[1].rsplit('.', 1)[-1]}{hint}", line, column
-    named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1])
+    named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1][-_LONGEST:])
     return f"{place}: {'field ' + repr(named[1]) + ': ' if named else ''}{reason}", line, column
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,10 @@ from amct_ext.prune.groups import ChannelGroup
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer's work per sample. positions: places that each filter is applied at (pixels, tokens, calls)."""
+    """One layer's work per sample. positions: places that each filter is applied at (pixels, tokens, calls).
+
+    given_inputs, given_outputs: channels that go in any case.
+    """
 
     inputs: int
     outputs: int
@@ -26,9 +29,17 @@ class LayerWork:
     positions: int
     bits: int  # of one element of the weight
     depthwise: bool = False
+    given_inputs: int = 0
+    given_outputs: int = 0
+
+    @property
+    def original(self) -> int:
+        """Bit operations of the whole layer."""
+        return replace(self, given_inputs=0, given_outputs=0).bit_operations()
 
     def bit_operations(self, lost_inputs: int = 0, lost_outputs: int = 0) -> int:
-        """(2 * inputs per filter * taps - 1 + bias) * outputs * positions * bits^2 with so many channels gone."""
+        """(2 * inputs per filter * taps - 1 + bias) * outputs * positions * bits^2 with so many more channels gone."""
+        lost_inputs, lost_outputs = lost_inputs + self.given_inputs, lost_outputs + self.given_outputs
         outputs = self.outputs - lost_outputs
         if self.depthwise:  # outputs follow from the inputs
             per_filter = 1
@@ -40,52 +51,36 @@ class LayerWork:
 
 
 class Cost:
-    """Cost of a traced model as a function of how many channels each group loses.
+    """Cost of a model as a function of how many channels each group loses.
 
     ``cost([0, 16])`` is the number of bit operations of one sample when the first group stays whole and the second
-    loses 16 channels. All convolutions and linear layers count, also those that no group touches. `fixed`: further
-    groups, with the number of channels that they lose in any case.
+    loses 16 channels. `layers`: the work of every layer that counts, also of those that no group touches.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        model: nn.Module,
-        groups: Sequence[ChannelGroup],
-        fixed: Sequence[tuple[ChannelGroup, int]] = (),
-    ) -> None:
-        modules = dict(model.named_modules())
-        self._fixed = [count for _, count in fixed]
-        self._layers = {
-            name: _Layer(layer_work(modules[name], calls))
-            for name, calls in graph.calls.items()
-            if calls[0].op in (*CONVS, *TRANSPOSED_CONVS, "Linear")
-        }
+    def __init__(self, layers: Mapping[str, LayerWork], groups: Sequence[ChannelGroup]) -> None:
+        self._layers = {name: _Layer(work) for name, work in layers.items()}
         self._touched: list[set[str]] = []
-        for index, group in enumerate([*groups, *(group for group, _ in fixed)]):
+        for index, group in enumerate(groups):
             for member in group.producers:
                 self._layers[member.name].outputs.append(index)
             readers = [member for member in group.consumers if member.name in self._layers]
             for member in readers:
                 self._layers[member.name].inputs.append((index, member.repeat))
             self._touched.append({member.name for member in [*group.producers, *readers]})
-        self.original = sum(layer.work.bit_operations() for layer in self._layers.values())
+        self.original = sum(layer.work.original for layer in self._layers.values())
 
     def __call__(self, removed: Sequence[int]) -> int:
         """Total bit operations per sample."""
-        counts = [*removed, *self._fixed]
-        return sum(layer.bit_operations(counts) for layer in self._layers.values())
+        return sum(layer.bit_operations(removed) for layer in self._layers.values())
 
     def touched(self, removed: Sequence[int], group: int) -> int:
         """The part of the total that depends on this group: enough to compare two values of its count."""
-        counts = [*removed, *self._fixed]
-        return sum(self._layers[name].bit_operations(counts) for name in self._touched[group])
+        return sum(self._layers[name].bit_operations(removed) for name in self._touched[group])
 
     def related(self, group: int) -> set[int]:
         """The groups whose cost depends on how many channels this one loses, itself among them."""
         layers = [self._layers[name] for name in self._touched[group]]
-        found = {index for layer in layers for index in (*layer.outputs, *(index for index, _ in layer.inputs))}
-        return {index for index in found if index < len(self._touched) - len(self._fixed)}
+        return {index for layer in layers for index in (*layer.outputs, *(index for index, _ in layer.inputs))}
 
 
 @dataclass
@@ -99,6 +94,25 @@ class _Layer:
     def bit_operations(self, counts: Sequence[int]) -> int:
         lost_inputs = sum(counts[group] * repeat for group, repeat in self.inputs)
         return self.work.bit_operations(lost_inputs, sum(counts[group] for group in self.outputs))
+
+
+def layer_works(graph: Graph, model: nn.Module, given: Sequence[tuple[ChannelGroup, int]] = ()) -> dict[str, LayerWork]:
+    """The work of every convolution and linear layer that ran. `given`: groups that lose so many channels anyway."""
+    modules = dict(model.named_modules())
+    works = {
+        name: layer_work(modules[name], calls)
+        for name, calls in graph.calls.items()
+        if calls[0].op in (*CONVS, *TRANSPOSED_CONVS, "Linear")
+    }
+    for group, count in given:
+        for member in group.producers:
+            work = works[member.name]
+            works[member.name] = replace(work, given_outputs=work.given_outputs + count)
+        for member in group.consumers:
+            if member.name in works:
+                work = works[member.name]
+                works[member.name] = replace(work, given_inputs=work.given_inputs + count * member.repeat)
+    return works
 
 
 def layer_work(module: Any, calls: Sequence[Node]) -> LayerWork:

@@ -84,6 +84,9 @@ class _Walk:
         layout = arriving[0] if arriving else None
         if layout is None:
             return
+        if node.op in BATCH_NORMS and layout.axis != 1:
+            self._across(node, layout)
+            return
         obstacle = self._obstacles.get(node.name)
         if obstacle:
             raise CannotFollow(f"they are read by {node.name}, and {obstacle}")
@@ -119,6 +122,12 @@ class _Walk:
         for begin, segment in layout.begins():
             if segment.group is not None:
                 segment.group.read_by(Member(node.name, onnx_type(node, module), begin, segment.repeat, group))
+
+    def _across(self, node: Node, layout: Layout) -> None:
+        """BatchNorm over another axis (tokens): one factor and term for all channels, so it is not cut itself."""
+        if self._modules[node.name].running_mean is None:
+            raise CannotFollow(f"{node.name} normalises over the channels, so removing some would change the others")
+        self.layouts[node.outputs[0]] = layout
 
     def _channelwise(self, node: Node, layout: Layout, multiplier: int = 1) -> None:
         """BatchNorm, depthwise convolution: output channels follow from the input's."""

@@ -84,6 +84,18 @@ class ChannelGroup:
         if gone.blocks is not None:
             root.in_blocks(gone.blocks, where)
 
+    @staticmethod
+    def of(record: ChannelRecord) -> ChannelGroup:
+        """The group that a record describes."""
+        first = record.producers[0]
+        count = first.end - first.begin
+
+        def member(node: PruneNode) -> Member:
+            return Member(node.name, node.type, node.begin, (node.end - node.begin) // count, node.group)
+
+        producers, consumers = [[member(node) for node in nodes] for nodes in (record.producers, record.consumers)]
+        return ChannelGroup(count, producers, consumers, first.prune_group)
+
     def record(self, removed: Sequence[int]) -> ChannelRecord:
         """The record entry of this group when the given channels are removed."""
 

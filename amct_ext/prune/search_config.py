@@ -98,12 +98,13 @@ def _read_override(path: str) -> RetrainConfig:
 def dumps(config: SearchConfig, ratios: Mapping[str, FilterPrune], untouched: Sequence[str]) -> str:
     """The text of the pruning configuration: the override file's content, one ratio per layer, the rest skipped."""
     message = _parse(config.override_file, _RETRAIN)[0] if config.override_file else message_class(_RETRAIN)()
-    _fill(message.prune_config, FilterPrune(_GLOBAL_RATIO, config.ascend_optimized))
+    whole_model = message_class(_RETRAIN)()  # what holds for all stands first in the text
+    _fill(whole_model.prune_config, FilterPrune(_GLOBAL_RATIO, config.ascend_optimized))
     for name, prune in ratios.items():
         _fill(message.override_layer_configs.add(layer_name=name).prune_config, prune)
     named = set(message.regular_prune_skip_layers)
     message.regular_prune_skip_layers.extend(name for name in untouched if name not in named)
-    return str(text_format.MessageToString(message, as_utf8=True))
+    return "".join(text_format.MessageToString(part, as_utf8=True) for part in (whole_model, message))
 
 
 def _fill(prune_config: Any, prune: FilterPrune) -> None:

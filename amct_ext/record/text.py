@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf import text_format
@@ -10,18 +10,16 @@ from google.protobuf import text_format
 from amct_ext.errors import RecordError
 from amct_ext.proto import message_class
 from amct_ext.proto.text import Places, explain
+from amct_ext.record.attributes import Where, read_attribute, write_attribute
 from amct_ext.record.checks import check_channel, check_quant, check_sparse, check_unique
 from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
 
 _MESSAGE = "amct_ext.record.ScaleOffsetRecord"
-_VALUE_FIELDS = {"INT": "i", "STRING": "s", "INTS": "ints"}
 _SCALARS = (
     "scale_d", "offset_d", "dst_type", "act_type", "wts_type", "fakequant_precision_mode", "scale_h", "offset_h",
 )  # fmt: skip
 _LISTS = ("scale_w", "offset_w", "shift_bit", "scale_r", "offset_r")
 _FACTORS = ("scale_d", "offset_d", "scale_w", "offset_w", "shift_bit")
-
-Where = Callable[[], str]
 
 
 def loads(text: str, source: str) -> Record:
@@ -58,16 +56,24 @@ def dumps(record: Record) -> str:
         check_quant(quant, _nowhere)
         _write_quant(message.record.add(), quant)
     for channel in record.channel:
-        check_channel(channel, _nowhere)
-        item = message.prune_record.add()
-        for node in channel.producers:
-            _write_node(item.producer.add(), node)
-        for node in channel.consumers:
-            _write_node(item.consumer.add(), node)
+        _write_channel(message.prune_record.add(), channel)
     for sparse in record.sparse:
         check_sparse(sparse, _nowhere)
         _write_sparse(message.prune_record.add().selective_prune, sparse)
     return str(text_format.MessageToString(message, as_utf8=True))
+
+
+def channel_messages(records: Iterable[ChannelRecord]) -> Any:
+    """Channel records as AMCT's messages (a repeated field): what its plug-ins read and write attributes of."""
+    message = message_class(_MESSAGE)()
+    for record in records:
+        _write_channel(message.prune_record.add(), record)
+    return message.prune_record
+
+
+def read_channel(message: Any) -> ChannelRecord:
+    """The channel record that a message of ``channel_messages`` holds; attributes of others are left aside."""
+    return _read_channel(message, _nowhere)
 
 
 def _nowhere() -> str:
@@ -116,10 +122,10 @@ def _read_sparse(item: Any, where: Where) -> SparseRecord:
         raise RecordError(
             f"{where()}: one prune_record holds channels and a 2:4 mask (of '{node.name}'): give each its own entry"
         )
-    shape = _attribute(node, "mask_shape", "INTS", where)
+    shape = read_attribute(node, "mask_shape", "INTS", where)
     if shape is None:
         raise RecordError(f"{where()}: the 2:4 mask of '{node.name}' has no mask_shape: give the shape of the weight")
-    mask = _attribute(node, "selective_mask", "INTS", where)
+    mask = read_attribute(node, "selective_mask", "INTS", where)
     record = SparseRecord(node.name, tuple(shape), None if mask is None else tuple(mask))
     check_sparse(record, where)
     return record
@@ -128,7 +134,7 @@ def _read_sparse(item: Any, where: Where) -> SparseRecord:
 def _read_node(node: Any, where: Where) -> PruneNode:
     values: dict[str, Any] = {}
     for name, kind in (("type", "STRING"), ("begin", "INT"), ("end", "INT"), ("group", "INT"), ("prune_group", "INT")):
-        value = _attribute(node, name, kind, where)
+        value = read_attribute(node, name, kind, where)
         if value is None and name in ("type", "begin", "end"):
             raise RecordError(
                 f"{where()}: node '{node.name}' has no attribute '{name}'; make the record again with create_*"
@@ -139,22 +145,9 @@ def _read_node(node: Any, where: Where) -> PruneNode:
     except UnicodeDecodeError:
         raise RecordError(f"{where()}: node '{node.name}': its type is no UTF-8 text: give an ONNX operator") from None
     # anything else (prune_axis of older files, remain_channels, ...) carries nothing a restore needs
-    return PruneNode(name=node.name, prune_index=tuple(_attribute(node, "prune_index", "INTS", where) or ()), **values)
-
-
-def _attribute(node: Any, name: str, kind: str, where: Where) -> Any:
-    """The value of the first attribute of this name, None where there is none."""
-    attr = next((item for item in node.attr if item.name == name), None)
-    if attr is None:
-        return None
-    kinds = attr.DESCRIPTOR.fields_by_name["type"].enum_type.values_by_number
-    if kinds[attr.type].name != kind:
-        found = kinds[attr.type].name
-        raise RecordError(f"{where()}: node '{node.name}': attribute '{name}' is {found}, must be {kind}")
-    field = _VALUE_FIELDS[kind]
-    if kind != "INTS" and not attr.HasField(field):
-        raise RecordError(f"{where()}: node '{node.name}': attribute '{name}' has no value; give it as '{field}: ...'")
-    return getattr(attr, field)
+    return PruneNode(
+        name=node.name, prune_index=tuple(read_attribute(node, "prune_index", "INTS", where) or ()), **values
+    )
 
 
 def _write_quant(item: Any, record: QuantRecord) -> None:
@@ -169,28 +162,27 @@ def _write_quant(item: Any, record: QuantRecord) -> None:
         item.value.skip_fusion = True
 
 
+def _write_channel(item: Any, record: ChannelRecord) -> None:
+    check_channel(record, _nowhere)
+    for node in record.producers:
+        _write_node(item.producer.add(), node)
+    for node in record.consumers:
+        _write_node(item.consumer.add(), node)
+
+
 def _write_node(item: Any, node: PruneNode) -> None:
     item.name = node.name
-    _add(item, "type", "STRING", node.type.encode("utf-8"))
+    write_attribute(item, "type", "STRING", node.type.encode("utf-8"))
     for name in ("begin", "end", "group", "prune_group"):
         value = getattr(node, name)
         if value is not None:
-            _add(item, name, "INT", value)
+            write_attribute(item, name, "INT", value)
     if node.prune_index:
-        _add(item, "prune_index", "INTS", node.prune_index)
+        write_attribute(item, "prune_index", "INTS", node.prune_index)
 
 
 def _write_sparse(item: Any, record: SparseRecord) -> None:
     item.name = record.name
-    _add(item, "mask_shape", "INTS", record.mask_shape)
+    write_attribute(item, "mask_shape", "INTS", record.mask_shape)
     if record.mask is not None:
-        _add(item, "selective_mask", "INTS", record.mask)
-
-
-def _add(item: Any, name: str, kind: str, value: Any) -> None:
-    attr = item.attr.add(name=name)
-    attr.type = attr.DESCRIPTOR.fields_by_name["type"].enum_type.values_by_name[kind].number
-    if kind == "INTS":
-        attr.ints.extend(value)
-    else:
-        setattr(attr, _VALUE_FIELDS[kind], value)
+        write_attribute(item, "selective_mask", "INTS", record.mask)

@@ -1,0 +1,197 @@
+"""The optimizer's state of a job that runs in AMCT, for the model of that job here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext.arguments import unwrap
+from amct_ext.checkpoint.dialect import to_amct_state_dict
+from amct_ext.errors import CheckpointError
+from amct_ext.flow.session import session_of
+from amct_ext.flow.surgery import compressed_layers
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.rnn import CompressedRNN
+
+_log = logging.getLogger("amct_ext")
+_REUSED = ".acts_comp_reuse."  # AMCT's second name of a shared quantiser; its parameters() leaves it out
+_NOT_OPTIONS = ("params", "param_names")
+
+
+def amct_parameters(model: nn.Module) -> dict[str, str | None]:
+    """AMCT's parameters of a compressed model in the order of its ``parameters()`` -> ours; None: it is none here.
+
+    AMCT counts scales and offsets of every weight as parameters, and recurrent layers twice. Errors: ModelError.
+    """
+    model = unwrap(model)
+    session = session_of(model)
+    ours = {id(parameter): name for name, parameter in model.named_parameters()}
+    wrapped = {key: value for name, layer in compressed_layers(model) for key, value in _wrapped(name, layer)}
+    for conv, norm in session.conv_bn.items():
+        wrapped |= {f"{conv}.bn_module.{key}": value for key, value in model.get_submodule(norm).named_parameters()}
+    own = dict(model.named_parameters())
+    found: dict[str, str | None] = {}
+    seen: set[int] = set()
+    for key in to_amct_state_dict(model):
+        if _REUSED in key or not (key in wrapped or key in own):
+            continue
+        parameter = wrapped[key] if key in wrapped else own[key]
+        if parameter is None:
+            found[key] = None
+        elif id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[key] = ours[id(parameter)]
+    return found
+
+
+def _wrapped(name: str, layer: CompressedLayer) -> Iterator[tuple[str, nn.Parameter | None]]:
+    """The parameters of AMCT's wrapper around a layer, as ours. Those it never trains are None."""
+    comp = f"{name}." if layer.weight_quant is None else f"{name}.quant_module."
+    recurrent = isinstance(layer, CompressedRNN)
+    sides = {"acts_": layer.activation}
+    if isinstance(layer, CompressedRNN):
+        sides["acts_h_"] = layer.hidden_quant
+    for prefix, quantizer in sides.items():
+        if quantizer is not None:
+            yield f"{comp}{prefix}clip_max", quantizer.clip_max
+            yield f"{comp}{prefix}clip_min", quantizer.clip_min
+    wts = layer.weight_quant
+    learned = wts is not None and wts.learned and not recurrent
+    yield f"{comp}wts_scales", wts.scale if learned and wts is not None else None  # type: ignore[misc]
+    yield f"{comp}wts_offsets", None
+    if recurrent:
+        yield f"{comp}rec_wts_scales", None
+        yield f"{comp}rec_wts_offsets", None
+    for key, value in layer.named_parameters(recurse=False):
+        twice = recurrent and key.startswith("bias")  # AMCT trains the biases of its second copy
+        yield f"{comp}replaced_module.{key}", None if twice else value
+        if recurrent:
+            yield f"{comp}comp_module.{key}", value if twice else None
+
+
+def from_amct_optimizer_state_dict(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Translate the ``state_dict()`` of an AMCT job's optimizer for ``optimizer.load_state_dict``.
+
+    ``model``: the job's model, restored here. ``optimizer``: made anew over its parameters, of the same class and with
+    the same grouping. ``names``: AMCT's parameter names in the order in which that optimizer got them, group after
+    group; needed where it did not simply get ``model.parameters()`` and torch kept no names (``param_names``).
+
+    Momentum buffers and moments of a parameter are those in ``state``, tensors not copied; a learned clip that layers
+    share is one parameter on both sides. Groups get the options (learning rate, ...) of the group that their parameters
+    were in. What has no parameter here is left out, and named in the log: a warning where it had a state, which AMCT
+    gives only to what it trains. Nothing is changed. Errors: ModelError; ValueError (names that are needed or are not
+    AMCT's, an optimizer of another kind or grouping); CheckpointError (state of another shape).
+    """
+    inner = unwrap(model)
+    ours = amct_parameters(inner)
+    groups = list(state["param_groups"])
+    listed = _names(groups, names, list(ours))
+    entries, origin = _by_our_names(listed, groups, state["state"], ours)
+    present = {id(parameter): name for name, parameter in inner.named_parameters()}
+    result: dict[str, Any] = {"state": {}, "param_groups": []}
+    fresh: list[str] = []
+    index = 0
+    for number, group in enumerate(optimizer.param_groups):
+        held = [(present.get(id(parameter)), parameter) for parameter in group["params"]]
+        options = _options(number, group, {origin[name] for name, _ in held if name in origin}, groups)
+        places = list(range(index, index + len(held)))
+        index += len(held)
+        result["param_groups"].append({**options, "params": places})
+        for place, (name, parameter) in zip(places, held, strict=True):
+            if name in entries:
+                result["state"][place] = _checked(str(name), parameter, entries[name])
+            elif name not in origin:
+                fresh.append(str(name))
+    if fresh:
+        _log.warning("the optimizer's state has nothing for %s: they start without a past", ", ".join(fresh))
+    return result
+
+
+def _names(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, order: list[str]) -> dict[Any, str]:
+    """Index in the optimizer -> AMCT's name."""
+    places = [place for group in groups for place in group["params"]]
+    kept = [name for group in groups for name in group.get("param_names", ())]
+    if names is None and len(kept) == len(places):
+        names = [name.removeprefix("module.") for name in kept]
+    if names is None:
+        if len(groups) > 1:
+            raise ValueError(
+                f"the optimizer's state has {len(groups)} groups, whose order the file does not tell: give names, "
+                "AMCT's parameter names group after group"
+            )
+        names = order
+    if len(names) != len(places):
+        raise ValueError(
+            f"the optimizer's state has {len(places)} parameters, AMCT's model {len(order)} "
+            f"({len(names)} names given): it belongs to another model, or to a part of the parameters; give their names"
+        )
+    strangers = [name for name in names if name not in order]
+    if strangers:
+        raise ValueError(f"'{strangers[0]}' is no parameter of AMCT's model; it has: {', '.join(order[:9])}, ...")
+    return dict(zip(places, names, strict=True))
+
+
+def _by_our_names(
+    listed: Mapping[Any, str],
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Any, Any],
+    ours: Mapping[str, str | None],
+) -> tuple[dict[str | None, Mapping[str, Any]], dict[str | None, int]]:
+    """Our parameter -> its state, and -> the number of its group."""
+    entries: dict[str | None, Mapping[str, Any]] = {}
+    origin: dict[str | None, int] = {}
+    dropped: list[str] = []
+    trained: list[str] = []
+    for number, group in enumerate(groups):
+        for place in group["params"]:
+            name = ours[listed[place]]
+            if name is None:
+                (trained if states.get(place) else dropped).append(listed[place])
+                continue
+            origin[name] = number
+            if states.get(place):
+                entries[name] = states[place]
+    if dropped:
+        _log.info("no parameters here, and without a state in AMCT: %s", ", ".join(dropped))
+    if trained:
+        _log.warning("no parameters here, their optimizer state is left out: %s", ", ".join(trained))
+    return entries, origin
+
+
+def _options(
+    number: int, group: Mapping[str, Any], origins: set[int], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The options of one of our groups: those of AMCT's group that its parameters come from."""
+    own = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+    if "param_names" in group:
+        own["param_names"] = group["param_names"]
+    if not origins:
+        return own
+    if len(origins) > 1:
+        raise ValueError(
+            f"group {number} of the optimizer holds parameters of AMCT's groups {sorted(origins)}: group them alike"
+        )
+    theirs = {key: value for key, value in groups[origins.pop()].items() if key not in _NOT_OPTIONS}
+    unknown = [key for key in theirs if key not in own and key != "initial_lr"]
+    if unknown:
+        raise ValueError(f"the state is that of another kind of optimizer: its groups have '{unknown[0]}'")
+    return own | theirs
+
+
+def _checked(name: str, parameter: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in entry.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"optimizer state {key} of {name} has the shape {tuple(value.shape)}, the parameter "
+                f"{tuple(parameter.shape)}: it belongs to another model"
+            )
+    return dict(entry)
