@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from amct_ext import ops
 from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, StaleStateError
-from amct_ext.flow.surgery import compressed_layers
+from amct_ext.flow.surgery import compressed_layers, link_norms
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.pending import Running, plain
 from amct_ext.layers.rnn import CompressedRNN
@@ -87,13 +87,6 @@ def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
 
 
-def link_norms(model: nn.Module) -> None:
-    """Point convolutions to the BatchNorm modules that follow them now; they may be exchanged (SyncBatchNorm)."""
-    layers = dict(compressed_layers(model))
-    for conv, norm in session_of(model).conv_bn.items():
-        layers[conv].links.norm = model.get_submodule(norm)
-
-
 def write_record(model: nn.Module, record_file: str | None = None, with_factors: bool = True) -> None:
     """Write the record (on rank 0 of a distributed job). Errors: InvalidDataError where activations held NaN/Inf."""
     session = session_of(model)
@@ -138,7 +131,7 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
     quantised = [name for name in session.order if layers[name].weight_quant is not None]
     if not all(_calibrated(layers[name]) for name in quantised):
         return ()
-    link_norms(model)
+    link_norms(model, session.conv_bn)
     return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
 
 
@@ -164,8 +157,12 @@ def share_ranges(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        getattr(model, _ATTRIBUTE).running.depth += 1
+    if torch.compiler.is_compiling():
+        return
+    session = getattr(model, _ATTRIBUTE)
+    session.running.depth += 1
+    if session.dirty and not model.training:
+        link_norms(model, session.conv_bn)
 
 
 def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:

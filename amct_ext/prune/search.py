@@ -127,7 +127,8 @@ def _samples(input_data: list[Any], wanted: int) -> tuple[list[Sample], tuple[An
     have = min(len(item) for item in (*arguments, label))
     if have < wanted:
         raise InputDataError(f"test_iteration is {wanted}, but input_data holds {have} sample(s)")
-    pairs = [(tuple(item[i : i + 1] for item in arguments), label[i : i + 1]) for i in range(wanted)]
+    # Copies: a model may write into what it is given.
+    pairs = [(tuple(item[i : i + 1].clone() for item in arguments), label[i : i + 1]) for i in range(wanted)]
     return pairs, tuple(item[:2] for item in arguments)
 
 
