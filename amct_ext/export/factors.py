@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,9 @@ DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ACTIVATION_BITS: Mapping[str, int] = {"INT4": 4, "INT8": 8, "INT16": 16}
 WEIGHT_BITS: Mapping[str, int] = {"INT4": 4, "INT6": 6, "INT7": 7, "INT8": 8}
 MAX_SHIFT = 16
+# Weights that an evaluation takes for zeros lie below this many recorded steps: their scale is set to one (times the
+# BatchNorm's factor), which they are too small to have.
+DEAD = 128 * float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +83,17 @@ def layer_factors(
         raise ExportError(f"layer {name!r}: the weight holds NaN or Inf")
     deq = dequantisation_scales(name, scale_d, scale_w)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
-    signs = np.ones(channels, np.float32) if mirrored is None else np.where(mirrored, np.float32(-1), np.float32(1))
-    signs = signs if len(deq) == channels else np.ones_like(deq)
-    steps = np.rint(weight / _per_channel(scale_w * signs, module))
-    integers = np.clip(steps, -half, half - 1)
-    kept = (signs < 0) & (_extremes(integers, module, np.min) == -half)
+    signs = np.ones_like(deq)
+    if mirrored is not None and len(mirrored) == len(deq):
+        signs[mirrored] = -1
+    steps = weight / _per_channel(scale_w * signs, module)
+    integers = np.clip(np.rint(steps), -half, half - 1)
+    kept = (signs < 0) & _any(integers == -half, module, len(deq))
     integers = (integers * _per_channel(np.where(kept, np.float32(1), signs), module)).astype(np.int8)
     deq = np.where(kept, -deq, deq)
     bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32).numpy()
     shift = _shift(record, len(deq)) if write_shift else ()
-    dead = ~_extremes(integers, module, np.any) if len(deq) == channels else ~integers.any(keepdims=True).ravel()
-    deq = free_scales(deq, dead, bias, shift)
+    deq = free_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
     return LayerFactors(
         name=name,
         scale_d=scale_d,
@@ -189,12 +192,14 @@ def _per_channel(vector: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
     return per_row.reshape([module.in_channels, -1] + [1] * (rank - 2))
 
 
-def _extremes(weight: np.ndarray, module: nn.Linear | _ConvNd, take: Callable[..., np.ndarray]) -> np.ndarray:
-    """`take` (np.min, np.any) of the weights of each output channel."""
+def _any(found: np.ndarray, module: nn.Linear | _ConvNd, scales: int) -> np.ndarray:
+    """Whether anything was found in the part of the weight that each of the scales belongs to."""
+    if scales == 1:
+        return found.reshape(1, -1).any(axis=1)
     if not isinstance(module, DECONVOLUTIONS):
-        return take(weight.reshape(len(weight), -1), axis=1)
-    parts = weight.reshape(module.groups, module.in_channels // module.groups, -1, weight[0, 0].size)
-    return take(parts, axis=(1, 3)).ravel()
+        return found.reshape(scales, -1).any(axis=1)
+    parts = found.reshape(module.groups, module.in_channels // module.groups, scales // module.groups, -1)
+    return parts.any(axis=(1, 3)).ravel()
 
 
 def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.factors import (
+    DEAD,
     WEIGHT_BITS,
     LayerFactors,
     dequantisation_scales,
@@ -89,9 +90,10 @@ def _side(record: QuantRecord, gates: Sequence[int], weight: np.ndarray, bias: n
         raise ExportError(f"layer {record.key!r}: a weight holds NaN or Inf")
     deq = dequantisation_scales(record.key, scale_d, scale_w)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
-    integers = np.clip(np.rint(rows / _per_row(scale_w, len(rows))[:, None]), -half, half - 1).astype(np.int8)
+    steps = rows / _per_row(scale_w, len(rows))[:, None]
+    integers = np.clip(np.rint(steps), -half, half - 1).astype(np.int8)
     ordered = None if bias is None else _onnx_order(gates, bias)
-    deq = free_scales(deq, ~integers.reshape(len(deq), -1).any(axis=1), ordered)
+    deq = free_scales(deq, (abs(steps).reshape(len(deq), -1) <= DEAD).all(axis=1), ordered)
     return LayerFactors(
         name=record.key,
         scale_d=scale_d,

@@ -41,5 +41,5 @@ class Shared(Generic[Made]):
 
 
 def _version(x: Tensor) -> int | None:
-    """How often ``x`` was modified in place; None where torch does not count (inference tensors)."""
-    return None if torch.is_inference(x) else x._version
+    """How often ``x`` was modified in place; None where nobody counts: inference tensors, a graph being compiled."""
+    return None if torch.compiler.is_compiling() or torch.is_inference(x) else x._version
