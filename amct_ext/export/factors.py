@@ -81,7 +81,12 @@ def layer_factors(
         raise RecordError(f"layer {name!r}: {len(scale_w)} weight scales, but it has {channels} output channels")
     if not np.isfinite(weight).all():
         raise ExportError(f"layer {name!r}: the weight holds NaN or Inf")
+    bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32).numpy()
     deq = dequantisation_scales(name, scale_d, scale_w)
+    shift = _shift(record, len(deq)) if write_shift else ()
+    if bias is not None and len(bias) == len(deq):
+        deq = _with_room(deq, bias, shift)
+        scale_w = np.where(deq == scale_w * scale_d, scale_w, deq / scale_d)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
     signs = np.ones_like(deq)
     if mirrored is not None and len(mirrored) == len(deq):
@@ -91,8 +96,6 @@ def layer_factors(
     kept = (signs < 0) & _any(integers == -half, module, len(deq))
     integers = (integers * _per_channel(np.where(kept, np.float32(1), signs), module)).astype(np.int8)
     deq = np.where(kept, -deq, deq)
-    bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32).numpy()
-    shift = _shift(record, len(deq)) if write_shift else ()
     deq = free_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
     return LayerFactors(
         name=name,
@@ -174,9 +177,24 @@ def free_scales(deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shif
     if bias is None or not dead.any():
         return deq
     largest = np.abs(bias.reshape(len(deq), -1)).max(axis=1)
-    bits = np.asarray(shift) + 15 if shift else 24
-    own = np.ldexp(np.float32(1), np.frexp(largest)[1] - bits).astype(np.float32)
+    own = _step_of(largest, np.asarray(shift) + 15 if shift else 24)
     return np.where(dead & (largest > 0) & (own >= np.finfo(np.float32).tiny), own, deq)
+
+
+def _with_room(deq: np.ndarray, bias: np.ndarray, shift: Sequence[int]) -> np.ndarray:
+    """`deq` with larger scales where the bias (one value to a scale) has too many steps for INT32.
+
+    A BatchNorm with a small factor does that: what the weights add to such a bias is little, and less precise.
+    """
+    with np.errstate(over="ignore"):
+        crowded = np.abs(bias / deq) > np.iinfo(np.int32).max
+    return np.where(crowded, _step_of(bias, np.asarray(shift) + 15 if shift else 30), deq)
+
+
+def _step_of(value: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
+    """The power of two in steps of which `value` has so many bits."""
+    step: np.ndarray = np.ldexp(np.float32(1), np.frexp(value)[1] - bits).astype(np.float32)
+    return step
 
 
 def _per_channel(vector: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
@@ -194,12 +212,10 @@ def _per_channel(vector: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
 
 def _any(found: np.ndarray, module: nn.Linear | _ConvNd, scales: int) -> np.ndarray:
     """Whether anything was found in the part of the weight that each of the scales belongs to."""
-    if scales == 1:
-        return found.reshape(1, -1).any(axis=1)
-    if not isinstance(module, DECONVOLUTIONS):
-        return found.reshape(scales, -1).any(axis=1)
-    parts = found.reshape(module.groups, module.in_channels // module.groups, scales // module.groups, -1)
-    return parts.any(axis=(1, 3)).ravel()
+    if scales > 1 and isinstance(module, DECONVOLUTIONS):
+        parts = found.reshape(module.groups, module.in_channels // module.groups, scales // module.groups, -1)
+        found = parts.swapaxes(1, 2)
+    return np.asarray(found.reshape(scales, -1).any(axis=1))
 
 
 def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:
