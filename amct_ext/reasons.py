@@ -78,13 +78,13 @@ def _not_pruned(
     if trait.type not in (*FILTER_PRUNABLE, *SPARSE_PRUNABLE):
         return f"{trait.type} takes neither channel pruning nor 2:4 sparsity"
     if not (trait.filter_prunable or trait.sparse_prunable):
-        return trait.why_not_quantizable
+        return trait.why_not_quantizable or trait.why_not_sparse
     skipped = "" if isinstance(config, JsonConfig) else _skipped(layer, config, _PRUNE_SKIPS)
-    if not skipped and not trait.filter_prunable:
+    if not skipped and not trait.filter_prunable and not trait.why_not_sparse:
         kind = "depthwise, its channels follow from its input's" if trait.type in FILTER_PRUNABLE else trait.type
         return f"its own output channels are not removed ({kind})"
     if not skipped and trait.type in SPARSE_PRUNABLE and not trait.sparse_prunable:
-        return trait.why_not_quantizable
+        return trait.why_not_sparse
     return skipped or _NOT_REACHED
 
 

@@ -155,7 +155,7 @@ def test_a_scale_that_is_none_shows(tmp_path: Path) -> None:
     model = compressed(normalised(), torch.randn(2, 5, 7, 9), tmp_path)
     amct_ext.configure(model, forward="integer")
     with torch.no_grad():
-        model[1].weight[3] = 0.0
+        model[1].weight[3] = torch.inf
     with pytest.raises(RecordRangeError, match="positive"):  # a record of it cannot be written
         searched(model, torch.randn(2, 5, 7, 9))
     ((_, layer),) = compressed_layers(model)

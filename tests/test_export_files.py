@@ -43,6 +43,21 @@ def test_external_tensors_above_the_size_limit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(path, x), run(small, x))
 
 
+def test_external_tensors_of_names_that_a_file_name_cannot_tell_apart(tmp_path: Path) -> None:
+    """`a/b` and `a_b` become one name, and so do capital and small letters on some systems."""
+    names = ["a/b", "a_b", "A_b", "a:b"]
+    x = torch.randn(2, 4)
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Linear(4, 4))
+    small = export_plain(model, x, f"{tmp_path}/small")[0]
+    path = tmp_path / "big_fake_quant_model.onnx"
+    files = encode(ir.load(small), path, "fakequant", limit=1)
+    assert len({file.name.lower() for file in files}) == 1 + 2 * len(names)
+    write_files(files)
+    np.testing.assert_array_equal(run(path, x), run(small, x))
+
+
 def test_plain_export_writes_the_float_graph_twice(tmp_path: Path) -> None:
     model, x = build(Mixed)
     fake_quant, deploy = export_plain(model, x, f"{tmp_path}/p", ["image"])

@@ -18,3 +18,4 @@ class LayerTraits:
     sparse_prunable: bool
     int4_weights: bool
     why_not_quantizable: str = ""
+    why_not_sparse: str = ""  # 2:4

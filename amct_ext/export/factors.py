@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,18 @@ DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ACTIVATION_BITS: Mapping[str, int] = {"INT4": 4, "INT8": 8, "INT16": 16}
 WEIGHT_BITS: Mapping[str, int] = {"INT4": 4, "INT6": 6, "INT7": 7, "INT8": 8}
 MAX_SHIFT = 16
+# Weights that an evaluation takes for zeros lie below this many recorded steps: their scale is set to one (times the
+# BatchNorm's factor), which they are too small to have.
+DEAD = 128 * float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
-    """Everything the two ONNX files say about one layer. `weight` is in torch's layout, `deq` = scale_d * scale_w."""
+    """Everything the two ONNX files say about one layer. `weight` is in torch's layout.
+
+    `deq` = scale_d * scale_w; negative for channels whose mirrored weight has no codes, and free for those without a
+    weight.
+    """
 
     name: str
     scale_d: np.float32
@@ -50,9 +57,14 @@ class LayerFactors:
         return float(self.scale_d), self.offset_d, self.act_type
 
 
-def layer_factors(record: QuantRecord, module: nn.Module, write_shift: bool) -> LayerFactors:
+def layer_factors(
+    record: QuantRecord, module: nn.Module, write_shift: bool, mirrored: np.ndarray | None = None
+) -> LayerFactors:
     """Quantise `module` (BatchNorm already folded in) with the factors of `record` (amct-behaviour 3.7, 6.10, 8.4).
 
+    `mirrored`: output channels whose weight the folded BatchNorm gave the other sign. An evaluation quantises before
+    the BatchNorm: its codes are taken, mirrored where they have a mirror image within -128..127, else with a negative
+    dequantisation scale.
     RecordRangeError for a factor out of range; RecordError for a length that does not fit the layer; ExportError for a
     layer type that cannot be exported or a non-finite weight.
     """
@@ -69,12 +81,22 @@ def layer_factors(record: QuantRecord, module: nn.Module, write_shift: bool) -> 
         raise RecordError(f"layer {name!r}: {len(scale_w)} weight scales, but it has {channels} output channels")
     if not np.isfinite(weight).all():
         raise ExportError(f"layer {name!r}: the weight holds NaN or Inf")
-    deq = scale_w * scale_d
-    if not (np.isfinite(deq) & (deq > 0)).all():
-        raise RecordRangeError(f"layer {name!r}: scale_d * scale_w is not a positive float32")
-    half = 1 << (WEIGHT_BITS[wts_type] - 1)
-    integers = np.clip(np.rint(weight / _weight_scale(scale_w, module)), -half, half - 1).astype(np.int8)
     bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32).numpy()
+    deq = dequantisation_scales(name, scale_d, scale_w)
+    shift = _shift(record, len(deq)) if write_shift else ()
+    if bias is not None and len(bias) == len(deq):
+        deq = _with_room(deq, bias, shift)
+        scale_w = np.where(deq == scale_w * scale_d, scale_w, deq / scale_d)
+    half = 1 << (WEIGHT_BITS[wts_type] - 1)
+    signs = np.ones_like(deq)
+    if mirrored is not None and len(mirrored) == len(deq):
+        signs[mirrored] = -1
+    steps = weight / _per_channel(scale_w * signs, module)
+    integers = np.clip(np.rint(steps), -half, half - 1)
+    kept = (signs < 0) & _any(integers == -half, module, len(deq))
+    integers = (integers * _per_channel(np.where(kept, np.float32(1), signs), module)).astype(np.int8)
+    deq = np.where(kept, -deq, deq)
+    deq = free_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
     return LayerFactors(
         name=name,
         scale_d=scale_d,
@@ -85,7 +107,7 @@ def layer_factors(record: QuantRecord, module: nn.Module, write_shift: bool) -> 
         bias=bias,
         bias_integers=None if bias is None else np.rint(bias / deq),
         deq=truncate(deq) if record.fakequant_precision_mode == "FORCE_FP16_QUANT" else deq,
-        shift=_shift(record, len(deq)) if write_shift else (),
+        shift=shift,
     )
 
 
@@ -138,17 +160,62 @@ def scales_of(record: QuantRecord, act_type: str) -> tuple[np.float32, np.ndarra
     return scale_d, scale_w
 
 
-def _weight_scale(scale_w: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
-    """The scales shaped to divide the weight: output channels sit on axis 0, in ConvTranspose on (group, 1)."""
+def dequantisation_scales(layer: str, scale_d: np.float32, scale_w: np.ndarray) -> np.ndarray:
+    """scale_d * scale_w. RecordRangeError where that is no positive float32."""
+    deq = scale_w * scale_d
+    if not (np.isfinite(deq) & (deq > 0)).all():
+        raise RecordRangeError(f"layer {layer!r}: scale_d * scale_w is not a positive float32")
+    return deq
+
+
+def free_scales(deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shift: Sequence[int] = ()) -> np.ndarray:
+    """`deq` with other scales where all weights are zero (`dead`): only the bias meets them, and stays as it is.
+
+    `bias`: as many values per scale as there are channels to it. A power of two gives its largest 24 bits, which hold
+    any float32, or 15 where a shift brings the accumulator to 16 bits.
+    """
+    if bias is None or not dead.any():
+        return deq
+    largest = np.abs(bias.reshape(len(deq), -1)).max(axis=1)
+    own = _step_of(largest, np.asarray(shift) + 15 if shift else 24)
+    return np.where(dead & (largest > 0) & (own >= np.finfo(np.float32).tiny), own, deq)
+
+
+def _with_room(deq: np.ndarray, bias: np.ndarray, shift: Sequence[int]) -> np.ndarray:
+    """`deq` with larger scales where the bias (one value to a scale) has too many steps for INT32.
+
+    A BatchNorm with a small factor does that: what the weights add to such a bias is little, and less precise.
+    """
+    with np.errstate(over="ignore"):
+        crowded = np.abs(bias / deq) > np.iinfo(np.int32).max
+    return np.where(crowded, _step_of(bias, np.asarray(shift) + 15 if shift else 30), deq)
+
+
+def _step_of(value: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
+    """The power of two in steps of which `value` has so many bits."""
+    step: np.ndarray = np.ldexp(np.float32(1), np.frexp(value)[1] - bits).astype(np.float32)
+    return step
+
+
+def _per_channel(vector: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
+    """A vector shaped to meet the weight: output channels sit on axis 0, in ConvTranspose on (group, 1)."""
     rank = module.weight.dim()
-    if len(scale_w) == 1:
-        return scale_w.reshape([1] * rank)
+    if len(vector) == 1:
+        return vector.reshape([1] * rank)
     if not isinstance(module, DECONVOLUTIONS):
-        return scale_w.reshape([-1] + [1] * (rank - 1))
+        return vector.reshape([-1] + [1] * (rank - 1))
     # channel g * (Cout / groups) + j is column j of the rows that belong to group g
     rows = module.in_channels // module.groups
-    per_row = np.repeat(scale_w.reshape(module.groups, -1), rows, axis=0)
+    per_row = np.repeat(vector.reshape(module.groups, -1), rows, axis=0)
     return per_row.reshape([module.in_channels, -1] + [1] * (rank - 2))
+
+
+def _any(found: np.ndarray, module: nn.Linear | _ConvNd, scales: int) -> np.ndarray:
+    """Whether anything was found in the part of the weight that each of the scales belongs to."""
+    if scales > 1 and isinstance(module, DECONVOLUTIONS):
+        parts = found.reshape(module.groups, module.in_channels // module.groups, scales // module.groups, -1)
+        found = parts.swapaxes(1, 2)
+    return np.asarray(found.reshape(scales, -1).any(axis=1))
 
 
 def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:

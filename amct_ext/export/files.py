@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -37,9 +38,11 @@ def encode(model: ir.Model, path: Path, suffix: str, limit: int = SIZE_LIMIT) ->
     """The files that hold `model`: one, or with tensors of their own where `limit` bytes are reached.
 
     Then the largest initialisers move out, one file each, named `<file prefix><initialiser>_<suffix>.external`; the
-    prefix keeps two exports in one folder apart. `model` is changed to refer to them.
+    prefix keeps two exports in one folder apart, a number names that differ in what a file name cannot hold. `model` is
+    changed to refer to them.
     """
     files: dict[Path, bytes] = {}
+    taken: set[str] = set()  # in small letters: not every file system tells them from capital ones
     values = model.graph.initializers.items()
     tensors = {name: value.const_value for name, value in values if value.const_value is not None}
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -47,7 +50,13 @@ def encode(model: ir.Model, path: Path, suffix: str, limit: int = SIZE_LIMIT) ->
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].nbytes):
         if size < limit:
             break
-        location = re.sub(r"[^\w.-]", "_", f"{prefix}{name}_{suffix}.external")
+        stem = re.sub(r"[^\w.-]", "_", f"{prefix}{name}")
+        location = next(
+            candidate
+            for number in itertools.count()
+            if (candidate := f"{stem}{f'_{number}' if number else ''}_{suffix}.external").lower() not in taken
+        )
+        taken.add(location.lower())
         data = tensor.tobytes()
         files[path.with_name(location)] = data
         size -= tensor.nbytes

@@ -9,8 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from amct_ext.errors import ExportError, RecordError, RecordRangeError
-from amct_ext.export.factors import WEIGHT_BITS, LayerFactors, scales_of, truncate, types_of
+from amct_ext.errors import ExportError, RecordError
+from amct_ext.export.factors import (
+    DEAD,
+    WEIGHT_BITS,
+    LayerFactors,
+    dequantisation_scales,
+    free_scales,
+    scales_of,
+    truncate,
+    types_of,
+)
 from amct_ext.graph.layer_types import ONNX_GATES
 from amct_ext.record.types import QuantRecord
 
@@ -79,12 +88,12 @@ def _side(record: QuantRecord, gates: Sequence[int], weight: np.ndarray, bias: n
         raise RecordError(f"layer {record.key!r}: {len(scale_w)} weight scales, but it has {len(rows)} rows")
     if not np.isfinite(rows).all():
         raise ExportError(f"layer {record.key!r}: a weight holds NaN or Inf")
-    deq = scale_w * scale_d
-    if not (np.isfinite(deq) & (deq > 0)).all():
-        raise RecordRangeError(f"layer {record.key!r}: a scale of data times one of weights is no positive float32")
+    deq = dequantisation_scales(record.key, scale_d, scale_w)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
-    integers = np.clip(np.rint(rows / _per_row(scale_w, len(rows))[:, None]), -half, half - 1).astype(np.int8)
+    steps = rows / _per_row(scale_w, len(rows))[:, None]
+    integers = np.clip(np.rint(steps), -half, half - 1).astype(np.int8)
     ordered = None if bias is None else _onnx_order(gates, bias)
+    deq = free_scales(deq, (abs(steps).reshape(len(deq), -1) <= DEAD).all(axis=1), ordered)
     return LayerFactors(
         name=record.key,
         scale_d=scale_d,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,6 +30,7 @@ from amct_ext.export.files import encode, onnx_paths, write_files
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
 from amct_ext.export.tidy import drop_unused, tidy, use_matmul
+from amct_ext.graph.run import own_arguments
 from amct_ext.record.types import QuantRecord
 
 
@@ -58,7 +60,7 @@ def export_quantized(
     if not records:
         raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
     float_model, arguments = _prepare(model, as_arguments(input_data))
-    _fuse(float_model, conv_bn, {record.key for record in records})
+    mirrored = _fuse(float_model, conv_bn, {record.key for record in records})
     modules = dict(float_model.named_modules())
     layers: list[LayerFactors] = []
     recurrent: list[RnnFactors] = []
@@ -71,7 +73,7 @@ def export_quantized(
         if isinstance(module, (nn.LSTM, nn.GRU)):
             recurrent.append(rnn_factors(record, module))
         else:
-            layers.append(layer_factors(record, module, write_shift))
+            layers.append(layer_factors(record, module, write_shift, mirrored.get(record.key)))
     program = capture(float_model, arguments, axes)
     captured = program.model
     use_matmul(captured.graph)
@@ -129,27 +131,47 @@ def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, t
         arguments = pytree.tree_map_only(
             torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments
         )
-    return duplicate, arguments
+    return duplicate, own_arguments(arguments)
 
 
-def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> None:
+def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:
     """Fold each BatchNorm into its convolution, in place (amct-behaviour 8.3 step 4).
+
+    Returns for each convolution the output channels whose factor is negative.
 
     Where that is impossible the pair stays as it is, unless the convolution is recorded: its scales contain the
     BatchNorm factor, so nothing right could be written (ExportError). SyncBatchNorm folds like any other; where one
     stays it computes what BatchNorm does, since the model is in eval mode.
     """
     modules = dict(model.named_modules())
+    mirrored = {}
     for conv_name, bn_name in conv_bn.items():
         conv, bn = modules.get(conv_name), modules.get(bn_name)
         if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
             raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
         problem = _fold(conv, bn)
         if problem is None:
-            parent, _, child = bn_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
+            for norm in [bn, *_other_names(bn, modules, conv_bn)]:
+                vars(norm)["forward"] = _identity  # the object, for it may be reached by several names
+            if bn.weight is not None:
+                mirrored[conv_name] = (bn.weight < 0).cpu().numpy()
         elif conv_name in recorded:
             raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
+    return mirrored
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _other_names(bn: _BatchNorm, modules: Mapping[str, nn.Module], conv_bn: Mapping[str, str]) -> list[nn.Module]:
+    """Modules with the very statistics of `bn`: a conversion (to SyncBatchNorm) makes one for each name it has."""
+    paired = set(conv_bn.values())
+    return [
+        module
+        for name, module in modules.items()
+        if isinstance(module, _BatchNorm) and module.running_var is bn.running_var and name not in paired
+    ]
 
 
 def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:

@@ -19,14 +19,15 @@ from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
 from amct_ext.errors import ConfigError, RecordError
+from amct_ext.flow.fused import separate_encoders
 from amct_ext.flow.session import Session, attach, session_of, start_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
-from amct_ext.graph.trace import trace
+from amct_ext.graph.trace import Graph, trace
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.reasons import reasons
 from amct_ext.record.types import ChannelRecord, Record
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 _SHOWN = 9  # layers named in a message
 
 
@@ -53,6 +54,7 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
     why = reasons(graph, traits, plan, inner, planner.config)
+    _say_left_alone(graph)
     channel: tuple[ChannelRecord, ...] = ()
     if plan.prune_active:
         records = plan_channels(graph, plan, inner)
@@ -94,11 +96,16 @@ def own_copy(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     check_model(inner)
     try:
-        return copy.deepcopy(inner)
+        return separate_encoders(copy.deepcopy(inner))
     except Exception as error:
         raise RuntimeError(
             f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}"
         ) from error
+
+
+def _say_left_alone(graph: Graph) -> None:
+    for name, reason in graph.left_alone.items():
+        logger.warning("layer '%s' is left as it is: %s", name, reason)
 
 
 def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
@@ -120,7 +127,7 @@ def _check_pruned(session: Session, source: str) -> None:
         return
     if session.channel:
         if not any(node.prune_index for record in session.channel for node in record.producers):
-            _log.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
+            logger.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
         return
     dropped = "the model fails without its channels (see the log)"
     lines = [f"{name}: {session.reasons[name].not_pruned or dropped}" for name in asked]

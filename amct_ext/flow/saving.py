@@ -11,7 +11,7 @@ from amct_ext.arguments import check_types
 from amct_ext.errors import ModelError, RecordError
 from amct_ext.export import write
 from amct_ext.flow.session import check_record, detach, raise_if_invalid, session_of
-from amct_ext.flow.surgery import compressed_layers, fold_layers
+from amct_ext.flow.surgery import compressed_layers, fold_layers, link_norms
 from amct_ext.record.types import Record
 
 
@@ -62,6 +62,7 @@ def save_quantised(
         )
         raise RecordError(f"{record_file}: no quantisation factors recorded: {todo}")
     check_record(model, record, record_file)
+    pairs = link_norms(model, session.conv_bn)
     write.export_quantized(
-        plain, input_data, record.quant, session.conv_bn, save_path, **names, write_shift=session.plan.write_shift_bit
+        plain, input_data, record.quant, pairs, save_path, **names, write_shift=session.plan.write_shift_bit
     )

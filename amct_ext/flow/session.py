@@ -21,7 +21,7 @@ from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.files import keep_old, write_if_changed
 from amct_ext.flow.rank_ranges import share_ranges
-from amct_ext.flow.surgery import compressed_layers
+from amct_ext.flow.surgery import compressed_layers, link_norms
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.pending import Running, plain
 from amct_ext.layers.phase import leaves_no_trace
@@ -109,13 +109,6 @@ def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     layers = compressed_layers(model)
     sparse = tuple(_sparse_record(name, layer) for name, layer in layers if layer.sparsity is not None)
     return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
-
-
-def link_norms(model: nn.Module) -> None:
-    """Point convolutions to the BatchNorm modules that follow them now; they may be exchanged (SyncBatchNorm)."""
-    layers = dict(compressed_layers(model))
-    for conv, norm in session_of(model).conv_bn.items():
-        layers[conv].links.norm = model.get_submodule(norm)
 
 
 def start_record(model: nn.Module) -> None:
@@ -235,7 +228,7 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
     quantised = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
     if not all(layers[name].ready for name in quantised):
         return ()
-    link_norms(model)
+    link_norms(model, session.conv_bn)
     return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
 
 
@@ -263,8 +256,12 @@ def untraced(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _before_forward(model: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        getattr(model, _ATTRIBUTE).running.enter(sys._getframe(1))
+    if torch.compiler.is_compiling():
+        return
+    session = getattr(model, _ATTRIBUTE)
+    session.running.enter(sys._getframe(1))
+    if not model.training:
+        link_norms(model, session.conv_bn)
 
 
 def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:

@@ -9,8 +9,8 @@ from torch import nn
 
 from amct_ext.arguments import unwrap
 from amct_ext.errors import StaleStateError
-from amct_ext.flow.session import link_norms, session_of, write_record
-from amct_ext.flow.surgery import compressed_layers
+from amct_ext.flow.session import session_of, write_record
+from amct_ext.flow.surgery import compressed_layers, link_norms
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.gathering import Gathering, Histogram, Values
 from amct_ext.layers.integer import IntegerForward, obstacle
@@ -132,7 +132,7 @@ def shift_bits(model: nn.Module) -> dict[str, list[int]]:
     evaluation yet).
     """
     inner = unwrap(model)
-    link_norms(inner)
+    link_norms(inner, session_of(inner).conv_bn)
     layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
     return {
         name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
 from amct_ext.layers.compressed import CompressedLayer, compressed_class, to_float
@@ -52,12 +53,39 @@ def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, 
         touched[name] = layer
         model = set_submodule(model, name, layer)
     _share_inputs(graph, plan, touched)
+    # Folding changes weight and bias in the files, where an op may read them too.
+    read = {id(model.get_parameter(name)) for name in graph.parameter_readers()}
     pairs = {}
     for conv, norm in graph.conv_bn().items():
-        if conv in touched and touched[conv].weight_quant is not None and not _transposed(modules[conv]):
+        if conv not in touched or touched[conv].weight_quant is None or _transposed(modules[conv]):
+            continue
+        own = all(id(parameter) not in read for parameter in modules[conv].parameters(recurse=False))
+        if own and foldable(modules[norm]):
             touched[conv].link_norm(modules[norm])
             pairs[conv] = norm
     return model, pairs
+
+
+def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Point convolutions to the BatchNorm modules that follow them now; returns the pairs that still are some.
+
+    A BatchNorm may have been exchanged since create: by SyncBatchNorm, which folds like any other, or by something that
+    stays behind the convolution as it is (Identity after a fusion by hand, FrozenBatchNorm).
+    """
+    modules = dict(model.named_modules())
+    present = {}
+    for conv, norm in pairs.items():
+        layer, follower = modules.get(conv), modules.get(norm)
+        if isinstance(layer, CompressedLayer):
+            layer.link_norm(follower if follower is not None and foldable(follower) else None)
+            if layer.links.norm is not None:
+                present[conv] = norm
+    return present
+
+
+def foldable(norm: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that normalises by fixed statistics in evaluation."""
+    return isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
 
 
 def fold_layers(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.errors import InputDataError, ModelError
 from amct_ext.graph.layer_types import keeps_forward, layer_type
-from amct_ext.graph.run import describe, tensors_in, undisturbed
+from amct_ext.graph.run import describe, own_arguments, tensors_in, undisturbed
 from amct_ext.graph.values import Node, Value
 
 # Ops that hand on the same numbers in the same shape: their result is the value they were given.
@@ -43,7 +43,7 @@ def record(model: nn.Module, input_data: Any) -> Recording:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} has no shape yet (lazy module): run the model once first")
-    arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
+    arguments = own_arguments((input_data,) if isinstance(input_data, torch.Tensor) else input_data)
     recorder = _Recorder(model, arguments)
     with undisturbed(model), torch.no_grad(), recorder.hooked(), recorder:
         try:

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+
+
+def own_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A copy of a model's arguments: a forward may write into what it is given, and the caller's must stay as it is.
+
+    Tensors lose their history and keep `requires_grad`; modules among the arguments stay the same objects.
+    """
+    copies: dict[int, Any] = {}
+    for tensor in tensors_in(arguments):
+        copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    for leaf in pytree.tree_leaves(arguments):
+        if isinstance(leaf, nn.Module):
+            copies[id(leaf)] = leaf
+    try:
+        return copy.deepcopy(arguments, dict(copies))
+    except Exception:  # an object that cannot be copied: at least the tensors in containers that torch knows
+        return pytree.tree_map_only(torch.Tensor, lambda tensor: copies[id(tensor)], arguments)
 
 
 @contextlib.contextmanager
@@ -21,10 +40,7 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     held_tensors = [held for _, owned in buffers for held in owned.values() if held is not None]
     copies = [(held, held.clone()) for held in held_tensors]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator
-        for kind, indices in _accelerators(model).items():
-            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
+    with preserved_random_state(model):
         try:
             for module, _ in modes:
                 module.training = training
@@ -39,6 +55,16 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
                 for held, copy in copies:
                     if not torch.equal(held, copy):  # not every kernel that writes tells the version counter
                         held.copy_(copy)
+
+
+@contextlib.contextmanager
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
+    """The generators of torch, of the CPU and of the devices the model lives on, are as before afterwards."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU generator
+        for kind, indices in _accelerators(model).items():
+            stack.enter_context(torch.random.fork_rng(devices=sorted(indices), device_type=kind))
+        yield
 
 
 def _accelerators(model: nn.Module) -> dict[str, set[int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,25 +11,49 @@ from torch import nn
 
 from amct_ext.config.plan import LayerTraits
 from amct_ext.graph.layer_types import BATCH_NORMS, CONVS, QUANTIZABLE
+from amct_ext.graph.probes import confirmed_unread, evaluated_only
 from amct_ext.graph.recorder import record
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
+
+_UNREAD = "its result reaches no tensor that the model returns"
+_EVALUATED_ONLY = (
+    "it runs in evaluation but not in training, so nothing trains it (a block with branches that are merged into it?)"
+)
 
 __all__ = ["Graph", "Node", "Value", "trace"]
 
 
 @dataclass(eq=False)
 class Graph:
-    """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order."""
+    """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
+
+    `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, or they never
+    run in training).
+    """
 
     nodes: list[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
+    left_alone: Mapping[str, str] = field(default_factory=dict)
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
-        return layer_traits(self.calls, model)
+        return layer_traits(self.calls, model, self.left_alone, self.parameter_readers())
+
+    def unread(self) -> frozenset[str]:
+        """Layers from which no recorded op leads to an output. Empty where the model returns no computed tensor."""
+        seen: set[int] = set()
+        open_nodes = [value.producer for value in self.outputs]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node is not None and id(node) not in seen:
+                seen.add(id(node))
+                open_nodes += [value.producer for value in node.inputs if value is not None]
+        layers = {name: nodes for name, nodes in self.calls.items() if nodes[0].op in QUANTIZABLE}
+        found = frozenset(name for name, nodes in layers.items() if not any(id(node) in seen for node in nodes))
+        return found if len(found) < len(layers) else frozenset()
 
     def layer_input(self, layer: str) -> Value | None:
         """The value at input 0 of a layer that was called exactly once, else None."""
@@ -85,4 +109,9 @@ def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph
     Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
-    return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)
+    graph = Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)
+    arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
+    read = [model.get_parameter(name) for name in graph.parameter_readers()]
+    left = dict.fromkeys(confirmed_unread(model, arguments, graph.unread()), _UNREAD)
+    left |= dict.fromkeys(evaluated_only(model, arguments, graph.calls, read), _EVALUATED_ONLY)
+    return replace(graph, left_alone=left)

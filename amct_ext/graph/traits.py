@@ -25,30 +25,42 @@ from amct_ext.graph.values import Node
 Calls = Mapping[str, Sequence[Node]]
 
 
-def layer_traits(calls: Calls, model: nn.Module) -> dict[str, LayerTraits]:
-    """Traits of every layer whose class can be quantised or pruned, in named_modules order."""
+def layer_traits(
+    calls: Calls, model: nn.Module, left_alone: Mapping[str, str], readers: Mapping[str, Sequence[Node]]
+) -> dict[str, LayerTraits]:
+    """Traits of every layer whose class can be quantised or pruned, in named_modules order.
+
+    `left_alone`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers.
+    """
     modules = dict(model.named_modules())
     owners = _owners(modules)
+    read_by = {id(model.get_parameter(name)): nodes[0].name for name, nodes in readers.items()}
     result = {}
     for name, module in modules.items():
         kind = str(layer_type(module))
         if kind not in QUANTIZABLE:
             continue
-        usable = why_not_usable(calls, name, module)
         # A recurrent layer has several weights.
         weights = [value for key, value in module._parameters.items() if key.startswith("weight")]
+        # A weight that only an op reads (out_proj of MultiheadAttention) is no layer's that runs.
+        reader = next((read_by[id(value)] for value in weights if id(value) in read_by), "")
+        usable = why_not_usable(calls, name, module, reader) or left_alone.get(name, "")
         others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o != name))
         shared = ", ".join(other or "the model itself" for other in others)
         # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
         reason = usable or (shared and f"its weight is shared with {shared}") or _why_not_quantizable(kind, module)
+        why_dense = usable or (reason if foreign else "")
+        if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
+            why_dense = f"its weight is also read by {reader}, outside of the layer"
         result[name] = LayerTraits(
             type=kind,
             quantizable=not reason,
             filter_prunable=kind in FILTER_PRUNABLE and not usable and not is_depthwise(module),
-            sparse_prunable=kind in SPARSE_PRUNABLE and not usable and not foreign,
+            sparse_prunable=kind in SPARSE_PRUNABLE and not why_dense,
             int4_weights=_int4_weights(kind, module),
             why_not_quantizable=reason,
+            why_not_sparse=why_dense,
         )
     return result
 
@@ -63,14 +75,16 @@ def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def why_not_usable(all_calls: Calls, name: str, module: nn.Module) -> str:
-    """Why no compression of any kind can touch a layer, '' where it can."""
+def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str = "") -> str:
+    """Why no compression of any kind can touch a layer, '' where it can. `reader`: an op that reads its weight."""
     kind = str(layer_type(module))
     calls = all_calls.get(name, [])
     if not keeps_forward(module):
         return f"its class {type(module).__name__} has a forward of its own, so it is no plain {kind}"
     if not owns_weight(module):
         return "its weight is computed (parametrisation or weight norm), not a parameter of its own"
+    if not calls and reader:
+        return f"it is not called: {reader} reads its weight"
     if not calls:
         return "it was not called during the forward on input_data"
     if len(calls) > 1:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_ext.layers.norms import folded
+from amct_ext.layers.norms import folded, sign_of_factor
 from amct_ext.ranks import whole
 
 
@@ -31,7 +31,7 @@ def device_accumulators(layer: Any, sums: Tensor, deq_scale: Tensor, channel_axi
     if norm is not None:
         weight, shift = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
         factor, bias = folded(bias, weight, shift, norm.running_mean, norm.running_var, norm.eps)
-        total *= factor.sign().view(shape)
+        total *= sign_of_factor(layer.weight_quant.used_scale().double(), factor).view(shape)
     if bias is not None:
         total += (bias / deq_scale.double()).round_().view(shape)
     limits = torch.iinfo(torch.int32)

@@ -14,6 +14,7 @@ from amct_ext import ops
 from amct_ext.config.plan import LayerPlan, SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.integer import IntegerForward
+from amct_ext.layers.norms import with_factor
 from amct_ext.layers.phase import leaves_no_trace
 from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_ext.layers.shift_search import ShiftSearch
@@ -89,11 +90,14 @@ class CompressedLayer(nn.Module):
         owner.act_quant.num_readers += 1
 
     def link_norm(self, norm: Any) -> None:
-        """Remember the BatchNorm that follows: its factor belongs to the recorded weight scales."""
+        """Remember the BatchNorm that follows (None: none does): its factor belongs to the recorded weight scales."""
         self.links.norm = norm
-        if self.search_n is not None:
-            channels = norm.running_var.numel()
-            self.search_n = ShiftSearch(channels, self.search_n.batch_num, norm.running_var.device).train(self.training)
+        search = self.search_n
+        if search is None or self.weight_quant is None:
+            return
+        scales = (self.weight_quant.scale if norm is None else norm.running_var).numel()
+        if search.errors.shape[0] != scales:
+            self.search_n = ShiftSearch(scales, search.batch_num, search.errors.device).train(self.training)
 
     @property
     def activation(self) -> ActivationQuantizer | None:
@@ -214,12 +218,7 @@ class CompressedLayer(nn.Module):
         scale = self.weight_quant.present_scale(self._to_rows(self.masked_weight()))
         scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
         norm = self.links.norm
-        if norm is None:
-            return scale
-        factor: Tensor = norm.running_var.add(norm.eps).rsqrt()
-        if norm.weight is not None:
-            factor = factor * whole(norm.weight.detach())
-        return scale.abs() * factor.abs()
+        return scale if norm is None else with_factor(scale, norm)
 
     @torch.no_grad()
     def deq_scale(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from amct_ext.config.plan import Plan
 from amct_ext.errors import RecordError
-from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.graph.run import own_arguments, tensors_in, undisturbed
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.check import check_records
 from amct_ext.prune.choice import choose
@@ -128,4 +128,4 @@ class _Trial:
 
     def _run(self, training: bool) -> list[int]:
         with undisturbed(self._model, training), torch.no_grad():
-            return [tensor.dim() for tensor in tensors_in(self._model(*self._arguments))]
+            return [tensor.dim() for tensor in tensors_in(self._model(*own_arguments(self._arguments)))]

@@ -48,7 +48,8 @@ def split_samples(input_data: Any, wanted: int) -> list[Sample]:
     have = min(len(item) for item in (*arguments, label))
     if have < wanted:
         raise InputDataError(f"test_iteration is {wanted}, but input_data holds {have} sample(s)")
-    return [(tuple(item[i : i + 1] for item in arguments), label[i : i + 1]) for i in range(wanted)]
+    # Copies: a model may write into what it is given.
+    return [(tuple(item[i : i + 1].clone() for item in arguments), label[i : i + 1]) for i in range(wanted)]
 
 
 def graph_info(works: Mapping[str, LayerWork]) -> dict[str, dict[str, Any]]:

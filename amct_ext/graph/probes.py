@@ -1,0 +1,101 @@
+"""What one recorded forward cannot tell, found by running a copy of the model again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from amct_ext.graph.layer_types import QUANTIZABLE, keeps_forward
+from amct_ext.graph.run import own_arguments, preserved_random_state, tensors_in, undisturbed
+from amct_ext.graph.values import Node
+
+Calls = Mapping[str, list[Node]]
+
+# Layers may be skipped at random in training (stochastic depth); one that is skipped so often does not run.
+_TRAINING_FORWARDS = 16
+
+
+@torch.no_grad()
+def evaluated_only(
+    model: nn.Module, arguments: tuple[Any, ...], calls: Calls, read: Collection[nn.Parameter]
+) -> frozenset[str]:
+    """Layers that ran in the recorded evaluation and do not run in training mode: nothing would ever train them.
+
+    So are blocks that train with branches and evaluate with one merged layer. ``read``: parameters that ops outside of
+    layers read. Empty where every layer and every trainable parameter took part in the evaluation (what trains is what
+    is evaluated, then) and where the model cannot run in training mode on these arguments.
+    """
+    candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
+    idle = any(name not in calls for name, module in model.named_modules() if keeps_forward(module))
+    used = {id(parameter) for parameter in read}
+    used |= {id(parameter) for name in calls for parameter in model.get_submodule(name).parameters()}
+    if not idle and all(id(parameter) in used or not parameter.requires_grad for parameter in model.parameters()):
+        return frozenset()
+    try:
+        scratch = copy.deepcopy(model).train()
+        with preserved_random_state(scratch), _reported_to(scratch, candidates):
+            for _ in range(_TRAINING_FORWARDS):
+                scratch(*own_arguments(arguments))
+                if not candidates:
+                    break
+    except Exception:
+        return frozenset()
+    return frozenset(candidates)
+
+
+@torch.no_grad()
+def confirmed_unread(model: nn.Module, arguments: tuple[Any, ...], unread: Collection[str]) -> frozenset[str]:
+    """``unread`` (layers from which no recorded op leads to an output), or nothing where outputs depend on them.
+
+    A kernel that torch's dispatcher does not know leaves no trace; so the outputs are compared with those of a forward
+    in which these layers return NaN.
+    """
+    if not unread:
+        return frozenset()
+    try:
+        with undisturbed(model):
+            plain = list(tensors_in(model(*own_arguments(arguments))))
+        with undisturbed(model), _returning_nan(model, unread):
+            other = list(tensors_in(model(*own_arguments(arguments))))
+    except Exception:
+        return frozenset()
+    same = len(plain) == len(other) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+        for a, b in zip(plain, other, strict=True)
+    )
+    return frozenset(unread) if same else frozenset()
+
+
+@contextmanager
+def _reported_to(model: nn.Module, missing: set[str]) -> Iterator[None]:
+    """Take the name of every layer that runs out of ``missing``."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: missing.discard(name))
+        for name in tuple(missing)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _returning_nan(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
+    def spoiled(_: nn.Module, __: Any, output: Any) -> Any:
+        return pytree.tree_map_only(
+            torch.Tensor, lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, output
+        )
+
+    handles = [model.get_submodule(name).register_forward_hook(spoiled) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
