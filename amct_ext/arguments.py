@@ -52,11 +52,17 @@ def check_record_name(path: str, argument: str = "record_file") -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ModelError (a RuntimeError) where the model holds compressed layers of ours or of AMCT."""
+    """Raise ModelError (a RuntimeError) where the model holds compressed layers of ours or of AMCT, or no data."""
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer) or type(module).__name__ in _AMCT_CLASSES:
             raise ModelError(
                 f"the model is compressed already: '{name}' is a {type(module).__name__}; pass the original float model"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"'{name}' is on the meta device and holds no values; load the model's weights before it is compressed "
+                "(model.to_empty(device=...), then load_state_dict)"
             )
 
 

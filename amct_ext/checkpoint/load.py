@@ -49,7 +49,8 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}' is no state dict; give the name of its entry as state_dict_name"
         )
     state = dict(content)
-    bare = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    extra = "_extra_state"  # of modules with get_extra_state: whatever they return
+    bare = [key for key, value in state.items() if not (isinstance(value, Tensor) or key.endswith(extra))]
     if bare:
         raise CheckpointError(
             f"checkpoint '{pth_file}': '{bare[0]}' is no tensor; if the state dict is an entry of the file, name it as "
@@ -64,10 +65,17 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
 def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None = None) -> None:
     """Load a checkpoint of ours or of AMCT into a compressed model, strictly.
 
-    Errors: those of ``read_state_dict``; CheckpointError listing all missing, unexpected and misshapen entries.
-    Nothing is loaded unless everything fits.
+    Errors: those of ``read_state_dict`` and ``load_state``.
     """
-    state = read_state_dict(pth_file, state_dict_name)
+    load_state(model, read_state_dict(pth_file, state_dict_name), pth_file)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> None:
+    """Load what ``read_state_dict`` read from ``pth_file``.
+
+    Errors: CheckpointError listing all missing, unexpected and misshapen entries. Nothing is loaded unless everything
+    fits.
+    """
     if dialect.is_amct(state):
         state = dialect.from_amct_state_dict(model, state)
     problems = mismatches(model, state)

@@ -7,7 +7,6 @@ Works on plain float models: compressed layers are already folded back, 2:4 mask
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_qua
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
 from amct_ext.export.tidy import drop_unused, tidy, use_matmul
 from amct_ext.record.types import QuantRecord
+from amct_ext.references import copy_model, replace_modules
 
 
 def export_quantized(
@@ -119,7 +119,7 @@ def export_plain(
 def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
     """A float32 copy of the model in eval mode, and arguments to match: the files describe float32 networks."""
     try:
-        duplicate = copy.deepcopy(model)
+        duplicate = copy_model(model)
     except Exception as error:
         raise ExportError(f"the model cannot be copied, so it cannot be exported: {error}") from error
     duplicate.eval().requires_grad_(False)
@@ -140,16 +140,17 @@ def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> N
     stays it computes what BatchNorm does, since the model is in eval mode.
     """
     modules = dict(model.named_modules())
+    folded: dict[nn.Module, nn.Module] = {}
     for conv_name, bn_name in conv_bn.items():
         conv, bn = modules.get(conv_name), modules.get(bn_name)
         if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
             raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
         problem = _fold(conv, bn)
         if problem is None:
-            parent, _, child = bn_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
+            folded[bn] = nn.Identity()
         elif conv_name in recorded:
             raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
+    replace_modules(model, folded)
 
 
 def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ __all__ = ["Graph", "Node", "Value", "trace"]
 
 @dataclass(eq=False)
 class Graph:
-    """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order."""
+    """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order; `foreign`
+    are parameters that ops read and that are none of the model's.
+    """
 
     nodes: list[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
+    foreign: list[nn.Parameter] = field(default_factory=list)
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
@@ -85,4 +88,4 @@ def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph
     Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
-    return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)
+    return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls, recording.foreign)

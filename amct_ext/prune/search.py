@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from amct_ext.errors import ConfigError, InputDataError, InvalidDataError, Model
 from amct_ext.files import write_atomic
 from amct_ext.flow.build import own_copy
 from amct_ext.graph.trace import Graph, trace
+from amct_ext.inference import outside_inference_mode
 from amct_ext.prune.channels import apply_channels, discover
 from amct_ext.prune.choice import removal_count
 from amct_ext.prune.cost import Cost
@@ -31,6 +31,7 @@ from amct_ext.prune.search_methods import (
     SensitivityBase,
     TaylorLossSensitivity,
 )
+from amct_ext.references import copy_model
 
 __all__ = [
     "GreedySearch",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 
+@outside_inference_mode
 def auto_channel_prune_search(
     model: nn.Module,
     config: str,
@@ -177,7 +179,7 @@ def _viable(
     for group, search in pairs:
         size, gone = group.count // search.blocks, search.counts[-1] // search.blocks
         records.append(group.record([block * size + place for block in range(search.blocks) for place in range(gone)]))
-    kept = apply_channels(copy.deepcopy(model), graph, records, traced)
+    kept = apply_channels(copy_model(model), graph, records, traced)
     return [pair for pair, record in zip(pairs, records, strict=True) if record in kept]
 
 
