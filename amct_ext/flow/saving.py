@@ -13,6 +13,7 @@ from amct_ext.errors import ModelError, RecordError
 from amct_ext.export import write
 from amct_ext.flow.session import check_record, detach, present_pairs, raise_if_invalid, session_of
 from amct_ext.flow.surgery import compressed_layers, fold_layers, placed_layers
+from amct_ext.graph.layer_types import computed_parameter
 from amct_ext.record.types import Record
 from amct_ext.references import copy_model
 
@@ -36,6 +37,20 @@ def quantised_layers(model: nn.Module) -> list[str]:
 
 def float_copy(model: nn.Module) -> nn.Module:
     """A plain float copy in eval mode, compressed layers folded back, 2:4 masks multiplied in. Errors: ModelError."""
+    for name, layer in compressed_layers(model):
+        computed = computed_parameter(layer)
+        if computed:
+            raise ModelError(
+                f"layer '{name}': since create its {computed} is computed (parametrisation, weight norm or pruning); "
+                "take that off before saving, which leaves the layer its present values: remove_parametrizations of "
+                "torch.nn.utils.parametrize, torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove"
+            )
+        around = model.get_submodule(name.rpartition(".")[0])
+        if name != layer.layer_name and getattr(around, "merged", True) is False:
+            raise ModelError(
+                f"layer '{layer.layer_name}' is inside an adapter ({type(around).__name__}) that is not merged; merge "
+                "it into the layer's weight (merge() or merge_and_unload() in peft), evaluate the model, then save"
+            )
     try:
         duplicate = copy_model(model).eval()
     except Exception as error:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from amct_ext.layers import compressed, rnn
 from amct_ext.layers.compressed import CompressedLayer
@@ -55,11 +52,7 @@ def standard_class(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def to_float(layer: CompressedLayer) -> nn.Module:
-    """The float layer again, of its own class, 2:4 mask folded into the weight (the compressed object is used up).
-
-    Weights that something computes (put on after the layer was compressed) become parameters of their present value.
-    """
-    _settle(layer)
+    """The float layer again, of its own class, 2:4 mask folded into the weight (the compressed object is used up)."""
     own = next(base for base in type(layer).__mro__ if not issubclass(base, CompressedLayer))
     plain: Any = object.__new__(own)
     take_attributes(plain, layer)
@@ -67,23 +60,10 @@ def to_float(layer: CompressedLayer) -> nn.Module:
         plain._modules.pop(name, None)
         vars(plain).pop(name, None)
     if layer.sparsity is not None:
-        mask = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
-        plain._parameters = {**plain._parameters, "weight": mask}
+        masked = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
+        plain._parameters = {**plain._parameters, "weight": masked}
     result: nn.Module = plain
     return result
-
-
-def _settle(layer: nn.Module) -> None:
-    if parametrize.is_parametrized(layer):
-        for name in list(layer.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-    for hook in list(layer._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm):
-            remove_weight_norm(layer, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(layer, hook.name)
-        elif isinstance(hook, prune.BasePruningMethod):
-            prune.remove(layer, hook._tensor_name)
 
 
 def _own_names(layer: nn.Module, parent: type[nn.Module]) -> set[str]:
