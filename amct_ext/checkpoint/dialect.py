@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.arguments import unwrap
-from amct_ext.checkpoint.dialect_rnn import read_rnn, write_rnn
+from amct_ext.checkpoint.dialect_rnn import own_members, read_rnn, write_rnn
 from amct_ext.flow.session import present_pairs, session_of
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
@@ -157,9 +157,7 @@ def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tens
     out["replaced_module.weight"] = layer.weight.detach().clone()
     if layer.bias is not None:
         out["replaced_module.bias"] = layer.bias.detach().clone()
-    for key, value in layer.state_dict().items():  # members of a subclass
-        if key not in ("weight", "bias") and key.partition(".")[0] not in layer.own_children:
-            out[f"replaced_module.{key}"] = value.detach().clone() if isinstance(value, Tensor) else value
+    out.update((f"replaced_module.{key}", value) for key, value in own_members(layer).items())
     return out
 
 

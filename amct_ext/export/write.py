@@ -147,10 +147,17 @@ def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> N
             raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
         problem = _fold(conv, bn)
         if problem is None:
-            folded[bn] = nn.Identity()
+            folded[bn] = _in_place_of(bn)
         elif conv_name in recorded:
             raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
     replace_modules(model, folded)
+
+
+def _in_place_of(bn: nn.Module) -> nn.Module:
+    """A module that does nothing and keeps the hooks of the BatchNorm that it stands for."""
+    identity = nn.Identity()
+    vars(identity).update({key: value for key, value in vars(bn).items() if key.startswith("_forward_")})
+    return identity
 
 
 def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:

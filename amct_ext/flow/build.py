@@ -101,12 +101,15 @@ def own_copy(model: nn.Module) -> nn.Module:
 
 
 def _unreached(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTraits]) -> dict[str, LayerReasons]:
-    """Reasons for layers of which the caller's own ran in the forward of the copy, each with a warning.
+    """Reasons for layers that are used without being called.
 
-    The model holds them in a way that no copy can follow: a global variable, a class attribute, a closure over objects.
+    Those of which the caller's own ran in the forward of the copy are also warned of: the model holds them in a way
+    that no copy can follow (a global variable, a class attribute, a closure over objects).
     """
     foreign = {id(parameter) for parameter in graph.foreign}
-    found = {}
+    read = {name.rpartition(".")[0] for name in graph.parameter_readers()}
+    reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
+    found = {name: LayerReasons(reason, reason) for name in traits if name in read and name not in graph.calls}
     for name, layer in unwrap(model).named_modules():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}
         if name in traits and name not in graph.calls and own & foreign:

@@ -54,7 +54,7 @@ def insert_layers(
             continue
         module = modules[name]
         cls, reason = compressed_class(module)
-        reason = leave.get(name, reason)
+        reason = reason or leave.get(name, "")
         if cls is None or reason:
             logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
             left[name] = reason
