@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,6 +59,8 @@ def check_model(model: nn.Module) -> None:
             raise ModelError(
                 f"the model is compressed already: '{name}' is a {type(module).__name__}; pass the original float model"
             )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model itself is TorchScript, whose layers cannot be exchanged; pass the nn.Module behind it")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ModelError(

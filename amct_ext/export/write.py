@@ -27,6 +27,7 @@ from amct_ext.export.fences import DOMAIN, fence, name_layers
 from amct_ext.export.files import encode, onnx_paths, write_files
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
+from amct_ext.export.scripted import open_scripted
 from amct_ext.export.tidy import drop_unused, tidy, use_matmul
 from amct_ext.record.types import QuantRecord
 from amct_ext.references import copy_model, replace_modules
@@ -129,7 +130,7 @@ def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, t
         arguments = pytree.tree_map_only(
             torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments
         )
-    return duplicate, arguments
+    return open_scripted(duplicate), arguments
 
 
 def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> None:
