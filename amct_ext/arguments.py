@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,11 +53,21 @@ def check_record_name(path: str, argument: str = "record_file") -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ModelError (a RuntimeError) where the model holds compressed layers of ours or of AMCT."""
+    """Raise ModelError (a RuntimeError) where the model holds compressed layers of ours or of AMCT, or no data."""
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer) or type(module).__name__ in _AMCT_CLASSES:
             raise ModelError(
                 f"the model is compressed already: '{name}' is a {type(module).__name__}; pass the original float model"
+            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "the model itself is TorchScript, whose layers cannot be exchanged; pass the nn.Module behind it"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(
+                f"'{name}' is on the meta device and holds no values; load the model's weights before it is compressed "
+                "(model.to_empty(device=...), then load_state_dict)"
             )
 
 

@@ -5,7 +5,6 @@ The file has the name of its function, as AMCT's has: sample jobs import the sea
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from amct_ext.errors import ConfigError
 from amct_ext.files import write_atomic
 from amct_ext.flow.build import own_copy
 from amct_ext.graph.trace import Graph, trace
+from amct_ext.inference import outside_inference_mode
 from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels, discover
@@ -35,6 +35,7 @@ from amct_ext.prune.search_methods import (
     SensitivityBase,
     TaylorLossSensitivity,
 )
+from amct_ext.references import copy_model
 
 __all__ = [
     "GreedySearch",
@@ -46,6 +47,7 @@ __all__ = [
 _log = logging.getLogger("amct_ext")
 
 
+@outside_inference_mode
 def auto_channel_prune_search(
     model: nn.Module,
     config: str,
@@ -169,7 +171,7 @@ def _viable(
         most = search_space.removable(group, settings.ascend_optimized, settings.max_prune_ratio)[-1]
         size, gone = group.count // blocks, most // blocks
         records.append(group.record([block * size + place for block in range(blocks) for place in range(gone)]))
-    kept = apply_channels(copy.deepcopy(model), graph, records, traced)
+    kept = apply_channels(copy_model(model), graph, records, traced)
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
 

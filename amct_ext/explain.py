@@ -15,6 +15,7 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.flow import build
 from amct_ext.flow.session import Session, session_of
 from amct_ext.flow.surgery import compressed_layers
+from amct_ext.inference import outside_inference_mode
 from amct_ext.reasons import LayerReasons
 
 _COLUMNS = ("layer", "type", "quantised", "pruned")
@@ -61,6 +62,7 @@ class Explanation(dict[str, LayerReport]):
         )
 
 
+@outside_inference_mode
 def explain(
     model: nn.Module, input_data: Any = None, config_defination: str | os.PathLike[str] | None = None
 ) -> Explanation:
@@ -80,7 +82,7 @@ def explain(
         )
         inner = build.compress(inner, input_data, planner, record_file="")
     session = session_of(inner)
-    present = {name for name, _ in compressed_layers(inner)}
+    present = {layer.layer_name for _, layer in compressed_layers(inner)}
     lost_inputs: dict[str, int] = {}
     for node in (node for record in session.channel for node in record.consumers):
         lost_inputs[node.name] = lost_inputs.get(node.name, 0) + len(node.prune_index)
@@ -97,7 +99,7 @@ def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: i
         if compressed:
             quantised = _quantised(layer.quant)
         else:
-            not_quantised = f"{layer.type} has no quantised form here"
+            not_quantised = not_quantised or "it was exchanged or removed after create"
     done, not_pruned = _pruned(layer, session, compressed, why.not_pruned)
     if lost_inputs:
         done.append(f"{lost_inputs} input channels removed")
@@ -114,7 +116,7 @@ def _pruned(layer: LayerPlan, session: Session, compressed: bool, reason: str) -
     if layer.prune is None or reason:
         return [], reason
     if not isinstance(layer.prune, FilterPrune):
-        return (["2:4 sparse"], "") if compressed else ([], f"{layer.type} has no 2:4 form here")
+        return (["2:4 sparse"], "") if compressed else ([], "it was exchanged or removed after create")
     node = next((node for record in session.channel for node in record.producers if node.name == layer.name), None)
     if node is None:
         return [], "not in the record: the trial forward failed without its channels (the log of create says how)"

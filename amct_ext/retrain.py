@@ -12,9 +12,11 @@ from amct_ext.config.text import parse_config
 from amct_ext.export import write
 from amct_ext.flow import build, saving
 from amct_ext.flow.session import session_of
+from amct_ext.inference import outside_inference_mode
 from amct_ext.record.types import Record
 
 
+@outside_inference_mode
 def create_compressed_retrain_model(
     model: nn.Module, input_data: Any, config_defination: str, record_file: str
 ) -> nn.Module:
@@ -32,6 +34,7 @@ def create_compressed_retrain_model(
     return build.create(model, input_data, _planner(config_defination), record_file)
 
 
+@outside_inference_mode
 def restore_compressed_retrain_model(
     model: nn.Module,
     input_data: Any,
@@ -61,6 +64,7 @@ def restore_compressed_retrain_model(
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
 
+@outside_inference_mode
 def save_compressed_retrain_model(
     model: nn.Module,
     record_file: str,

@@ -15,11 +15,13 @@ from amct_ext.config.text import parse_config
 from amct_ext.errors import ConfigError, ModelError
 from amct_ext.export import write
 from amct_ext.flow import build, saving
+from amct_ext.inference import outside_inference_mode
 from amct_ext.record.types import Record
 
 _log = logging.getLogger("amct_ext")
 
 
+@outside_inference_mode
 def create_prune_retrain_model(
     model: nn.Module, input_data: Any, config_defination: str, record_file: str
 ) -> nn.Module:
@@ -36,6 +38,7 @@ def create_prune_retrain_model(
     return build.create(model, input_data, _planner(config_defination), record_file)
 
 
+@outside_inference_mode
 def restore_prune_retrain_model(
     model: nn.Module,
     input_data: Any,
@@ -67,6 +70,7 @@ def restore_prune_retrain_model(
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
 
+@outside_inference_mode
 def save_prune_retrain_model(
     model: nn.Module,
     save_path: str,

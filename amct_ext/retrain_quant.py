@@ -15,10 +15,13 @@ from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.files import write_atomic
 from amct_ext.flow import build, saving
 from amct_ext.flow.session import session_of
+from amct_ext.flow.surgery import placed_layers
 from amct_ext.graph.trace import trace
+from amct_ext.inference import outside_inference_mode
 from amct_ext.record.types import Record
 
 
+@outside_inference_mode
 def create_quant_retrain_config(
     config_file: str, model: nn.Module, input_data: Any, config_defination: str | None = None
 ) -> None:
@@ -38,6 +41,7 @@ def create_quant_retrain_config(
     write_atomic(config_file, dumps(config, trace(inner, input_data).traits(inner)))
 
 
+@outside_inference_mode
 def create_quant_retrain_model(config_file: str, model: nn.Module, record_file: str, input_data: Any) -> nn.Module:
     """Return a quantisation-aware copy of ``model``, ready to be retrained.
 
@@ -52,6 +56,7 @@ def create_quant_retrain_model(config_file: str, model: nn.Module, record_file: 
     return build.create(model, input_data, _planner(config_file), record_file)
 
 
+@outside_inference_mode
 def restore_quant_retrain_model(
     config_file: str,
     model: nn.Module,
@@ -79,6 +84,7 @@ def restore_quant_retrain_model(
     return build.restore(model, input_data, planner, Record(), record_file, pth_file, state_dict_name)
 
 
+@outside_inference_mode
 def save_quant_retrain_model(
     config_file: str,
     model: nn.Module,
@@ -116,7 +122,11 @@ def save_quant_retrain_model(
         )
     config = read_json(config_file)
     plain = saving.float_copy(inner)
-    check_same(plan, resolve_json(config, trace(plain, input_data).traits(plain)), config_file)
+    # The file names layers as they were called at create.
+    names_then = {present: name for name, (present, _) in placed_layers(inner).items()}
+    traits = trace(plain, input_data).traits(plain)
+    asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
+    check_same(plan, asked, config_file)
     saving.save_quantised(inner, plain, record_file, save_path, input_data, names)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.arguments import check_types, unwrap
-from amct_ext.checkpoint.dialect_rnn import has_run, is_finite, read_rnn, write_rnn
-from amct_ext.flow.session import session_of
+from amct_ext.checkpoint.dialect_rnn import has_run, is_finite, own_members, read_rnn, write_rnn
+from amct_ext.flow.session import present_pairs, session_of
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
@@ -43,9 +43,10 @@ def to_amct_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     for a model that was not made by create_* or restore_*.
     """
     model = unwrap(model)
-    session = session_of(model)
+    session_of(model)
     layers = dict(compressed_layers(model))
-    norms = {norm: conv for conv, norm in session.conv_bn.items()}
+    pairs = present_pairs(model)
+    norms = {norm: conv for conv, norm in pairs.items()}
     owners = _owners(layers)
     state: OrderedDict[str, Tensor] = OrderedDict()
     done: set[str] = set()
@@ -53,10 +54,10 @@ def to_amct_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     for key, value in own.items():
         holder = _holder(key, layers, norms)
         if holder is None:
-            state[key] = value.detach().clone()
+            state[key] = value.detach().clone() if isinstance(value, Tensor) else value
         elif holder in layers and holder not in done:
             done.add(holder)
-            norm = session.conv_bn.get(holder)
+            norm = pairs.get(holder)
             state.update(_write_layer(holder, layers, owners))
             if norm is not None:
                 start = norm + "."
@@ -77,7 +78,7 @@ def from_amct_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[
     for key, value in state.items():
         check_types(**{f"state['{key}']": (value, object if key.endswith("_extra_state") else Tensor)})
     model = unwrap(model)
-    session = session_of(model)
+    session_of(model)
     layers = dict(compressed_layers(model))
     owners = _owners(layers)
     fallback = model.state_dict()
@@ -85,7 +86,7 @@ def from_amct_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[
     out: dict[str, Tensor] = {}
     for name, layer in layers.items():
         out.update(_read_layer(name, layer, owners.get(name, name), rest, fallback))
-    for conv, norm in session.conv_bn.items():
+    for conv, norm in present_pairs(model).items():
         start = f"{conv}.bn_module."
         for key in [k for k in rest if k.startswith(start)]:
             out[f"{norm}.{key[len(start) :]}"] = rest.pop(key)
@@ -158,6 +159,7 @@ def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tens
     out["replaced_module.weight"] = layer.weight.detach().clone()
     if layer.bias is not None:
         out["replaced_module.bias"] = layer.bias.detach().clone()
+    out.update((f"replaced_module.{key}", value) for key, value in own_members(layer).items())
     return out
 
 

@@ -7,10 +7,12 @@ hold the one trained layer here; on the way in the trained biases count.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_ext.layers.rnn import CompressedRNN
 
@@ -47,8 +49,19 @@ def write_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Te
     out[f"{comp}s_rec_flag"] = torch.tensor(0.0, device=device)
     for part in ("replaced_module", "comp_module"):
         out |= {f"{comp}{part}.{key}": getattr(layer, key).detach().clone() for key in _present(layer)}
+    out |= {f"{comp}replaced_module.{key}": value for key, value in own_members(layer).items()}
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(layer_count if ran else 0), device=device)
     return out
+
+
+def own_members(layer: CompressedLayer) -> dict[str, Any]:
+    """State that a user's subclass adds to its layer: parameters, buffers, children, extra state; detached clones."""
+    standard = {"weight", "bias", *_NAMES}
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in layer.state_dict().items()
+        if key not in standard and key.partition(".")[0] not in layer.own_children
+    }
 
 
 def read_rnn(
@@ -71,6 +84,9 @@ def read_rnn(
         value = taken.get(f"{first}.{key}", taken.get(f"{second}.{key}"))
         if value is not None:
             out[f"{name}.{key}"] = value
+    start = "replaced_module."
+    members = {key[len(start) :]: value for key, value in taken.items() if key.startswith(start)}
+    out |= {f"{name}.{key}": value for key, value in members.items() if key not in _NAMES}
     for prefix, child in _ACTS:
         _read_activation(out, f"{name}.{child}.", taken, prefix, getattr(layer, child))
     ran = has_run(taken)

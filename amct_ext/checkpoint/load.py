@@ -91,10 +91,17 @@ def _unusual(value: Tensor) -> str:
 def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None = None) -> None:
     """Load a checkpoint of ours or of AMCT into a compressed model, strictly.
 
-    Errors: those of ``read_state_dict``; CheckpointError listing all missing, unexpected and misshapen entries, or what
-    torch or a module of the user's says while it loads. The model is as it was then, bit for bit.
+    Errors: those of ``read_state_dict`` and ``load_state``.
     """
-    state = read_state_dict(pth_file, state_dict_name)
+    load_state(model, read_state_dict(pth_file, state_dict_name), pth_file)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> None:
+    """Load what ``read_state_dict`` read from ``pth_file``.
+
+    Errors: CheckpointError listing all missing, unexpected and misshapen entries, or what torch or a module of the
+    user's says while it loads. The model is as it was then, bit for bit.
+    """
     if dialect.is_amct(state):
         state = dialect.from_amct_state_dict(model, state)
     problems = mismatches(model, state)

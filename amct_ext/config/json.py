@@ -89,6 +89,10 @@ def dumps(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> str:
         content["write_shift_bit"] = True
     for name, layer in full.layers.items():
         if layer.quant is not None:
+            if name in _TOP_KEYS:
+                raise ConfigError(
+                    f"layer '{name}' is called like a setting of the JSON configuration: rename the layer"
+                )
             content[name] = {"retrain_enable": plan.layers[name].quant is not None, **_layer_content(layer.quant)}
     return json.dumps(content, indent=4, separators=(",", ":"))
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from amct_ext.errors import ExportError
 from amct_ext.export.axes import Axes, apply_axes, rename_sizes
+from amct_ext.export.odd_names import give_names_back, give_plain_names
 from amct_ext.graph.run import tensors_in
 
 _EXPORTABLE = (torch.Tensor, bool, int, float, str)  # leaves that torch.export lets a model return
@@ -50,6 +51,7 @@ def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> t
             exported = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise ExportError(f"the model cannot be captured for ONNX: {_head(error)}") from error
+        given_names = give_plain_names(exported)
         try:
             program = torch.onnx.export(
                 exported,
@@ -64,6 +66,7 @@ def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> t
         except Exception as error:
             raise ExportError(f"the model cannot be translated to ONNX: {_head(error)}") from error
     program = cast(torch.onnx.ONNXProgram, program)
+    give_names_back(program.model, given_names)
     returned = len(program.model.graph.outputs)
     if axes.output_names is not None and len(axes.output_names) != returned:
         raise ExportError(f"output_names has {len(axes.output_names)} names, the model returns {returned} tensors")

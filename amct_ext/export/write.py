@@ -7,7 +7,6 @@ Works on plain float models: compressed layers are already folded back, 2:4 mask
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,9 +28,11 @@ from amct_ext.export.fences import DOMAIN, fence, name_layers
 from amct_ext.export.files import encode, onnx_paths, write_files
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
+from amct_ext.export.scripted import open_scripted
 from amct_ext.export.tidy import drop_unused, tidy, use_matmul
 from amct_ext.graph.run import own_arguments
 from amct_ext.record.types import QuantRecord
+from amct_ext.references import copy_model
 
 
 def export_quantized(
@@ -121,7 +122,7 @@ def export_plain(
 def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
     """A float32 copy of the model in eval mode, and arguments to match: the files describe float32 networks."""
     try:
-        duplicate = copy.deepcopy(model)
+        duplicate = copy_model(model)
     except Exception as error:
         raise ExportError(f"the model cannot be copied, so it cannot be exported: {error}") from error
     duplicate.eval().requires_grad_(False)
@@ -131,7 +132,7 @@ def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, t
         arguments = pytree.tree_map_only(
             torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments
         )
-    return duplicate, own_arguments(arguments)
+    return open_scripted(duplicate), own_arguments(arguments)
 
 
 def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from amct_ext import ops
 from amct_ext.arguments import check_model, unwrap, wrap_like
-from amct_ext.checkpoint.load import load_checkpoint
+from amct_ext.checkpoint.load import load_state, read_state_dict
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
@@ -23,9 +23,11 @@ from amct_ext.flow.fused import separate_encoders
 from amct_ext.flow.session import Session, attach, session_of, start_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
 from amct_ext.graph.trace import Graph, trace
+from amct_ext.layers.classes import standard_class
 from amct_ext.prune.channels import apply_channels, plan_channels
-from amct_ext.reasons import reasons
+from amct_ext.reasons import LayerReasons, reasons
 from amct_ext.record.types import ChannelRecord, Record
+from amct_ext.references import copy_model
 
 logger = logging.getLogger("amct_ext")
 _SHOWN = 9  # layers named in a message
@@ -53,7 +55,7 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
     graph = trace(inner, input_data)
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
-    why = reasons(graph, traits, plan, inner, planner.config)
+    why = reasons(graph, traits, plan, inner, planner.config) | _unreached(model, graph, traits)
     _say_left_alone(graph)
     channel: tuple[ChannelRecord, ...] = ()
     if plan.prune_active:
@@ -77,17 +79,19 @@ def restore(
     # Eligibility is judged on the unpruned model, as it was at create.
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
-    why = reasons(graph, traits, plan, inner, planner.config)
+    why = reasons(graph, traits, plan, inner, planner.config) | _unreached(model, graph, traits)
+    state = read_state_dict(pth_file, state_dict_name)
+    leave = _left_float(inner, plan, state)
     try:
         channel = apply_channels(inner, graph, record.channel, input_data, strict=True)
     except RecordError as error:
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
-    inner = _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why))
+    inner = _insert(inner, input_data, Session(plan, os.path.abspath(record_file), channel, reasons=why), leave)
     _take_masks(inner, record, record_file)
     asked = [layer.name for layer in plan.layers.values() if isinstance(layer.prune, FilterPrune)]
     if not any(layer.quant for layer in plan.layers.values()) and all(why[name].not_pruned for name in asked):
         _check_pruned(session_of(inner), planner.config.source)  # else a record without channels is AMCT's choice
-    load_checkpoint(inner, pth_file, state_dict_name)
+    load_state(inner, state, pth_file)
     return wrap_like(model, inner)
 
 
@@ -96,7 +100,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     check_model(inner)
     try:
-        return separate_encoders(copy.deepcopy(inner))
+        return separate_encoders(copy_model(inner))
     except Exception as error:
         raise RuntimeError(
             f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}"
@@ -108,11 +112,53 @@ def _say_left_alone(graph: Graph) -> None:
         logger.warning("layer '%s' is left as it is: %s", name, reason)
 
 
-def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
+def _unreached(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTraits]) -> dict[str, LayerReasons]:
+    """Reasons for layers that are used without being called.
+
+    Those of which the caller's own ran in the forward of the copy are also warned of: the model holds them in a way
+    that no copy can follow (a global variable, a class attribute, a closure over objects).
+    """
+    foreign = {id(parameter) for parameter in graph.foreign}
+    read = {name.rpartition(".")[0] for name in graph.parameter_readers()}
+    reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
+    found = {name: LayerReasons(reason, reason) for name in traits if name in read and name not in graph.calls}
+    for name, layer in unwrap(model).named_modules():
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        if name in traits and name not in graph.calls and own & foreign:
+            reason = "the forward runs the caller's own layer, held by something that is no attribute of the model"
+            logger.warning("layer '%s' is left float and is not trained by the copy: %s", name, reason)
+            found[name] = LayerReasons(reason, reason)
+    return found
+
+
+def _left_float(model: nn.Module, plan: Plan, state: Mapping[str, Any]) -> dict[str, str]:
+    """Layers that the plan compresses and a checkpoint holds as float, where only their class tells them apart.
+
+    AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
+    """
+    found = {}
+    for name, layer in plan.layers.items():
+        module = model.get_submodule(name)
+        if (layer.quant is None and not isinstance(layer.prune, SparsePrune)) or type(module) is standard_class(module):
+            continue
+        own = (f"{name}.weight_quant.", f"{name}.sparsity.")
+        kept = all(f"{name}.{key}" in state for key in module._parameters if module._parameters[key] is not None)
+        if kept and not any(key.startswith(own) for key in state):
+            found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
+    return found
+
+
+def _insert(
+    model: nn.Module, input_data: Any, session: Session, leave: Mapping[str, str] = MappingProxyType({})
+) -> nn.Module:
     """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
     graph = trace(model, input_data)
     session.plan = after_pruning(session.plan, graph.traits(model))
-    model, session.conv_bn = insert_layers(model, graph, session.plan)
+    model, session.conv_bn, left = insert_layers(model, graph, session.plan, leave)
+    for name, reason in left.items():
+        sparse = isinstance(session.plan.layers[name].prune, SparsePrune)
+        old = session.reasons.get(name, LayerReasons())
+        session.reasons[name] = LayerReasons(reason, reason if sparse else old.not_pruned)
     compressed = dict(compressed_layers(model))
     session.order = tuple(name for name in graph.calls if name in compressed)
     attach(model, session)

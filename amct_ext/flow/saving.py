@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,13 @@ from torch import nn
 from amct_ext.arguments import check_types
 from amct_ext.errors import ModelError, RecordError
 from amct_ext.export import write
-from amct_ext.flow.session import check_record, detach, raise_if_invalid, session_of
-from amct_ext.flow.surgery import compressed_layers, fold_layers, link_norms
+from amct_ext.flow.session import check_record, detach, present_pairs, raise_if_invalid, session_of
+from amct_ext.flow.surgery import compressed_layers, fold_layers, placed_layers
+from amct_ext.graph.layer_types import computed_parameter
 from amct_ext.record.types import Record
+from amct_ext.references import copy_model
+
+_log = logging.getLogger(__name__)
 
 
 def export_names(input_names: Any, output_names: Any, dynamic_axes: Any) -> dict[str, Any]:
@@ -32,11 +37,25 @@ def quantised_layers(model: nn.Module) -> list[str]:
 
 def float_copy(model: nn.Module) -> nn.Module:
     """A plain float copy in eval mode, compressed layers folded back, 2:4 masks multiplied in. Errors: ModelError."""
+    for name, layer in compressed_layers(model):
+        computed = computed_parameter(layer)
+        if computed:
+            raise ModelError(
+                f"layer '{name}': since create its {computed} is computed (parametrisation, weight norm or pruning); "
+                "take that off before saving, which leaves the layer its present values: remove_parametrizations of "
+                "torch.nn.utils.parametrize, torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove"
+            )
+        around = model.get_submodule(name.rpartition(".")[0])
+        if name != layer.layer_name and getattr(around, "merged", True) is False:
+            raise ModelError(
+                f"layer '{layer.layer_name}' is inside an adapter ({type(around).__name__}) that is not merged; merge "
+                "it into the layer's weight (merge() or merge_and_unload() in peft), evaluate the model, then save"
+            )
     try:
-        duplicate = copy.deepcopy(model)
+        duplicate = copy_model(model).eval()
     except Exception as error:
         raise ModelError(f"{type(model).__name__} cannot be copied, so it cannot be exported: {error}") from error
-    plain = fold_layers(duplicate).eval()
+    plain = fold_layers(duplicate)
     detach(plain)  # a forward of the copy must not write the record
     return plain
 
@@ -62,7 +81,18 @@ def save_quantised(
         )
         raise RecordError(f"{record_file}: no quantisation factors recorded: {todo}")
     check_record(model, record, record_file)
-    pairs = link_norms(model, session.conv_bn)
+    placed = placed_layers(model)
+    for name, layer in compressed_layers(model):
+        if placed[layer.layer_name][1] is not layer:
+            raise ModelError(
+                f"layer '{name}' is a copy of the compressed layer '{layer.layer_name}' and has no factors of its own; "
+                "put it into the model before create, or a float layer in its place"
+            )
+    for name in session.order:
+        if name not in placed:
+            _log.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
+    quant = tuple(replace(entry, key=placed[entry.key][0]) for entry in record.quant)
+    pairs = present_pairs(model)
     write.export_quantized(
-        plain, input_data, record.quant, pairs, save_path, **names, write_shift=session.plan.write_shift_bit
+        plain, input_data, quant, pairs, save_path, **names, write_shift=session.plan.write_shift_bit
     )

@@ -21,7 +21,7 @@ from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.files import keep_old, write_if_changed
 from amct_ext.flow.rank_ranges import share_ranges
-from amct_ext.flow.surgery import compressed_layers, link_norms
+from amct_ext.flow.surgery import compressed_layers, link_norms, placed_layers
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.pending import Running, plain
 from amct_ext.layers.phase import leaves_no_trace
@@ -96,19 +96,26 @@ def detach(model: nn.Module) -> None:
 
 def session_of(model: nn.Module) -> Session:
     """The session of a compressed model. Errors: ModelError (a RuntimeError) for any other model."""
-    session = getattr(model, _ATTRIBUTE, None)
+    session: Session | None = vars(model).get(_ATTRIBUTE)
     if session is None:
+        inside = [name for name, module in model.named_modules() if _ATTRIBUTE in vars(module)]
+        found = f" (its submodule '{inside[0]}' was)" if inside else ""
         raise ModelError(
-            f"{type(model).__name__} was not made by create_* or restore_* of amct_ext; pass what they returned"
+            f"{type(model).__name__} was not made by create_* or restore_* of amct_ext{found}; pass what they returned"
         )
     return session
 
 
 def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     """The record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
-    layers = compressed_layers(model)
-    sparse = tuple(_sparse_record(name, layer) for name, layer in layers if layer.sparsity is not None)
+    layers = placed_layers(model).items()
+    sparse = tuple(_sparse_record(name, layer) for name, (_, layer) in layers if layer.sparsity is not None)
     return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
+
+
+def present_pairs(model: nn.Module) -> dict[str, str]:
+    """The (conv -> BN) pairs, convolutions by their present names; without those that are no longer in the model."""
+    return link_norms(model, session_of(model).conv_bn)
 
 
 def start_record(model: nn.Module) -> None:
@@ -224,11 +231,11 @@ def raise_if_invalid(model: nn.Module) -> None:
 def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
     """The factors of all quantised layers in execution order; none before every calibration is finished."""
     session = session_of(model)
-    layers = dict(compressed_layers(model))
+    layers = {name: layer for name, (_, layer) in placed_layers(model).items()}
     quantised = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
     if not all(layers[name].ready for name in quantised):
         return ()
-    link_norms(model, session.conv_bn)
+    present_pairs(model)
     return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
 
 

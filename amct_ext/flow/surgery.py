@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
-from amct_ext.layers.compressed import CompressedLayer, compressed_class, to_float
-from amct_ext.layers.rnn import CompressedRNN, compressed_rnn
+from amct_ext.errors import ModelError
+from amct_ext.layers.classes import compressed_class, to_float
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.references import replace_modules
 
 logger = logging.getLogger(__name__)
 
@@ -23,35 +26,45 @@ def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]
             yield name, module
 
 
-def set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put ``new`` where ``name`` is; returns the model (``new`` itself where the root is replaced)."""
-    if not name:
-        return new
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = new
-    return model
+def placed_layers(model: nn.Module) -> dict[str, tuple[str, CompressedLayer]]:
+    """Name at create -> present name and module of each compressed layer.
+
+    A layer that something was put around has moved; of several copies of one the one that stayed counts.
+    """
+    found: dict[str, tuple[str, CompressedLayer]] = {}
+    for name, layer in compressed_layers(model):
+        if name == layer.layer_name or layer.layer_name not in found:
+            found[layer.layer_name] = (name, layer)
+    return found
 
 
-def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, dict[str, str]]:
-    """Replace each layer that the plan quantises or makes 2:4 sparse; returns the model and the (conv -> BN) pairs
-    linked.
+def insert_layers(
+    model: nn.Module, graph: Any, plan: Plan, leave: Mapping[str, str]
+) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
+    """Replace each layer that the plan quantises or makes 2:4 sparse, wherever the model refers to it.
 
-    ``graph`` is the trace of this very model. State changed: the model, in place (its root too, where the root is a
-    layer).
+    ``graph`` is the trace of this very model, ``leave`` holds layers that stay float all the same, with the reason.
+    Returns the model, the (conv -> BN) pairs linked, and the reasons of all layers that the plan names and that stay
+    float. State changed: the model, in place (its root too, where the root is a layer). Errors: ModelError.
     """
     modules = dict(model.named_modules())
     touched: dict[str, CompressedLayer] = {}
+    left = {}
     for name, layer_plan in plan.layers.items():
         if layer_plan.quant is None and not isinstance(layer_plan.prune, SparsePrune):
             continue
-        cls = compressed_class(modules[name]) or compressed_rnn(modules[name])
-        if cls is None:
-            logger.warning("layer '%s' (%s) is left float: no compressed form of this class", name, layer_plan.type)
+        module = modules[name]
+        cls, reason = compressed_class(module)
+        reason = reason or leave.get(name, "")
+        if cls is None or reason:
+            logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
+            left[name] = reason
             continue
-        fixed_min = _fixed_min(graph, layer_plan, modules[name])
-        layer = cls.from_float(modules[name], layer_plan, plan.batch_num, fixed_min)
-        touched[name] = layer
-        model = set_submodule(model, name, layer)
+        try:
+            touched[name] = cls.from_float(module, layer_plan, plan.batch_num, _fixed_min(graph, layer_plan, module))
+        except (AttributeError, TypeError) as error:
+            raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
+    model = replace_modules(model, {modules[name]: layer for name, layer in touched.items()})
     _share_inputs(graph, plan, touched)
     # Folding changes weight and bias in the files, where an op may read them too.
     read = {id(model.get_parameter(name)) for name in graph.parameter_readers()}
@@ -63,23 +76,25 @@ def insert_layers(model: nn.Module, graph: Any, plan: Plan) -> tuple[nn.Module, 
         if own and foldable(modules[norm]):
             touched[conv].link_norm(modules[norm])
             pairs[conv] = norm
-    return model, pairs
+    return model, pairs, left
 
 
 def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
-    """Point convolutions to the BatchNorm modules that follow them now; returns the pairs that still are some.
+    """Point convolutions to the BatchNorm modules that follow them now; returns the pairs, by present names, that are.
 
     A BatchNorm may have been exchanged since create: by SyncBatchNorm, which folds like any other, or by something that
     stays behind the convolution as it is (Identity after a fusion by hand, FrozenBatchNorm).
     """
     modules = dict(model.named_modules())
+    placed = placed_layers(model)
     present = {}
     for conv, norm in pairs.items():
-        layer, follower = modules.get(conv), modules.get(norm)
-        if isinstance(layer, CompressedLayer):
+        if conv in placed:
+            name, layer = placed[conv]
+            follower = modules.get(norm)
             layer.link_norm(follower if follower is not None and foldable(follower) else None)
             if layer.links.norm is not None:
-                present[conv] = norm
+                present[name] = norm
     return present
 
 
@@ -90,9 +105,7 @@ def foldable(norm: nn.Module) -> bool:
 
 def fold_layers(model: nn.Module) -> nn.Module:
     """Turn every compressed layer back into its float layer, 2:4 masks folded in (in place; returns the model)."""
-    for name, layer in list(compressed_layers(model)):
-        model = set_submodule(model, name, to_float(layer))
-    return model
+    return replace_modules(model, {layer: to_float(layer) for _, layer in list(compressed_layers(model))})
 
 
 def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:

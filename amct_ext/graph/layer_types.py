@@ -64,7 +64,7 @@ def keeps_forward(module: nn.Module) -> bool:
         getattr(type(module), method, None) is not getattr(standard, method, None)
         for method in ("forward", "_conv_forward", "__call__")
     )
-    return not overridden and "forward" not in vars(module)
+    return not overridden and not {"forward", "_conv_forward"} & vars(module).keys()
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -74,10 +74,17 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def owns_weight(module: nn.Module) -> bool:
-    """Whether the weight is a plain parameter of the module (a parametrised or weight-normed layer computes it)."""
-    names = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
-    return (
-        any(name.startswith("weight") for name in names)
-        and not hasattr(module, "parametrizations")
-        and not any(name.endswith(("_orig", "_g", "_v")) for name in names)
-    )
+    """Whether weight and bias are plain parameters of the module."""
+    return not computed_parameter(module)
+
+
+def computed_parameter(module: nn.Module) -> str:
+    """The weight or bias of a layer that a property, parametrisation or weight norm computes; '' where none is."""
+    names = ["weight", "bias"]
+    if isinstance(module, nn.RNNBase):
+        names = [name for name in module._flat_weights_names if name.startswith(("weight", "bias"))]
+    for name in names:
+        plain = name in module._parameters and not hasattr(type(module), name)
+        if not plain or (module._parameters[name] is None and name != "bias"):
+            return name
+    return ""

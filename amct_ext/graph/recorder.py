@@ -30,6 +30,7 @@ class Recording:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
+    foreign: list[nn.Parameter]  # parameters that an op read and that are none of the model's
 
 
 def record(model: nn.Module, input_data: Any) -> Recording:
@@ -62,6 +63,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.nodes: list[Node] = []
         self.calls: dict[str, list[Node]] = {}
+        self.foreign: list[nn.Parameter] = []
         self._model = model
         self._names = {id(module): name for name, module in model.named_modules()}
         self._values: dict[int, Value] = {}
@@ -77,7 +79,7 @@ class _Recorder(TorchDispatchMode):
     def recording(self, output: Any) -> Recording:
         """What was recorded; `output` is what the model returned."""
         outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
-        return Recording(self.nodes, self.inputs, outputs, self.calls)
+        return Recording(self.nodes, self.inputs, outputs, self.calls, self.foreign)
 
     # Modules
 
@@ -87,9 +89,10 @@ class _Recorder(TorchDispatchMode):
         handles: list[Any] = []
         try:
             for module in self._model.modules():
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                # Of nn.Module itself: a scripted module runs hooks, but forbids to register them.
+                handles.append(nn.Module.register_forward_pre_hook(module, self._enter, with_kwargs=True))
                 # always_call: a model may catch the exception of a part of it and go on
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+                handles.append(nn.Module.register_forward_hook(module, self._leave, with_kwargs=True, always_call=True))
             yield
         finally:
             for handle in handles:
@@ -97,8 +100,9 @@ class _Recorder(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._scopes.append(self._names[id(module)])
-        if not self._layers and keeps_forward(module):
-            inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, kwargs)))
+        if not self._layers and (keeps_forward(module) or isinstance(module, torch.jit.ScriptModule)):
+            first = {"input": kwargs["input"]} if "input" in kwargs else {}  # all layers have it in front
+            inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, first | kwargs)))
             self._layers.append((module, inputs))  # from here on ops belong to the layer
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -109,11 +113,14 @@ class _Recorder(TorchDispatchMode):
             results = list(tensors_in(output))
             if not results:  # the call failed, and the model caught that
                 return
-            node = Node(str(layer_type(module)), name, name, inputs, tuple(_value_of(tensor) for tensor in results))
+            if isinstance(module, torch.jit.ScriptModule):  # what happens inside is not ours to know
+                node = Node("scripted", name, None, inputs, tuple(_value_of(tensor) for tensor in results))
+            else:
+                node = Node(str(layer_type(module)), name, name, inputs, tuple(_value_of(tensor) for tensor in results))
+                self.calls.setdefault(name, []).append(node)
             for tensor, value in zip(results, node.outputs, strict=True):
                 self._bind(tensor, value)
             self.nodes.append(node)
-            self.calls.setdefault(name, []).append(node)
 
     # Ops
 
@@ -188,6 +195,8 @@ class _Recorder(TorchDispatchMode):
         if any(source.kind in ("computed", "input") for source in sources):
             # A view that was made where ops are not seen: related to what is known, in an unknown way.
             return self._bind(tensor, self._related("unseen_view", tuple(sources), tensor))
+        if isinstance(tensor, nn.Parameter):
+            self.foreign.append(tensor)
         return self._bind(tensor, _value_of(tensor, "constant"))
 
     def _related(self, op: str, sources: tuple[Value, ...], tensor: torch.Tensor) -> Value:

@@ -37,8 +37,11 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     Flags are set directly: train() and eval() of a user's class may do more than set them.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    # A scripted module writes to its buffers, but never puts another one in the place.
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module not in scripted]
     held_tensors = [held for _, owned in buffers for held in owned.values() if held is not None]
+    held_tensors += [held for module in scripted for held in module.buffers(recurse=False)]
     copies = [(held, held.clone()) for held in held_tensors]
     with preserved_random_state(model):
         try:

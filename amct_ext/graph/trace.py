@@ -29,7 +29,7 @@ class Graph:
     """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
 
     `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, or they never
-    run in training).
+    run in training). `foreign`: parameters that ops read and that are none of the model's.
     """
 
     nodes: list[Node]
@@ -37,6 +37,7 @@ class Graph:
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    foreign: list[nn.Parameter] = field(default_factory=list)
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
@@ -109,7 +110,7 @@ def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph
     Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
-    graph = Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)
+    graph = Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls, foreign=recording.foreign)
     arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
     read = [model.get_parameter(name) for name in graph.parameter_readers()]
     left = dict.fromkeys(confirmed_unread(model, arguments, graph.unread()), _UNREAD)

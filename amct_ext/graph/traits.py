@@ -15,10 +15,10 @@ from amct_ext.graph.layer_types import (
     RNNS,
     SPARSE_PRUNABLE,
     TRANSPOSED_CONVS,
+    computed_parameter,
     is_depthwise,
     keeps_forward,
     layer_type,
-    owns_weight,
 )
 from amct_ext.graph.values import Node
 
@@ -81,8 +81,9 @@ def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str =
     calls = all_calls.get(name, [])
     if not keeps_forward(module):
         return f"its class {type(module).__name__} has a forward of its own, so it is no plain {kind}"
-    if not owns_weight(module):
-        return "its weight is computed (parametrisation or weight norm), not a parameter of its own"
+    computed = computed_parameter(module)
+    if computed:
+        return f"its {computed} is computed (property, parametrisation or weight norm), not a parameter of its own"
     if not calls and reader:
         return f"it is not called: {reader} reads its weight"
     if not calls:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.config.plan import LayerPlan, SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
+from amct_ext.layers.derive import new_layer, take_attributes
 from amct_ext.layers.integer import IntegerForward
 from amct_ext.layers.norms import with_factor
 from amct_ext.layers.phase import leaves_no_trace
@@ -40,8 +41,9 @@ class CompressedLayer(nn.Module):
     ``search_n``.
     """
 
-    layer_name: str
+    layer_name: str  # at create; the layer may be wrapped and so get another one
     links: Links
+    derived_from: tuple[type, type] | None = None  # compressed and float class, where the latter is a user's
     weight: Any  # nn.Parameter of the float class
     bias: Any
     in_axis = 1  # of the weight: the axis that 2:4 sparsity works along
@@ -54,17 +56,18 @@ class CompressedLayer(nn.Module):
     search_n: ShiftSearch | None
     integer: IntegerForward | None  # None: the product is computed on floats
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """A user's class is not told of the compressed class that is derived from it."""
+
     @classmethod
     def from_float(cls, layer: nn.Module, plan: LayerPlan, batch_num: int, fixed_min: bool) -> CompressedLayer:
         """Take over the float layer's parameters, hooks and settings (the float object must not be used afterwards)."""
-        new = cls.__new__(cls)
-        new.__dict__ = dict(layer.__dict__)
-        new._modules = dict(layer._modules)
+        new = object.__new__(cls)
+        take_attributes(new, layer)
         new.layer_name = plan.name
         new.links = Links()
         new.integer = None
-        for name in cls.own_children:
-            setattr(new, name, None)
+        vars(new).update(dict.fromkeys(cls.own_children))
         new._add_children(plan, batch_num, fixed_min)
         return new.train(layer.training)
 
@@ -117,7 +120,11 @@ class CompressedLayer(nn.Module):
             self.integer.forget_weight()
         return super().train(mode)
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        """As the float class."""
+        return self._forward(input)
+
+    def _forward(self, x: Tensor, *args: Any) -> Tensor:
         y = None if self.integer is None else self.integer(self, x)
         if y is None:
             y = self._float_forward(x, *args)
@@ -241,6 +248,12 @@ class CompressedLayer(nn.Module):
         count = rows[0].numel() if channel_wise or rows.dim() in (2, 4) else rows.shape[1]
         return 1.0 / math.sqrt(count * (2 ** (num_bits - 1) - 1))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """No module holds a derived class: copies and pickles derive it again."""
+        if self.derived_from is None:
+            return super().__reduce_ex__(protocol)
+        return new_layer, self.derived_from, self.__getstate__()
+
 
 class CompressedConv1d(CompressedLayer, nn.Conv1d):
     pass
@@ -269,6 +282,10 @@ class _CompressedConvTranspose(CompressedLayer):
     padding: Any
     dilation: Any
 
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As the float class."""
+        return self._forward(input, output_size)
+
     def _to_rows(self, weight: Tensor) -> Tensor:
         if self.groups == 1:
             return weight.transpose(0, 1)
@@ -296,37 +313,3 @@ class CompressedConvTranspose1d(_CompressedConvTranspose, nn.ConvTranspose1d):
 
 class CompressedConvTranspose2d(_CompressedConvTranspose, nn.ConvTranspose2d):
     pass
-
-
-_CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
-    nn.Conv1d: CompressedConv1d,
-    nn.Conv2d: CompressedConv2d,
-    nn.Conv3d: CompressedConv3d,
-    nn.Linear: CompressedLinear,
-    nn.ConvTranspose1d: CompressedConvTranspose1d,
-    nn.ConvTranspose2d: CompressedConvTranspose2d,
-}
-
-
-def compressed_class(layer: nn.Module) -> type[CompressedLayer] | None:
-    """The compressed class for a float layer, or None where there is none.
-
-    A subclass that keeps its parent's forward counts as the parent; one with a forward of its own is not touched.
-    """
-    for parent, cls in _CLASSES.items():
-        if isinstance(layer, parent) and type(layer).forward is parent.forward:
-            return cls
-    return None
-
-
-def to_float(layer: CompressedLayer) -> nn.Module:
-    """The plain float layer again, 2:4 mask folded into the weight (the compressed object is used up)."""
-    parent = next(base for base in type(layer).__bases__ if not issubclass(base, CompressedLayer))
-    plain: Any = parent.__new__(parent)
-    own = {"links", "layer_name", "integer"}
-    plain.__dict__ = {k: v for k, v in layer.__dict__.items() if k not in own}
-    plain._modules = {k: v for k, v in layer._modules.items() if k not in layer.own_children}
-    if layer.sparsity is not None:
-        plain.weight = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
-    result: nn.Module = plain
-    return result

@@ -81,8 +81,9 @@ class CompressedRNN(CompressedLayer):
 
     # -- the forward
 
-    def forward(self, x: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the float class: output, and the last state(s) of shape (1, batch, hidden). Errors: InvalidDataError."""
+        x = input
         hidden = self._initial_state(x, hx)
         assert self.act_quant is not None and self.hidden_quant is not None
         assert self.weight_quant is not None and self.hidden_weight_quant is not None
@@ -202,14 +203,3 @@ class CompressedGRU(CompressedRNN, nn.GRU):  # type: ignore[misc]
         hr, hz, hn = recurrent.chunk(3, -1)
         candidate = (xn + (xr + hr).sigmoid() * hn).tanh()
         return (candidate + (xz + hz).sigmoid() * (hidden - candidate),)
-
-
-_CLASSES: dict[type[nn.Module], type[CompressedRNN]] = {nn.LSTM: CompressedLSTM, nn.GRU: CompressedGRU}
-
-
-def compressed_rnn(layer: nn.Module) -> type[CompressedRNN] | None:
-    """The compressed class for a float LSTM or GRU that keeps its parent's forward, else None."""
-    for parent, cls in _CLASSES.items():
-        if isinstance(layer, parent) and type(layer).forward is parent.forward:
-            return cls
-    return None

@@ -1,0 +1,80 @@
+"""Which compressed class a float layer gets, why it gets none, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from amct_ext.layers import compressed, rnn
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.derive import derived, take_attributes
+
+_CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
+    nn.Conv1d: compressed.CompressedConv1d,
+    nn.Conv2d: compressed.CompressedConv2d,
+    nn.Conv3d: compressed.CompressedConv3d,
+    nn.Linear: compressed.CompressedLinear,
+    nn.ConvTranspose1d: compressed.CompressedConvTranspose1d,
+    nn.ConvTranspose2d: compressed.CompressedConvTranspose2d,
+    nn.LSTM: rnn.CompressedLSTM,
+    nn.GRU: rnn.CompressedGRU,
+}
+# What a compressed layer sets itself, and what it takes from the user's class where that has it.
+_INSTANCE_NAMES = {"layer_name", "links", "integer"}
+_INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
+_COPYING = {"__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__"}
+
+
+def compressed_class(layer: nn.Module) -> tuple[type[CompressedLayer] | None, str]:
+    """The compressed class for a float layer and '', or None and the reason.
+
+    A subclass that keeps its parent's forward counts as the parent and gets a class derived from both.
+    """
+    parent = standard_class(layer)
+    if parent is None or type(layer).forward is not parent.forward:
+        return None, f"{type(layer).__name__} has no compressed form"
+    base, own = _CLASSES[parent], type(layer)
+    clash = _own_names(layer, parent) & _reserved(base)
+    if clash:
+        return None, f"it has a member '{min(clash)}', a name that a compressed layer needs for itself"
+    if own is parent:
+        return base, ""
+    try:
+        return derived(base, own), ""
+    except Exception as error:
+        return None, f"no class can be derived from its class {own.__name__}: {error}"
+
+
+def standard_class(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of torch that a layer is an instance of, as far as there is a compressed form of it."""
+    return next((parent for parent in _CLASSES if isinstance(layer, parent)), None)
+
+
+def to_float(layer: CompressedLayer) -> nn.Module:
+    """The float layer again, of its own class, 2:4 mask folded into the weight (the compressed object is used up)."""
+    own = next(base for base in type(layer).__mro__ if not issubclass(base, CompressedLayer))
+    plain: Any = object.__new__(own)
+    take_attributes(plain, layer)
+    for name in (*layer.own_children, *_INSTANCE_NAMES):
+        plain._modules.pop(name, None)
+        vars(plain).pop(name, None)
+    if layer.sparsity is not None:
+        masked = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
+        plain._parameters = {**plain._parameters, "weight": masked}
+    result: nn.Module = plain
+    return result
+
+
+def _own_names(layer: nn.Module, parent: type[nn.Module]) -> set[str]:
+    """The names of members that a layer has beyond those of its standard class."""
+    names = {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}
+    for base in type(layer).__mro__:
+        if base not in parent.__mro__:
+            names.update(vars(base))
+    return names
+
+
+def _reserved(base: type[CompressedLayer]) -> set[str]:
+    names = {name for kind in base.__mro__ if issubclass(kind, CompressedLayer) for name in vars(kind)}
+    return (names | {*base.own_children} | _INSTANCE_NAMES | _COPYING) - _INHERITED

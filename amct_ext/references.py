@@ -1,0 +1,282 @@
+"""Copying a model with all that refers to its layers, and putting other modules where it refers to old ones.
+
+A layer may be held by more than its place in the module tree: a second name, a list, tuple or dict of layers, a helper
+object, a partial, a bound method, a lambda. Both functions follow the attributes of all modules through these. What a
+function holds is followed through plain containers only: behind it may lie the whole program.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_COMPUTED = (torch.Tensor, torch.jit.ScriptModule, torch.jit.ScriptFunction)
+_LEAVES = (
+    *_COMPUTED, type, types.ModuleType, types.BuiltinFunctionType, types.NoneType, bool, int, float, complex, str,
+    bytes, bytearray, range, torch.dtype, torch.device, *weakref.ProxyTypes,
+)  # fmt: skip
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_PLAIN = (*_CONTAINERS, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy in which functions that hold a part of ``model`` hold the copy's part.
+
+    `copy.deepcopy` takes functions as they are: a lambda over a layer would run the layer of the original. Tensors that
+    were computed (a cached activation, a normalised weight) are copied without their history. The original is not
+    changed. Errors: those of the model's own parts, where they cannot be copied.
+    """
+    held = _reachable(model)
+    memo: dict[int, Any] = {}
+    for part in held.values():
+        if isinstance(part, torch.Tensor) and not part.is_leaf:
+            memo[id(part)] = part.detach().clone()
+        elif isinstance(part, torch.jit.ScriptFunction):
+            memo[id(part)] = part
+        elif isinstance(part, torch.jit.ScriptModule):
+            memo[id(part)] = _copy_of_scripted(part)
+    duplicate = copy.deepcopy(model, memo)
+    new = {id(part): memo[id(part)] for part in held.values() if isinstance(part, nn.Module) and id(part) in memo}
+    _Rewriter(new, frozenset(held)).run(duplicate)
+    return duplicate
+
+
+def _copy_of_scripted(module: torch.jit.ScriptModule) -> Any:
+    """A copy whose parameters can be trained: torch's own copy makes them results of a computation."""
+    with torch.no_grad():
+        twin = copy.deepcopy(module)
+    for old, new in zip(module.parameters(), twin.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return twin
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put ``new[old]`` wherever ``model`` refers to ``old``, in place; returns the model (or its successor).
+
+    A bound method of an old module becomes the new module's method of that name.
+    """
+    if not new:
+        return model
+    result: nn.Module = _Rewriter({id(old): module for old, module in new.items()}).run(model)
+    return result
+
+
+def slots_of(obj: Any) -> Iterator[tuple[Any, Any]]:
+    """Each filled slot (``__slots__``) of an object: its descriptor and its value."""
+    for base in type(obj).__mro__:
+        for descriptor in list(vars(base).values()):
+            if isinstance(descriptor, types.MemberDescriptorType):
+                try:
+                    yield descriptor, descriptor.__get__(obj)
+                except AttributeError:
+                    continue
+
+
+def _attributes(obj: Any) -> dict[str, Any]:
+    """The dictionary of an object's attributes, whatever its class makes of the access to them."""
+    try:
+        found = object.__getattribute__(obj, "__dict__")
+    except (AttributeError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _contents(obj: Any) -> Iterator[Any]:
+    """What a plain container or function holds."""
+    if isinstance(obj, types.FunctionType):
+        yield from (cell.cell_contents for cell in _filled_cells(obj))
+        yield from (obj.__defaults__, obj.__kwdefaults__)
+    elif isinstance(obj, types.MethodType):
+        yield from (obj.__self__, obj.__func__)
+    elif isinstance(obj, functools.partial):
+        yield from (obj.func, obj.args, obj.keywords)
+    elif isinstance(obj, weakref.ref):
+        yield obj()
+    elif isinstance(obj, _CONTAINERS):
+        yield from obj
+        if isinstance(obj, dict):
+            yield from obj.values()
+
+
+def _filled_cells(function: types.FunctionType) -> Iterator[types.CellType]:
+    for cell in function.__closure__ or ():
+        try:
+            _ = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        yield cell
+
+
+def _reachable(model: nn.Module) -> dict[int, Any]:
+    """By identity, all that a model's attributes lead to, tensors and scripted parts included, constants not."""
+    found: dict[int, Any] = {}
+    followed: set[int] = set()
+    pending: list[tuple[Any, bool]] = [(model, False)]
+    while pending:
+        obj, in_function = pending.pop()
+        if isinstance(obj, _LEAVES):
+            if isinstance(obj, _COMPUTED):
+                found[id(obj)] = obj
+            continue
+        wholly = isinstance(obj, _PLAIN) or not in_function
+        if id(obj) in (followed if wholly else found):
+            continue
+        found[id(obj)] = obj
+        if wholly:
+            followed.add(id(obj))
+            inside = in_function or isinstance(obj, (types.FunctionType, weakref.ref))
+            pending.extend((part, inside) for part in _contents(obj))
+            if not isinstance(obj, types.FunctionType) and not in_function:
+                pending.extend((part, False) for part in _attributes(obj).values())
+                pending.extend((part, False) for _, part in slots_of(obj))
+    return found
+
+
+class _Rewriter:
+    """Walks what a model's attributes lead to and replaces objects.
+
+    ``new``: identity of an old object -> its successor. Objects in ``shared`` are somebody else's too: plain containers
+    and functions among them are made anew instead of changed, other objects are left alone.
+    """
+
+    def __init__(self, new: Mapping[int, Any], shared: frozenset[int] = frozenset()) -> None:
+        self._new = new
+        self._shared = shared
+        self._done: dict[int, tuple[Any, Any]] = {}  # identity -> the object, kept alive, and what it became
+        self._cells: dict[int, types.CellType] = {}
+
+    def run(self, obj: Any) -> Any:
+        """What stands in the place of ``obj`` from now on."""
+        obj = self._new.get(id(obj), obj)
+        if isinstance(obj, _LEAVES):
+            return obj
+        if id(obj) not in self._done:
+            self._done[id(obj)] = (obj, obj)
+            self._done[id(obj)] = (obj, self._rewritten(obj))
+        return self._done[id(obj)][1]
+
+    def _rewritten(self, obj: Any) -> Any:
+        shared = id(obj) in self._shared
+        if shared and not (isinstance(obj, _PLAIN) and self._leads(obj)):
+            return obj
+        if isinstance(obj, types.FunctionType):
+            return self._function(obj, shared) if self._leads(obj) else obj
+        if isinstance(obj, types.MethodType):
+            return self._method(obj)
+        if isinstance(obj, weakref.ref):
+            target = obj()
+            return weakref.ref(self.run(target)) if type(obj) is weakref.ref and id(target) in self._new else obj
+        if isinstance(obj, functools.partial):
+            return self._partial(obj, shared)
+        if isinstance(obj, (tuple, frozenset)):
+            items = [self.run(item) for item in obj]
+            if _same(items, obj):
+                return obj
+            return obj._make(items) if hasattr(obj, "_make") else type(obj)(items)
+        if isinstance(obj, _CONTAINERS):
+            obj = self._container(obj, shared)
+        if not shared:
+            self._renew_attributes(obj)
+        return obj
+
+    def _leads(self, obj: Any) -> bool:
+        """Whether a plain container or function holds an old object, be it inside another one."""
+        seen: dict[int, Any] = {}
+        pending = [obj]
+        while pending:
+            part = pending.pop()
+            if id(part) in self._new:
+                return True
+            if isinstance(part, _PLAIN) and id(part) not in seen:
+                seen[id(part)] = part
+                pending.extend(_contents(part))
+        return False
+
+    def _container(self, obj: Any, shared: bool) -> Any:
+        """A list, dictionary, ... after its items have been replaced; another one only where it is shared."""
+        old = [*obj.items()] if isinstance(obj, dict) else [*obj]
+        new = [(self.run(item[0]), self.run(item[1])) if isinstance(obj, dict) else self.run(item) for item in old]
+        flat = [part for item in old for part in item] if isinstance(obj, dict) else old
+        if _same(flat, [part for item in new for part in item] if isinstance(obj, dict) else new):
+            return obj
+        target = copy.copy(obj) if shared else obj
+        if isinstance(obj, dict):
+            if not _same([key for key, _ in old], [key for key, _ in new]):
+                dict.clear(target)
+            for key, value in new:
+                dict.__setitem__(target, key, value)
+        elif isinstance(obj, set):
+            target.clear()
+            target.update(new)
+        else:
+            for place, item in enumerate(new):
+                target[place] = item
+        return target
+
+    def _renew_attributes(self, obj: Any) -> None:
+        attributes = _attributes(obj)
+        for name, value in list(attributes.items()):
+            new = self.run(value)
+            if new is not value:
+                attributes[name] = new
+        for descriptor, value in list(slots_of(obj)):
+            new = self.run(value)
+            if new is not value:
+                descriptor.__set__(obj, new)
+
+    def _method(self, method: types.MethodType) -> Any:
+        old, function = method.__self__, method.__func__
+        new = self.run(old)
+        if new is old:
+            return method
+        name = getattr(function, "__name__", "")
+        # The successor may be of another class, with a method of its own.
+        return getattr(new, name) if getattr(type(old), name, None) is function else types.MethodType(function, new)
+
+    def _partial(self, partial: functools.partial[Any], shared: bool) -> Any:
+        old = (partial.func, *partial.args, *partial.keywords.values())
+        new = [self.run(part) for part in old]
+        if not _same(old, new):
+            partial = copy.copy(partial) if shared else partial
+            args, values = new[1 : 1 + len(partial.args)], new[1 + len(partial.args) :]
+            keywords = dict(zip(partial.keywords, values, strict=True))
+            partial.__setstate__((new[0], tuple(args), keywords, partial.__dict__))  # type: ignore[attr-defined]
+        return partial
+
+    def _function(self, function: types.FunctionType, shared: bool) -> Any:
+        if not shared:
+            for cell in _filled_cells(function):
+                if self._leads(cell.cell_contents):
+                    cell.cell_contents = self.run(cell.cell_contents)
+            function.__defaults__, function.__kwdefaults__ = self._defaults(function)
+            return function
+        old = function.__closure__ or ()
+        leading = [cell for cell in _filled_cells(function) if self._leads(cell.cell_contents)]
+        for cell in leading:
+            self._cells.setdefault(id(cell), types.CellType())  # empty; functions that shared it go on sharing
+        closure = tuple(self._cells.get(id(cell), cell) for cell in old)
+        twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+        functools.update_wrapper(twin, function)
+        if not hasattr(function, "__wrapped__"):
+            del twin.__wrapped__  # type: ignore[attr-defined]
+        self._done[id(function)] = (function, twin)  # its cells may hold itself
+        for cell in leading:
+            self._cells[id(cell)].cell_contents = self.run(cell.cell_contents)
+        twin.__defaults__, twin.__kwdefaults__ = self._defaults(function)
+        return twin
+
+    def _defaults(self, function: types.FunctionType) -> tuple[Any, Any]:
+        values = function.__defaults__, function.__kwdefaults__
+        return self.run(values[0]), self.run(values[1])
+
+
+def _same(old: Any, new: Any) -> bool:
+    return all(before is after for before, after in zip(old, new, strict=True))
