@@ -45,8 +45,12 @@ $(STAMP)/build-deps: pyproject.toml $(STAMP)/torch
 	$(PIP) install -r $@.txt
 	touch $@
 
+# No other package may exchange the torch that was chosen. timm comes alone: torchvision, which it asks for, would, and
+# its wheel does not load beside a CPU build.
 $(STAMP)/installed: pyproject.toml $(NATIVE) $(STAMP)/build-deps
-	$(PIP) install --no-build-isolation -e '.[dev,demo]'
+	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(STAMP)/torch.txt
+	$(PIP) install --no-build-isolation -c $(STAMP)/torch.txt -e '.[dev,demo]'
+	$(PIP) install --no-deps 'timm>=1.0'
 	touch $@
 
 venv: $(STAMP)/installed ## the environment with amct_ext built into it (editable)
