@@ -9,7 +9,6 @@ from torch import nn
 from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
-from amct_ext.export import write
 from amct_ext.flow import build, saving
 from amct_ext.flow.session import session_of
 from amct_ext.record.types import Record
@@ -83,10 +82,10 @@ def save_compressed_retrain_model(
     inner = unwrap(model)
     session_of(inner)
     if saving.quantised_layers(inner):
-        saving.save_quantised(inner, saving.float_copy(inner), record_file, save_path, input_data, names)
+        saving.save_quantised(inner, record_file, save_path, input_data, names)
     else:
         Record.read(record_file)
-        write.export_plain(saving.float_copy(inner), input_data, save_path, **names)
+        saving.save_plain(inner, save_path, input_data, names)
 
 
 def _planner(config_defination: str) -> build.Planner:

@@ -115,9 +115,9 @@ def save_quant_retrain_model(
             "save_compressed_retrain_model"
         )
     config = read_json(config_file)
-    plain = saving.float_copy(inner)
-    check_same(plan, resolve_json(config, trace(plain, input_data).traits(plain)), config_file)
-    saving.save_quantised(inner, plain, record_file, save_path, input_data, names)
+    plain = saving.to_plain(inner, input_data)
+    check_same(plan, resolve_json(config, trace(plain.model, plain.inputs).traits(plain.model)), config_file)
+    saving.save_quantised(inner, record_file, save_path, input_data, names, plain)
 
 
 def check_same(made: Plan, asked: Plan, source: str) -> None:

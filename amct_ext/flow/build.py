@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
 from amct_ext.config.text import RetrainConfig
 from amct_ext.errors import RecordError
+from amct_ext.export.write import rehearse
 from amct_ext.flow.session import Session, attach, write_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
-from amct_ext.graph.trace import trace
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.trace import Graph, trace
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.reasons import reasons
 from amct_ext.record.types import ChannelRecord, Record
+
+_log = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str
 def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """The copy that ``create`` returns, without its DistributedDataParallel wrapper; writes nothing."""
     inner = own_copy(model)
+    input_data = parse_inputs(inner, input_data)
     graph = trace(inner, input_data)
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
@@ -66,6 +72,7 @@ def restore(
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
     inner = own_copy(model)
+    input_data = parse_inputs(inner, input_data)
     graph = trace(inner, input_data)
     # Eligibility is judged on the unpruned model, as it was at create.
     traits = graph.traits(inner)
@@ -96,12 +103,34 @@ def own_copy(model: nn.Module) -> nn.Module:
 def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
     """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
     graph = trace(model, input_data)
+    session.export_note = _export_note(model, graph, input_data)
     session.plan = after_pruning(session.plan, graph.traits(model))
     model, session.conv_bn = insert_layers(model, graph, session.plan)
     compressed = dict(compressed_layers(model))
     session.order = tuple(name for name in graph.calls if name in compressed)
     attach(model, session)
     return model
+
+
+def _export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
+    """What there is to know of a save before the training, logged as a warning too; '' where nothing is.
+
+    The export is tried where the trace met something that exporters may not follow: a try takes several times as long
+    as everything else here.
+    """
+    if not graph.doubts:
+        return ""
+    try:
+        note = rehearse(model, input_data)
+    except Exception as error:  # whatever it is, save would meet it too
+        places = "; ".join(str(doubt) for doubt in graph.doubts[:5])
+        note = (
+            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {places}. Take it out "
+            "of forward, or save a model without it"
+        )
+    if note:
+        _log.warning("%s: %s", type(model).__name__, note)
+    return note
 
 
 def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:

@@ -36,6 +36,7 @@ class Session:
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
     reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
+    export_note: str = ""  # what create found out about saving this model
     dirty: bool = True  # the record does not hold the factors of the present parameters
     calibrating: bool = True  # forwards may still find clip ranges, each rank its own
     running: Running = field(default_factory=Running)

@@ -74,12 +74,3 @@ def _tensors(obj: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         parts = vars(obj).values() if hasattr(obj, "__dict__") and not callable(obj) else ()
     for part in parts:
         yield from _tensors(part, seen)
-
-
-def describe(arguments: Any) -> str:
-    """Shapes and types of arguments, for messages."""
-    if isinstance(arguments, torch.Tensor):
-        return f"{str(arguments.dtype).removeprefix('torch.')}{list(arguments.shape)}"
-    if isinstance(arguments, (tuple, list)):
-        return ", ".join(describe(part) for part in arguments) or "no arguments"
-    return type(arguments).__name__

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from amct_ext.config.plan import LayerTraits
 from amct_ext.graph.layer_types import BATCH_NORMS, CONVS, QUANTIZABLE
-from amct_ext.graph.recorder import record
+from amct_ext.graph.recorder import Doubt, record
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
 
@@ -20,12 +19,16 @@ __all__ = ["Graph", "Node", "Value", "trace"]
 
 @dataclass(eq=False)
 class Graph:
-    """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order."""
+    """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
+
+    `doubts` are the places that make it worth while to try an export.
+    """
 
     nodes: list[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
+    doubts: tuple[Doubt, ...] = ()
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
@@ -78,11 +81,11 @@ class Graph:
         return list(found.values())
 
 
-def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph:
-    """Run the model once on `input_data` (a tensor, or a tuple of arguments) and return what ran.
+def trace(model: nn.Module, input_data: Any) -> Graph:
+    """Run the model once on `input_data` (see graph.inputs) and return what ran.
 
     The run is eager, in eval mode, without gradients; modes, buffers and random state are as before afterwards.
     Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
-    return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls)
+    return Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls, recording.doubts)
