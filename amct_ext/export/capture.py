@@ -74,6 +74,7 @@ def capture(
     size that is in the way.
     """
     names = axes.input_names_for(inputs.names(model))
+    inputs = inputs.copied()  # torch.export leaves notes on tensors, a trace runs what writes into them
     if not traced:
         try:
             program = _export(model, inputs, names, axes)
@@ -137,7 +138,7 @@ def _finished(captured: Captured, axes: Axes) -> Captured:
 def _exports(model: torch.nn.Module, inputs: Inputs, names: list[str]) -> bool:
     try:
         with quiet(), torch.no_grad(), flat_call(model, inputs, names):
-            torch.export.export(model, tuple(inputs.tensors()), strict=False)
+            torch.export.export(model, tuple(inputs.copied().tensors()), strict=False)
     except Exception:
         return False
     return True

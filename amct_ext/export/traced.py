@@ -22,7 +22,6 @@ from amct_ext.export.fences import SCOPES
 from amct_ext.graph.recorder import scope_name
 from amct_ext.graph.run import tensors_in
 
-
 LayerValues = Mapping[str, Sequence[Sequence[torch.Tensor]]]  # by layer and call, the tensors that it returned
 
 
@@ -36,8 +35,8 @@ def trace_to_onnx(
 ) -> torch.onnx.ONNXProgram:
     """The graph of `model(*tensors)`, which returns a tuple of tensors.
 
-    `values`: what layers returned in the evaluation of the quantised model. They take the place of what the float layers
-    compute, so that what the forward reads is what it read there. Errors: whatever torch raises.
+    `values`: what layers returned in the evaluation of the quantised model. They take the place of what the float
+    layers compute, so that what the forward reads is what it read there. Errors: whatever torch raises.
     """
     known = {*names, *(axes.output_names or ())}
     # by way of a file, because the bytes of a message are limited
@@ -70,16 +69,16 @@ def _substituted(model: nn.Module, values: LayerValues) -> Iterator[None]:
         waiting = iter(calls)
 
         def substitute(_: nn.Module, __: Any, output: Any, waiting: Iterator[Any] = waiting) -> None:
-            state = torch._C._get_tracing_state()
+            state: Any = torch._C._get_tracing_state()
             if state is None:  # a run that is not traced
                 return
-            torch._C._set_tracing_state(None)
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
             try:
                 for tensor, value in zip(tensors_in(output), next(waiting, ()), strict=False):
                     if tensor.shape == value.shape:
                         tensor.copy_(value)
             finally:
-                torch._C._set_tracing_state(state)
+                torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
         handles.append(model.get_submodule(name).register_forward_hook(substitute))
     try:

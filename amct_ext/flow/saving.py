@@ -82,7 +82,7 @@ def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
     devices = {parameter.device.type for parameter in model.parameters()}
     with undisturbed(model), torch.no_grad(), float32_only(devices):
         try:
-            return inputs.call(model)
+            return inputs.copied().call(model)
         except Exception as error:
             raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
 

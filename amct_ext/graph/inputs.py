@@ -42,6 +42,10 @@ class Inputs:
         """The same arguments with a function applied to every tensor."""
         return self.with_tensors([function(tensor) for tensor in self.tensors()])
 
+    def copied(self) -> Inputs:
+        """The same arguments with copies of the tensors: a forward may write into what it is given."""
+        return self.map(torch.clone)
+
     def in_order(self, model: nn.Module) -> Inputs:
         """The same call with the keywords in the order of forward's signature, whatever order the caller had."""
         signature = _signature(model)
@@ -130,7 +134,7 @@ def _listed(model: nn.Module, values: list[Any]) -> Inputs:
         return several
     try:
         with undisturbed(model), torch.no_grad():
-            one.call(model)
+            one.copied().call(model)
     except Exception:
         return several
     return one

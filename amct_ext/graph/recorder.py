@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ def record(model: nn.Module, input_data: Any) -> Recording:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} has no shape yet (lazy module): run the model once first")
-    inputs = parse_inputs(model, input_data)
+    inputs = parse_inputs(model, input_data).copied()
     recorder = _Recorder(model, inputs)
     with undisturbed(model), torch.no_grad(), recorder.hooked(), HostReads(recorder.note_read), recorder:
         try:
@@ -250,14 +251,20 @@ def _export_problem(func: Any, inputs: tuple[Value, ...]) -> str:
         name != "index" or any(value.dtype in (torch.bool, torch.uint8) for value in inputs)
     ):
         return f"sizes that depend on values ({name})"
-    if namespace != "aten":
-        return f"operator {namespace}::{name}"
-    packet = getattr(torch.ops.aten, name.rstrip("_") if not name.endswith("__") else name, func.overloadpacket)
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    known = torch.export.default_decompositions()
-    if any(torch.Tag.core in overload.tags or overload in known for overload in overloads):
+    if namespace == "aten" and _is_common(name):
         return ""
-    return f"operator aten::{name}"
+    return f"operator {namespace}::{name}"
+
+
+@functools.cache
+def _is_common(name: str) -> bool:
+    """Whether an op of torch belongs to its core, or is decomposed into that."""
+    packet = getattr(torch.ops.aten, name.rstrip("_") if not name.endswith("__") else name, None)
+    if packet is None:
+        return False
+    known = torch.export.default_decompositions()
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.core in overload.tags or overload in known for overload in overloads)
 
 
 def _value_of(tensor: torch.Tensor, kind: str = "computed", name: str = "") -> Value:

@@ -129,4 +129,4 @@ class _Trial:
 
     def _run(self, training: bool) -> list[int]:
         with undisturbed(self._model, training), torch.no_grad():
-            return [tensor.dim() for tensor in tensors_in(self._inputs.call(self._model))]
+            return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]
