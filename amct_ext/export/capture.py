@@ -6,7 +6,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,8 +48,9 @@ def quiet() -> Iterator[None]:
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
-        # torch.export prints the graph that it has so far where it fails
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        # where they fail they print the graph that they have so far
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -92,7 +93,7 @@ def capture(
             program = trace_to_onnx(model, inputs.tensors(), names, axes, OPSET, values())
     except Exception as error:
         if cause is not None:
-            raise ExportError(f"{cause}\nand it cannot be traced either: {_head(error)}") from error
+            raise ExportError(f"{cause}\nnor be traced: {_head(error)}") from error
         raise ExportError(f"the model cannot be traced for ONNX: {_head(error)}") from error
     return _finished(Captured(program, traced), axes)
 

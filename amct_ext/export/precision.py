@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import nn
 
 _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+_DEFAULTS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _TYPE_ATTRIBUTES = ("to", "dtype")
 
 
 @contextmanager
-def float32_only(devices: set[str]) -> Iterator[None]:
-    """Without autocast on these kinds of devices and with float32 as the default type, both as before afterwards."""
+def precision_of(model: nn.Module) -> Iterator[None]:
+    """Without autocast around, and with the type of most parameters as the default type; both as before afterwards.
+
+    What a forward makes anew then has the type that the model expects, whatever a training loop has switched on.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel() if parameter.dtype in _DEFAULTS else 0
+    devices = {parameter.device.type for parameter in model.parameters()}
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         for device in devices | {"cpu"}:
             if torch.amp.is_autocast_available(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        torch.set_default_dtype(torch.float32)
+        if any(sizes.values()):
+            torch.set_default_dtype(sizes.most_common(1)[0][0])
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from amct_ext.export.axes import Axes
 from amct_ext.export.fences import SCOPES
@@ -40,7 +41,7 @@ def trace_to_onnx(
     """
     known = {*names, *(axes.output_names or ())}
     # by way of a file, because the bytes of a message are limited
-    with tempfile.TemporaryDirectory() as folder, _substituted(model, values or {}):
+    with tempfile.TemporaryDirectory() as folder, _substituted(model, values or {}), _SpeltOut():
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
             model,
@@ -59,6 +60,30 @@ def trace_to_onnx(
     _positive_axes(graph.graph)
     _note_modules(graph.graph, model)
     return torch.onnx.ONNXProgram(graph, None)  # nothing of it but the graph is used
+
+
+class _SpeltOut(TorchFunctionMode):
+    """Says in operators that the older exporter knows what it has no translation of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.mT.__get__, torch.Tensor.mH.__get__):  # type: ignore[attr-defined]
+            return args[0].transpose(-2, -1)
+        if func in (torch.rms_norm, torch.nn.functional.rms_norm):
+            return _rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    result = input * torch.rsqrt(input.pow(2).mean(axes, keepdim=True) + eps)
+    return result if weight is None else result * weight
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.fences import DOMAIN, fence, name_layers
 from amct_ext.export.files import encode, onnx_paths, write_files
-from amct_ext.export.precision import float32_only
+from amct_ext.export.precision import precision_of
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
 from amct_ext.export.tidy import drop_unused, tidy, use_matmul
@@ -142,7 +142,7 @@ def rehearse(model: nn.Module, input_data: Any) -> str:
     Errors: ExportError where no file could be written.
     """
     float_model, inputs = _prepare(model, input_data)
-    with float32_only(_devices(float_model)):
+    with precision_of(float_model):
         return told(capture(float_model, inputs, check_axes(None, None, None)), float_model, inputs)
 
 
@@ -156,7 +156,7 @@ def _write(
     values: Callable[[], LayerValues] = dict,
 ) -> None:
     """Capture, lower, check and write. Files of torch.export's graph that do not load are made anew from a trace."""
-    with float32_only(_devices(model)):
+    with precision_of(model):
         captured = capture(model, inputs, axes, values)
         files = lower(captured)
         tensors = inputs.tensors()
@@ -175,10 +175,6 @@ def _write(
     if note:
         logger.warning("%s: %s", paths[0], note)
     write_files(files)
-
-
-def _devices(model: nn.Module) -> set[str]:
-    return {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
 
 
 def _prepare(model: nn.Module, input_data: Any) -> tuple[nn.Module, Inputs]:

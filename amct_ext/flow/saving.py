@@ -14,7 +14,7 @@ from amct_ext.arguments import check_types
 from amct_ext.errors import InputDataError, ModelError, RecordError
 from amct_ext.export import write
 from amct_ext.export.axes import check_axes
-from amct_ext.export.precision import float32_only
+from amct_ext.export.precision import precision_of
 from amct_ext.flow.session import check_record, detach, raise_if_invalid, session_of
 from amct_ext.flow.surgery import compressed_layers, fold_layers
 from amct_ext.graph.inputs import Inputs, parse_inputs
@@ -78,9 +78,8 @@ def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
 
 
 def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
-    """What the model returns in eval mode, in float32 whatever is switched on around it."""
-    devices = {parameter.device.type for parameter in model.parameters()}
-    with undisturbed(model), torch.no_grad(), float32_only(devices):
+    """What the model returns in eval mode and its own precision, whatever is switched on around it."""
+    with undisturbed(model), torch.no_grad(), precision_of(model):
         try:
             return inputs.copied().call(model)
         except Exception as error:

@@ -29,6 +29,11 @@ class Inputs:
         """What the model returns for these arguments."""
         return model(*self.args, **self.kwargs)
 
+    def as_tuple(self) -> tuple[Any, ...]:
+        """The arguments as `parse_inputs` takes them."""
+        ambiguous = bool(self.args) and _is_named(self.args[-1])
+        return (*self.args, self.kwargs) if self.kwargs or ambiguous else self.args
+
     def tensors(self) -> list[torch.Tensor]:
         """The tensors in the arguments, in order."""
         return [tensor for _, tensor in _leaves((self.args, self.kwargs), "")]
@@ -114,10 +119,11 @@ def _named(model: nn.Module, head: tuple[Any, ...], last: Mapping[str, Any]) -> 
         return by_name
     place = [p for p in signature.parameters.values() if p.kind in (*_BY_PLACE, inspect.Parameter.VAR_POSITIONAL)]
     next_one = place[min(len(head), len(place) - 1)] if place else None
-    if next_one is not None and next_one.default is inspect.Parameter.empty and _binds(signature, *head, last):
+    unknown = [name for name in last if name not in signature.parameters]
+    meant_by_place = len(unknown) == len(last) and next_one is not None and next_one.default is inspect.Parameter.empty
+    if meant_by_place and _binds(signature, *head, last):
         return Inputs((*head, last))
     takes = ", ".join(signature.parameters) or "nothing"
-    unknown = [name for name in last if name not in signature.parameters]
     problem = f"names {', '.join(map(repr, unknown))}" if unknown else f"({by_name}) is not a call"
     raise InputDataError(f"input_data {problem}, but {type(model).__name__}.forward takes {takes}")
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.arguments import check_record_name, check_types
+from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config.plan import Plan, resolve
 from amct_ext.config.text import FilterPrune
 from amct_ext.errors import ConfigError, InputDataError, InvalidDataError, ModelError
 from amct_ext.files import write_atomic
 from amct_ext.flow.build import own_copy
+from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.prune.channels import apply_channels, discover
 from amct_ext.prune.choice import removal_count
@@ -54,7 +55,7 @@ def auto_channel_prune_search(
 
     ``config``: text file with compress_ratio (how many times fewer bit operations), ascend_optimized, max_prune_ratio,
     test_iteration (samples used) and override_prune_cfg (layers to skip, or with given ratios). ``input_data``: a list
-    [data, label]; data is a tensor (or a tuple of tensors, one per argument) and label a tensor, samples along axis 0.
+    [data, label]; data is what create takes as input_data and label a tensor, samples along axis 0 of every tensor.
     ``output_cfg``: written atomically once all has succeeded. The model is not changed. Errors: TypeError (argument
     types), ValueError (configuration values, override file, unknown sensitivity or algorithm, nothing to search),
     RuntimeError (configuration text, too few samples, a model that rejects them), FileNotFoundError. Source: AMCT's
@@ -72,7 +73,7 @@ def auto_channel_prune_search(
     measure = _built_in(sensitivity, {"TaylorLossSensitivity": TaylorLossSensitivity}, "sensitivity")
     algorithm = _built_in(search_alg, {"GreedySearch": GreedySearch}, "search_alg")
     settings = read_search_config(config)
-    samples, traced = _samples(input_data, settings.test_iteration)
+    samples, traced = _samples(unwrap(model), input_data, settings.test_iteration)
     inner = own_copy(model).eval()
     graph = trace(inner, traced)
     plan = _plan(settings, graph, inner)
@@ -116,19 +117,26 @@ def _built_in(chosen: Any, known: dict[str, Any], argument: str) -> Any:
     return known[chosen]()
 
 
-def _samples(input_data: list[Any], wanted: int) -> tuple[list[Sample], tuple[Any, ...]]:
-    """The samples for the sensitivity, one by one, and arguments (two samples at most) to trace the model with."""
+def _samples(model: nn.Module, input_data: list[Any], wanted: int) -> tuple[list[Sample], tuple[Any, ...]]:
+    """The samples for the sensitivity, one by one, and arguments (two samples at most) to trace the model with.
+
+    Arguments are tuples with a dict of arguments by name at the end, where there are any.
+    """
     if len(input_data) != 2:
         raise InputDataError(f"input_data must be [data, label], not a list of {len(input_data)}")
     data, label = input_data
-    arguments = data if isinstance(data, tuple) else (data,)
-    if not all(isinstance(item, Tensor) and item.dim() > 0 for item in (*arguments, label)):
+    inputs = parse_inputs(model, data).in_order(model)
+    tensors = inputs.tensors()
+    if not all(isinstance(item, Tensor) and item.dim() > 0 for item in (*tensors, label)):
         raise InputDataError("input_data must hold tensors with samples along axis 0: [data, label]")
-    have = min(len(item) for item in (*arguments, label))
+    have = min(len(item) for item in (*tensors, label))
     if have < wanted:
         raise InputDataError(f"test_iteration is {wanted}, but input_data holds {have} sample(s)")
-    pairs = [(tuple(item[i : i + 1] for item in arguments), label[i : i + 1]) for i in range(wanted)]
-    return pairs, tuple(item[:2] for item in arguments)
+
+    def cut(samples: slice) -> tuple[Any, ...]:
+        return inputs.map(lambda item: item[samples]).as_tuple()
+
+    return [(cut(slice(i, i + 1)), label[i : i + 1]) for i in range(wanted)], cut(slice(2))
 
 
 def _plan(settings: SearchConfig, graph: Graph, model: nn.Module) -> Plan:

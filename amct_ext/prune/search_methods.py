@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.errors import ModelError
+from amct_ext.graph.inputs import parse_inputs
 from amct_ext.prune.cost import Cost
 
 _log = logging.getLogger("amct_ext")
@@ -73,7 +74,7 @@ class TaylorLossSensitivity(SensitivityBase):
         scores = {name: torch.zeros(weight.shape[0]) for name, weight in zip(names, weights, strict=True)}
         for arguments, label in samples:
             with torch.enable_grad():
-                output = model(*arguments)
+                output = parse_inputs(model, arguments).call(model)
                 if not isinstance(output, Tensor):
                     raise ModelError(
                         f"the model returns a {type(output).__name__}, but TaylorLossSensitivity needs one tensor to "
