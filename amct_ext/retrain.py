@@ -19,7 +19,7 @@ def create_compressed_retrain_model(
 ) -> nn.Module:
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
-    ``input_data``: a tensor or tuple that ``model`` accepts, used to trace it. ``config_defination``: configuration
+    ``input_data``: what ``model`` accepts (a tensor, a tuple, a dict by name), used to trace it. ``config_defination``: configuration
     text file. ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks;
     the eval phases of the returned model add the quantisation factors. The caller's model is not changed; the copy
     keeps its train/eval mode and, where it was wrapped, its DistributedDataParallel wrapper. Errors: TypeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import cast
@@ -19,10 +19,12 @@ from amct_ext.export.flat import flat_call
 from amct_ext.export.precision import widen
 from amct_ext.export.traced import LayerValues, trace_to_onnx
 from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.recorder import Doubt
 from amct_ext.graph.trace import trace
 
 OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
 _SHOWN = 5
+_LONGEST = 300
 _ADVICE = ("For ", "If you suspect", "consider using", "(Refer to")
 logger = logging.getLogger("amct_ext")
 
@@ -102,15 +104,20 @@ def told(captured: Captured, model: torch.nn.Module, inputs: Inputs) -> str:
     """For the user: what a trace fixed and where, '' where there was none."""
     if not captured.why_traced:
         return ""
-    places = list(dict.fromkeys(str(doubt) for doubt in trace(model, inputs).doubts))
-    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    where = f" ({'; '.join(places[:_SHOWN])}{more})" if places else ""
-    reason = captured.why_traced.splitlines()[0]
+    places = shown(trace(model, inputs).doubts)
+    where = f" ({places})" if places else ""
     return (
-        "the export traces one forward, because torch.export cannot follow the model's: sizes, branches and numbers "
-        f"that it takes from tensors{where} are constants in the files, as they are for input_data. Take them from "
-        f"shapes, or use torch.where and the like, to have them computed. torch.export says: {reason}"
+        "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it takes "
+        f"from tensors{where} are constants in the files, those of input_data. To have them computed, take them from "
+        f"shapes, or use torch.where and the like. torch.export says: {captured.why_traced.splitlines()[0][:_LONGEST]}"
     )
+
+
+def shown(doubts: Sequence[Doubt]) -> str:
+    """The first of them, for a message."""
+    places = list(dict.fromkeys(map(str, doubts)))
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return "; ".join(places[:_SHOWN]) + more
 
 
 def optimise(captured: Captured) -> ir.Model:
@@ -184,5 +191,7 @@ def _head(error: BaseException) -> str:
         chain.append(chain[-1].__cause__)
     # the outermost error of a chain only says that the export failed, the next one names the operator
     texts = [str(cause).strip().splitlines() for cause in chain[1:] or chain]
-    lines = [line for text in (texts[0], texts[-1]) for line in text[:8] if line and not line.startswith(_ADVICE)]
+    lines = [
+        line[:_LONGEST] for text in (texts[0], texts[-1]) for line in text[:8] if line and not line.startswith(_ADVICE)
+    ]
     return "\n".join(dict.fromkeys(lines)) or type(error).__name__

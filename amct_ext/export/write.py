@@ -136,14 +136,18 @@ def export_plain(
     return paths
 
 
-def rehearse(model: nn.Module, input_data: Any) -> str:
-    """Try to capture the float `model` as a save would, writing nothing; what is to be known of its files, often ''.
+def rehearse(model: nn.Module, input_data: Any) -> None:
+    """Try to capture the float `model` as a save would, and write nothing. Errors: ExportError where neither way works.
 
-    Errors: ExportError where no file could be written.
+    The trace comes first: a forward that torch.export cannot follow may keep it busy for a minute.
     """
     float_model, inputs = _prepare(model, input_data)
+    axes = check_axes(None, None, None)
     with precision_of(float_model):
-        return told(capture(float_model, inputs, check_axes(None, None, None)), float_model, inputs)
+        try:
+            capture(float_model, inputs, axes, traced="not tried")
+        except ExportError:
+            capture(float_model, inputs, axes)
 
 
 def _write(

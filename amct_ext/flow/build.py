@@ -19,6 +19,7 @@ from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
 from amct_ext.config.text import RetrainConfig
 from amct_ext.errors import RecordError
+from amct_ext.export.capture import shown
 from amct_ext.export.write import rehearse
 from amct_ext.flow.session import Session, attach, write_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
@@ -115,21 +116,23 @@ def _insert(model: nn.Module, input_data: Any, session: Session) -> nn.Module:
 def _export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     """What there is to know of a save before the training, logged as a warning too; '' where nothing is.
 
-    The export is tried where the trace met something that exporters may not follow: a try takes several times as long
-    as everything else here.
+    The export is tried where the trace met something that exporters may not follow; a try takes longer than all else.
     """
     if not graph.doubts:
         return ""
+    places = shown(graph.doubts)
     try:
-        note = rehearse(model, input_data)
+        rehearse(model, input_data)
+        note = (
+            f"save may trace one forward: sizes, branches and numbers that forward takes from tensors ({places}) are "
+            "constants in the files then, those of input_data"
+        )
     except Exception as error:  # whatever it is, save would meet it too
-        places = "; ".join(str(doubt) for doubt in graph.doubts[:5])
         note = (
             f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {places}. Take it out "
             "of forward, or save a model without it"
         )
-    if note:
-        _log.warning("%s: %s", type(model).__name__, note)
+    _log.warning("%s: %s", type(model).__name__, note)
     return note
 
 
