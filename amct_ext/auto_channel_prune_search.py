@@ -19,6 +19,7 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.errors import ConfigError
 from amct_ext.files import write_atomic
 from amct_ext.flow.build import own_copy
+from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.inference import outside_inference_mode
 from amct_ext.proto.text import close_matches
@@ -60,7 +61,7 @@ def auto_channel_prune_search(
 
     ``config``: text file with compress_ratio (how many times fewer bit operations), ascend_optimized, max_prune_ratio,
     test_iteration (samples used) and override_prune_cfg (layers to skip, or with given ratios). ``input_data``: a list
-    [data, label]; data is a tensor (or a tuple of tensors, one per argument) and label a tensor, samples along axis 0.
+    [data, label]; data is what create takes as input_data and label a tensor, samples along axis 0 of every tensor.
     ``output_cfg``: written atomically once all has succeeded. ``sensitivity``, ``search_alg``: the built-in ones, or
     objects of classes derived from ``SensitivityBase`` and ``SearchChannelBase``. The model is not changed. Errors:
     TypeError (argument types), ValueError (configuration values, override file, unknown sensitivity or algorithm, what
@@ -79,10 +80,9 @@ def auto_channel_prune_search(
     measure = _built_in(sensitivity, {"TaylorLossSensitivity": TaylorLossSensitivity}, "sensitivity")
     algorithm = _built_in(search_alg, {"GreedySearch": GreedySearch}, "search_alg")
     settings = read_search_config(config)
-    search_space.split_samples(input_data, settings.test_iteration)
-    data = input_data[0]
-    traced = tuple(item[:2] for item in (data if isinstance(data, tuple) else (data,)))
     inner = own_copy(model).eval()
+    search_space.split_samples(inner, input_data, settings.test_iteration)
+    traced = search_space.cut(parse_inputs(inner, input_data[0]), slice(2))
     graph = trace(inner, traced)
     plan = _plan(settings, graph, inner)
     searched, given = _split(discover(graph, plan, inner).prunable, settings, plan)
@@ -162,7 +162,7 @@ def _lost(group: ChannelGroup, prune: FilterPrune) -> int:
 
 
 def _viable(
-    groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, graph: Graph, traced: tuple[Any, ...]
+    groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, graph: Graph, traced: Inputs
 ) -> list[ChannelGroup]:
     """Leave out groups that create would drop: the model fails its trial forward without their channels."""
     records = []

@@ -49,7 +49,7 @@ class ModelError(AmctError, RuntimeError):
 
 
 class InputDataError(ModelError):
-    """input_data is not a tensor or tuple, or the model rejects it (AMCT: RuntimeError)."""
+    """input_data holds no arguments for the model, or the model rejects it (AMCT: RuntimeError)."""
 
 
 class InvalidDataError(AmctError, RuntimeError, ValueError):

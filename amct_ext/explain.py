@@ -42,7 +42,12 @@ class LayerReport:
 
 
 class Explanation(dict[str, LayerReport]):
-    """Reports by layer name, in the model's order; printed as a Markdown table."""
+    """Reports by layer name, in the model's order; printed as a Markdown table.
+
+    `export`: what is to be known of saving this model, '' for nothing; printed below the table.
+    """
+
+    export: str = ""
 
     def __str__(self) -> str:
         rows = [
@@ -56,10 +61,11 @@ class Explanation(dict[str, LayerReport]):
         ]
         widths = [max(len(row[column]) for row in [_COLUMNS, *rows]) for column in range(len(_COLUMNS))]
         lines = [_COLUMNS, tuple("-" * width for width in widths), *rows]
-        return "\n".join(
+        table = "\n".join(
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
             for line in lines
         )
+        return f"{table}\n\nSaving: {self.export}" if self.export else table
 
 
 @outside_inference_mode
@@ -70,8 +76,8 @@ def explain(
 
     ``model``: what a create or restore function returned. Or a float model, together with the ``input_data`` and the
     configuration (text or JSON) that create would get: then it is tried on a copy, and nothing is written. Layers that
-    lose input channels because another layer lost outputs say so. Errors: ModelError (not a compressed model and no
-    input_data and configuration), and those of the create functions.
+    lose input channels because another layer lost outputs say so; `.export` says what is to be known of saving. Errors:
+    ModelError (not a compressed model and no input_data and configuration), and those of the create functions.
     """
     inner = unwrap(model)
     if input_data is not None and config_defination is not None:
@@ -86,10 +92,12 @@ def explain(
     lost_inputs: dict[str, int] = {}
     for node in (node for record in session.channel for node in record.consumers):
         lost_inputs[node.name] = lost_inputs.get(node.name, 0) + len(node.prune_index)
-    return Explanation(
+    explanation = Explanation(
         (layer.name, _report(layer, session, layer.name in present, lost_inputs.get(layer.name, 0)))
         for layer in session.plan.layers.values()
     )
+    explanation.export = session.export_note
+    return explanation
 
 
 def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: int) -> LayerReport:

@@ -9,7 +9,6 @@ from torch import nn
 from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
-from amct_ext.export import write
 from amct_ext.flow import build, saving
 from amct_ext.flow.session import session_of
 from amct_ext.inference import outside_inference_mode
@@ -22,8 +21,8 @@ def create_compressed_retrain_model(
 ) -> nn.Module:
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
-    ``input_data``: a tensor or tuple that ``model`` accepts, used to trace it. ``config_defination``: configuration
-    text file. ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks;
+    ``input_data``: what ``model`` accepts (a tensor, a tuple, a dict by name), used to trace it.
+    ``config_defination``: configuration text file. ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks;
     the eval phases of the returned model add the quantisation factors. The caller's model is not changed; the copy
     keeps its train/eval mode and, where it was wrapped, its DistributedDataParallel wrapper. Errors: TypeError
     (argument types), ValueError (configuration, record name, nothing to compress), RuntimeError (the model rejects the
@@ -87,10 +86,10 @@ def save_compressed_retrain_model(
     inner = unwrap(model)
     session_of(inner)
     if saving.quantised_layers(inner):
-        saving.save_quantised(inner, saving.float_copy(inner), record_file, save_path, input_data, names)
+        saving.save_quantised(inner, record_file, save_path, input_data, names)
     else:
         Record.read(record_file)
-        write.export_plain(saving.float_copy(inner), input_data, save_path, **names)
+        saving.save_plain(inner, save_path, input_data, names)
 
 
 def _planner(config_defination: str) -> build.Planner:

@@ -13,7 +13,6 @@ from amct_ext.arguments import check_record_name, check_types, unwrap
 from amct_ext.config.plan import LayerTraits, Plan, resolve
 from amct_ext.config.text import parse_config
 from amct_ext.errors import ConfigError, ModelError
-from amct_ext.export import write
 from amct_ext.flow import build, saving
 from amct_ext.inference import outside_inference_mode
 from amct_ext.record.types import Record
@@ -94,7 +93,7 @@ def save_prune_retrain_model(
             f"the model is quantised ('{quantised[0]}' and {len(quantised) - 1} more), which a plain graph would lose; "
             "save it with save_compressed_retrain_model or save_quant_retrain_model"
         )
-    write.export_plain(saving.float_copy(inner), input_data, save_path, **names)
+    saving.save_plain(inner, save_path, input_data, names)
 
 
 def _planner(config_defination: str) -> build.Planner:

@@ -121,13 +121,13 @@ def save_quant_retrain_model(
             "save_compressed_retrain_model"
         )
     config = read_json(config_file)
-    plain = saving.float_copy(inner)
+    plain = saving.to_plain(inner, input_data)
     # The file names layers as they were called at create.
     names_then = {present: name for name, (present, _) in placed_layers(inner).items()}
-    traits = trace(plain, input_data).traits(plain)
+    traits = trace(plain.model, plain.inputs).traits(plain.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
     check_same(plan, asked, config_file)
-    saving.save_quantised(inner, plain, record_file, save_path, input_data, names)
+    saving.save_quantised(inner, record_file, save_path, input_data, names, plain)
 
 
 def check_same(made: Plan, asked: Plan, source: str) -> None:

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch.utils import _pytree as pytree
 
-from amct_ext.errors import ExportError, InputDataError
+from amct_ext.errors import ExportError
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the caller asked for: graph names, and per tensor name the dynamic axes with the names of their sizes."""
+    """What the caller asked for: names of the first tensors; by tensor name, dynamic axes and names of their sizes."""
 
     input_names: tuple[str, ...] | None
     output_names: tuple[str, ...] | None
     sizes: Mapping[str, Mapping[int, str]]
 
+    def input_names_for(self, own: Sequence[str]) -> list[str]:
+        """One name for each tensor that goes in: the given ones first, then the tensors' own, all of them distinct.
 
-def as_arguments(input_data: Any) -> tuple[Any, ...]:
-    """The positional arguments in `input_data`; InputDataError unless it is a tensor or a tuple (1.1)."""
-    if isinstance(input_data, torch.Tensor):
-        return (input_data,)
-    if isinstance(input_data, tuple):
-        return input_data
-    raise InputDataError(f"input_data must be a torch.Tensor or a tuple of a model's arguments, not {type(input_data)}")
+        ExportError where more names are given than there are tensors.
+        """
+        given = self.input_names or ()
+        if len(given) > len(own):
+            raise ExportError(f"input_names has {len(given)} names, the model takes {len(own)} tensors")
+        names = list(given)
+        taken = {*given, *(self.output_names or ())}
+        for name in own[len(given) :]:
+            free = next(candidate for candidate in _numbered(name) if candidate not in taken)
+            names.append(free)
+            taken.add(free)
+        return names
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in count(1))
 
 
 def check_names(names: Any, what: str) -> tuple[str, ...] | None:
@@ -75,59 +86,26 @@ def check_axes(input_names: Any, output_names: Any, dynamic_axes: Any) -> Axes:
     return Axes(inputs, outputs, sizes)
 
 
-def argument_names(model: torch.nn.Module, arguments: Sequence[Any], axes: Axes) -> list[str | None]:
-    """One name per leaf of the arguments: from input_names where given, else forward's own for plain tensors."""
-    leaves = pytree.tree_leaves(tuple(arguments))
-    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    names: list[str | None] = [None] * len(leaves)
-    if axes.input_names is not None:
-        if len(axes.input_names) != len(tensors):
-            raise ExportError(f"input_names has {len(axes.input_names)} names, the model takes {len(tensors)} tensors")
-        for place, name in zip(tensors, axes.input_names, strict=True):
-            names[place] = name
-        return names
-    parameters = [
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    place = 0
-    for argument, parameter in zip(arguments, parameters, strict=False):
-        if isinstance(argument, torch.Tensor):
-            names[place] = parameter
-        place += len(pytree.tree_leaves(argument))
-    return names
-
-
 def apply_axes(
-    model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes
-) -> tuple[tuple[Any, ...], Any, list[str | None]]:
-    """The arguments to capture with, torch.export's `dynamic_shapes` for them, and the names of their leaves.
+    tensors: Sequence[torch.Tensor], names: Sequence[str], axes: Axes
+) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...] | None]:
+    """The tensors to capture with, and torch.export's `dynamic_shapes` for them.
 
     A size of one cannot be captured as dynamic (torch specialises it), so such an axis is doubled in the example.
-    ExportError for a name that is no input or output, or for an axis that the tensor does not have.
+    ExportError for an axis that a tensor does not have.
     """
-    names = argument_names(model, arguments, axes)
-    unknown = set(axes.sizes) - {name for name in names if name} - set(axes.output_names or ())
-    if unknown:
-        known = [name for name in names if name] + list(axes.output_names or ())
-        raise ExportError(f"dynamic_axes names {sorted(unknown)}, but the tensors with names are {known}")
-    if not axes.sizes:
-        return arguments, None, names
-    leaves, spec = pytree.tree_flatten(arguments)
-    shapes: list[Any] = [None] * len(leaves)
-    for place, name in enumerate(names):
-        tensor = leaves[place]
-        if name is None or name not in axes.sizes or not isinstance(tensor, torch.Tensor):
-            continue
-        for axis in axes.sizes[name]:
+    if not any(name in axes.sizes for name in names):
+        return tuple(tensors), None
+    examples, shapes = [], []
+    for tensor, name in zip(tensors, names, strict=True):
+        for axis in axes.sizes.get(name, {}):
             if not 0 <= axis < tensor.dim():
                 raise ExportError(f"dynamic_axes[{name!r}]: axis {axis} is outside 0..{tensor.dim() - 1}")
             if tensor.shape[axis] == 1:
                 tensor = torch.cat([tensor, tensor], dim=axis)
-        leaves[place] = tensor
-        shapes[place] = dict.fromkeys(axes.sizes[name], torch.export.Dim.DYNAMIC)
-    return pytree.tree_unflatten(leaves, spec), pytree.tree_unflatten(shapes, spec), names
+        examples.append(tensor)
+        shapes.append(dict.fromkeys(axes.sizes[name], torch.export.Dim.DYNAMIC) if name in axes.sizes else None)
+    return tuple(examples), tuple(shapes)
 
 
 def rename_sizes(model: ir.Model, axes: Axes) -> None:

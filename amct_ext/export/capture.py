@@ -1,35 +1,59 @@
-"""A torch model as an ONNX graph: one capture with torch.export, translated by the onnxscript exporter."""
+"""A torch model as an ONNX graph: torch.export and the onnxscript exporter, or a trace where these cannot follow."""
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import cast
 
 import onnx_ir as ir
 import torch
-from torch.utils import _pytree as pytree
 
 from amct_ext.errors import ExportError
 from amct_ext.export.axes import Axes, apply_axes, rename_sizes
+from amct_ext.export.flat import flat_call
 from amct_ext.export.odd_names import give_names_back, give_plain_names
-from amct_ext.graph.run import tensors_in
+from amct_ext.export.precision import widen
+from amct_ext.export.traced import LayerValues, trace_to_onnx
+from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.recorder import Doubt
+from amct_ext.graph.trace import trace
 
-_EXPORTABLE = (torch.Tensor, bool, int, float, str)  # leaves that torch.export lets a model return
 OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
+_SHOWN = 5
+_LONGEST = 300
+_ADVICE = ("For ", "If you suspect", "consider using", "(Refer to")
+logger = logging.getLogger("amct_ext")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The graph, not optimised yet; `why_traced` is empty where torch.export could follow the forward."""
+
+    program: torch.onnx.ONNXProgram
+    why_traced: str = ""
+
+    @property
+    def model(self) -> ir.Model:
+        """The graph itself."""
+        return self.program.model
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's notices (missing torchvision, deprecations inside torch) away from the user."""
-    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    """Keep the exporters' notices (missing torchvision, deprecations inside torch) away from the user."""
+    names = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        # where they fail they print the graph that they have so far
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -37,22 +61,108 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> torch.onnx.ONNXProgram:
-    """Translate `model`, called with `arguments`, into an ONNX program that is not optimised yet.
+def capture(
+    model: torch.nn.Module,
+    inputs: Inputs,
+    axes: Axes,
+    values: Callable[[], LayerValues] = dict,
+    traced: str = "",
+) -> Captured:
+    """Translate `model`, called with `inputs`, into an ONNX graph of tensors in and tensors out.
 
-    Initialisers carry the qualified names of parameters and buffers. Where the model returns objects that torch.export
-    does not know (key-value caches, a user's own classes), the graph's outputs are all tensors in them, in order.
-    ExportError when the model cannot be captured, with torch's own first lines: they name the operator or the size that
-    is in the way.
+    Initialisers carry the qualified names of parameters and buffers; no type is narrower than float32. Where
+    torch.export cannot follow the forward (it decides by values, say), or where `traced` gives another reason, one run
+    is traced instead, and what that run read on the host is constant in the graph; `values` is asked then for what the
+    layers of the quantised model returned. The outputs are all tensors that the
+    model returns, in order. ExportError when neither works, with torch's own first lines: they name the operator or the
+    size that is in the way.
     """
-    arguments, shapes, _ = apply_axes(model, arguments, axes)
-    with quiet(), torch.no_grad(), _plain_outputs(model):
+    names = axes.input_names_for(inputs.names(model))
+    inputs = inputs.copied()  # torch.export leaves notes on tensors, a trace runs what writes into them
+    if not traced:
         try:
-            exported = torch.export.export(model, arguments, dynamic_shapes=shapes, strict=False)
+            program = _export(model, inputs, names, axes)
+        except ExportError as error:
+            # Sizes that cannot be dynamic are the caller's affair: a trace would not make them so.
+            if axes.sizes and _exports(model, inputs, names):
+                raise
+            traced, cause = str(error), error
+        else:
+            return _finished(Captured(program), axes)
+    else:
+        cause = None
+    try:
+        with quiet(), torch.no_grad(), flat_call(model, inputs, names):
+            program = trace_to_onnx(model, inputs.tensors(), names, axes, OPSET, values())
+    except Exception as error:
+        if cause is not None:
+            raise ExportError(f"{cause}\nnor be traced: {_head(error)}") from error
+        raise ExportError(f"the model cannot be traced for ONNX: {_head(error)}") from error
+    return _finished(Captured(program, traced), axes)
+
+
+def told(captured: Captured, model: torch.nn.Module, inputs: Inputs) -> str:
+    """For the user: what a trace fixed and where, '' where there was none."""
+    if not captured.why_traced:
+        return ""
+    places = shown(trace(model, inputs).doubts)
+    where = f" ({places})" if places else ""
+    return (
+        "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it takes "
+        f"from tensors{where} are constants in the files, those of input_data. To have them computed, take them from "
+        f"shapes, or use torch.where and the like. torch.export says: {captured.why_traced.splitlines()[0][:_LONGEST]}"
+    )
+
+
+def shown(doubts: Sequence[Doubt]) -> str:
+    """The first of them, for a message."""
+    places = list(dict.fromkeys(map(str, doubts)))
+    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return "; ".join(places[:_SHOWN]) + more
+
+
+def optimise(captured: Captured) -> ir.Model:
+    """Fold constants and remove what is redundant; nodes of foreign domains are left as they are."""
+    with quiet():
+        captured.program.optimize()
+    return captured.model
+
+
+def _finished(captured: Captured, axes: Axes) -> Captured:
+    graph = captured.model.graph
+    returned, given = len(graph.outputs), len(axes.output_names or ())
+    if given > returned:
+        raise ExportError(f"output_names has {given} names, the model returns {returned} tensors")
+    rename_sizes(captured.model, axes)
+    widen(captured.model)
+    known = {value.name for value in (*graph.inputs, *graph.outputs)}
+    unknown = [name for name in axes.sizes if name not in known]
+    if unknown:
+        logger.warning(
+            "dynamic_axes: no input or output is named %s, which has no effect", ", ".join(map(repr, unknown))
+        )
+    return captured
+
+
+def _exports(model: torch.nn.Module, inputs: Inputs, names: list[str]) -> bool:
+    try:
+        with quiet(), torch.no_grad(), flat_call(model, inputs, names):
+            torch.export.export(model, tuple(inputs.copied().tensors()), strict=False)
+    except Exception:
+        return False
+    return True
+
+
+def _export(model: torch.nn.Module, inputs: Inputs, names: list[str], axes: Axes) -> torch.onnx.ONNXProgram:
+    tensors, shapes = apply_axes(inputs.tensors(), names, axes)
+    with quiet(), torch.no_grad(), flat_call(model, inputs, names):
+        try:
+            exported = torch.export.export(model, tensors, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise ExportError(f"the model cannot be captured for ONNX: {_head(error)}") from error
         given_names = give_plain_names(exported)
         try:
+            _normalise_means(exported)
             program = torch.onnx.export(
                 exported,
                 (),
@@ -60,43 +170,22 @@ def capture(model: torch.nn.Module, arguments: tuple[Any, ...], axes: Axes) -> t
                 verbose=False,
                 optimize=False,
                 opset_version=OPSET,
-                input_names=axes.input_names,
+                input_names=names,
                 output_names=axes.output_names,
             )
         except Exception as error:
             raise ExportError(f"the model cannot be translated to ONNX: {_head(error)}") from error
     program = cast(torch.onnx.ONNXProgram, program)
     give_names_back(program.model, given_names)
-    returned = len(program.model.graph.outputs)
-    if axes.output_names is not None and len(axes.output_names) != returned:
-        raise ExportError(f"output_names has {len(axes.output_names)} names, the model returns {returned} tensors")
-    rename_sizes(program.model, axes)
     return program
 
 
-def optimise(program: torch.onnx.ONNXProgram) -> ir.Model:
-    """Fold constants and remove what is redundant; nodes of foreign domains are left as they are."""
-    with quiet():
-        program.optimize()
-    return program.model
-
-
-@contextmanager
-def _plain_outputs(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, `model` returns a tuple of tensors wherever its output holds anything unknown to torch.export.
-
-    A hook, not a module around the model: names of parameters and modules stay what they are.
-    """
-
-    def flatten(_: torch.nn.Module, __: Any, output: Any) -> Any:
-        known = all(leaf is None or isinstance(leaf, _EXPORTABLE) for leaf in pytree.tree_leaves(output))
-        return None if known else tuple(tensors_in(output))
-
-    handle = model.register_forward_hook(flatten)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _normalise_means(exported: torch.export.ExportedProgram) -> None:
+    """Write the axes of the model's own means from 0 upwards: negative ones are left to what pooling turns into."""
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten.mean.dim and node.args[1] is not None:
+            rank = node.args[0].meta["val"].dim()
+            node.update_arg(1, sorted(axis % rank for axis in node.args[1]) if rank else node.args[1])
 
 
 def _head(error: BaseException) -> str:
@@ -106,5 +195,7 @@ def _head(error: BaseException) -> str:
         chain.append(chain[-1].__cause__)
     # the outermost error of a chain only says that the export failed, the next one names the operator
     texts = [str(cause).strip().splitlines() for cause in chain[1:] or chain]
-    lines = [line for text in (texts[0], texts[-1]) for line in text[:8]]
+    lines = [
+        line[:_LONGEST] for text in (texts[0], texts[-1]) for line in text[:8] if line and not line.startswith(_ADVICE)
+    ]
     return "\n".join(dict.fromkeys(lines)) or type(error).__name__

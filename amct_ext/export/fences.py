@@ -114,11 +114,12 @@ def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | Non
     for use in tuple(old.uses()):
         if use.node is not keep:
             use.node.replace_input_with(use.idx, new)
-    for place, output in enumerate(graph.outputs):
-        if output is old:
-            name, old.name = old.name, f"{old.name}.accumulator"
-            new.name = name
-            graph.outputs[place] = new
+    places = [place for place, output in enumerate(graph.outputs) if output is old]
+    if places:
+        name, old.name = old.name, f"{old.name}.accumulator"
+        new.name = name
+    for place in places:
+        graph.outputs[place] = new
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

@@ -80,13 +80,17 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
 
 
 def _is_global_pooling(node: ir.Node) -> bool:
+    """Whether a mean is what torch.export makes of adaptive pooling to size 1: axes -1, -2, ... down to the channels.
+
+    The model's own means have axes from 0 upwards here (see capture): of tokens [N, T, C], say, which are no channels.
+    """
     source = node.inputs[0]
     axes = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
     keep = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
     if source is None or source.shape is None or axes is None or not keep:
         return False
     rank = len(source.shape)
-    return rank > 2 and {int(axis) % rank for axis in axes.numpy().ravel()} == set(range(2, rank))
+    return rank > 2 and sorted(int(axis) for axis in axes.numpy().ravel()) == list(range(2 - rank, 0))
 
 
 def _is_flattening(node: ir.Node) -> bool:

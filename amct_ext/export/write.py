@@ -8,7 +8,7 @@ Works on plain float models: compressed layers are already folded back, 2:4 mask
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,30 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from amct_ext.errors import ExportError, RecordError
-from amct_ext.export.axes import as_arguments, check_axes
-from amct_ext.export.capture import capture, optimise
+from amct_ext.export.axes import Axes, check_axes
+from amct_ext.export.capture import Captured, capture, logger, optimise, told
+from amct_ext.export.check import check_files
 from amct_ext.export.deploy import lower_deploy
 from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.fences import DOMAIN, fence, name_layers
 from amct_ext.export.files import encode, onnx_paths, write_files
+from amct_ext.export.precision import precision_of
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
 from amct_ext.export.scripted import open_scripted
 from amct_ext.export.tidy import drop_unused, tidy, use_matmul
-from amct_ext.graph.run import own_arguments
+from amct_ext.export.traced import LayerValues
+from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.record.types import QuantRecord
 from amct_ext.references import copy_model
 
 
 def export_quantized(
     model: nn.Module,
-    input_data: torch.Tensor | tuple[Any, ...],
+    input_data: Any,
     records: Sequence[QuantRecord],
     conv_bn: Mapping[str, str],
     save_path: str | os.PathLike[str],
@@ -45,6 +47,8 @@ def export_quantized(
     output_names: list[str] | None = None,
     dynamic_axes: Mapping[str, Any] | None = None,
     write_shift: bool = False,
+    expected: Sequence[torch.Tensor] | None = None,
+    values: Callable[[], LayerValues] = dict,
 ) -> tuple[Path, Path]:
     """Write `<save_path>_fake_quant_model.onnx` and `<save_path>_deploy_model.onnx`; return both paths.
 
@@ -52,15 +56,19 @@ def export_quantized(
     factor is already in the record's scale_w. With `write_shift` the recorded shifts (searchN) are used: they change
     the arithmetic of the fake-quant model and stand in bits 39:32 of the dequantisation words.
 
+    `expected`: the tensors that the quantised model returns for `input_data`, to compare the file's with; `values`
+    gives what its layers and BatchNorms return then, for a forward that decides by values (asked for only there).
+
     The caller's model is not changed, and is exported in eval mode whatever its mode. No file is written unless both
-    could be made. Errors: RuntimeError (record that does not fit the model, model that cannot be captured, layer that
-    is not in the graph, bias beyond INT32, names or axes that do not fit), ValueError (factor out of range, save_path).
+    could be made and load. Errors: RuntimeError (record that does not fit the model, model that cannot be captured,
+    layer that is not in the graph, bias beyond INT32, names or axes that do not fit, files that would not load),
+    ValueError (factor out of range, save_path).
     """
     paths = onnx_paths(save_path)
     axes = check_axes(input_names, output_names, dynamic_axes)
     if not records:
         raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
-    float_model, arguments = _prepare(model, as_arguments(input_data))
+    float_model, inputs = _prepare(model, input_data)
     mirrored = _fuse(float_model, conv_bn, {record.key for record in records})
     modules = dict(float_model.named_modules())
     layers: list[LayerFactors] = []
@@ -75,52 +83,109 @@ def export_quantized(
             recurrent.append(rnn_factors(record, module))
         else:
             layers.append(layer_factors(record, module, write_shift, mirrored.get(record.key)))
-    program = capture(float_model, arguments, axes)
-    captured = program.model
-    use_matmul(captured.graph)
-    fenced = fence(captured, float_model, layers)
-    rnns = fence_rnns(captured, float_model, recurrent)
-    captured = optimise(program)
-    name_layers(captured.graph)
-    tidy(captured, {*fenced, *rnns})
-    deploy = captured.clone()
-    lower_rnn_fake_quant(captured, rnns)
-    lower_rnn_deploy(deploy, rnns)
-    lower_fake_quant(captured, fenced)
-    lower_deploy(deploy, fenced)
-    for lowered in (captured, deploy):
-        drop_unused(lowered)
-        lowered.opset_imports.pop(DOMAIN, None)
-    write_files({**encode(captured, paths[0], "fakequant"), **encode(deploy, paths[1], "deploy")})
+
+    def lower(captured: Captured) -> dict[Path, bytes]:
+        use_matmul(captured.model.graph)
+        fenced = fence(captured.model, float_model, layers)
+        rnns = fence_rnns(captured.model, float_model, recurrent)
+        fake_quant = optimise(captured)
+        name_layers(fake_quant.graph)
+        tidy(fake_quant, {*fenced, *rnns})
+        deploy = fake_quant.clone()
+        lower_rnn_fake_quant(fake_quant, rnns)
+        lower_rnn_deploy(deploy, rnns)
+        lower_fake_quant(fake_quant, fenced)
+        lower_deploy(deploy, fenced)
+        for lowered in (fake_quant, deploy):
+            drop_unused(lowered)
+            lowered.opset_imports.pop(DOMAIN, None)
+        return {**encode(fake_quant, paths[0], "fakequant"), **encode(deploy, paths[1], "deploy")}
+
+    def folded_values() -> LayerValues:
+        known = values()  # a convolution of the float model returns what its BatchNorm returned
+        return {name: known[conv_bn.get(name, name)] for name in known if name not in conv_bn.values()}
+
+    _write(float_model, inputs, axes, paths, lower, expected, folded_values)
     return paths
 
 
 def export_plain(
     model: nn.Module,
-    input_data: torch.Tensor | tuple[Any, ...],
+    input_data: Any,
     save_path: str | os.PathLike[str],
     input_names: list[str] | None = None,
     output_names: list[str] | None = None,
     dynamic_axes: Mapping[str, Any] | None = None,
+    expected: Sequence[torch.Tensor] | None = None,
 ) -> tuple[Path, Path]:
     """Write the float graph under both names (a pruned model without quantisation, 8.7); return both paths.
 
-    Errors: RuntimeError (model that cannot be captured, names or axes that do not fit), ValueError (save_path).
+    `expected`: the tensors that the model returns for `input_data`. Errors: RuntimeError (model that cannot be
+    captured, names or axes that do not fit, files that would not load), ValueError (save_path).
     """
     paths = onnx_paths(save_path)
     axes = check_axes(input_names, output_names, dynamic_axes)
-    float_model, arguments = _prepare(model, as_arguments(input_data))
-    program = capture(float_model, arguments, axes)
-    use_matmul(program.model.graph)
-    plain = optimise(program)
-    tidy(plain, ())
-    files = encode(plain.clone(), paths[0], "fakequant")
-    write_files({**files, **encode(plain, paths[1], "deploy")})
+    float_model, inputs = _prepare(model, input_data)
+
+    def lower(captured: Captured) -> dict[Path, bytes]:
+        use_matmul(captured.model.graph)
+        plain = optimise(captured)
+        tidy(plain, ())
+        files = encode(plain.clone(), paths[0], "fakequant")
+        return {**files, **encode(plain, paths[1], "deploy")}
+
+    _write(float_model, inputs, axes, paths, lower, expected)
     return paths
 
 
-def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+def rehearse(model: nn.Module, input_data: Any) -> None:
+    """Try to capture the float `model` as a save would, and write nothing. Errors: ExportError where neither way works.
+
+    The trace comes first: a forward that torch.export cannot follow may keep it busy for a minute.
+    """
+    float_model, inputs = _prepare(model, input_data)
+    axes = check_axes(None, None, None)
+    with precision_of(float_model):
+        try:
+            capture(float_model, inputs, axes, traced="not tried")
+        except ExportError:
+            capture(float_model, inputs, axes)
+
+
+def _write(
+    model: nn.Module,
+    inputs: Inputs,
+    axes: Axes,
+    paths: tuple[Path, Path],
+    lower: Callable[[Captured], dict[Path, bytes]],
+    expected: Sequence[torch.Tensor] | None,
+    values: Callable[[], LayerValues] = dict,
+) -> None:
+    """Capture, lower, check and write. Files of torch.export's graph that do not load are made anew from a trace."""
+    with precision_of(model):
+        captured = capture(model, inputs, axes, values)
+        files = lower(captured)
+        tensors = inputs.tensors()
+        try:
+            check_files(files, *paths, tensors, expected)
+        except ExportError as error:
+            if captured.why_traced:
+                raise
+            try:
+                captured = capture(model, inputs, axes, values, traced=str(error))
+                files = lower(captured)
+                check_files(files, *paths, tensors, expected)
+            except ExportError:
+                raise error from None
+        note = told(captured, model, inputs)
+    if note:
+        logger.warning("%s: %s", paths[0], note)
+    write_files(files)
+
+
+def _prepare(model: nn.Module, input_data: Any) -> tuple[nn.Module, Inputs]:
     """A float32 copy of the model in eval mode, and arguments to match: the files describe float32 networks."""
+    inputs = parse_inputs(model, input_data).in_order(model)
     try:
         duplicate = copy_model(model)
     except Exception as error:
@@ -129,10 +194,8 @@ def _prepare(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, t
     tensors = [*duplicate.parameters(), *duplicate.buffers()]
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         duplicate.float()
-        arguments = pytree.tree_map_only(
-            torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, arguments
-        )
-    return open_scripted(duplicate), own_arguments(arguments)
+        inputs = inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    return open_scripted(duplicate), inputs
 
 
 def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:

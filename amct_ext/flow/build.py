@@ -19,9 +19,12 @@ from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerTraits, Plan, after_pruning
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
 from amct_ext.errors import ConfigError, RecordError
+from amct_ext.export.capture import shown
+from amct_ext.export.write import rehearse
 from amct_ext.flow.fused import separate_encoders
 from amct_ext.flow.session import Session, attach, session_of, start_record
 from amct_ext.flow.surgery import compressed_layers, insert_layers
+from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.layers.classes import standard_class
 from amct_ext.prune.channels import apply_channels, plan_channels
@@ -52,6 +55,7 @@ def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str
 def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """The copy that ``create`` returns, without its DistributedDataParallel wrapper; writes nothing."""
     inner = own_copy(model)
+    input_data = parse_inputs(inner, input_data)
     graph = trace(inner, input_data)
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
@@ -75,6 +79,7 @@ def restore(
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
     inner = own_copy(model)
+    input_data = parse_inputs(inner, input_data)
     graph = trace(inner, input_data)
     # Eligibility is judged on the unpruned model, as it was at create.
     traits = graph.traits(inner)
@@ -153,6 +158,7 @@ def _insert(
 ) -> nn.Module:
     """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
     graph = trace(model, input_data)
+    session.export_note = _export_note(model, graph, input_data)
     session.plan = after_pruning(session.plan, graph.traits(model))
     model, session.conv_bn, left = insert_layers(model, graph, session.plan, leave)
     for name, reason in left.items():
@@ -183,6 +189,29 @@ def _check_pruned(session: Session, source: str) -> None:
         f"{source}: channel pruning is asked for, but no layer can lose channels, nothing is left to prune:\n  "
         + "\n  ".join(lines)
     )
+
+
+def _export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
+    """What there is to know of a save before the training, logged as a warning too; '' where nothing is.
+
+    The export is tried where the trace met something that exporters may not follow; a try takes longer than all else.
+    """
+    if not graph.doubts:
+        return ""
+    places = shown(graph.doubts)
+    try:
+        rehearse(model, input_data)
+        note = (
+            f"save may trace one forward: sizes, branches and numbers that forward takes from tensors ({places}) are "
+            "constants in the files then, those of input_data"
+        )
+    except Exception as error:  # whatever it is, save would meet it too
+        note = (
+            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {places}. Take it out "
+            "of forward, or save a model without it"
+        )
+    logger.warning("%s: %s", type(model).__name__, note)
+    return note
 
 
 def _take_masks(model: nn.Module, record: Record, record_file: str) -> None:

@@ -53,6 +53,7 @@ class Session:
     reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
     recorded: tuple[Any, ...] | None = None  # what the record was made of; None: not of the present state
     written: bytes | None = None  # content of the record file, when this model last wrote it
+    export_note: str = ""  # what create found out about saving this model
     running: Running = field(default_factory=Running)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:

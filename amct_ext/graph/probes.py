@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.layer_types import QUANTIZABLE, keeps_forward
-from amct_ext.graph.run import own_arguments, preserved_random_state, tensors_in, undisturbed
+from amct_ext.graph.run import preserved_random_state, tensors_in, undisturbed
 from amct_ext.graph.values import Node
 
 Calls = Mapping[str, list[Node]]
@@ -22,9 +23,7 @@ _TRAINING_FORWARDS = 16
 
 
 @torch.no_grad()
-def evaluated_only(
-    model: nn.Module, arguments: tuple[Any, ...], calls: Calls, read: Collection[nn.Parameter]
-) -> frozenset[str]:
+def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collection[nn.Parameter]) -> frozenset[str]:
     """Layers that ran in the recorded evaluation and do not run in training mode: nothing would ever train them.
 
     So are blocks that train with branches and evaluate with one merged layer. ``read``: parameters that ops outside of
@@ -41,7 +40,7 @@ def evaluated_only(
         scratch = copy.deepcopy(model).train()
         with preserved_random_state(scratch), _reported_to(scratch, candidates):
             for _ in range(_TRAINING_FORWARDS):
-                scratch(*own_arguments(arguments))
+                inputs.copied().call(scratch)
                 if not candidates:
                     break
     except Exception:
@@ -50,7 +49,7 @@ def evaluated_only(
 
 
 @torch.no_grad()
-def confirmed_unread(model: nn.Module, arguments: tuple[Any, ...], unread: Collection[str]) -> frozenset[str]:
+def confirmed_unread(model: nn.Module, inputs: Inputs, unread: Collection[str]) -> frozenset[str]:
     """``unread`` (layers from which no recorded op leads to an output), or nothing where outputs depend on them.
 
     A kernel that torch's dispatcher does not know leaves no trace; so the outputs are compared with those of a forward
@@ -60,9 +59,9 @@ def confirmed_unread(model: nn.Module, arguments: tuple[Any, ...], unread: Colle
         return frozenset()
     try:
         with undisturbed(model):
-            plain = list(tensors_in(model(*own_arguments(arguments))))
+            plain = list(tensors_in(inputs.copied().call(model)))
         with undisturbed(model), _returning_nan(model, unread):
-            other = list(tensors_in(model(*own_arguments(arguments))))
+            other = list(tensors_in(inputs.copied().call(model)))
     except Exception:
         return frozenset()
     same = len(plain) == len(other) and all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.errors import InputDataError, ModelError
+from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.layer_types import keeps_forward, layer_type
-from amct_ext.graph.run import describe, own_arguments, tensors_in, undisturbed
+from amct_ext.graph.reads import HostReads, caller
+from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.graph.values import Node, Value
 
 # Ops that hand on the same numbers in the same shape: their result is the value they were given.
@@ -23,45 +26,58 @@ _ONNX_NAMES = {"cat": "Concat", "stack": "Concat"}
 
 
 @dataclasses.dataclass(frozen=True)
+class Doubt:
+    """A place in a forward: what stands there, `file:line`, and the module that runs."""
+
+    what: str
+    place: str
+    module: str
+
+    def __str__(self) -> str:
+        return " ".join(
+            filter(None, (self.what, self.place and f"at {self.place}", self.module and f"in '{self.module}'"))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Recording:
-    """Nodes in execution order, the values that went in and came out, and the calls of each layer by name."""
+    """Nodes in execution order, the values that went in and came out, and the calls of each layer by name.
+
+    `doubts` are the places that an exporter may not be able to follow, each with what stands there.
+    """
 
     nodes: list[Node]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
     foreign: list[nn.Parameter]  # parameters that an op read and that are none of the model's
+    doubts: tuple[Doubt, ...]
 
 
 def record(model: nn.Module, input_data: Any) -> Recording:
     """One forward of `model` on `input_data`; the model is left as it was."""
-    if not isinstance(input_data, (torch.Tensor, tuple)):
-        raise InputDataError(
-            f"input_data is of type {type(input_data).__name__}: give a tensor, or a tuple of the positional arguments"
-        )
     if layer_type(model) is not None and keeps_forward(model):
         raise ModelError(f"the model itself is a single {layer_type(model)}: wrap it in a module")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} has no shape yet (lazy module): run the model once first")
-    arguments = own_arguments((input_data,) if isinstance(input_data, torch.Tensor) else input_data)
-    recorder = _Recorder(model, arguments)
-    with undisturbed(model), torch.no_grad(), recorder.hooked(), recorder:
+    inputs = parse_inputs(model, input_data).copied()
+    recorder = _Recorder(model, inputs)
+    with undisturbed(model), torch.no_grad(), recorder.hooked(), HostReads(recorder.note_read), recorder:
         try:
-            output = model(*arguments)
+            output = inputs.call(model)
         except Exception as error:
-            raise InputDataError(
-                f"the model rejects input_data ({describe(arguments)}): {type(error).__name__}: {error}"
-            ) from error
+            raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
         return recorder.recording(output)
 
 
 class _Recorder(TorchDispatchMode):
     """Values by tensor object. Every tensor seen is kept alive until the end: neither ids nor storages are reused."""
 
-    def __init__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.nodes: list[Node] = []
+        self.doubts: dict[Doubt, None] = {}
         self.calls: dict[str, list[Node]] = {}
         self.foreign: list[nn.Parameter] = []
         self._model = model
@@ -74,12 +90,23 @@ class _Recorder(TorchDispatchMode):
         for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
             for name, tensor in named:
                 self._bind(tensor, _value_of(tensor, kind, name))
-        self.inputs = tuple(self._bind(tensor, _value_of(tensor, "input")) for tensor in tensors_in(arguments))
+        self.inputs = tuple(
+            self._bind(tensor, _value_of(tensor, "input")) for tensor in tensors_in((inputs.args, inputs.kwargs))
+        )
 
     def recording(self, output: Any) -> Recording:
         """What was recorded; `output` is what the model returned."""
         outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
-        return Recording(self.nodes, self.inputs, outputs, self.calls, self.foreign)
+        return Recording(self.nodes, self.inputs, outputs, self.calls, self.foreign, tuple(self.doubts))
+
+    def note_read(self, tensor: torch.Tensor, how: str) -> None:
+        """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
+        if not self._layers and self._lookup(tensor).follows_input():
+            self._doubt(f"{how.strip('_')}() of a tensor")
+
+    def _doubt(self, what: str) -> None:
+        module = next((scope for scope in reversed(self._scopes) if scope), "")
+        self.doubts[Doubt(what, caller(), module)] = None
 
     # Modules
 
@@ -157,6 +184,10 @@ class _Recorder(TorchDispatchMode):
         # An op that writes may return nothing (foreach ops) or what it wrote; either way that is its result.
         results = results + [tensor for tensor in written if not any(tensor is result for result in results)]
         outputs = tuple(_value_of(tensor) for tensor in results)
+        if any(value.follows_input() for value in inputs):
+            problem = _export_problem(func, inputs)
+            if problem:
+                self._doubt(problem)
         pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
         self.nodes.append(Node(op, self._unique_name(op), None, inputs, outputs, named, pointwise))
         for tensor, value in zip(results, outputs, strict=True):
@@ -216,10 +247,33 @@ class _Recorder(TorchDispatchMode):
     def _unique_name(self, op: str) -> str:
         """The node name that the TorchScript ONNX exporter derives from the modules on the stack and the operator."""
         kind = _ONNX_NAMES.get(op) or "".join(part.capitalize() for part in op.rsplit("::", 1)[-1].split("_"))
-        name = "/".join(["", *(_scope_name(scope) for scope in self._scopes if scope), kind])
+        name = "/".join(["", *(scope_name(scope) for scope in self._scopes if scope), kind])
         count = self._used_names.get(name, 0)
         self._used_names[name] = count + 1
         return f"{name}_{count}" if count else name
+
+
+def _export_problem(func: Any, inputs: tuple[Value, ...]) -> str:
+    """Why an exporter may stop at an op: sizes that depend on values, or an op that it may not know; '' otherwise."""
+    namespace, name = func._schema.name.split("::")
+    if torch.Tag.dynamic_output_shape in func.tags and (
+        name != "index" or any(value.dtype in (torch.bool, torch.uint8) for value in inputs)
+    ):
+        return f"sizes that depend on values ({name})"
+    if namespace == "aten" and _is_common(name):
+        return ""
+    return f"operator {namespace}::{name}"
+
+
+@functools.cache
+def _is_common(name: str) -> bool:
+    """Whether an op of torch belongs to its core, or is decomposed into that."""
+    packet = getattr(torch.ops.aten, name.rstrip("_") if not name.endswith("__") else name, None)
+    if packet is None:
+        return False
+    known = torch.export.default_decompositions()
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.core in overload.tags or overload in known for overload in overloads)
 
 
 def _value_of(tensor: torch.Tensor, kind: str = "computed", name: str = "") -> Value:
@@ -252,7 +306,7 @@ def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def _scope_name(qualified: str) -> str:
+def scope_name(qualified: str) -> str:
     """The exporter shows the last part of a module's name, with the parts before it as far as it is a mere number."""
     parts = qualified.split(".")
     start = len(parts) - 1

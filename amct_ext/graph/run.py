@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-
-
-def own_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A copy of a model's arguments: a forward may write into what it is given, and the caller's must stay as it is.
-
-    Tensors lose their history and keep `requires_grad`; modules among the arguments stay the same objects.
-    """
-    copies: dict[int, Any] = {}
-    for tensor in tensors_in(arguments):
-        copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    for leaf in pytree.tree_leaves(arguments):
-        if isinstance(leaf, nn.Module):
-            copies[id(leaf)] = leaf
-    try:
-        return copy.deepcopy(arguments, dict(copies))
-    except Exception:  # an object that cannot be copied: at least the tensors in containers that torch knows
-        return pytree.tree_map_only(torch.Tensor, lambda tensor: copies[id(tensor)], arguments)
 
 
 @contextlib.contextmanager
@@ -103,12 +84,3 @@ def _tensors(obj: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         parts = vars(obj).values() if hasattr(obj, "__dict__") and not callable(obj) else ()
     for part in parts:
         yield from _tensors(part, seen)
-
-
-def describe(arguments: Any) -> str:
-    """Shapes and types of arguments, for messages."""
-    if isinstance(arguments, torch.Tensor):
-        return f"{str(arguments.dtype).removeprefix('torch.')}{list(arguments.shape)}"
-    if isinstance(arguments, (tuple, list)):
-        return ", ".join(describe(part) for part in arguments) or "no arguments"
-    return type(arguments).__name__

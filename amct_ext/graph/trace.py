@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from amct_ext.config.plan import LayerTraits
+from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.layer_types import BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.graph.probes import confirmed_unread, evaluated_only
-from amct_ext.graph.recorder import record
+from amct_ext.graph.recorder import Doubt, record
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
 
@@ -29,7 +29,8 @@ class Graph:
     """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
 
     `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, or they never
-    run in training). `foreign`: parameters that ops read and that are none of the model's.
+    run in training). `foreign`: parameters that ops read and that are none of the model's. `doubts`: the places that
+    make it worth while to try an export.
     """
 
     nodes: list[Node]
@@ -38,6 +39,7 @@ class Graph:
     calls: dict[str, list[Node]]
     left_alone: Mapping[str, str] = field(default_factory=dict)
     foreign: list[nn.Parameter] = field(default_factory=list)
+    doubts: tuple[Doubt, ...] = ()
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
@@ -103,16 +105,23 @@ class Graph:
         return list(found.values())
 
 
-def trace(model: nn.Module, input_data: torch.Tensor | tuple[Any, ...]) -> Graph:
-    """Run the model once on `input_data` (a tensor, or a tuple of arguments) and return what ran.
+def trace(model: nn.Module, input_data: Any) -> Graph:
+    """Run the model once on `input_data` (see graph.inputs) and return what ran.
 
     The run is eager, in eval mode, without gradients; modes, buffers and random state are as before afterwards.
     Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
-    graph = Graph(recording.nodes, recording.inputs, recording.outputs, recording.calls, foreign=recording.foreign)
-    arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
+    graph = Graph(
+        recording.nodes,
+        recording.inputs,
+        recording.outputs,
+        recording.calls,
+        foreign=recording.foreign,
+        doubts=recording.doubts,
+    )
+    inputs = parse_inputs(model, input_data)
     read = [model.get_parameter(name) for name in graph.parameter_readers()]
-    left = dict.fromkeys(confirmed_unread(model, arguments, graph.unread()), _UNREAD)
-    left |= dict.fromkeys(evaluated_only(model, arguments, graph.calls, read), _EVALUATED_ONLY)
+    left = dict.fromkeys(confirmed_unread(model, inputs, graph.unread()), _UNREAD)
+    left |= dict.fromkeys(evaluated_only(model, inputs, graph.calls, read), _EVALUATED_ONLY)
     return replace(graph, left_alone=left)

@@ -23,6 +23,11 @@ class Value:
     name: str = ""
     producer: Node | None = field(default=None, repr=False)
     consumers: list[Node] = field(default_factory=list, repr=False)
+    dependent: bool = field(default=False, repr=False)
+
+    def follows_input(self) -> bool:
+        """Whether the value depends on what the model was given."""
+        return self.kind == "input" or self.dependent
 
 
 @dataclass(eq=False)
@@ -49,5 +54,6 @@ class Node:
         for value in self.inputs:
             if value is not None and not any(node is self for node in value.consumers):
                 value.consumers.append(self)
+        dependent = any(value is not None and value.follows_input() for value in self.inputs)
         for value in self.outputs:
-            value.producer = self
+            value.producer, value.dependent = self, dependent

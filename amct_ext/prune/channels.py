@@ -11,7 +11,8 @@ from torch import nn
 
 from amct_ext.config.plan import Plan
 from amct_ext.errors import RecordError
-from amct_ext.graph.run import own_arguments, tensors_in, undisturbed
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.check import check_records
 from amct_ext.prune.choice import choose
@@ -39,7 +40,7 @@ def apply_channels(
     model: nn.Module,
     graph: Graph,
     records: Sequence[ChannelRecord],
-    input_data: torch.Tensor | tuple[Any, ...],
+    input_data: Any,
     strict: bool = False,
 ) -> tuple[ChannelRecord, ...]:
     """Remove the records' channels from `model`, in place, and return the records that are in force.
@@ -104,9 +105,9 @@ def _add(
 class _Trial:
     """Runs the model and says what is wrong, '' for nothing."""
 
-    def __init__(self, model: nn.Module, graph: Graph, input_data: torch.Tensor | tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, input_data: Any) -> None:
         self._model = model
-        self._arguments = (input_data,) if isinstance(input_data, torch.Tensor) else input_data
+        self._inputs = parse_inputs(model, input_data)
         # Sizes are not compared: how many boxes a detector returns depends on the weights.
         self._dims = {False: [len(value.shape) for value in graph.outputs]}
         # Heads that only run in training read channels that an eval forward does not show; a model that cannot train on
@@ -128,4 +129,4 @@ class _Trial:
 
     def _run(self, training: bool) -> list[int]:
         with undisturbed(self._model, training), torch.no_grad():
-            return [tensor.dim() for tensor in tensors_in(self._model(*own_arguments(self._arguments)))]
+            return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.errors import InputDataError, ModelError
+from amct_ext.graph.inputs import Inputs
 from amct_ext.prune.cost import Cost
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_space import (
@@ -100,7 +101,7 @@ class TaylorLossSensitivity(SensitivityBase):
     ) -> None:  # fmt: skip
         """See SensitivityBase. Errors: InputDataError."""
         self.graph, self.graph_info = graph_tuple
-        self._samples = split_samples(input_data, test_iteration)
+        self._samples = split_samples(self.graph.model, input_data, test_iteration)
 
     def get_sensitivity(self, search_records: Any) -> None:
         """See SensitivityBase. Errors: ModelError, InputDataError (what the model or the loss rejects)."""
@@ -110,18 +111,18 @@ class TaylorLossSensitivity(SensitivityBase):
         model.requires_grad_(False)
         weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
         scores = {name: torch.zeros(weight.shape[0]) for name, weight in zip(names, weights, strict=True)}
-        for arguments, label in self._samples:
+        for inputs, label in self._samples:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(self._loss(model, arguments, label), weights, allow_unused=True)
+                gradients = torch.autograd.grad(self._loss(model, inputs, label), weights, allow_unused=True)
             for name, weight, gradient in zip(names, weights, gradients, strict=True):
                 if gradient is not None:  # else it does not matter to the output
                     scores[name] += (weight.detach() * gradient).flatten(1).float().abs().sum(1).cpu()
         for record, group in zip(search_records, groups, strict=True):
             write_scores(record, torch.stack([scores[member.name] for member in group.producers]).sum(0))
 
-    def _loss(self, model: nn.Module, arguments: tuple[Any, ...], label: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, inputs: Inputs, label: Tensor) -> Tensor:
         try:
-            output = model(*arguments)
+            output = inputs.copied().call(model)  # a model may write into what it is given
             if isinstance(output, Tensor):
                 label = label.to(output.device)
             elif self.loss_func is _default_loss:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.errors import InputDataError, InvalidDataError, RecordError
+from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.prune.choice import removal_count
 from amct_ext.prune.cost import LayerWork
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.record.attributes import read_attribute, write_attribute
 from amct_ext.record.text import channel_messages, read_channel
 
-Sample = tuple[tuple[Any, ...], Tensor]
+Sample = tuple[Inputs, Tensor]
 PruneConfig = tuple[float, bool, float]  # compress_ratio, ascend_optimized, max_prune_ratio
 _SCORES, _COST = "sensitivity", "bitops"
 
@@ -37,19 +38,24 @@ class SearchGraph:
     nodes: tuple[SearchNode, ...]
 
 
-def split_samples(input_data: Any, wanted: int) -> list[Sample]:
+def split_samples(model: nn.Module, input_data: Any, wanted: int) -> list[Sample]:
     """The first `wanted` samples of [data, label], one by one. Errors: InputDataError."""
     if len(input_data) != 2:
         raise InputDataError(f"input_data must be [data, label], not a list of {len(input_data)}")
     data, label = input_data
-    arguments = data if isinstance(data, tuple) else (data,)
-    if not all(isinstance(item, Tensor) and item.dim() > 0 for item in (*arguments, label)):
+    inputs = parse_inputs(model, data)
+    tensors = inputs.tensors()
+    if not all(isinstance(item, Tensor) and item.dim() > 0 for item in (*tensors, label)):
         raise InputDataError("input_data must hold tensors with samples along axis 0: [data, label]")
-    have = min(len(item) for item in (*arguments, label))
+    have = min(len(item) for item in (*tensors, label))
     if have < wanted:
         raise InputDataError(f"test_iteration is {wanted}, but input_data holds {have} sample(s)")
-    # Copies: a model may write into what it is given.
-    return [(tuple(item[i : i + 1].clone() for item in arguments), label[i : i + 1]) for i in range(wanted)]
+    return [(cut(inputs, slice(i, i + 1)), label[i : i + 1]) for i in range(wanted)]
+
+
+def cut(inputs: Inputs, samples: slice) -> Inputs:
+    """Some of the samples along axis 0 of every tensor."""
+    return inputs.map(lambda item: item[samples])
 
 
 def graph_info(works: Mapping[str, LayerWork]) -> dict[str, dict[str, Any]]:
