@@ -4,9 +4,8 @@ A quantiser may round a value that lies on a tie either way, and deep networks t
 behind it. So every quantised layer of the torch model is fed the integers that onnxruntime found there: what is left is
 compared number by number, and where torch would have rounded otherwise the value must lie on a tie.
 
-Three things the file has and torch has not; they are checked one by one and added to torch's output: biases in whole
-INT32 steps; weights on a rounding tie, since the file rounds them with the BatchNorm factor multiplied in; and the
-largest weights of channels whose BatchNorm factor is negative, because -128..127 has no mirror image in INT8.
+Two things the file has and torch has not; they are checked one by one and added to torch's output: biases in whole
+INT32 steps, and weights on a rounding tie, since the file rounds them with the BatchNorm factor multiplied in.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ class Agreement:
     ties: int = 0
     values: int = 0
     weight_ties: int = 0
-    clipped: int = 0  # weights at the end of the range, mirrored by a negative BatchNorm factor
     worst_tie: float = 0.0  # distance of a value that was rounded otherwise from its tie, same units as `error`
 
 
@@ -51,11 +49,13 @@ def compare(model: nn.Module, record: Path, fake_quant: Path, data: Tensor) -> A
             fed = integers[entry.key] * torch.tensor(entry.scale_d)  # on the grid: quantising it again changes nothing
             handles.append(layer.register_forward_pre_hook(_feed(entry, integers[entry.key], fed, result)))
             norm = model.get_submodule(norms[entry.key]) if entry.key in norms else None
+            deq = _constant(nodes[f"{entry.key}.fakedequant.dqscale"]).flatten()
             moved: Any = 0.0
             if len(node.input) == 3:  # the bias of a MatMul is an Add behind it and stays float
-                moved = moved + _bias_rounding(entry, layer, norm, tensors[node.input[2]])
+                moved = moved + _bias_rounding(entry, layer, norm, tensors[node.input[2]], deq)
             if norm is not None:
-                moved = moved + _weight_rounding(entry, layer, norm, tensors[node.input[1]], fed, result)
+                sign = deq.sign().reshape([-1] + [1] * (layer.weight.dim() - 1))
+                moved = moved + _weight_rounding(entry, layer, norm, tensors[node.input[1]] * sign, fed, result)
             handles.append((norm or layer).register_forward_hook(lambda _, __, output, moved=moved: output + moved))
         with torch.no_grad():
             expected = first_tensor(model.eval()(data))
@@ -118,15 +118,18 @@ def _feed(entry: QuantRecord, integers: Tensor, fed: Tensor, result: Agreement) 
     return hook
 
 
+def _constant(node: onnx.NodeProto) -> Tensor:
+    return torch.from_numpy(onnx.numpy_helper.to_array(node.attribute[0].t).copy())
+
+
 @torch.no_grad()
-def _bias_rounding(entry: QuantRecord, layer: Any, norm: Any, integers: Tensor) -> Tensor:
+def _bias_rounding(entry: QuantRecord, layer: Any, norm: Any, integers: Tensor, step: Tensor) -> Tensor:
     """What rounding the bias to whole steps, at most half a step, moves the output."""
     bias = torch.zeros(len(integers)) if layer.bias is None else layer.bias
     if norm is not None:
         bias = (bias - norm.running_mean) * (norm.running_var + norm.eps).rsqrt() * norm.weight + norm.bias
-    step = torch.tensor(entry.scale_w) * entry.scale_d
     moved = integers * step - bias
-    assert bool((moved.abs() <= step * 0.5001 + 1e-6 * bias.abs()).all()), entry.key
+    assert bool((moved.abs() <= step.abs() * 0.5001 + 1e-6 * bias.abs()).all()), entry.key
     return moved if isinstance(layer, nn.Linear) else moved.reshape([-1] + [1] * (layer.weight.dim() - 2))
 
 
@@ -134,18 +137,14 @@ def _bias_rounding(entry: QuantRecord, layer: Any, norm: Any, integers: Tensor) 
 def _weight_rounding(
     entry: QuantRecord, layer: Any, norm: Any, integers: Tensor, fed: Tensor, result: Agreement
 ) -> Tensor:
-    """What weights that the file holds one step off move the output: ties, and the ends of the range."""
+    """What weights on a tie, which the file holds one step off, move the output."""
     step, factor = (
         vector.reshape([-1] + [1] * (layer.weight.dim() - 1))
         for vector in (torch.tensor(entry.scale_w), (norm.running_var + norm.eps).rsqrt() * norm.weight)
     )
     exact, steps = layer.masked_weight() * factor / step, layer._compressed_weight() * factor / step
     off = integers - steps.round()
-    # -128..127 mirrored is -127..128: one end cannot be written, at the other the file has a step that torch has not
-    mirrored = (off == -1) & (factor < 0)
-    clipped = mirrored & ((steps.round() == 128) | ((steps.round() == -127) & (exact <= -127.5)))
     tie = (off.abs() == 1) & ((exact - exact.floor() - 0.5).abs() < 1e-4)
-    assert bool(((off == 0) | clipped | tie).all()), entry.key
-    result.clipped += int(clipped.sum())
-    result.weight_ties += int((tie & ~clipped).sum())
+    assert bool(((off == 0) | tie).all()), entry.key
+    result.weight_ties += int(tie.sum())
     return layer._conv_forward(fed, off * step, None)

@@ -53,4 +53,5 @@ def run(path: Path, *inputs: Tensor) -> Tensor:
 
 def off(seen: Tensor, expected: Tensor) -> float:
     """The largest difference, in units of the largest value expected."""
+    seen, expected = seen.detach(), expected.detach()
     return float((seen - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +29,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from amct_ext.export.deploy import pack_int4
+from amct_ext.export.factors import layer_factors
 from amct_ext.export.write import export_quantized
 from amct_ext.record.types import QuantRecord
 
@@ -141,6 +143,52 @@ def test_fp16_mode_truncates_the_dequantisation_scale(tmp_path: Path) -> None:
     exact = int((np.float32(records[0].scale_d) * np.float32(records[0].scale_w[0])).view(np.uint32))
     assert word == exact & ~0x1FFF
     assert word != exact
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "conv1d": lambda: nn.Conv1d(4, 6, 3),
+    "conv2d, groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "conv3d": lambda: nn.Conv3d(4, 6, 3),
+    "linear": lambda: nn.Linear(4, 6),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3),
+    "transposed, groups": lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+}
+
+
+@pytest.mark.parametrize("kind", list(LAYERS))
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("shift", [0, 1, 16])
+@pytest.mark.parametrize("weight", [0.0, 1e-20])
+def test_bias_of_a_dead_channel(kind: str, whole: bool, shift: int, weight: float) -> None:
+    """It arrives as it is, in every channel where the layer is dead as a whole, and in the dead one otherwise."""
+    torch.manual_seed(0)
+    layer: Any = LAYERS[kind]()
+    if kind == "linear" and not whole:
+        pytest.skip("a Linear has one scale")
+    dead = torch.arange(6) if whole else torch.tensor([2, 5])
+    with torch.no_grad():
+        rows = layer.weight
+        if "transposed" in kind:  # (in, out / groups, ...): output g * out / groups + j is column j of group g
+            rows = layer.weight.view(layer.groups, 4 // layer.groups, 6 // layer.groups, 3, 3).swapaxes(1, 2)
+            for channel in dead.tolist():
+                rows[channel // (6 // layer.groups), channel % (6 // layer.groups)] = weight
+        else:
+            rows[dead] = weight
+        layer.bias[dead] = torch.tensor([0.3, -0.2, 0.07, 0.1, -0.3, 0.01])[: len(dead)]
+    scales = (1.0,) if whole else tuple(1.0 if c in dead else 0.001 for c in range(6))
+    record = QuantRecord(
+        key="x", scale_d=3.7, offset_d=0, scale_w=scales, offset_w=(0,) * len(scales), act_type="INT8", wts_type="INT8",
+        shift_bit=(shift,) * len(scales), fakequant_precision_mode="FORCE_FP16_QUANT",
+    )  # fmt: skip
+    factors = layer_factors(record, layer, write_shift=True)
+    steps = np.broadcast_to(factors.deq, 6)
+    integers = factors.bias_integers
+    if shift:
+        integers = np.clip(np.floor(integers / 2.0**shift), -32768, 32767) * 2.0**shift
+    error = np.abs(integers * steps - layer.bias.detach().numpy())[dead.numpy()]
+    assert error.max() < (3e-5 if shift else 1e-7)
+    if not whole:
+        np.testing.assert_allclose(np.delete(steps, dead.numpy()), 3.7 * 0.001, rtol=1e-3)
 
 
 def test_int4_weights_and_int16_activations(tmp_path: Path) -> None:
