@@ -60,7 +60,9 @@ def check_model(model: nn.Module) -> None:
                 f"the model is compressed already: '{name}' is a {type(module).__name__}; pass the original float model"
             )
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("the model itself is TorchScript, whose layers cannot be exchanged; pass the nn.Module behind it")
+        raise ModelError(
+            "the model itself is TorchScript, whose layers cannot be exchanged; pass the nn.Module behind it"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ModelError(
