@@ -289,6 +289,27 @@ def test_an_adapter_that_is_not_merged_and_a_copied_layer(tmp_path: Path) -> Non
         job.save(model)
 
 
+def test_lora_of_peft(tmp_path: Path) -> None:
+    """Adapters change nothing before they are trained; merged, they are part of what is quantised and saved."""
+    peft = pytest.importorskip("peft")
+    job = Job(tmp_path)
+    model = job.create(build())
+    train(model)
+    want = model.eval()(X).detach()
+    model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)
+    assert torch.equal(model.eval()(X), want)
+    train(model)
+    model.eval()(X)
+    with pytest.raises(ModelError, match="merge"):
+        job.save(model)
+    model[0].merge()
+    model.train()(X)
+    want = model.eval()(X)
+    assert close(job.save(model), want)
+    model[0] = model[0].get_base_layer()
+    assert close(job.save(model), want)
+
+
 def test_a_model_around_the_compressed_one_is_named(tmp_path: Path) -> None:
     class Forwards(nn.Module):
         """Hands attributes on, as peft's wrappers do."""
