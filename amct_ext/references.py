@@ -72,7 +72,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.
 def slots_of(obj: Any) -> Iterator[tuple[Any, Any]]:
     """Each filled slot (``__slots__``) of an object: its descriptor and its value."""
     for base in type(obj).__mro__:
-        for descriptor in list(vars(base).values()):
+        for descriptor in list(vars(base).values()) if "__slots__" in vars(base) else ():
             if isinstance(descriptor, types.MemberDescriptorType):
                 try:
                     yield descriptor, descriptor.__get__(obj)
