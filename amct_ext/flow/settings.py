@@ -41,9 +41,10 @@ def configure(
     both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float", and nothing is
     kept whatever ``stash`` says. Evaluations keep integer weights until a training step, a change of the parameter, or
     a call of train() or eval(). A change through ``weight.data`` (an exchange with averaged weights), which torch does
-    not count, is found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of the
-    input, else at an even sample, so after writing a few values of a larger one so, call eval(). Evaluations also compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of
-    at each step; forward hooks in the model then see tensors whose values are computed when they are read.
+    not count, is found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of
+    the input, else at an even sample; after writing a few values of a larger weight so, call eval(). Evaluations also
+    compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of at each
+    step; forward hooks in the model then see tensors whose values are computed when they are read.
     ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
     values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is
     within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any

@@ -82,7 +82,9 @@ class ShiftSearch(KeepsPrecision):
     def result(self, layer: str, deq_scale: Tensor) -> list[int]:
         """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation saw the present scales."""
         if not self.has_result:
-            raise StaleStateError(f"layer '{layer}': no shift yet; run an evaluation forward (model.eval()) first, not compiled")
+            raise StaleStateError(
+                f"layer '{layer}': no shift yet; run an evaluation forward (model.eval()) first, not compiled"
+            )
         if not bool(torch.isfinite(deq_scale).all() and (deq_scale > 0).all()):
             raise StaleStateError(f"layer '{layer}': dequantisation scales must be positive and finite")
         if not torch.equal(self.deq_scale, deq_scale.to(self.deq_scale)):
