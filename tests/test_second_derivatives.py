@@ -1,4 +1,4 @@
-"""Gradients of gradients: straight through the straight-through rules, as in plain torch, for ops, layers and models."""
+"""Gradients of gradients: straight-through rules differentiated again, as in plain torch; ops, layers and models."""
 
 from __future__ import annotations
 
