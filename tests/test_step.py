@@ -62,7 +62,7 @@ def test_nothing_is_read_on_the_host(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_runs_where_nothing_can_be_read(name: str, tmp_path: Path) -> None:
-    """On the meta device there are no values at all: any read raises. Ops run there as their references."""
+    """On the meta device there are no values at all: any read raises."""
     model = calibrated(name, tmp_path).to("meta")
     step(model, optimizer_of(model), *(x.to("meta") for x in small.batch(3)))
 

@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const double error = sums.error / static_cast<double>((1LL << num_bits) - 1);
   if (wide(grad) && !wide(x)) {  // the loop has rounded it
     const c10::NoGradGuard no_graph;
-    dx = laid_out_as(grad, at::empty_like(dx, at::kDouble))
-             .masked_fill(source.gt(parameters.upper).logical_or_(source.lt(parameters.lower)), 0);
+    dx = at::empty_like(dx, at::kDouble).copy_(grad);
+    dx.masked_fill_(source.gt(parameters.upper).logical_or_(source.lt(parameters.lower)), 0);
   } else {
     dx = in_type(dx, grad.scalar_type());
   }
