@@ -48,7 +48,11 @@ def validate(
     config: ExistingFile,
     target: Annotated[str, typer.Option(help="also warn of methods that this device family gains nothing from")] = "",
 ) -> None:
-    """Check a configuration file (text or JSON) for what can be checked without the model."""
+    """Check a configuration file (text or JSON) for what can be checked without the model.
+
+    A text without settings is refused, as by the create functions; create_quant_retrain_config alone takes it, for the
+    defaults.
+    """
     with _told():
         check_config(config)
         warnings = targets.check_target(config, target) if target else []

@@ -1,8 +1,4 @@
-<<<<<<< ours
-"""Gradients of gradients, straight through, as in plain torch: ops, layers and models."""
-=======
 """Gradients of gradients: straight-through rules differentiated again, as in plain torch; ops, layers and models."""
->>>>>>> theirs
 
 from __future__ import annotations
 
