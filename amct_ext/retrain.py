@@ -21,10 +21,11 @@ def create_compressed_retrain_model(
 ) -> nn.Module:
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
-    ``input_data``: what ``model`` accepts (a tensor, a tuple, a dict by name), used to trace it.
-    ``config_defination``: configuration text file. ``record_file``: written (atomically, once everything succeeded)
-    with the channel groups and 2:4 masks; the eval phases of the returned model add the quantisation factors. The
-    caller's model is not changed; the copy keeps its train/eval mode and its DistributedDataParallel wrapper. Errors:
+    ``input_data``: what ``model`` accepts, used to trace it: a tensor, a tuple (a dict at its end holds arguments by
+    name, as for torch.onnx.export), or a dict by name. ``config_defination``: configuration text file. ``record_file``:
+    written (atomically, once everything succeeded) with the channel groups and 2:4 masks; the eval phases of the
+    returned model add the quantisation factors. The caller's model is not changed; the copy keeps its train/eval mode
+    and, where it was wrapped, its DistributedDataParallel wrapper. What a save will meet is told in a warning. Errors:
     TypeError (argument types), ValueError (configuration, record name, nothing to compress), RuntimeError (the model
     rejects the input, or is compressed already). Source: AMCT's function of the same name.
     """
