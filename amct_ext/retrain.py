@@ -24,8 +24,8 @@ def create_compressed_retrain_model(
     written (atomically, once everything succeeded) with the channel groups and 2:4 masks; the eval phases of the
     returned model add the quantisation factors. The caller's model is not changed; the copy keeps its train/eval mode
     and, where it was wrapped, its DistributedDataParallel wrapper. What a save will meet is told in a warning. Errors:
-    TypeError (argument types), ValueError (configuration, record name, nothing to compress), RuntimeError (the model rejects the
-    input, or is compressed already). Source: AMCT's function of the same name.
+    TypeError (argument types), ValueError (configuration, record name, nothing to compress), RuntimeError (the model
+    rejects the input, or is compressed already). Source: AMCT's function of the same name.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)

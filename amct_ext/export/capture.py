@@ -108,8 +108,8 @@ def told(captured: Captured, model: torch.nn.Module, inputs: Inputs) -> str:
     where = f" ({places})" if places else ""
     return (
         "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it "
-        f"takes from tensors{where} are constants in the files, those of input_data. To have them computed, take them from "
-        f"shapes, or use torch.where and the like. torch.export says: {captured.why_traced.splitlines()[0][:_LONGEST]}"
+        f"takes from tensors{where} are constants in the files, those of input_data. To have them computed, take them "
+        f"from shapes, or use torch.where and the like. torch.export says: {captured.why_traced.splitlines()[0][:_LONGEST]}"
     )
 
 
