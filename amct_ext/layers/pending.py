@@ -46,10 +46,10 @@ class Running:
     where an interrupt leaves the model, for which torch calls no hook. Copies and pickles know of none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 1) -> None:
         self.calibrating = False  # evaluations calibrate, too: `calibrate` asked for it
         self.warned = False
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first)
         self._here = threading.local()
 
     def enter(self, frame: FrameType) -> None:
@@ -91,8 +91,8 @@ class Running:
             found = self._here.begun = []
         return found
 
-    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
-        return Running, ()
+    def __reduce__(self) -> tuple[type[Running], tuple[int]]:
+        return Running, (next(self._numbers) + 1,)  # no forward of a copy has the number of one before
 
 
 def _on_stack(wanted: FrameType) -> bool:
