@@ -143,9 +143,9 @@ class CompressedLayer(nn.Module):
 
         The search decides on the host and would be traced once a layer, in a graph of its own.
         """
-        if torch.compiler.is_compiling() or self.search_n is None or self.activation is None or self.training:
+        if torch.compiler.is_compiling() or self.search_n is None or self.training or not self.search_n.wants_data:
             return False
-        if not self.search_n.wants_data or self.activation.running.calibrating:
+        if self.activation is None or self.activation.running.calibrating:
             return False
         return self.ready and not leaves_no_trace()
 

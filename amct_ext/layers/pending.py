@@ -52,10 +52,11 @@ class Running:
         self._numbers = itertools.count(1)
         self._here = threading.local()
 
-    def enter(self, frame: FrameType) -> None:
-        """Note that ``frame`` runs the model; one within another belongs to it."""
-        outer = self.forward
-        self._begun().append((frame, next(self._numbers) if outer is None else outer))
+    def enter(self, frame: FrameType, training: bool = False) -> None:
+        """Note that ``frame`` runs the model, in training mode or not; one within another belongs to it."""
+        outer = self._present()
+        number, training = (next(self._numbers), training) if outer is None else outer[1:]
+        self._begun().append((frame, number, training))
 
     def leave(self, frame: FrameType) -> None:
         """Note that ``frame``, or one that it called, has run the model."""
@@ -66,12 +67,14 @@ class Running:
     @property
     def forward(self) -> int | None:
         """Which forward of the model is under way here; None where there is none, or in a compiled graph."""
-        if torch.compiler.is_compiling():
-            return None
-        begun = self._begun()
-        while begun and not _on_stack(begun[-1][0]):
-            begun.pop()
-        return begun[-1][1] if begun else None
+        present = self._present()
+        return None if present is None else present[1]
+
+    @property
+    def training(self) -> bool:
+        """Whether a training forward of the model is under way here, in which parts of it may be in eval mode."""
+        present = self._present()
+        return present is not None and present[2]
 
     def warn_uncalibrated(self, layer: str) -> None:
         """Say, once for a model, that it is evaluated before its calibration."""
@@ -84,9 +87,17 @@ class Running:
                 layer,
             )
 
-    def _begun(self) -> list[tuple[FrameType, int]]:
+    def _present(self) -> tuple[FrameType, int, bool] | None:
+        if torch.compiler.is_compiling():
+            return None
+        begun = self._begun()
+        while begun and not _on_stack(begun[-1][0]):
+            begun.pop()
+        return begun[-1] if begun else None
+
+    def _begun(self) -> list[tuple[FrameType, int, bool]]:
         try:
-            found: list[tuple[FrameType, int]] = self._here.begun
+            found: list[tuple[FrameType, int, bool]] = self._here.begun
         except AttributeError:
             found = self._here.begun = []
         return found
