@@ -106,12 +106,12 @@ def told(captured: Captured, model: torch.nn.Module, inputs: Inputs) -> str:
     if not captured.why_traced:
         return ""
     places = shown(trace(model, inputs).doubts)
-    where = f" ({places})" if places else ""
+    where, reason = f" ({places})" if places else "", captured.why_traced.splitlines()[0]
     return (
         "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it "
         f"takes from tensors{where} are constants in the files, those of input_data. To have them computed, take them "
         "from shapes, or use torch.where and the like. torch.export says: "
-        f"{captured.why_traced.splitlines()[0][:_LONGEST]}"
+        f"{reason[:_LONGEST]}"
     )
 
 

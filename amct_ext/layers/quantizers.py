@@ -142,7 +142,8 @@ class ActivationQuantizer(KeepsPrecision):
         y, clip_max, clip_min = ops.ulq_fake_quantize_(
             x, *clips[:4], self.scale, self.offset, self.invalid, self.num_bits, self.fixed_min
         )
-        self.own_writes += 1
+        if not torch.compiler.is_compiling():  # a graph must not depend on a count
+            self.own_writes += 1
         if self.validate_now:
             self.raise_if_invalid()
         return y, x, clip_max, clip_min
@@ -198,7 +199,8 @@ class ActivationQuantizer(KeepsPrecision):
             [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
             [clip_max, clip_min, clip_max, clip_min, scale, offset],
         )
-        self.own_writes += 1
+        if not torch.compiler.is_compiling():  # a graph must not depend on a count
+            self.own_writes += 1
         self._note_invalid(invalid)
 
     @torch.no_grad()
