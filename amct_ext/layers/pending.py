@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from amct_ext import ops
 from amct_ext.layers.norms import folded
+from amct_ext.layers.phase import in_backward
 
 logger = logging.getLogger("amct_ext")
 
@@ -49,6 +50,7 @@ class Running:
     def __init__(self) -> None:
         self.calibrating = False  # evaluations calibrate, too: `calibrate` asked for it
         self.warned = False
+        self._last_training = False
         self._numbers = itertools.count(1)
         self._here = threading.local()
 
@@ -56,6 +58,7 @@ class Running:
         """Note that ``frame`` runs the model, in training mode or not; one within another belongs to it."""
         outer = self._present()
         number, training = (next(self._numbers), training) if outer is None else outer[1:]
+        self._last_training = training
         self._begun().append((frame, number, training))
 
     def leave(self, frame: FrameType) -> None:
@@ -72,9 +75,14 @@ class Running:
 
     @property
     def training(self) -> bool:
-        """Whether a training forward of the model is under way here, in which parts of it may be in eval mode."""
+        """Whether a training forward of the model is under way here, in which parts of it may be in eval mode.
+
+        A part that gradient checkpointing runs again belongs to the last forward.
+        """
         present = self._present()
-        return present is not None and present[2]
+        if present is None:
+            return self._last_training and not torch.compiler.is_compiling() and in_backward()
+        return present[2]
 
     def warn_uncalibrated(self, layer: str) -> None:
         """Say, once for a model, that it is evaluated before its calibration."""

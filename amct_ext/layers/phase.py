@@ -20,7 +20,7 @@ def leaves_no_trace() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (
-        torch._C._current_graph_task_id() != -1
+        in_backward()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or (
@@ -28,6 +28,11 @@ def leaves_no_trace() -> bool:
             and any(isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack())
         )
     )
+
+
+def in_backward() -> bool:
+    """Whether this thread is computing gradients just now."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def segment() -> tuple[bool, object]:
