@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import os
@@ -235,7 +236,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
 def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
     quantisers = _quantizers(model)
-    if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
+    if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
 
@@ -292,7 +293,7 @@ def _note_state(model: nn.Module, session: Session) -> None:
     Of what was loaded or copied the scales tell.
     """
     state = _state_behind(model)
-    if state == session.evaluated:
+    if state == session.evaluated or _without_values(model):
         return
     searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
@@ -329,8 +330,15 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
 def _follow(model: nn.Module) -> None:
     """Write the record anew where the state behind it is not what it was made of."""
     session = session_of(model)
+    if _without_values(model):
+        return
     if session.recorded is None or session.recorded != session.evaluated:
         write_record(model)
+
+
+def _without_values(model: nn.Module) -> bool:
+    """Whether the model is on the meta device."""
+    return any(parameter.is_meta for parameter in itertools.islice(model.parameters(), 1))
 
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:

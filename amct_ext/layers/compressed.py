@@ -147,7 +147,7 @@ class CompressedLayer(nn.Module):
             return False
         if self.activation is None or self.activation.running.calibrating or self.activation.running.training:
             return False
-        return self.ready and not leaves_no_trace()
+        return not leaves_no_trace() and not self.weight.is_meta and self.ready
 
     @property
     def ready(self) -> bool:

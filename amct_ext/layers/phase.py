@@ -23,10 +23,18 @@ def leaves_no_trace() -> bool:
         in_backward()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or (
-            torch._C._len_torch_dispatch_stack() > 0
-            and any(isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack())
-        )
+        or _in_tracer()
+    )
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether the host can ask for a value now: not while a graph is made, nor on the meta device."""
+    return not (torch.compiler.is_compiling() or x.is_meta or _in_tracer())
+
+
+def _in_tracer() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack()
     )
 
 

@@ -13,7 +13,7 @@ from amct_ext.errors import InvalidDataError
 from amct_ext.layers.gathering import Calibration, batch_range, fits
 from amct_ext.layers.host_value import HostValue
 from amct_ext.layers.pending import Running
-from amct_ext.layers.phase import leaves_no_trace
+from amct_ext.layers.phase import leaves_no_trace, readable
 from amct_ext.layers.precision import KeepsPrecision
 from amct_ext.layers.product import Codes
 from amct_ext.layers.sharing import Shared
@@ -157,7 +157,7 @@ class ActivationQuantizer(KeepsPrecision):
         own = Range(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, kept=True)
         if finished or x.numel() == 0:
             return own
-        if torch.compiler.is_compiling():
+        if not readable(self.clip_max):
             return own if self.learning else self._range_of(x)
         if self._has_range() if self._of_training else self.ready:
             return own
@@ -169,7 +169,7 @@ class ActivationQuantizer(KeepsPrecision):
 
         Errors: InvalidDataError.
         """
-        if self.calibrated or x.numel() == 0 or not self.learning:
+        if self.calibrated or x.numel() == 0 or x.is_meta or not self.learning:
             return
         forward = self.running.forward
         if forward is None or forward != self._calibrated_in:
@@ -244,11 +244,11 @@ class ActivationQuantizer(KeepsPrecision):
     def _range_of(self, x: Tensor) -> Range:
         """The range that a calibration with ``x`` as its next batch would use; nothing is kept.
 
-        In a compiled graph, which cannot ask, clips that are a range go first; decided on the device.
+        Where the host cannot ask, clips that are a range go first; decided on the device.
         """
         last = self._seen.value + 1 >= self.batch_num
         clip_max, clip_min = batch_range(_values(x.detach()), self.num_bits, last)
-        if torch.compiler.is_compiling() and self._seen.value == 0:
+        if not readable(self.clip_max) and self._seen.value == 0:
             usable = self.clip_max - self.clip_min > torch.finfo(torch.float32).eps
             clip_max = torch.where(usable, self.clip_max, clip_max)
             clip_min = torch.where(usable, self.clip_min, clip_min)
