@@ -65,10 +65,13 @@ class Session:
     export_note: str = ""  # what create found out about saving this model
     running: Running = field(default_factory=Running)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.evaluated = new.recorded = new.written = None
+        new.record_file = new.written = None
         new.running = copy.deepcopy(self.running, memo)
         return new
 
