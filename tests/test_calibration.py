@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rnn_job import Job as RnnJob
 from rnn_job import every_kind
 from test_restore import Job, assert_same_state, evaluate, optimizer_of, train
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import amct_ext
 from amct_ext.layers.quantizers import ActivationQuantizer
@@ -155,6 +157,47 @@ def test_batches_in_every_form_and_layers_that_they_miss(tmp_path: Path) -> None
     assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.running.calibrating
     with pytest.raises(amct_ext.AmctError, match="was not made by"):
         amct_ext.calibrate(Named(), [x])
+
+
+@pytest.mark.parametrize("name", ["quant"])
+@pytest.mark.parametrize("one", [torch.randn(6, 8), {"x": torch.randn(6, 8)}], ids=["tensor", "mapping"])
+def test_one_batch_is_not_taken_for_several(job: Job, one: object) -> None:
+    with pytest.raises(TypeError, match=r"give several batches, or \[batch\]"):
+        amct_ext.calibrate(job.create(), one)
+
+
+def test_any_mapping_is_arguments_by_name(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.QUANT)
+    x, gain = torch.randn(6, 8), torch.tensor(2.0)
+    created = amct_ext.create_compressed_retrain_model(Named(), (x, gain), str(job.config), str(job.record))
+    amct_ext.calibrate(created, [UserDict(x=x, gain=gain)])
+    assert all(q.calibrated for q in quantizers(created))
+
+
+@pytest.mark.parametrize("name", ["quant", "learned", "two batches"])
+@pytest.mark.parametrize("frozen", ["stem", "a", "b", "all"])
+def test_parts_in_eval_mode_calibrate_in_training(job: Job, name: str, frozen: str) -> None:
+    """A frozen backbone or head; the head may hold the clips that another one uses."""
+    model = amct_ext.create_compressed_retrain_model(Branches(), small.SAMPLE, str(job.config), str(job.record))
+    model.train()
+    for child in model.children() if frozen == "all" else [model.get_submodule(frozen)]:
+        child.eval()
+    for i in range(2):
+        checkpoint(model, small.batch(i)[0].requires_grad_(), use_reentrant=False).sum().backward()
+    assert all(q.calibrated for q in quantizers(model))
+    evaluate(model)
+    assert len(Record.read(str(job.record)).quant) == 3
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.a, self.b = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        return (self.a(x) * self.b(x)).mean((2, 3))
 
 
 def test_a_batch_that_raises_leaves_the_modes(tmp_path: Path) -> None:

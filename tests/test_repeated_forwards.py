@@ -144,3 +144,43 @@ def test_looking_on_moves_no_state(tmp_path: Path, name: str, look: Callable[[nn
     assert_same_state(model, twin)
     before = model.state_dict()
     assert all(type(value) in (Tensor, nn.Parameter) for value in before.values())
+
+
+@pytest.mark.parametrize("look", [under_grad, traced, symbolically, on_fake_tensors, exported])
+@pytest.mark.parametrize("name", ["quant", "sparse, learned, two batches"])
+@pytest.mark.parametrize("carried", [False, True])
+def test_looking_on_at_a_model_that_never_ran(
+    tmp_path: Path, name: str, look: Callable[[nn.Module, Tensor], None], carried: bool
+) -> None:
+    """Its state is as created, or was copied in place."""
+    job = Job(tmp_path, CONFIGS[name])
+    net = Net("off")
+    model = amct_ext.create_compressed_retrain_model(net, small.SAMPLE, str(job.config), str(job.record))
+    if carried:
+        state = trained(job, "off").state_dict()
+        with torch.no_grad():
+            for mine, new in zip(model.state_dict().values(), state.values(), strict=True):
+                mine.copy_(new)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for mode in (False, True):
+        look(model.train(mode), small.SAMPLE)
+    assert all(torch.equal(value.nan_to_num(7), before[key].nan_to_num(7)) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["quant", "two batches"])
+def test_checkpointing_in_eval_mode(tmp_path: Path, name: str) -> None:
+    """Training with frozen BatchNorm; the shift search looks on meanwhile."""
+    job, states = Job(tmp_path, CONFIGS[name]), []
+    for how in (None, False, True):
+        torch.manual_seed(0)
+        model = job.create()
+        for i in range(4):
+            model.train(i < 2)
+            for part in model.modules():  # statistics are counted once more when a part runs again
+                if isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.Dropout)):
+                    part.eval()
+            x = small.batch(i)[0].requires_grad_()
+            (model(x) if how is None else checkpoint(model, x, use_reentrant=how)).square().mean().backward()
+        states.append(model)
+    for other in states[1:]:
+        assert_same_state(states[0], other)

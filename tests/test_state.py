@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import amct_ext
 from amct_ext.layers.host_value import HostValue
 from amct_ext.layers.quantizers import ActivationQuantizer
+from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity
 
 CONFIGS = small.CONFIGS | {"two_batches_learned": "batch_num: 2\n" + small.LEARNED}
@@ -252,3 +253,77 @@ def test_an_empty_batch_is_none(job: Job, name: str) -> None:
     model.eval()(empty)
     assert clips(model) == before
     assert all(q.calibrated for q in model.modules() if isinstance(q, ActivationQuantizer))
+
+
+# -- what only parameters, or a write in eval mode, tells
+
+
+@pytest.mark.parametrize("name", ["learned", "two_batches_learned"])
+def test_an_average_over_parameters_alone_keeps_learned_scales(job: Job, name: str) -> None:
+    model = job.create()
+    average = copy.deepcopy(model).eval()
+
+    def lerp() -> None:
+        for mine, new in zip(average.parameters(), model.parameters(), strict=True):
+            mine.data.lerp_(new.data, 0.5)
+
+    steps(model, average=lerp)
+    with torch.no_grad():  # the reference has the flags, too
+        told = copied(model, job.create()).eval()
+        for mine, new in zip(told.parameters(), average.parameters(), strict=True):
+            mine.copy_(new)
+        norms = [m for m in average.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for mine, new in zip([m for m in told.modules() if isinstance(m, type(norms[0]))], norms, strict=True):
+            mine.load_state_dict(new.state_dict())
+        assert torch.equal(evaluate(average), evaluate(told))
+    before = {key: value.clone() for key, value in average.state_dict().items() if key.endswith("weight_quant.scale")}
+    average.train()(small.batch(0)[0])
+    assert all(torch.equal(average.state_dict()[key], value) for key, value in before.items())
+
+
+@quantising
+def test_torch_func_sees_values_copied_in_place(job: Job, name: str) -> None:
+    trained = job.create()
+    steps(trained, 3)
+    x = small.batch(50)[0]
+    want = evaluate(trained)
+    seen = torch.func.vmap(copied(trained, job.create()).eval(), randomness="same")(x[None])[0]
+    torch.testing.assert_close(seen, want)
+
+
+def test_shifts_follow_every_change_in_eval_mode(tmp_path: Path) -> None:
+    """A changed layer changes what the layers behind it see; a loop may train in eval mode all along."""
+    job = Job(tmp_path, "write_shift_bit: true\n" + small.QUANT)
+    model = job.create()
+    steps(model, 2)
+    evaluate(model)
+    first = next(m for m in model.modules() if isinstance(m, ActivationQuantizer))
+    for change in (lambda: first.clip_max.mul_(4), lambda: next(model.parameters()).mul_(8)):
+        with torch.no_grad():
+            change()
+        evaluate(model)
+        loaded = copied(model, job.create())
+        for search in (m for m in loaded.modules() if isinstance(m, ShiftSearch)):
+            search.forget()
+        evaluate(loaded)
+        assert amct_ext.shift_bits(model) == amct_ext.shift_bits(loaded)
+    average = copy.deepcopy(model)  # has no record file, but shifts
+    evaluate(average)
+    with torch.no_grad():
+        first_of_average = next(m for m in average.modules() if isinstance(m, ActivationQuantizer))
+        first_of_average.clip_max.mul_(2)
+    evaluate(average)
+    amct_ext.update_record(average, str(tmp_path / "average.txt"))
+
+
+def test_a_model_without_memory_gives_shapes(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.LEARNED)
+    for before in (0, 2):
+        model = job.create()
+        steps(model, before)
+        if before:
+            evaluate(model)
+        model.to("meta")
+        for mode in (False, True):
+            assert model.train(mode)(small.SAMPLE.to("meta")).shape == small.build()(small.SAMPLE).shape
+        assert all(value.is_meta for value in model.state_dict().values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     training forwards do the same as they come. The model is in eval mode meanwhile and keeps its mode; dropout is off,
     BatchNorm uses its running statistics, and weights, masks and gradients stay as they are. In a distributed job all
     ranks call it with data of their own. Layers that are calibrated keep their ranges. Errors: ModelError (not a
-    compressed model), StaleStateError naming the layers that saw too few batches, InvalidDataError (NaN or Inf).
+    compressed model), TypeError (one batch instead of several), StaleStateError naming the layers that saw too few
+    batches, InvalidDataError (NaN or Inf).
     Source: the range search is AMCT's, which runs it in training forwards only.
     """
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise TypeError(f"batches is one {type(batches).__name__}; give several batches, or [batch]")
     inner = unwrap(model)
     running = session_of(inner).running
     layers = dict(compressed_layers(inner))
@@ -58,7 +61,7 @@ def _waiting(layers: Any) -> list[str]:
 
 
 def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple):
         model(*batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import os
@@ -21,12 +22,19 @@ from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.files import keep_old, write_if_changed
 from amct_ext.flow.rank_ranges import share_ranges
-from amct_ext.flow.surgery import compressed_layers, link_norms, placed_layers
+from amct_ext.flow.surgery import (
+    compressed_layers,
+    every_layer,
+    link_norms,
+    norms_linked,
+    placed_layers,
+)
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.pending import Running, plain
 from amct_ext.layers.phase import leaves_no_trace
-from amct_ext.layers.quantizers import ActivationQuantizer
+from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.sparsity import Sparsity
 from amct_ext.ranks import first_rank, several_ranks
 from amct_ext.reasons import LayerReasons
 from amct_ext.record.types import ChannelRecord, QuantRecord, Record, SparseRecord
@@ -51,15 +59,19 @@ class Session:
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
     reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
+    evaluated: tuple[Any, ...] | None = None  # the state that the last evaluation began with
     recorded: tuple[Any, ...] | None = None  # what the record was made of; None: not of the present state
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     running: Running = field(default_factory=Running)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.recorded = new.written = None
+        new.record_file = new.written = None
         new.running = copy.deepcopy(self.running, memo)
         return new
 
@@ -67,8 +79,11 @@ class Session:
 def attach(model: nn.Module, session: Session) -> None:
     """Give the model its session and the hooks that keep the record file up to date."""
     setattr(model, _ATTRIBUTE, session)
-    for quantizer in _quantizers(model):
-        quantizer.running = session.running
+    for layer in every_layer(model):
+        for quantizer in layer.own_quantizers:
+            quantizer.running = session.running
+        for weight in layer.weight_quantizers:
+            weight.running = session.running
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
@@ -184,23 +199,23 @@ def _warn_of_other_writers(session: Session, content: bytes) -> None:
 
 def _state_behind(model: nn.Module) -> tuple[Any, ...]:
     """Identity and version of every tensor that recorded factors follow from; writes of forwards do not count."""
-    state: list[Any] = []
-    for _, layer in compressed_layers(model):
-        tensors: list[torch.Tensor] = [p for p in layer._parameters.values() if p is not None]
-        tensors += [q.scale for q in layer.weight_quantizers if q.learned]
-        if layer.sparsity is not None:
-            tensors.append(layer.sparsity.mask)
+    tensors: list[torch.Tensor | None] = []
+    clips: list[tuple[torch.Tensor, int]] = []
+    for layer in every_layer(model):
+        tensors += layer._parameters.values()
+        for child in layer._modules.values():
+            if isinstance(child, WeightQuantizer):
+                tensors += child._parameters.values()  # a learned scale
+            elif isinstance(child, Sparsity):
+                tensors.append(child.mask)
+            elif isinstance(child, ActivationQuantizer):
+                clips += [(clip, child.own_writes) for clip in child._parameters.values() if clip is not None]
         norm = layer.links.norm
         if norm is not None:
-            tensors += [t for t in (norm.weight, norm.running_var) if t is not None]
-        state += [(id(t), _version(t)) for t in tensors]
-        for q in layer.own_quantizers:
-            state += [(id(t), _version(t) - q.own_writes) for t in (q.clip_max, q.clip_min)]
-    return tuple(state)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+            tensors += norm._parameters.values()
+            tensors.append(norm.running_var)
+    present = [(t, 0) for t in tensors if t is not None] + clips
+    return tuple([(id(t), 0 if t.is_inference() else t._version - writes) for t, writes in present])
 
 
 def check_record(model: nn.Module, record: Record, source: str) -> None:
@@ -224,7 +239,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
 def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
     quantisers = _quantizers(model)
-    if quantisers and bool(torch.stack([q.invalid for q in quantisers]).any()):
+    if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
 
@@ -255,7 +270,7 @@ def own_buffers(model: nn.Module) -> list[str]:
 
 
 def _quantizers(model: nn.Module) -> list[ActivationQuantizer]:
-    return [quantizer for _, layer in compressed_layers(model) for quantizer in layer.own_quantizers]
+    return [quantizer for layer in every_layer(model) for quantizer in layer.own_quantizers]
 
 
 def untraced(function: Callable[..., None]) -> Callable[..., None]:
@@ -267,9 +282,29 @@ def _before_forward(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     session = getattr(model, _ATTRIBUTE)
-    session.running.enter(sys._getframe(1))
+    session.running.enter(sys._getframe(1), model.training)
     if not model.training:
-        link_norms(model, session.conv_bn)
+        if not norms_linked(model, session.conv_bn):
+            link_norms(model, session.conv_bn)
+        if not leaves_no_trace():
+            _note_state(model, session)
+
+
+def _note_state(model: nn.Module, session: Session) -> None:
+    """Before an evaluation: shifts that were searched on another state, which each layer feels, start over.
+
+    Of what was loaded or copied the scales tell.
+    """
+    state = _state_behind(model)
+    if state == session.evaluated or _without_values(model):
+        return
+    searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
+    searches = [(search, layer) for search, layer in searches if search.has_result]
+    own = session.evaluated is not None and all(search.is_own for search, _ in searches)
+    if own or not all(layer.ready and search.made_with(layer.deq_scale()) for search, layer in searches):
+        for search, _ in searches:
+            search.forget()
+    session.evaluated = state
 
 
 def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
@@ -283,8 +318,10 @@ def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
 def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     session = getattr(model, _ATTRIBUTE)
     learning = model.training or session.running.calibrating
-    if several_ranks() and learning:
-        share_ranges(_quantizers(model))
+    if several_ranks() and not leaves_no_trace():
+        quantizers = _quantizers(model)
+        if learning or any(quantizer.training for quantizer in quantizers):
+            share_ranges(quantizers)
     if torch.compiler.is_compiling() or leaves_no_trace():
         return
     if learning:
@@ -296,8 +333,15 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
 def _follow(model: nn.Module) -> None:
     """Write the record anew where the state behind it is not what it was made of."""
     session = session_of(model)
-    if session.recorded is None or session.recorded != _state_behind(model):
+    if _without_values(model):
+        return
+    if session.recorded is None or session.recorded != session.evaluated:
         write_record(model)
+
+
+def _without_values(model: nn.Module) -> bool:
+    """Whether the model is on the meta device."""
+    return any(parameter.is_meta for parameter in itertools.islice(model.parameters(), 1))
 
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -305,7 +349,8 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _after_load(model: nn.Module, incompatible: Any) -> None:
-    getattr(model, _ATTRIBUTE).recorded = None
+    session = getattr(model, _ATTRIBUTE)
+    session.recorded = session.evaluated = None
 
 
 def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:

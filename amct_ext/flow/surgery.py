@@ -26,6 +26,21 @@ def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]
             yield name, module
 
 
+def every_layer(model: nn.Module) -> list[CompressedLayer]:
+    """All compressed layers in registration order, without names: what hooks of every forward ask for."""
+    found: list[CompressedLayer] = []
+    seen: set[nn.Module | None] = {None}
+    pending: list[nn.Module | None] = [model]
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            if isinstance(module, CompressedLayer):
+                found.append(module)
+            pending += reversed(module._modules.values())  # type: ignore[union-attr]
+    return found
+
+
 def placed_layers(model: nn.Module) -> dict[str, tuple[str, CompressedLayer]]:
     """Name at create -> present name and module of each compressed layer.
 
@@ -96,6 +111,24 @@ def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
             if layer.links.norm is not None:
                 present[name] = norm
     return present
+
+
+def norms_linked(model: nn.Module, pairs: Mapping[str, str]) -> bool:
+    """Whether `link_norms` has nothing to change, in a fraction of its time; False also where a layer has moved."""
+    for conv, norm in pairs.items():
+        layer, follower = _at(model, conv), _at(model, norm)
+        if not isinstance(layer, CompressedLayer) or layer.layer_name != conv:
+            return False
+        if layer.links.norm is not (follower if follower is not None and foldable(follower) else None):
+            return False
+    return True
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
 
 
 def foldable(norm: nn.Module) -> bool:

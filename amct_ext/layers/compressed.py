@@ -143,11 +143,11 @@ class CompressedLayer(nn.Module):
 
         The search decides on the host and would be traced once a layer, in a graph of its own.
         """
-        if torch.compiler.is_compiling() or self.search_n is None or self.activation is None or self.training:
+        if torch.compiler.is_compiling() or self.search_n is None or self.training or not self.search_n.wants_data:
             return False
-        if not self.search_n.wants_data or self.activation.running.calibrating:
+        if self.activation is None or self.activation.running.calibrating or self.activation.running.training:
             return False
-        return self.ready and not leaves_no_trace()
+        return not leaves_no_trace() and not self.weight.is_meta and self.ready
 
     @property
     def ready(self) -> bool:
@@ -199,6 +199,7 @@ class CompressedLayer(nn.Module):
         weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
         return F.batch_norm(y, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
 
+    @torch.no_grad()
     def _search_shift(self, search: ShiftSearch, y: Tensor, sums: Tensor | None) -> None:
         axis = (self.channel_axis_out if y.dim() > 1 else 0) % y.dim()
         deq_scale = self.deq_scale()

@@ -49,9 +49,12 @@ class HostValue:
 
     def read(self, buffer: Tensor) -> float:
         """The number in ``buffer``."""
-        if torch.compiler.is_compiling() or buffer.device.type == "meta" or leaves_no_trace():
+        kind = buffer.device.type
+        if torch.compiler.is_compiling() or kind == "meta" or leaves_no_trace():
             return self.value
-        if buffer.device.type == "cpu" or not self._watch.unchanged(buffer):
+        if kind == "cpu":
+            self.value = buffer.item()
+        elif not self._watch.unchanged(buffer):
             self.wrote(buffer, buffer.item())
         return self.value
 

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from amct_ext import ops
 from amct_ext.layers.norms import folded
+from amct_ext.layers.phase import in_backward
 
 logger = logging.getLogger("amct_ext")
 
@@ -49,13 +50,16 @@ class Running:
     def __init__(self, first: int = 1) -> None:
         self.calibrating = False  # evaluations calibrate, too: `calibrate` asked for it
         self.warned = False
+        self._last_training = False
         self._numbers = itertools.count(first)
         self._here = threading.local()
 
-    def enter(self, frame: FrameType) -> None:
-        """Note that ``frame`` runs the model; one within another belongs to it."""
-        outer = self.forward
-        self._begun().append((frame, next(self._numbers) if outer is None else outer))
+    def enter(self, frame: FrameType, training: bool = False) -> None:
+        """Note that ``frame`` runs the model, in training mode or not; one within another belongs to it."""
+        outer = self._present()
+        number, training = (next(self._numbers), training) if outer is None else outer[1:]
+        self._last_training = training
+        self._begun().append((frame, number, training))
 
     def leave(self, frame: FrameType) -> None:
         """Note that ``frame``, or one that it called, has run the model."""
@@ -66,12 +70,19 @@ class Running:
     @property
     def forward(self) -> int | None:
         """Which forward of the model is under way here; None where there is none, or in a compiled graph."""
-        if torch.compiler.is_compiling():
-            return None
-        begun = self._begun()
-        while begun and not _on_stack(begun[-1][0]):
-            begun.pop()
-        return begun[-1][1] if begun else None
+        present = self._present()
+        return None if present is None else present[1]
+
+    @property
+    def training(self) -> bool:
+        """Whether a training forward of the model is under way here, in which parts of it may be in eval mode.
+
+        A part that gradient checkpointing runs again belongs to the last forward.
+        """
+        present = self._present()
+        if present is None:
+            return self._last_training and not torch.compiler.is_compiling() and in_backward()
+        return present[2]
 
     def warn_uncalibrated(self, layer: str) -> None:
         """Say, once for a model, that it is evaluated before its calibration."""
@@ -84,9 +95,17 @@ class Running:
                 layer,
             )
 
-    def _begun(self) -> list[tuple[FrameType, int]]:
+    def _present(self) -> tuple[FrameType, int, bool] | None:
+        if torch.compiler.is_compiling():
+            return None
+        begun = self._begun()
+        while begun and not _on_stack(begun[-1][0]):
+            begun.pop()
+        return begun[-1] if begun else None
+
+    def _begun(self) -> list[tuple[FrameType, int, bool]]:
         try:
-            found: list[tuple[FrameType, int]] = self._here.begun
+            found: list[tuple[FrameType, int, bool]] = self._here.begun
         except AttributeError:
             found = self._here.begun = []
         return found

@@ -20,14 +20,27 @@ def leaves_no_trace() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (
-        torch._C._current_graph_task_id() != -1
+        in_backward()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or (
-            torch._C._len_torch_dispatch_stack() > 0
-            and any(isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack())
-        )
+        or _in_tracer()
     )
+
+
+def readable(x: torch.Tensor) -> bool:
+    """Whether the host can ask for a value now: not while a graph is made, nor on the meta device."""
+    return not (torch.compiler.is_compiling() or x.is_meta or _in_tracer())
+
+
+def _in_tracer() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, _TRACERS) for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+def in_backward() -> bool:
+    """Whether this thread is computing gradients just now."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def segment() -> tuple[bool, object]:

@@ -13,7 +13,7 @@ from amct_ext.errors import InvalidDataError
 from amct_ext.layers.gathering import Calibration, batch_range, fits
 from amct_ext.layers.host_value import HostValue
 from amct_ext.layers.pending import Running
-from amct_ext.layers.phase import leaves_no_trace
+from amct_ext.layers.phase import leaves_no_trace, readable
 from amct_ext.layers.precision import KeepsPrecision
 from amct_ext.layers.product import Codes
 from amct_ext.layers.sharing import Shared
@@ -95,8 +95,15 @@ class ActivationQuantizer(KeepsPrecision):
 
     @property
     def learning(self) -> bool:
-        """Whether the present forward may calibrate: one of training, or one of `calibrate`."""
-        return (self.training or self.running.calibrating) and not leaves_no_trace()
+        """Whether the present forward may calibrate: one of training, or one of `calibrate`.
+
+        A part in eval mode within a model in training mode (a frozen backbone) sees training data, too.
+        """
+        return self._of_training and not leaves_no_trace()
+
+    @property
+    def _of_training(self) -> bool:
+        return self.training or self.running.calibrating or self.running.training
 
     def forward(self, x: Tensor, used: list[Tensor] | None = None) -> Tensor:
         """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input.
@@ -104,7 +111,8 @@ class ActivationQuantizer(KeepsPrecision):
         ``used`` takes up the result and what it was made of: the input, the effective clips (maximum, minimum).
         """
         made = self._make(x)
-        self.shared.keep(made, x, self.num_readers - 1, self.running.forward)
+        if self.num_readers > 1:
+            self.shared.keep(made, x, self.num_readers - 1, self.running.forward)
         if used is not None:
             used += made
         return made[0]
@@ -142,13 +150,16 @@ class ActivationQuantizer(KeepsPrecision):
 
     def range_for(self, x: Tensor) -> Range:
         """The clips for ``x``, calibrating on it first where that is due. Errors: InvalidDataError."""
-        self.calibrate(x)
+        finished = self.calibrated
+        if not finished:
+            self.calibrate(x)
+            finished = self.calibrated
         own = Range(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, kept=True)
-        if self.calibrated or x.numel() == 0:
+        if finished or x.numel() == 0:
             return own
-        if torch.compiler.is_compiling():
+        if not readable(self.clip_max):
             return own if self.learning else self._range_of(x)
-        if self._has_range() if self.training or self.running.calibrating else self.ready:
+        if self._has_range() if self._of_training else self.ready:
             return own
         self.running.warn_uncalibrated(self.layer)
         return self._range_of(x)
@@ -158,7 +169,7 @@ class ActivationQuantizer(KeepsPrecision):
 
         Errors: InvalidDataError.
         """
-        if self.calibrated or x.numel() == 0 or not self.learning:
+        if self.calibrated or x.numel() == 0 or x.is_meta or not self.learning:
             return
         forward = self.running.forward
         if forward is None or forward != self._calibrated_in:
@@ -233,11 +244,11 @@ class ActivationQuantizer(KeepsPrecision):
     def _range_of(self, x: Tensor) -> Range:
         """The range that a calibration with ``x`` as its next batch would use; nothing is kept.
 
-        In a compiled graph, which cannot ask, clips that are a range go first; decided on the device.
+        Where the host cannot ask, clips that are a range go first; decided on the device.
         """
         last = self._seen.value + 1 >= self.batch_num
         clip_max, clip_min = batch_range(_values(x.detach()), self.num_bits, last)
-        if torch.compiler.is_compiling() and self._seen.value == 0:
+        if not readable(self.clip_max) and self._seen.value == 0:
             usable = self.clip_max - self.clip_min > torch.finfo(torch.float32).eps
             clip_max = torch.where(usable, self.clip_max, clip_max)
             clip_min = torch.where(usable, self.clip_min, clip_min)
@@ -252,6 +263,12 @@ class ActivationQuantizer(KeepsPrecision):
             seen = 0
         last = seen + 1 >= self.batch_num
         clip_max, clip_min = self.calibration.add(_values(x), self.num_bits, last, self.layer)
+        if torch.compiler.is_compiling():  # the host may not know that somebody wrote finished clips here
+            finished = self.batches_seen >= self.batch_num
+            clip_max, clip_min = (
+                torch.where(finished, clip, found)
+                for clip, found in ((self.clip_max, clip_max), (self.clip_min, clip_min))
+            )
         self.clip_max.copy_(clip_max)
         self.clip_min.copy_(clip_min)
         if last:
@@ -295,12 +312,14 @@ class WeightQuantizer(KeepsPrecision):
     ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the
     first), and a Parameter for learned scales, set from the weight's range by the first training forward, which also
     sets ``initialised`` to one. That flag is a float, so that an average of the model carries it too; above zero it is
-    set. An evaluation before that uses the range of the present weight. Sources: AMCT's ARQ and weight ULQ; Esser et
-    al. 2020 (learned step size).
+    set. An average over parameters alone does not: a scale other than the one made at construction (``start``, in no
+    state dict) has begun as well. An evaluation before that uses the range of the present weight. Sources: AMCT's ARQ
+    and weight ULQ; Esser et al. 2020 (learned step size).
     """
 
     scale: Tensor
-    initialised: Tensor  # learned scales only
+    initialised: Tensor  # learned scales only, as is `start`
+    start: Tensor
 
     def __init__(self, plan: WeightQuant, weight: Tensor, channel_axis: int, grad_factor: float) -> None:
         super().__init__()
@@ -309,10 +328,12 @@ class WeightQuantizer(KeepsPrecision):
         self.learned = plan.algo == "ulq_retrain"
         self.grad_factor = grad_factor
         start = ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
+        self.running = Running()
         self._initialised = HostValue(0)
         if self.learned:
             self.scale = nn.Parameter(start.clone())
             self.register_buffer("initialised", torch.zeros((), dtype=torch.float32, device=weight.device))
+            self.register_buffer("start", start.clone(), persistent=False)
         else:
             self.register_buffer("scale", torch.full_like(start, _NAN))
 
@@ -329,15 +350,28 @@ class WeightQuantizer(KeepsPrecision):
             return y
         if mask is not None:
             weight = ops.apply_mask(weight, mask)
-        if self.training and not leaves_no_trace():
-            self.initialise(weight)
-        used = self.scale if self.ready else self.present_scale(weight)
+        used = self.scale
+        if not self._marked:
+            if (self.training or self.running.training) and not leaves_no_trace():
+                self.initialise(weight)
+            else:
+                used = torch.where(self._begun(), self.scale, self._range_scale(weight))
         return ops.lsq_fake_quantize(weight, used, self.num_bits, self.channel_axis, self.grad_factor)
 
     @property
     def ready(self) -> bool:
         """Whether the scale is that of a forward to come: always so for ARQ, from its start on for a learned one."""
-        return not self.learned or self._initialised.read(self.initialised) > 0
+        return not self.learned or self._marked or bool(self._begun())
+
+    @property
+    def _marked(self) -> bool:
+        """Whether the flag of a learned scale is set, as far as the host can look."""
+        return self._initialised.read(self.initialised) > 0
+
+    @torch.no_grad()
+    def _begun(self) -> Tensor:
+        """Whether a learned scale has begun, on the device."""
+        return (self.initialised > 0) | (self.scale != self.start).any()
 
     @torch.no_grad()
     def used_scale(self) -> Tensor:
@@ -349,20 +383,23 @@ class WeightQuantizer(KeepsPrecision):
         """The scale that a forward on ``weight`` would use now; nothing is changed."""
         if self.learned and self.ready:
             return self.used_scale()
+        return self._range_scale(weight)
+
+    def _range_scale(self, weight: Tensor) -> Tensor:
         return ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
 
     @torch.no_grad()
     def initialise(self, weight: Tensor) -> None:
         """Start a learned scale from the range of ``weight``, masked already; does nothing once it has begun."""
-        if not self.ready:
-            self.scale.copy_(ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1])
+        if self.learned and not self._marked:
+            self.scale.copy_(torch.where(self._begun(), self.scale, self._range_scale(weight)))
             self.initialised.fill_(1.0)
             self._initialised.wrote(self.initialised, 1.0)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.learned:
-            self._initialised.read(self.initialised)
+        if self.learned and self._initialised.read(self.initialised) <= 0:
+            self.start = self.scale.detach().clone()
 
     def extra_repr(self) -> str:
         algo = "learned scale" if self.learned else "ARQ"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import StaleStateError
-from amct_ext.layers.host_value import HostValue
+from amct_ext.layers.host_value import HostValue, Watch
 from amct_ext.layers.precision import KeepsPrecision
 
 NUM_SHIFTS = 16
@@ -35,6 +35,7 @@ class ShiftSearch(KeepsPrecision):
         self.register_buffer("deq_scale", torch.zeros(num_scales, dtype=torch.float32, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
         self._batches = HostValue(0)
+        self._own = Watch()
 
     @torch.no_grad()
     def forget(self) -> None:
@@ -42,6 +43,15 @@ class ShiftSearch(KeepsPrecision):
         if self.has_result:
             self.batches.zero_()
             self._batches.wrote(self.batches, 0)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the errors were gathered here, not loaded or copied from another model."""
+        return self._own.unchanged(self.errors)
+
+    def made_with(self, deq_scale: Tensor) -> bool:
+        """Whether the search saw these scales; reads the device."""
+        return torch.equal(self.deq_scale, deq_scale.to(self.deq_scale))
 
     @property
     def wants_data(self) -> bool:
@@ -79,6 +89,7 @@ class ShiftSearch(KeepsPrecision):
             self.errors.add_(batch.sum(0, keepdim=True))
         else:
             ops.shift_error_(output, step, self.errors, channel_axis)
+        self._own.remember(self.errors)
 
     def result(self, layer: str, deq_scale: Tensor) -> list[int]:
         """The shifts N (1..16), one per scale. Errors: StaleStateError where no evaluation saw the present scales."""
@@ -88,7 +99,7 @@ class ShiftSearch(KeepsPrecision):
             )
         if not bool(torch.isfinite(deq_scale).all() and (deq_scale > 0).all()):
             raise StaleStateError(f"layer '{layer}': dequantisation scales must be positive and finite")
-        if not torch.equal(self.deq_scale, deq_scale.to(self.deq_scale)):
+        if not self.made_with(deq_scale):
             raise StaleStateError(
                 f"layer '{layer}': scales changed since the shift search; run an evaluation forward again"
             )
