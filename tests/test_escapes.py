@@ -16,7 +16,7 @@ from any_job import AnyJob, off, run
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.graph.run import own_arguments
+from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import trace
 
 SPARSE_QUANT = small.SPARSE % 0 + small.QUANT
@@ -173,6 +173,14 @@ def test_layers_skipped_at_random_do_run_in_training() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_layer_in_a_closure_runs_in_training_too() -> None:
+    """An idle layer makes it worth while to look; what a lambda holds is looked at in the same copy."""
+    net = Written(lambda net, x: net.head(net.run(x)), body=linear(), head=linear(), unused=linear())
+    body = net.body
+    net.run = lambda x: body(x)
+    assert not trace(net, torch.randn(2, 8)).left_alone
+
+
 def test_a_model_that_cannot_train_on_the_example_gives_no_verdict() -> None:
     def forward(net: Any, x: Tensor) -> Tensor:
         if net.training:
@@ -292,8 +300,8 @@ def test_the_callers_tensors_stay_as_they_are(tmp_path: Path, config: str) -> No
     job, net = AnyJob(tmp_path, config), Writes()
     model = job.create(net, data)
     assert whole()
-    model.train()(*own_arguments(data))
-    model.eval()(*own_arguments(data))
+    model.train()(*Inputs(data).copied().args)
+    model.eval()(*Inputs(data).copied().args)
     torch.save({"model": model.state_dict()}, tmp_path / "state.pth")
     restored = (net, data, job.config, job.record, str(tmp_path / "state.pth"), "model")
     amct_ext.restore_compressed_retrain_model(*restored)
@@ -307,12 +315,12 @@ def test_the_callers_tensors_stay_as_they_are(tmp_path: Path, config: str) -> No
 def test_arguments_are_copied_as_they_are() -> None:
     leaf = torch.ones(2, requires_grad=True)
     module, text = linear(), "text"
-    x, inside, same, again, kept = own_arguments((leaf * 2, {"a": [leaf]}, text, leaf, module))
+    x, inside, same, again, kept = Inputs((leaf * 2, {"a": [leaf]}, text, leaf, module)).copied().args
     assert x.requires_grad
     assert x.is_leaf
     assert inside["a"][0] is again
     assert again is not leaf
     assert (same, kept) == (text, module)
-    (other, lock) = own_arguments((leaf, (item for item in ())))  # what cannot be copied stays
+    (other, lock) = Inputs((leaf, (item for item in ()))).copied().args  # what cannot be copied stays
     assert other is not leaf
     assert list(lock) == []

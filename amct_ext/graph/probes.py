@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.layer_types import QUANTIZABLE, keeps_forward
 from amct_ext.graph.run import preserved_random_state, tensors_in, undisturbed
 from amct_ext.graph.values import Node
+from amct_ext.references import copy_model
 
 Calls = Mapping[str, list[Node]]
 
@@ -37,7 +37,7 @@ def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collect
     if not idle and all(id(parameter) in used or not parameter.requires_grad for parameter in model.parameters()):
         return frozenset()
     try:
-        scratch = copy.deepcopy(model).train()
+        scratch = copy_model(model).train()
         with preserved_random_state(scratch), _reported_to(scratch, candidates):
             for _ in range(_TRAINING_FORWARDS):
                 inputs.copied().call(scratch)

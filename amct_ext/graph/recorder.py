@@ -118,8 +118,10 @@ class _Recorder(TorchDispatchMode):
             for module in self._model.modules():
                 # Of nn.Module itself: a scripted module runs hooks, but forbids to register them.
                 handles.append(nn.Module.register_forward_pre_hook(module, self._enter, with_kwargs=True))
-                # always_call: a model may catch the exception of a part of it and go on
-                handles.append(nn.Module.register_forward_hook(module, self._leave, with_kwargs=True, always_call=True))
+                # In front of the user's hooks: what they make of a result (an activation, a call of another layer)
+                # comes after the layer. always_call: a model may catch the exception of a part of it and go on.
+                leave = nn.Module.register_forward_hook
+                handles.append(leave(module, self._leave, prepend=True, with_kwargs=True, always_call=True))
             yield
         finally:
             for handle in handles:
