@@ -67,7 +67,7 @@ def test_decoders_too(tmp_path: Path) -> None:
         plain = model(*data)
     assert off(plain, model(*data).detach()) < 1e-5
     report = amct_ext.explain(model)
-    assert "reads its weight" in report["encoder.layers.0.self_attn.out_proj"].not_quantised
+    assert "without calling" in report["encoder.layers.0.self_attn.out_proj"].not_quantised
     assert report["decoder.layers.0.linear1"].quantised
 
 
@@ -101,7 +101,7 @@ def test_an_unread_result(tmp_path: Path, config: str, unread: Any, caplog: pyte
 
     x = torch.randn(2, 4, 8)
     job = AnyJob(tmp_path, config)
-    model = job.calibrated(Written(forward, body=linear(), pooler=unread(), head=linear()), x)
+    model = job.calibrated(Written(forward, body=nn.Sequential(linear(), linear()), pooler=unread(), head=linear()), x)
     assert "'pooler' is left as it is" in caplog.text
     report = amct_ext.explain(model)["pooler"]
     assert "reaches no tensor" in report.not_quantised or config == small.FILTER
@@ -150,7 +150,8 @@ class Merged(nn.Module):
 def test_a_block_merged_for_evaluation(
     tmp_path: Path, write: str, config: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), Merged(write), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Merged(write), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 8, 8)
     model = AnyJob(tmp_path, config).create(net, x)
     assert "'1.merged' is left as it is" in caplog.text
     report = amct_ext.explain(model)
@@ -158,6 +159,71 @@ def test_a_block_merged_for_evaluation(
     assert "not in training" in report["1.merged"].not_pruned + report["1.merged"].not_quantised
     model.train()(x).mean().backward()
     model.eval()(x)
+
+
+class Rewritten(nn.Module):
+    """A layer whose weight or bias forward changes, in training and evaluation."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.conv, self.change = nn.Conv2d(8, 8, 3, padding=1), change
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        if self.change == "weight":
+            self.conv.weight.clamp_(-0.1, 0.1)
+        elif self.change == "bias":
+            self.conv.bias.zero_()
+        else:
+            self.conv.weight = nn.Parameter(self.conv.weight.clamp(-0.1, 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rewrite()
+        return self.conv(x)
+
+
+class MergedByTrain(nn.Module):
+    """Branches that `train(False)` merges and `train()` takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.merged = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), False
+
+    def train(self, mode: bool = True) -> Any:
+        if mode == self.merged:
+            delta = F.pad(self.narrow.weight.data, (1, 1, 1, 1))
+            self.wide.weight.data += -delta if mode else delta
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) if self.merged else self.wide(x) + self.narrow(x)
+
+
+REWRITTEN = {
+    "weight": (lambda: Rewritten("weight"), "1.conv", "forward writes"),
+    "bias": (lambda: Rewritten("bias"), "1.conv", "forward writes"),
+    "another parameter": (lambda: Rewritten("exchange"), "1.conv", "forward writes"),
+    "merged by train": (MergedByTrain, "1.narrow", "model.eval()"),
+}
+
+
+@pytest.mark.parametrize("kind", REWRITTEN)
+@pytest.mark.parametrize("config", [small.QUANT, SPARSE_QUANT], ids=["quant", "sparse_quant"])
+def test_weights_that_the_model_changes_itself(
+    tmp_path: Path, kind: str, config: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a layer is named at create and left float; what is trained can be saved."""
+    torch.manual_seed(0)
+    block, name, reason = REWRITTEN[kind]
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), block(), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 8, 8)
+    job = AnyJob(tmp_path, config)
+    model = job.create(net, x)
+    assert f"'{name}' is left as it is: {reason}" in caplog.text
+    assert amct_ext.explain(model)["0"].quantised
+    model.train()(x).mean().backward()
+    seen = model.eval()(x)
+    assert off(run(job.save(model, x)[0], x), seen) < 0.02
 
 
 def test_layers_skipped_at_random_do_run_in_training() -> None:
@@ -281,7 +347,7 @@ class Writes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.conv = linear(), nn.Conv2d(1, 4, 1)
+        self.fc, self.conv = nn.Sequential(linear(), linear()), nn.Conv2d(1, 4, 1)
 
     def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
         x -= 1.0

@@ -49,6 +49,25 @@ def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collect
 
 
 @torch.no_grad()
+def left_out_by_eval(model: nn.Module, inputs: Inputs, calls: Calls) -> frozenset[str]:
+    """Layers that ran in the recorded evaluation and do not run once `model.eval()` was called.
+
+    A recording only sets the modes; a `train` of the model's own may do more, such as merging branches. Empty where
+    there is none, and where the model cannot run then.
+    """
+    if all(type(module).train is nn.Module.train and type(module).eval is nn.Module.eval for module in model.modules()):
+        return frozenset()
+    candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
+    try:
+        scratch = copy_model(model).eval()
+        with preserved_random_state(scratch), _reported_to(scratch, candidates):
+            inputs.copied().call(scratch)
+    except Exception:
+        return frozenset()
+    return frozenset(candidates)
+
+
+@torch.no_grad()
 def confirmed_unread(model: nn.Module, inputs: Inputs, unread: Collection[str]) -> frozenset[str]:
     """``unread`` (layers from which no recorded op leads to an output), or nothing where outputs depend on them.
 

@@ -43,7 +43,8 @@ class Doubt:
 class Recording:
     """Nodes in execution order, the values that went in and came out, and the calls of each layer by name.
 
-    `doubts` are the places that an exporter may not be able to follow, each with what stands there.
+    `doubts` are the places that an exporter may not be able to follow, each with what stands there; `written` are the
+    parameters (qualified names) that the forward wrote into, or put another one in the place of.
     """
 
     nodes: list[Node]
@@ -52,6 +53,7 @@ class Recording:
     calls: dict[str, list[Node]]
     foreign: list[nn.Parameter]  # parameters that an op read and that are none of the model's
     doubts: tuple[Doubt, ...]
+    written: frozenset[str]
 
 
 def record(model: nn.Module, input_data: Any) -> Recording:
@@ -87,7 +89,8 @@ class _Recorder(TorchDispatchMode):
         self._scopes: list[str] = []
         self._layers: list[tuple[nn.Module, tuple[Value | None, ...]]] = []
         self._used_names: dict[str, int] = {}
-        for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        self._parameters = dict(model.named_parameters())
+        for kind, named in (("parameter", self._parameters.items()), ("buffer", model.named_buffers())):
             for name, tensor in named:
                 self._bind(tensor, _value_of(tensor, kind, name))
         self.inputs = tuple(
@@ -97,7 +100,15 @@ class _Recorder(TorchDispatchMode):
     def recording(self, output: Any) -> Recording:
         """What was recorded; `output` is what the model returned."""
         outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
-        return Recording(self.nodes, self.inputs, outputs, self.calls, self.foreign, tuple(self.doubts))
+        present = dict(self._model.named_parameters())
+        exchanged = {name for name, parameter in self._parameters.items() if present.get(name) is not parameter}
+        for name in sorted(exchanged):
+            self.doubts[Doubt(f"another parameter put in the place of '{name}'", "", "")] = None
+        written = {name for name, value in self._parameters.items() if self._values[id(value)].kind == "computed"}
+        doubts = tuple(self.doubts)
+        return Recording(
+            self.nodes, self.inputs, outputs, self.calls, self.foreign, doubts, frozenset(written | exchanged)
+        )
 
     def note_read(self, tensor: torch.Tensor, how: str) -> None:
         """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
