@@ -114,6 +114,8 @@ class _Recorder(TorchDispatchMode):
         """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
         if not self._layers and self._lookup(tensor).follows_input():
             self._doubt(f"{how.strip('_')}() of a tensor")
+            if how in ("numpy", "__array__"):  # its memory is handed out, and no op tells of what is written there
+                self._overwrite(tensor, self._related("host_memory", (self._lookup(tensor),), tensor))
 
     def _doubt(self, what: str) -> None:
         module = next((scope for scope in reversed(self._scopes) if scope), "")

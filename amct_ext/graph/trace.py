@@ -30,9 +30,9 @@ __all__ = ["Graph", "Node", "Value", "trace"]
 class Graph:
     """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
 
-    `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not run
-    in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that are
-    none of the model's. `doubts`: the places that make it worth while to try an export.
+    `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not
+    run in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that
+    are none of the model's. `doubts`: the places that make it worth while to try an export.
     """
 
     nodes: list[Node]
