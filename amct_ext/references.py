@@ -12,16 +12,16 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 _COMPUTED = (torch.Tensor, torch.jit.ScriptModule, torch.jit.ScriptFunction)
-_LEAVES = (
-    *_COMPUTED, type, types.ModuleType, types.BuiltinFunctionType, types.NoneType, bool, int, float, complex, str,
-    bytes, bytearray, range, torch.dtype, torch.device, *weakref.ProxyTypes,
+_LEAVES: tuple[type, ...] = (
+    *weakref.ProxyTypes, *_COMPUTED, type, types.ModuleType, types.BuiltinFunctionType, types.NoneType, bool, int,
+    float, complex, str, bytes, bytearray, range, torch.dtype, torch.device,
 )  # fmt: skip
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _PLAIN = (*_CONTAINERS, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
@@ -37,6 +37,8 @@ def copy_model(model: nn.Module) -> nn.Module:
     held = _reachable(model)
     memo: dict[int, Any] = {}
     for part in held.values():
+        if isinstance(part, nn.Module):  # a proxy copied as it is would become a second copy of its module
+            memo.update((id(proxy), proxy) for proxy in _proxies(part))
         if isinstance(part, torch.Tensor) and not part.is_leaf:
             memo[id(part)] = part.detach().clone()
         elif isinstance(part, torch.jit.ScriptFunction):
@@ -44,8 +46,8 @@ def copy_model(model: nn.Module) -> nn.Module:
         elif isinstance(part, torch.jit.ScriptModule):
             memo[id(part)] = _copy_of_scripted(part)
     duplicate = copy.deepcopy(model, memo)
-    new = {id(part): memo[id(part)] for part in held.values() if isinstance(part, nn.Module) and id(part) in memo}
-    _Rewriter(new, frozenset(held)).run(duplicate)
+    modules = [part for part in held.values() if isinstance(part, nn.Module) and id(part) in memo]
+    _Rewriter(_successors((part, memo[id(part)]) for part in modules), frozenset(held)).run(duplicate)
     return duplicate
 
 
@@ -65,8 +67,21 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.
     """
     if not new:
         return model
-    result: nn.Module = _Rewriter({id(old): module for old, module in new.items()}).run(model)
+    result: nn.Module = _Rewriter(_successors(new.items())).run(model)
     return result
+
+
+def _successors(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> dict[int, Any]:
+    """By identity, what stands for each old module, and for the weak proxies to it."""
+    found: dict[int, Any] = {}
+    for old, new in pairs:
+        found[id(old)] = new
+        found.update((id(proxy), weakref.proxy(new)) for proxy in _proxies(old))
+    return found
+
+
+def _proxies(module: nn.Module) -> list[Any]:
+    return [reference for reference in weakref.getweakrefs(module) if type(reference) in weakref.ProxyTypes]
 
 
 def slots_of(obj: Any) -> Iterator[tuple[Any, Any]]:

@@ -13,6 +13,7 @@ import pytest
 import small_models as small
 import torch
 import torch.nn.utils as utils
+from any_job import AnyJob, off, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -168,7 +169,7 @@ SCRIPTED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("config", ["quant", "filter_quant"])
 @pytest.mark.parametrize("kind", SCRIPTED)
 def test_scripted_parts_stay_float(tmp_path: Path, kind: str, config: str) -> None:
-    net = nn.Sequential(nn.Linear(8, 8), SCRIPTED[kind](), nn.Linear(8, 4))
+    net = nn.Sequential(nn.Linear(8, 8), SCRIPTED[kind](), nn.Linear(8, 8), nn.Linear(8, 4))
     before = {key: value.clone() for key, value in net.state_dict().items()}
     job = Job(tmp_path, small.CONFIGS[config])
     model = job.create(net)
@@ -368,3 +369,25 @@ def test_meta_tensors_are_refused_by_name(tmp_path: Path) -> None:
     for module, name in ((nn.Linear(8, 8, device="meta"), "1.weight"), (nn.BatchNorm1d(8, device="meta"), "1.weight")):
         with pytest.raises(ModelError, match=f"'{name}' is on the meta device"):
             job.create(nn.Sequential(nn.Linear(8, 8), module))
+
+
+class Positive(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.abs() + 0.1
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("config", ["filter", "filter_quant"])
+def test_a_computed_batch_norm_keeps_its_channels(tmp_path: Path, parameter: str, config: str) -> None:
+    """Its channels cannot be cut out of what computes them; other layers are pruned."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    utils.parametrize.register_parametrization(net[1], parameter, Positive())
+    job = AnyJob(tmp_path, small.CONFIGS[config])
+    x = torch.randn(2, 3, 6, 6)
+    model = job.calibrated(net, x)
+    report = amct_ext.explain(model)
+    assert f"its {parameter} is computed" in report["0"].not_pruned
+    assert model[3].out_channels < 8
+    seen = model.eval()(x)
+    assert off(run(job.save(model, x)[0], x), seen) < 0.02

@@ -16,7 +16,7 @@ from any_job import AnyJob, off, run
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.graph.run import own_arguments
+from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import trace
 
 SPARSE_QUANT = small.SPARSE % 0 + small.QUANT
@@ -67,7 +67,7 @@ def test_decoders_too(tmp_path: Path) -> None:
         plain = model(*data)
     assert off(plain, model(*data).detach()) < 1e-5
     report = amct_ext.explain(model)
-    assert "reads its weight" in report["encoder.layers.0.self_attn.out_proj"].not_quantised
+    assert "without calling" in report["encoder.layers.0.self_attn.out_proj"].not_quantised
     assert report["decoder.layers.0.linear1"].quantised
 
 
@@ -101,7 +101,7 @@ def test_an_unread_result(tmp_path: Path, config: str, unread: Any, caplog: pyte
 
     x = torch.randn(2, 4, 8)
     job = AnyJob(tmp_path, config)
-    model = job.calibrated(Written(forward, body=linear(), pooler=unread(), head=linear()), x)
+    model = job.calibrated(Written(forward, body=nn.Sequential(linear(), linear()), pooler=unread(), head=linear()), x)
     assert "'pooler' is left as it is" in caplog.text
     report = amct_ext.explain(model)["pooler"]
     assert "reaches no tensor" in report.not_quantised or config == small.FILTER
@@ -150,7 +150,8 @@ class Merged(nn.Module):
 def test_a_block_merged_for_evaluation(
     tmp_path: Path, write: str, config: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), Merged(write), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Merged(write), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 8, 8)
     model = AnyJob(tmp_path, config).create(net, x)
     assert "'1.merged' is left as it is" in caplog.text
     report = amct_ext.explain(model)
@@ -158,6 +159,71 @@ def test_a_block_merged_for_evaluation(
     assert "not in training" in report["1.merged"].not_pruned + report["1.merged"].not_quantised
     model.train()(x).mean().backward()
     model.eval()(x)
+
+
+class Rewritten(nn.Module):
+    """A layer whose weight or bias forward changes, in training and evaluation."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.conv, self.change = nn.Conv2d(8, 8, 3, padding=1), change
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        if self.change == "weight":
+            self.conv.weight.clamp_(-0.1, 0.1)
+        elif self.change == "bias":
+            self.conv.bias.zero_()
+        else:
+            self.conv.weight = nn.Parameter(self.conv.weight.clamp(-0.1, 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rewrite()
+        return self.conv(x)
+
+
+class MergedByTrain(nn.Module):
+    """Branches that `train(False)` merges and `train()` takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.merged = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), False
+
+    def train(self, mode: bool = True) -> Any:
+        if mode == self.merged:
+            delta = F.pad(self.narrow.weight.data, (1, 1, 1, 1))
+            self.wide.weight.data += -delta if mode else delta
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) if self.merged else self.wide(x) + self.narrow(x)
+
+
+REWRITTEN = {
+    "weight": (lambda: Rewritten("weight"), "1.conv", "forward writes"),
+    "bias": (lambda: Rewritten("bias"), "1.conv", "forward writes"),
+    "another parameter": (lambda: Rewritten("exchange"), "1.conv", "forward writes"),
+    "merged by train": (MergedByTrain, "1.narrow", "model.eval()"),
+}
+
+
+@pytest.mark.parametrize("kind", REWRITTEN)
+@pytest.mark.parametrize("config", [small.QUANT, SPARSE_QUANT], ids=["quant", "sparse_quant"])
+def test_weights_that_the_model_changes_itself(
+    tmp_path: Path, kind: str, config: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a layer is named at create and left float; what is trained can be saved."""
+    torch.manual_seed(0)
+    block, name, reason = REWRITTEN[kind]
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 1), block(), nn.Conv2d(8, 4, 1)), torch.randn(2, 3, 8, 8)
+    job = AnyJob(tmp_path, config)
+    model = job.create(net, x)
+    assert f"'{name}' is left as it is: {reason}" in caplog.text
+    assert amct_ext.explain(model)["0"].quantised
+    model.train()(x).mean().backward()
+    seen = model.eval()(x)
+    assert off(run(job.save(model, x)[0], x), seen) < 0.02
 
 
 def test_layers_skipped_at_random_do_run_in_training() -> None:
@@ -171,6 +237,14 @@ def test_layers_skipped_at_random_do_run_in_training() -> None:
     before = torch.get_rng_state()
     assert not any(trace(net, x).left_alone for _ in range(5))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_layer_in_a_closure_runs_in_training_too() -> None:
+    """An idle layer makes it worth while to look; what a lambda holds is looked at in the same copy."""
+    net = Written(lambda net, x: net.head(net.run(x)), body=linear(), head=linear(), unused=linear())
+    body = net.body
+    net.run = lambda x: body(x)
+    assert not trace(net, torch.randn(2, 8)).left_alone
 
 
 def test_a_model_that_cannot_train_on_the_example_gives_no_verdict() -> None:
@@ -220,6 +294,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
     "relu_": lambda x: x.relu_(),
     "add_": lambda x: x.add_(1.0),
     "a view": lambda x: x[:, :4].zero_(),
+    "numpy": lambda x: x.detach().numpy().fill(0.5),
 }
 
 
@@ -273,7 +348,7 @@ class Writes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.conv = linear(), nn.Conv2d(1, 4, 1)
+        self.fc, self.conv = nn.Sequential(linear(), linear()), nn.Conv2d(1, 4, 1)
 
     def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
         x -= 1.0
@@ -292,8 +367,8 @@ def test_the_callers_tensors_stay_as_they_are(tmp_path: Path, config: str) -> No
     job, net = AnyJob(tmp_path, config), Writes()
     model = job.create(net, data)
     assert whole()
-    model.train()(*own_arguments(data))
-    model.eval()(*own_arguments(data))
+    model.train()(*Inputs(data).copied().args)
+    model.eval()(*Inputs(data).copied().args)
     torch.save({"model": model.state_dict()}, tmp_path / "state.pth")
     restored = (net, data, job.config, job.record, str(tmp_path / "state.pth"), "model")
     amct_ext.restore_compressed_retrain_model(*restored)
@@ -307,12 +382,12 @@ def test_the_callers_tensors_stay_as_they_are(tmp_path: Path, config: str) -> No
 def test_arguments_are_copied_as_they_are() -> None:
     leaf = torch.ones(2, requires_grad=True)
     module, text = linear(), "text"
-    x, inside, same, again, kept = own_arguments((leaf * 2, {"a": [leaf]}, text, leaf, module))
+    x, inside, same, again, kept = Inputs((leaf * 2, {"a": [leaf]}, text, leaf, module)).copied().args
     assert x.requires_grad
     assert x.is_leaf
     assert inside["a"][0] is again
     assert again is not leaf
     assert (same, kept) == (text, module)
-    (other, lock) = own_arguments((leaf, (item for item in ())))  # what cannot be copied stays
+    (other, lock) = Inputs((leaf, (item for item in ()))).copied().args  # what cannot be copied stays
     assert other is not leaf
     assert list(lock) == []

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import small_models as small
 import torch
@@ -90,6 +91,17 @@ def weak(net: Any) -> Any:
     return lambda x: net.head(net.bn(reference()(x)).relu())
 
 
+def proxy(net: Any) -> Any:
+    net.parents = [weakref.proxy(net.conv), weakref.proxy(net)]
+    return lambda x: net.parents[1].head(net.bn(net.parents[0](x)).relu())
+
+
+def hooked(net: Any) -> Any:
+    """A hook calls the next layer."""
+    net.conv.register_forward_hook(lambda module, args, output: net.bn(output))
+    return lambda x: net.head(net.conv(x).relu())
+
+
 def defaults(net: Any) -> Any:
     queue = collections.deque([net.bn, net.head])
 
@@ -107,6 +119,8 @@ WIRES = {
     "partial": partial,
     "bound method": bound,
     "weak reference": weak,
+    "weak proxy": proxy,
+    "hook": hooked,
     "defaults": defaults,
 }
 
@@ -175,6 +189,45 @@ def test_a_global_layer_is_told_and_left_float(tmp_path: Path, caplog: pytest.Lo
     assert "'conv'" in caplog.text
     report = amct_ext.explain(model)["conv"]
     assert report.left_alone and "caller's own" in report.not_quantised
+
+
+@pytest.mark.parametrize("config", ["quant", "sparse_quant"])
+def test_a_layer_in_an_array_is_told_and_left_float(
+    tmp_path: Path, config: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wire(net: Any) -> Any:
+        net.array = np.array([net.conv], dtype=object)
+        return lambda x: net.head(net.bn(net.array[0](x)).relu())
+
+    with caplog.at_level(logging.WARNING):
+        model = create(Net(wire), small.CONFIGS[config], tmp_path / "job")
+    assert "'conv'" in caplog.text and "'head'" not in caplog.text
+    report = amct_ext.explain(model)
+    assert "followed" in report["conv"].not_quantised and report["head"].quantised
+    train(model)
+    model.eval()(X)
+    amct_ext.save_compressed_retrain_model(model, str(tmp_path / "job" / "r.txt"), str(tmp_path / "net"), X)
+
+
+@pytest.mark.parametrize("config", ["quant", "filter_quant"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_hook_makes_of_a_result_is_seen(tmp_path: Path, config: str, in_place: bool) -> None:
+    """An activation in a hook stands between convolution and BatchNorm, which is not folded then."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    def wire(net: Any) -> Any:
+        net.bn.running_var.uniform_(0.5, 2)
+        net.bn.running_mean.normal_()
+        net.conv.register_forward_hook(lambda module, args, output: output.relu_() if in_place else output.relu())
+        return named(net)
+
+    model = create(Net(wire), small.CONFIGS[config], tmp_path / "job")
+    train(model)
+    want = model.eval()(X)
+    amct_ext.save_compressed_retrain_model(model, str(tmp_path / "job" / "r.txt"), str(tmp_path / "net"), X)
+    session = onnxruntime.InferenceSession(str(tmp_path / "net_fake_quant_model.onnx"))
+    out = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+    assert (torch.from_numpy(out) - want).abs().max() < 0.02 * want.abs().max()
 
 
 def test_a_forward_called_past_the_layer_is_left_float(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.flow.saving import float_copy
+from amct_ext.flow.saving import to_plain
 
 KINDS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "Conv1d": (nn.Conv1d, (8, 8, 3), (2, 8, 9)),
@@ -116,7 +116,7 @@ def test_members_copies_and_state(tmp_path: Path, kind: str) -> None:
         restored = job.restore(net, x, state)
         assert torch.equal(restored.eval()(x), want)
         assert restored.layer.note == 9
-    plain = float_copy(model).layer
+    plain = to_plain(model, x).model.layer
     assert type(plain) is user and plain.note == 9 and plain.made_up == 42
     assert not any(name in vars(plain) for name in ("links", "layer_name", "sparsity"))
 
@@ -196,7 +196,7 @@ def test_classes_made_in_other_ways(tmp_path: Path, user: Any, config: str) -> N
         assert isinstance(other[0], user) and torch.equal(other(x), want)
         if user is Slotted:
             assert other[0].note == "n" and other[0].hidden() == 5
-    assert type(float_copy(model)[0]) is user
+    assert type(to_plain(model, x).model[0]) is user
     assert Registered.known == ["keyed"]
 
 
@@ -281,6 +281,15 @@ def test_amcts_files_say_which_subclasses_are_compressed(tmp_path: Path, flow: s
         amct_ext.save_quant_retrain_model(json, restored, record, str(tmp_path / "net"), x)
     else:
         amct_ext.save_compressed_retrain_model(restored, job.record, str(tmp_path / "net"), x)
+
+
+def test_a_class_with_a_forward_of_its_own_is_named(tmp_path: Path) -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    model = Job(tmp_path, small.QUANT).create(nn.Sequential(Twice(8, 8), nn.Linear(8, 4)), torch.randn(4, 8))
+    assert "Twice has a forward of its own" in amct_ext.explain(model)["0"].not_quantised
 
 
 def test_a_quantised_subclass_stays_quantised(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
         raise ExportError(f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised")
     raise ExportError(
         f"layer {layer!r} is in the record, but no {', '.join(sorted(LAYER_OPS))} of the exported graph reads its "
-        "weight: its forward does not run with this input_data"
+        "weight: in evaluation it does not run with this input_data, or computes with another weight than its own"
     )
 
 

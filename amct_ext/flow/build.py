@@ -23,8 +23,9 @@ from amct_ext.export.capture import shown
 from amct_ext.export.write import rehearse
 from amct_ext.flow.fused import separate_encoders
 from amct_ext.flow.session import Session, attach, session_of, start_record
-from amct_ext.flow.surgery import compressed_layers, insert_layers
+from amct_ext.flow.surgery import compressed_layers, insert_layers, planned_layers, unfollowed
 from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.layer_types import keeps_forward
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.layers.classes import standard_class
 from amct_ext.prune.channels import apply_channels, plan_channels
@@ -126,8 +127,10 @@ def _unreached(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTraits]
     foreign = {id(parameter) for parameter in graph.foreign}
     read = {name.rpartition(".")[0] for name in graph.parameter_readers()}
     reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
-    found = {name: LayerReasons(reason, reason) for name in traits if name in read and name not in graph.calls}
-    for name, layer in unwrap(model).named_modules():
+    layers = dict(unwrap(model).named_modules())
+    uncalled = [name for name in traits if name in read and name not in graph.calls and keeps_forward(layers[name])]
+    found = {name: LayerReasons(reason, reason) for name in uncalled}
+    for name, layer in layers.items():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}
         if name in traits and name not in graph.calls and own & foreign:
             reason = "the forward runs the caller's own layer, held by something that is no attribute of the model"
@@ -142,9 +145,9 @@ def _left_float(model: nn.Module, plan: Plan, state: Mapping[str, Any]) -> dict[
     AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
     """
     found = {}
-    for name, layer in plan.layers.items():
+    for name in (layer.name for layer in planned_layers(plan)):
         module = model.get_submodule(name)
-        if (layer.quant is None and not isinstance(layer.prune, SparsePrune)) or type(module) is standard_class(module):
+        if type(module) is standard_class(module):
             continue
         own = (f"{name}.weight_quant.", f"{name}.sparsity.")
         kept = all(f"{name}.{key}" in state for key in module._parameters if module._parameters[key] is not None)
@@ -160,6 +163,8 @@ def _insert(
     graph = trace(model, input_data)
     session.export_note = _export_note(model, graph, input_data)
     session.plan = after_pruning(session.plan, graph.traits(model))
+    planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in leave]
+    leave = {**leave, **unfollowed(model, parse_inputs(model, input_data), planned)}
     model, session.conv_bn, left = insert_layers(model, graph, session.plan, leave)
     for name, reason in left.items():
         sparse = isinstance(session.plan.layers[name].prune, SparsePrune)

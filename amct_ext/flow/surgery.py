@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
 from amct_ext.errors import ModelError
+from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.run import undisturbed
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.derive import take_attributes
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.references import replace_modules
 
 logger = logging.getLogger(__name__)
+_UNFOLLOWED = (
+    "the forward reaches it in a way that cannot be followed (an array of objects, ...); hold it in an attribute, "
+    "list, tuple or dict of the model"
+)
 
 
 def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:
@@ -53,6 +61,12 @@ def placed_layers(model: nn.Module) -> dict[str, tuple[str, CompressedLayer]]:
     return found
 
 
+def planned_layers(plan: Plan) -> list[LayerPlan]:
+    """The layers that a plan quantises or makes 2:4 sparse, those that become compressed layers."""
+    layers = plan.layers.values()
+    return [layer for layer in layers if layer.quant is not None or isinstance(layer.prune, SparsePrune)]
+
+
 def insert_layers(
     model: nn.Module, graph: Any, plan: Plan, leave: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
@@ -65,9 +79,8 @@ def insert_layers(
     modules = dict(model.named_modules())
     touched: dict[str, CompressedLayer] = {}
     left = {}
-    for name, layer_plan in plan.layers.items():
-        if layer_plan.quant is None and not isinstance(layer_plan.prune, SparsePrune):
-            continue
+    for layer_plan in planned_layers(plan):
+        name = layer_plan.name
         module = modules[name]
         cls, reason = compressed_class(module)
         reason = reason or leave.get(name, "")
@@ -92,6 +105,32 @@ def insert_layers(
             touched[conv].link_norm(modules[norm])
             pairs[conv] = norm
     return model, pairs, left
+
+
+def unfollowed(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
+    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to leave them.
+
+    An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
+    twins in the place of the layers. State changed: none, all is put back.
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    twins = {}
+    for layer in layers.values():
+        twins[layer] = object.__new__(type(layer))
+        take_attributes(twins[layer], layer)
+    ran: set[int] = set()
+    handles = [nn.Module.register_forward_pre_hook(layer, lambda module, _: ran.add(id(module))) for layer in twins]
+    replace_modules(model, twins)
+    try:
+        with undisturbed(model), torch.no_grad():
+            inputs.copied().call(model)
+    except Exception as error:  # the model ran before: something in it tells a twin from the layer
+        logger.debug("no forward with twins of the layers: %s", error)
+    finally:
+        replace_modules(model, {twin: layer for layer, twin in twins.items()})
+        for handle in handles:
+            handle.remove()
+    return {name: _UNFOLLOWED for name, layer in layers.items() if id(layer) in ran}
 
 
 def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:

@@ -73,11 +73,6 @@ def is_depthwise(module: nn.Module) -> bool:
     return groups > 1 and groups == getattr(module, "in_channels", None)
 
 
-def owns_weight(module: nn.Module) -> bool:
-    """Whether weight and bias are plain parameters of the module."""
-    return not computed_parameter(module)
-
-
 def computed_parameter(module: nn.Module) -> str:
     """The weight or bias of a layer that a property, parametrisation or weight norm computes; '' where none is."""
     names = ["weight", "bias"]
@@ -85,6 +80,6 @@ def computed_parameter(module: nn.Module) -> str:
         names = [name for name in module._flat_weights_names if name.startswith(("weight", "bias"))]
     for name in names:
         plain = name in module._parameters and not hasattr(type(module), name)
-        if not plain or (module._parameters[name] is None and name != "bias"):
+        if not plain or (module._parameters[name] is None and name != "bias" and layer_type(module) not in BATCH_NORMS):
             return name
     return ""

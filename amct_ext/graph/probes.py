@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.layer_types import QUANTIZABLE, keeps_forward
 from amct_ext.graph.run import preserved_random_state, tensors_in, undisturbed
 from amct_ext.graph.values import Node
+from amct_ext.references import copy_model
 
 Calls = Mapping[str, list[Node]]
 
@@ -37,12 +37,31 @@ def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collect
     if not idle and all(id(parameter) in used or not parameter.requires_grad for parameter in model.parameters()):
         return frozenset()
     try:
-        scratch = copy.deepcopy(model).train()
+        scratch = copy_model(model).train()
         with preserved_random_state(scratch), _reported_to(scratch, candidates):
             for _ in range(_TRAINING_FORWARDS):
                 inputs.copied().call(scratch)
                 if not candidates:
                     break
+    except Exception:
+        return frozenset()
+    return frozenset(candidates)
+
+
+@torch.no_grad()
+def left_out_by_eval(model: nn.Module, inputs: Inputs, calls: Calls) -> frozenset[str]:
+    """Layers that ran in the recorded evaluation and do not run once `model.eval()` was called.
+
+    A recording only sets the modes; a `train` of the model's own may do more, such as merging branches. Empty where
+    there is none, and where the model cannot run then.
+    """
+    if all(type(module).train is nn.Module.train and type(module).eval is nn.Module.eval for module in model.modules()):
+        return frozenset()
+    candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
+    try:
+        scratch = copy_model(model).eval()
+        with preserved_random_state(scratch), _reported_to(scratch, candidates):
+            inputs.copied().call(scratch)
     except Exception:
         return frozenset()
     return frozenset(candidates)

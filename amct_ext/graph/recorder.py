@@ -43,7 +43,8 @@ class Doubt:
 class Recording:
     """Nodes in execution order, the values that went in and came out, and the calls of each layer by name.
 
-    `doubts` are the places that an exporter may not be able to follow, each with what stands there.
+    `doubts` are the places that an exporter may not be able to follow, each with what stands there; `written` are the
+    parameters (qualified names) that the forward wrote into, or put another one in the place of.
     """
 
     nodes: list[Node]
@@ -52,6 +53,7 @@ class Recording:
     calls: dict[str, list[Node]]
     foreign: list[nn.Parameter]  # parameters that an op read and that are none of the model's
     doubts: tuple[Doubt, ...]
+    written: frozenset[str]
 
 
 def record(model: nn.Module, input_data: Any) -> Recording:
@@ -87,7 +89,8 @@ class _Recorder(TorchDispatchMode):
         self._scopes: list[str] = []
         self._layers: list[tuple[nn.Module, tuple[Value | None, ...]]] = []
         self._used_names: dict[str, int] = {}
-        for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        self._parameters = dict(model.named_parameters())
+        for kind, named in (("parameter", self._parameters.items()), ("buffer", model.named_buffers())):
             for name, tensor in named:
                 self._bind(tensor, _value_of(tensor, kind, name))
         self.inputs = tuple(
@@ -97,12 +100,22 @@ class _Recorder(TorchDispatchMode):
     def recording(self, output: Any) -> Recording:
         """What was recorded; `output` is what the model returned."""
         outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
-        return Recording(self.nodes, self.inputs, outputs, self.calls, self.foreign, tuple(self.doubts))
+        present = dict(self._model.named_parameters())
+        exchanged = {name for name, parameter in self._parameters.items() if present.get(name) is not parameter}
+        for name in sorted(exchanged):
+            self.doubts[Doubt(f"another parameter put in the place of '{name}'", "", "")] = None
+        written = {name for name, value in self._parameters.items() if self._values[id(value)].kind == "computed"}
+        doubts = tuple(self.doubts)
+        return Recording(
+            self.nodes, self.inputs, outputs, self.calls, self.foreign, doubts, frozenset(written | exchanged)
+        )
 
     def note_read(self, tensor: torch.Tensor, how: str) -> None:
         """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
         if not self._layers and self._lookup(tensor).follows_input():
             self._doubt(f"{how.strip('_')}() of a tensor")
+            if how in ("numpy", "__array__"):  # its memory is handed out, and no op tells of what is written there
+                self._overwrite(tensor, self._related("host_memory", (self._lookup(tensor),), tensor))
 
     def _doubt(self, what: str) -> None:
         module = next((scope for scope in reversed(self._scopes) if scope), "")
@@ -118,8 +131,10 @@ class _Recorder(TorchDispatchMode):
             for module in self._model.modules():
                 # Of nn.Module itself: a scripted module runs hooks, but forbids to register them.
                 handles.append(nn.Module.register_forward_pre_hook(module, self._enter, with_kwargs=True))
-                # always_call: a model may catch the exception of a part of it and go on
-                handles.append(nn.Module.register_forward_hook(module, self._leave, with_kwargs=True, always_call=True))
+                # In front of the user's hooks: what they make of a result (an activation, a call of another layer)
+                # comes after the layer. always_call: a model may catch the exception of a part of it and go on.
+                leave = nn.Module.register_forward_hook
+                handles.append(leave(module, self._leave, prepend=True, with_kwargs=True, always_call=True))
             yield
         finally:
             for handle in handles:

@@ -11,7 +11,7 @@ from torch import nn
 from amct_ext.config.plan import LayerTraits
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.layer_types import BATCH_NORMS, CONVS, QUANTIZABLE
-from amct_ext.graph.probes import confirmed_unread, evaluated_only
+from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
 from amct_ext.graph.recorder import Doubt, record
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
@@ -20,6 +20,8 @@ _UNREAD = "its result reaches no tensor that the model returns"
 _EVALUATED_ONLY = (
     "it runs in evaluation but not in training, so nothing trains it (a block with branches that are merged into it?)"
 )
+_LEFT_OUT = "model.eval() takes it out of the forward (a train() of its own that merges it into another layer?)"
+_WRITTEN = "forward writes its weight or bias itself"
 
 __all__ = ["Graph", "Node", "Value", "trace"]
 
@@ -28,9 +30,9 @@ __all__ = ["Graph", "Node", "Value", "trace"]
 class Graph:
     """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
 
-    `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, or they never
-    run in training). `foreign`: parameters that ops read and that are none of the model's. `doubts`: the places that
-    make it worth while to try an export.
+    `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not
+    run in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that
+    are none of the model's. `doubts`: the places that make it worth while to try an export.
     """
 
     nodes: list[Node]
@@ -123,5 +125,8 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
     inputs = parse_inputs(model, input_data)
     read = [model.get_parameter(name) for name in graph.parameter_readers()]
     left = dict.fromkeys(confirmed_unread(model, inputs, graph.unread()), _UNREAD)
+    left |= dict.fromkeys(left_out_by_eval(model, inputs, graph.calls), _LEFT_OUT)
+    left |= dict.fromkeys((name.rpartition(".")[0] for name in recording.written), _WRITTEN)
     left |= dict.fromkeys(evaluated_only(model, inputs, graph.calls, read), _EVALUATED_ONLY)
-    return replace(graph, left_alone=left)
+    layers = {name for name, nodes in graph.calls.items() if nodes[0].op in QUANTIZABLE}
+    return replace(graph, left_alone={name: why for name, why in left.items() if name in layers})

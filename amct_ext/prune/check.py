@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from amct_ext.errors import RecordError
-from amct_ext.graph.layer_types import BATCH_NORMS, is_depthwise, layer_type, owns_weight
+from amct_ext.graph.layer_types import BATCH_NORMS, computed_parameter, is_depthwise, layer_type
 from amct_ext.prune.removal import LAYER_OPERATORS
 from amct_ext.record.types import ChannelRecord, PruneNode
 
@@ -62,8 +62,9 @@ def _module(modules: dict[str, nn.Module], node: PruneNode, where: str) -> nn.Mo
     if node.type not in operators:
         wanted = " or ".join(operators) or "none that channels can be removed from"
         raise RecordError(f"{where}: type of {node.name} is {node.type}, but it is a {_kind(module)} ({wanted})")
-    if layer_type(module) not in BATCH_NORMS and not owns_weight(module):
-        raise RecordError(f"{where}: the weight of {node.name} is computed (parametrisation or weight norm)")
+    computed = computed_parameter(module)
+    if computed:
+        raise RecordError(f"{where}: the {computed} of {node.name} is computed (parametrisation or weight norm)")
     return module
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from amct_ext.config.plan import FilterPrune, Plan
-from amct_ext.graph.layer_types import BATCH_NORMS, FILTER_PRUNABLE, is_depthwise
+from amct_ext.graph.layer_types import BATCH_NORMS, FILTER_PRUNABLE, computed_parameter, is_depthwise
 from amct_ext.graph.trace import Graph, Node, Value
 from amct_ext.graph.traits import why_not_usable
 from amct_ext.prune.groups import ChannelGroup, Layout, Member, Segment
@@ -194,6 +194,9 @@ def _layer_obstacles(
     if calls[0].op in BATCH_NORMS:
         if len(calls) > 1:
             yield f"it is called {len(calls)} times in one forward"
+        computed = computed_parameter(module)
+        if computed:
+            yield f"its {computed} is computed (parametrisation or weight norm)"
     else:
         reason = why_not_usable(graph.calls, name, module)
         if reason:
