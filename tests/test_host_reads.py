@@ -193,3 +193,44 @@ def test_reads_that_do_not_depend_on_the_input_are_no_matter(tmp_path: Path, cap
         _, wanted, out = job(tmp_path, Sizes(), X, small.QUANT)
     torch.testing.assert_close(out[0], wanted[0], atol=0.02, rtol=0)
     assert not caplog.text
+
+
+def test_a_tensor_that_only_decides_is_no_input_of_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.fc = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            y = self.gru(x)[0]
+            return self.fc(torch.stack([y[i, int(length) - 1] for i, length in enumerate(lengths)]))
+
+    (tmp_path / "c.cfg").write_text(small.QUANT)
+    data, record = (torch.randn(3, 7, 5), torch.tensor([7, 5, 3])), str(tmp_path / "r.txt")
+    model = amct_ext.create_compressed_retrain_model(Last(), data, str(tmp_path / "c.cfg"), record)
+    model.train()(*data)
+    expected = model.eval()(*data)
+    with caplog.at_level(logging.WARNING):
+        amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", data)
+    session = onnxruntime.InferenceSession(f"{tmp_path}/m_fake_quant_model.onnx")
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"x": data[0].numpy()})[0]), expected, atol=0.02, rtol=0
+    )
+    assert "lengths: no inputs of the files" in caplog.text
+
+
+def test_an_exporter_that_fails_prints_no_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.lstm = nn.Linear(5, 5), nn.LSTM(5, 6, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(self.a(x), lengths, batch_first=True)
+            return self.lstm(packed)[1][0][-1]
+
+    (tmp_path / "c.cfg").write_text(small.QUANT)
+    data, record = (torch.randn(3, 7, 5), torch.tensor([7, 5, 3])), str(tmp_path / "r.txt")
+    amct_ext.create_compressed_retrain_model(Packed(), data, str(tmp_path / "c.cfg"), record)
+    said = capfd.readouterr()
+    assert "graph(" not in said.out + said.err

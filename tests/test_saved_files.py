@@ -57,12 +57,13 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def trained(folder: Path, net: nn.Module, config: str, x: Tensor = X) -> tuple[nn.Module, str]:
+def trained(folder: Path, net: nn.Module, config: str, x: Any = X) -> tuple[nn.Module, str]:
     (folder / "c.cfg").write_text(config)
     record = str(folder / "r.txt")
     model = amct_ext.create_compressed_retrain_model(net, x, str(folder / "c.cfg"), record)
-    model.train()(x)
-    model.eval()(x)
+    arguments = x if isinstance(x, tuple) else (x,)
+    model.train()(*arguments)
+    model.eval()(*arguments)
     return model, record
 
 
@@ -251,3 +252,27 @@ def test_a_graph_that_the_runtime_refuses_is_traced_instead(tmp_path: Path, monk
     amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", X)
     torch.testing.assert_close(outputs(tmp_path)[0], model(X), atol=0.02, rtol=0)
     assert len(seen) == 2
+
+
+class Sum(Net):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.b(self.a(x)) + t.mean()
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_goes_into_a_float32_model(narrow: torch.dtype, tmp_path: Path) -> None:
+    """The files take float32, and are tried with that."""
+    x = (X, torch.rand(4).to(narrow))
+    model, record = trained(tmp_path, Sum(), small.QUANT, x)
+    amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", x)
+    assert not types(tmp_path / "m_fake_quant_model.onnx") & HALF
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_half_precision_that_autocast_alone_takes(config: str, tmp_path: Path) -> None:
+    x = X.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        model, record = trained(tmp_path, Net(), config, x)
+        amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", x)
+        expected = model(x)
+    torch.testing.assert_close(outputs(tmp_path, x.float())[0], expected.float(), rtol=0.1, atol=0.02)
