@@ -137,6 +137,8 @@ def test_recording_is_not_seen_by_dynamo(way: str, tmp_path: Path) -> None:
     assert "scale_d" not in record.read_text()
     run(compiled, X, False)
     assert counter.frame_count == 4  # either side of the break, twice
+    if way != "of the forward":  # hooks run in the graph or between graphs, as Dynamo has it
+        amct_ext.update_record(model)
     assert record.read_text().count("scale_d") == 3
     session.check_record(model, session.build_record(model), "r")
 

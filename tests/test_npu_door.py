@@ -70,7 +70,7 @@ BACKENDS = """
 import torch
 
 def good():
-    torch.library.impl("amct_ext::mask_2to4", "meta")(lambda w, axis=1: torch.empty_like(w, dtype=torch.bool))
+    torch.library.impl("amct_ext::mask_2to4", "xla")(lambda w, axis=1: torch.empty_like(w, dtype=torch.bool))
     print("good", len([s for s in torch._C._jit_get_all_schemas() if s.name.startswith("amct_ext::")]))
 
 def bad():
@@ -96,7 +96,7 @@ def distribution(tmp_path: Path) -> str:
 
 
 def test_a_package_brings_kernels_by_an_entry_point(distribution: str) -> None:
-    done = child("-c", "from amct_ext import backends; print(backends.kernels('meta'))", PYTHONPATH=distribution)
+    done = child("-c", "from amct_ext import backends; print(backends.kernels('xla'))", PYTHONPATH=distribution)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"good {len(ops.__all__)}", "('mask_2to4',)"]
     reports = done.stderr.splitlines()
@@ -108,7 +108,7 @@ def test_a_package_brings_kernels_by_an_entry_point(distribution: str) -> None:
 
 
 def test_entry_points_can_be_left_out(distribution: str) -> None:
-    code = "import amct_ext.backends as b; print(b.kernels('meta'))"
+    code = "import amct_ext.backends as b; print(b.kernels('xla'))"
     done = child("-c", code, PYTHONPATH=distribution, AMCT_BACKENDS="0")
     assert (done.returncode, done.stdout, done.stderr) == (0, "()\n", "")
 

@@ -108,15 +108,15 @@ def told(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequ
     if not captured.why_traced:
         return ""
     places = shown(trace(model, inputs).doubts)
-    where = f" ({places})" if places else ""
+    where, reason = f" ({places})" if places else "", captured.why_traced.splitlines()[0]
     left = {value.name for value in captured.model.graph.inputs}
     lost = [name for name in names if name not in left]
     without = f" Nothing else hangs on {', '.join(lost)}: no inputs of the files." if lost else ""
     return (
         "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it "
-        f"takes from tensors{where} are constants in the files, those of input_data.{without} To have them computed, take them "
-        "from shapes, or use torch.where and the like. torch.export says: "
-        f"{captured.why_traced.splitlines()[0][:_LONGEST]}"
+        f"takes from tensors{where} are constants in the files, those of input_data.{without} To have them computed, "
+        "take them from shapes, or use torch.where and the like. torch.export says: "
+        f"{reason[:_LONGEST]}"
     )
 
 

@@ -91,7 +91,7 @@ class ActivationQuantizer(KeepsPrecision):
         An average that was made before the calibration has averaged clips, and no count of batches or a broken one.
         """
         seen = self._seen.read(self.batches_seen)
-        return seen >= self.batch_num or ((seen == 0 or seen != int(seen)) and self._has_range())
+        return seen >= self.batch_num or ((seen == 0 or not float(seen).is_integer()) and self._has_range())
 
     @property
     def learning(self) -> bool:
@@ -134,7 +134,8 @@ class ActivationQuantizer(KeepsPrecision):
         y, clip_max, clip_min = ops.ulq_fake_quantize_(
             x, *clips[:4], self.scale, self.offset, self.invalid, self.num_bits, self.fixed_min
         )
-        self.own_writes += 1
+        if not torch.compiler.is_compiling():  # a graph must not depend on a count
+            self.own_writes += 1
         if self.validate_now:
             self.raise_if_invalid()
         return y, x, clip_max, clip_min
@@ -187,7 +188,8 @@ class ActivationQuantizer(KeepsPrecision):
             [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
             [clip_max, clip_min, clip_max, clip_min, scale, offset],
         )
-        self.own_writes += 1
+        if not torch.compiler.is_compiling():  # a graph must not depend on a count
+            self.own_writes += 1
         self._note_invalid(invalid)
 
     @torch.no_grad()

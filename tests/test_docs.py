@@ -1,0 +1,45 @@
+"""What the documents name is there: the tests that hold a row, the files, the public names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import amct_ext
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@each_document
+def test_named_tests_exist(document: Path) -> None:
+    text = document.read_text()
+    files = {path.stem: path for path in (ROOT / "tests").rglob("*.py")}
+    named = re.findall(r"`(test_\w+)(?:\.(test_\w+))?`", text)
+    missing = [
+        ".".join(filter(None, (file, name)))
+        for file, name in named
+        if file not in files or (name and name not in functions(files[file]))
+    ]
+    assert not missing
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", document.read_text())
+    assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+def test_public_names_are_what_the_migration_guide_lists() -> None:
+    """Each function of the package stands in the table of functions, or in another document."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    classes = {name for name in amct_ext.__all__ if isinstance(getattr(amct_ext, name), type)}
+    assert not [name for name in amct_ext.__all__ if name not in text and name not in classes | {"TARGETS"}]
