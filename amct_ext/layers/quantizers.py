@@ -248,17 +248,16 @@ class ActivationQuantizer(KeepsPrecision):
         seen = self._seen.read(self.batches_seen)
         if seen != self.calibration.batches:  # what was gathered before a load, or by another model, is not here
             self.calibration.clear()
-            self.batches_seen.zero_()
             seen = 0
         last = seen + 1 >= self.batch_num
         clip_max, clip_min = self.calibration.add(_values(x), self.num_bits, last, self.layer)
-        self.clip_max.copy_(clip_max)
-        self.clip_min.copy_(clip_min)
+        found = [(self.clip_max, clip_max), (self.clip_min, clip_min)]
         if last:
-            self.prev_clip_max.copy_(clip_max)
-            self.prev_clip_min.copy_(clip_min)
+            found += [(self.prev_clip_max, clip_max), (self.prev_clip_min, clip_min)]
+        count = torch.full_like(self.batches_seen, seen + 1)
+        for own, value in [*found, (self.batches_seen, count)]:
+            own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
         self.found = "final" if last else "provisional"
-        self.batches_seen.add_(1)
         self._seen.wrote(self.batches_seen, seen + 1)
 
     @torch.no_grad()
@@ -281,6 +280,11 @@ class ActivationQuantizer(KeepsPrecision):
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
         return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
+
+
+def _unless(done: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """``other``, or in a compiled graph ``own`` where ``done``: values may have been copied in before it was traced."""
+    return torch.where(done, own, other) if torch.compiler.is_compiling() else other
 
 
 def _values(x: Tensor) -> Tensor:
@@ -331,7 +335,9 @@ class WeightQuantizer(KeepsPrecision):
             weight = ops.apply_mask(weight, mask)
         if self.training and not leaves_no_trace():
             self.initialise(weight)
-        used = self.scale if self.ready else self.present_scale(weight)
+        used = self.scale
+        if not self.ready:
+            used = _unless(self.initialised > 0, used, self.present_scale(weight))
         return ops.lsq_fake_quantize(weight, used, self.num_bits, self.channel_axis, self.grad_factor)
 
     @property
@@ -355,7 +361,8 @@ class WeightQuantizer(KeepsPrecision):
     def initialise(self, weight: Tensor) -> None:
         """Start a learned scale from the range of ``weight``, masked already; does nothing once it has begun."""
         if not self.ready:
-            self.scale.copy_(ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1])
+            start = ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
+            self.scale.copy_(_unless(self.initialised > 0, self.scale, start))
             self.initialised.fill_(1.0)
             self._initialised.wrote(self.initialised, 1.0)
 
