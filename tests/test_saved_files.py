@@ -276,3 +276,26 @@ def test_half_precision_that_autocast_alone_takes(config: str, tmp_path: Path) -
         amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", x)
         expected = model(x)
     torch.testing.assert_close(outputs(tmp_path, x.float())[0], expected.float(), rtol=0.1, atol=0.02)
+
+
+class Passes(Net):
+    """Returns what it was given, what it holds, and a result twice."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc(self.b(self.a(x)).mean((2, 3)))
+        return x, y, self.fc.bias, y, self.bn.running_var
+
+
+@pytest.mark.parametrize("names", [None, list("pqrst"), ["y"]], ids=["own names", "all names", "one name"])
+@pytest.mark.parametrize("config", [small.QUANT, small.FILTER], ids=["quant", "filter"])
+def test_outputs_that_nothing_computes(
+    config: str, names: list[str] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, record = trained(tmp_path, Passes(), config)
+    caplog.clear()
+    amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", X, output_names=names)
+    for seen, wanted in zip(outputs(tmp_path), model(X), strict=True):
+        torch.testing.assert_close(seen, wanted, atol=0.02, rtol=0)
+    assert "traced" not in caplog.text
+    graph = onnx.load(tmp_path / "m_deploy_model.onnx").graph
+    assert [v.name for v in graph.output][: len(names or ())] == (names or []) and graph.input[0].name == "x"

@@ -26,7 +26,7 @@ from amct_ext.graph.trace import trace
 OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
 _SHOWN = 5
 _LONGEST = 300
-_ADVICE = ("For ", "If you suspect", "consider using", "(Refer to")
+_ADVICE = ("For ", "The error above occurred", "If you suspect", "consider using", "(Refer to")
 logger = logging.getLogger("amct_ext")
 
 

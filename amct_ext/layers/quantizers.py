@@ -251,7 +251,7 @@ class ActivationQuantizer(KeepsPrecision):
             seen = 0
         last = seen + 1 >= self.batch_num
         clip_max, clip_min = self.calibration.add(_values(x), self.num_bits, last, self.layer)
-        found = [(self.clip_max, clip_max), (self.clip_min, clip_min)]
+        found: list[tuple[Tensor, Tensor]] = [(self.clip_max, clip_max), (self.clip_min, clip_min)]
         if last:
             found += [(self.prev_clip_max, clip_max), (self.prev_clip_min, clip_min)]
         count = torch.full_like(self.batches_seen, seen + 1)
