@@ -94,7 +94,9 @@ def from_amct_optimizer_state_dict(
     inner = unwrap(model)
     ours = amct_parameters(inner)
     if not _is_optimizer_state(state):
-        held = f"a dict of {', '.join(map(str, state))[:200]}" if isinstance(state, Mapping) else type(state).__name__
+        held: Any = type(state).__name__
+        if isinstance(state, Mapping):
+            held = f"a dict of {', '.join(map(str, state))[:200] or 'nothing'}"
         raise CheckpointError(f"state must be what an optimizer's state_dict() returned in AMCT's job, not {held}")
     groups = list(state["param_groups"])
     listed = _names(groups, names, list(ours))
@@ -120,11 +122,13 @@ def from_amct_optimizer_state_dict(
 
 
 def _is_optimizer_state(state: Any) -> bool:
-    groups = state.get("param_groups") if isinstance(state, Mapping) else None
-    if not isinstance(groups, (list, tuple)) or not groups or not isinstance(state.get("state"), Mapping):
+    if not isinstance(state, Mapping):
+        return False
+    groups, entries = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, (list, tuple)) or not groups or not isinstance(entries, Mapping):
         return False
     listed = all(isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups)
-    return listed and all(isinstance(entry, Mapping) for entry in state["state"].values())
+    return listed and all(isinstance(entry, Mapping) for entry in entries.values())
 
 
 def _names(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, order: list[str]) -> dict[Any, str]:
