@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -175,6 +175,15 @@ def _viable(
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
 
+def _flags(given: Any) -> list[int]:
+    """Ones and zeros, whatever holds them; empty where there is anything else."""
+    try:
+        values = [] if isinstance(given, (str, bytes)) else [float(flag) for flag in given]
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or several in one place
+        return []
+    return [int(value) for value in values] if all(value in (0, 1) for value in values) else []
+
+
 def _removed(chosen: Any, groups: Sequence[ChannelGroup], ascend_optimized: bool) -> list[int]:
     """How many channels each group loses: of coupled producers the one that loses fewest counts, as for create."""
     if not isinstance(chosen, Mapping):
@@ -182,22 +191,21 @@ def _removed(chosen: Any, groups: Sequence[ChannelGroup], ascend_optimized: bool
             f"channel_prune_search must return a dict, layer -> 1 or 0 per channel, not {type(chosen).__name__}"
         )
     searched = {member.name: group for group in groups for member in group.producers}
+    kept: dict[str, list[int]] = {}
     for name, flags in chosen.items():
         if name not in searched:
             raise ValueError(
                 f"channel_prune_search returns '{name}', which is not searched{close_matches(str(name), searched)}"
             )
         count = searched[name].count
-        if not isinstance(flags, Iterable) or [flag in (0, 1) for flag in flags] != [True] * count:
+        kept[name] = _flags(flags)
+        if len(kept[name]) != count:
             raise ValueError(f"channel_prune_search: '{name}' needs {count} flags, 1 (stays) or 0 (goes)")
-        if not any(flags):
+        if not any(kept[name]):
             raise ValueError(f"channel_prune_search removes all {count} channels of '{name}'; one has to stay")
     counts = []
     for group in groups:
-        asked = min(
-            sum(1 for flag in chosen[member.name] if not flag) if member.name in chosen else 0
-            for member in group.producers
-        )
+        asked = min(kept[member.name].count(0) if member.name in kept else 0 for member in group.producers)
         counts.append(asked)
         arrives = max(0, removal_count(group.count, asked / group.count, ascend_optimized, group.blocks or 1))
         if arrives != asked:

@@ -157,3 +157,22 @@ def test_what_does_not_fit(made: Any) -> None:
         translate(model, optimizer, state)
     with pytest.raises(RuntimeError, match=r"create_\*"):
         translate(small.build(), optimizer, state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"state": {}},
+        {"state": {}, "param_groups": []},
+        {"state": {}, "param_groups": [{"lr": 1.0}]},
+        {"state": [], "param_groups": [{"params": [0]}]},
+        {"state": {0: 3}, "param_groups": [{"params": [0]}]},
+        {"model": {}, "optimizer": {}},
+        None,
+    ],
+)
+def test_what_is_no_state_of_an_optimizer(made: Any, state: Any) -> None:
+    model, optimizer, _ = made
+    with pytest.raises(RuntimeError, match="must be what an optimizer's state_dict"):
+        amct_ext.from_amct_optimizer_state_dict(model, optimizer, state)

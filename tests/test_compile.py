@@ -108,6 +108,23 @@ def test_calibration_is_one_more_graph(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_copied_in_place_before_the_first_compiled_call(name: str, train: bool, tmp_path: Path) -> None:
+    """Nothing is searched anew: whether a calibration is finished is decided on the device, too."""
+    source, model = calibrated(created(tmp_path / "a", name), X, X), created(tmp_path / "b", name)
+    with torch.no_grad():
+        for own, value in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
+            own.copy_(value)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled, 5 * X, train), run(source, 5 * X, train), rtol=1e-4, atol=1e-4)
+    for (key, a), b in zip(model.state_dict().items(), source.state_dict().values(), strict=True):
+        if "search_n" in key:  # only looks on where nothing is compiled
+            continue
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
+
+
 class Broken(nn.Module):
     """A forward whose graph breaks, so that hooks run where Dynamo compiles what is called next."""
 

@@ -22,10 +22,11 @@ X = torch.randn(2, 3, 8, 8)
 class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.bn, self.b = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 4, 1)
+        self.pre = nn.Conv2d(3, 32, 1)  # its channels can be pruned, whatever is read of the others
+        self.a, self.bn, self.b = nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 4, 1)
 
     def features(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.a(x)))
+        return torch.relu(self.bn(self.a(self.pre(x))))
 
 
 class Guard(Base):
@@ -113,7 +114,7 @@ def test_the_values_are_those_of_the_quantised_model(tmp_path: Path) -> None:
 
     config = small.QUANT.replace("arq_retrain { }", "arq_retrain { dst_type: INT4 }")
     net = Peak()
-    net.a = nn.Conv2d(4, 32, 3)  # INT4 weights are packed in pairs
+    net.pre = nn.Conv2d(4, 32, 1)  # INT4 weights are packed in pairs
     _, wanted, out = job(tmp_path, net, torch.randn(2, 4, 8, 8), config)
     torch.testing.assert_close(out[0], wanted[0], atol=1e-6, rtol=0)
 
@@ -193,3 +194,56 @@ def test_reads_that_do_not_depend_on_the_input_are_no_matter(tmp_path: Path, cap
         _, wanted, out = job(tmp_path, Sizes(), X, small.QUANT)
     torch.testing.assert_close(out[0], wanted[0], atol=0.02, rtol=0)
     assert not caplog.text
+
+
+def test_a_tensor_that_only_decides_is_no_input_of_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.fc = nn.GRU(5, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            y = self.gru(x)[0]
+            return self.fc(torch.stack([y[i, int(length) - 1] for i, length in enumerate(lengths)]))
+
+    (tmp_path / "c.cfg").write_text(small.QUANT)
+    data, record = (torch.randn(3, 7, 5), torch.tensor([7, 5, 3])), str(tmp_path / "r.txt")
+    model = amct_ext.create_compressed_retrain_model(Last(), data, str(tmp_path / "c.cfg"), record)
+    model.train()(*data)
+    expected = model.eval()(*data)
+    with caplog.at_level(logging.WARNING):
+        amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", data)
+    session = onnxruntime.InferenceSession(f"{tmp_path}/m_fake_quant_model.onnx")
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"x": data[0].numpy()})[0]), expected, atol=0.02, rtol=0
+    )
+    assert "lengths: no inputs of the files" in caplog.text
+
+
+def test_an_exporter_that_fails_prints_no_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.lstm = nn.Linear(5, 5), nn.LSTM(5, 6, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(self.a(x), lengths, batch_first=True)
+            return self.lstm(packed)[1][0][-1]
+
+    (tmp_path / "c.cfg").write_text(small.QUANT)
+    data, record = (torch.randn(3, 7, 5), torch.tensor([7, 5, 3])), str(tmp_path / "r.txt")
+    amct_ext.create_compressed_retrain_model(Packed(), data, str(tmp_path / "c.cfg"), record)
+    said = capfd.readouterr()
+    assert "graph(" not in said.out + said.err
+
+
+def test_operators_that_can_be_exported_are_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Norm(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            f = self.features(x)
+            return self.b(f / torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp_min(1e-3))
+
+    (tmp_path / "c.cfg").write_text(small.QUANT)
+    with caplog.at_level(logging.WARNING):
+        amct_ext.create_compressed_retrain_model(Norm(), X, str(tmp_path / "c.cfg"), str(tmp_path / "r.txt"))
+    assert "constants" not in caplog.text

@@ -211,3 +211,17 @@ def test_an_entry_that_is_no_state_dict(tmp_path: Path, entry: str) -> None:
     torch.save({"bias": torch.ones(3), "number": 0}, tmp_path / "state.pth")
     with pytest.raises(RuntimeError, match=r"state\.pth"):
         read_state_dict(str(tmp_path / "state.pth"), entry)
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("-inf"), -3.0])
+def test_a_count_of_batches_that_is_none(trained: Any, tmp_path: Path, count: float) -> None:
+    """The clips are there; a training forward calibrates anew, as after any count that is not finished."""
+    job, model = trained
+    state = {k: torch.tensor(count) if k.endswith("batches_seen") else v for k, v in model.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "state.pth")
+    restored = job.restore(tmp_path / "state.pth")
+    torch.testing.assert_close(restored.eval()(small.SAMPLE), restored.eval()(small.SAMPLE))
+    for _ in range(2):
+        restored.train()(small.SAMPLE)
+    restored.eval()(small.SAMPLE)
+    assert "scale_d" in job.record.read_text()

@@ -303,6 +303,7 @@ def test_bad_override_file(search: Search, text: str, words: tuple[str, ...]) ->
         ((DATA, LABEL), TypeError, ("input_data", "list")),
         ([DATA[:, :2], LABEL], RuntimeError, ("rejects",)),
         ([DATA * float("nan"), LABEL], RuntimeError, ("NaN",)),
+        ([DATA, LABEL * float("nan")], RuntimeError, ("NaN",)),
         # Labels that torch would broadcast, or that are no classes of this model.
         ([DATA, torch.randn(6, 4)], RuntimeError, ("label", "[1, 4]", "[1, 5]")),
         ([DATA, torch.randn(6, 1)], RuntimeError, ("label", "[1, 1]", "set_loss_func")),
@@ -368,6 +369,8 @@ class Returns(amct_ext.SearchChannelBase):
         ({"search_alg": Returns({"stem": [1] * 7})}, ("stem", "8 flags")),
         ({"search_alg": Returns({"stem": [2] * 8})}, ("stem", "8 flags")),
         ({"search_alg": Returns({"stem": 0.5})}, ("stem", "8 flags")),
+        ({"search_alg": Returns({"stem": torch.ones(8, 2)})}, ("stem", "8 flags")),
+        ({"search_alg": Returns({"stem": "1" * 8})}, ("stem", "8 flags")),
         ({"search_alg": Returns({"stem": [0] * 8})}, ("all 8 channels", "stem")),
     ],
 )

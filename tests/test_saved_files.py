@@ -57,12 +57,13 @@ def default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def trained(folder: Path, net: nn.Module, config: str, x: Tensor = X) -> tuple[nn.Module, str]:
+def trained(folder: Path, net: nn.Module, config: str, x: Any = X) -> tuple[nn.Module, str]:
     (folder / "c.cfg").write_text(config)
     record = str(folder / "r.txt")
     model = amct_ext.create_compressed_retrain_model(net, x, str(folder / "c.cfg"), record)
-    model.train()(x)
-    model.eval()(x)
+    arguments = x if isinstance(x, tuple) else (x,)
+    model.train()(*arguments)
+    model.eval()(*arguments)
     return model, record
 
 
@@ -251,3 +252,50 @@ def test_a_graph_that_the_runtime_refuses_is_traced_instead(tmp_path: Path, monk
     amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", X)
     torch.testing.assert_close(outputs(tmp_path)[0], model(X), atol=0.02, rtol=0)
     assert len(seen) == 2
+
+
+class Sum(Net):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.b(self.a(x)) + t.mean()
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_goes_into_a_float32_model(narrow: torch.dtype, tmp_path: Path) -> None:
+    """The files take float32, and are tried with that."""
+    x = (X, torch.rand(4).to(narrow))
+    model, record = trained(tmp_path, Sum(), small.QUANT, x)
+    amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", x)
+    assert not types(tmp_path / "m_fake_quant_model.onnx") & HALF
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_half_precision_that_autocast_alone_takes(config: str, tmp_path: Path) -> None:
+    x = X.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        model, record = trained(tmp_path, Net(), config, x)
+        amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", x)
+        expected = model(x)
+    torch.testing.assert_close(outputs(tmp_path, x.float())[0], expected.float(), rtol=0.1, atol=0.02)
+
+
+class Passes(Net):
+    """Returns what it was given, what it holds, and a result twice."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.fc(self.b(self.a(x)).mean((2, 3)))
+        return x, y, self.fc.bias, y, self.bn.running_var
+
+
+@pytest.mark.parametrize("names", [None, list("pqrst"), ["y"]], ids=["own names", "all names", "one name"])
+@pytest.mark.parametrize("config", [small.QUANT, small.FILTER], ids=["quant", "filter"])
+def test_outputs_that_nothing_computes(
+    config: str, names: list[str] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, record = trained(tmp_path, Passes(), config)
+    caplog.clear()
+    amct_ext.save_compressed_retrain_model(model, record, f"{tmp_path}/m", X, output_names=names)
+    for seen, wanted in zip(outputs(tmp_path), model(X), strict=True):
+        torch.testing.assert_close(seen, wanted, atol=0.02, rtol=0)
+    assert "traced" not in caplog.text
+    graph = onnx.load(tmp_path / "m_deploy_model.onnx").graph
+    assert [v.name for v in graph.output][: len(names or ())] == (names or []) and graph.input[0].name == "x"

@@ -89,10 +89,15 @@ def from_amct_optimizer_state_dict(
     share is one parameter on both sides. Groups get the options (learning rate, ...) of the group that their parameters
     were in. What has no parameter here is left out, and named in the log: a warning where it had a state, which AMCT
     gives only to what it trains. Nothing is changed. Errors: ModelError; ValueError (names that are needed or are not
-    AMCT's, an optimizer of another kind or grouping); CheckpointError (state of another shape).
+    AMCT's, an optimizer of another kind or grouping); CheckpointError (no state of an optimizer, or of another shape).
     """
     inner = unwrap(model)
     ours = amct_parameters(inner)
+    if not _is_optimizer_state(state):
+        held: Any = type(state).__name__
+        if isinstance(state, Mapping):
+            held = f"a dict of {', '.join(map(str, state))[:200] or 'nothing'}"
+        raise CheckpointError(f"state must be what an optimizer's state_dict() returned in AMCT's job, not {held}")
     groups = list(state["param_groups"])
     listed = _names(groups, names, list(ours))
     entries, origin = _by_our_names(listed, groups, state["state"], ours)
@@ -114,6 +119,16 @@ def from_amct_optimizer_state_dict(
     if fresh:
         _log.warning("the optimizer's state has nothing for %s: they start without a past", ", ".join(fresh))
     return result
+
+
+def _is_optimizer_state(state: Any) -> bool:
+    if not isinstance(state, Mapping):
+        return False
+    groups, entries = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, (list, tuple)) or not groups or not isinstance(entries, Mapping):
+        return False
+    listed = all(isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups)
+    return listed and all(isinstance(entry, Mapping) for entry in entries.values())
 
 
 def _names(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, order: list[str]) -> dict[Any, str]:

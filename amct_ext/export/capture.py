@@ -26,7 +26,7 @@ from amct_ext.graph.trace import trace
 OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
 _SHOWN = 5
 _LONGEST = 300
-_ADVICE = ("For ", "If you suspect", "consider using", "(Refer to")
+_ADVICE = ("For ", "The error above occurred", "If you suspect", "consider using", "(Refer to")
 logger = logging.getLogger("amct_ext")
 
 
@@ -48,6 +48,7 @@ def quiet() -> Iterator[None]:
     """Keep the exporters' notices (missing torchvision, deprecations inside torch) away from the user."""
     names = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
     levels = {name: logging.getLogger(name).level for name in names}
+    prints = torch._C._jit_is_onnx_log_enabled()
     try:
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -57,6 +58,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch._C._jit_set_onnx_log_enabled(prints)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 
@@ -101,16 +103,19 @@ def capture(
     return _finished(Captured(program, traced), axes)
 
 
-def told(captured: Captured, model: torch.nn.Module, inputs: Inputs) -> str:
-    """For the user: what a trace fixed and where, '' where there was none."""
+def told(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequence[str]) -> str:
+    """For the user: what a trace fixed and where, '' where there was none. `names`: those of the inputs."""
     if not captured.why_traced:
         return ""
     places = shown(trace(model, inputs).doubts)
     where, reason = f" ({places})" if places else "", captured.why_traced.splitlines()[0]
+    left = {value.name for value in captured.model.graph.inputs}
+    lost = [name for name in names if name not in left]
+    without = f" Nothing else hangs on {', '.join(lost)}: no inputs of the files." if lost else ""
     return (
         "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it "
-        f"takes from tensors{where} are constants in the files, those of input_data. To have them computed, take them "
-        "from shapes, or use torch.where and the like. torch.export says: "
+        f"takes from tensors{where} are constants in the files, those of input_data.{without} To have them computed, "
+        "take them from shapes, or use torch.where and the like. torch.export says: "
         f"{reason[:_LONGEST]}"
     )
 

@@ -24,10 +24,10 @@ def check_files(
     files: Mapping[Path, bytes],
     fake_quant: Path,
     deploy: Path,
-    tensors: Sequence[torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
     expected: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Raise ExportError where one of the files would not load, or the fake-quant file not run on `tensors`.
+    """Raise ExportError where one of the files would not load, or the fake-quant file not run on `tensors`, by name.
 
     The latter is tried where onnxruntime is installed. Outputs far from `expected` (the model's evaluation) are told in
     a warning: rounding ties and models that draw random numbers have a right to differ, so that is no error. Of the
@@ -81,7 +81,7 @@ def _standard(data: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def _run(source: Any, path: Path, tensors: Sequence[torch.Tensor]) -> list[np.ndarray] | None:
+def _run(source: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[np.ndarray] | None:
     """The outputs for the tensors; None where there is no runtime, or one without a kernel for an operator."""
     try:
         import onnxruntime
@@ -92,10 +92,8 @@ def _run(source: Any, path: Path, tensors: Sequence[torch.Tensor]) -> list[np.nd
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        feeds = {
-            value.name: tensor.detach().cpu().numpy()
-            for value, tensor in zip(session.get_inputs(), tensors, strict=True)
-        }
+        # a traced file has no input for a tensor that only decided something
+        feeds = {value.name: tensors[value.name].detach().cpu().numpy() for value in session.get_inputs()}
         return [np.asarray(output) for output in session.run(None, feeds)]
     except Exception as error:
         if type(error).__name__ == "NotImplemented":

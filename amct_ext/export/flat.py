@@ -25,6 +25,7 @@ def flat_call(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Iterato
     they are, and so do the model's own hooks. ExportError in the forward where it returns no tensor.
     """
     forward, own = model.forward, "forward" in vars(model)
+    given: list[torch.Tensor] = []
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
@@ -32,14 +33,15 @@ def flat_call(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Iterato
     def unflatten(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = inputs.with_tensors([*args, *kwargs.values()])
+        given[:] = [*args, *kwargs.values()]
+        call = inputs.with_tensors(given)
         return call.args, call.kwargs
 
     def flatten(_: nn.Module, __: Any, output: Any) -> tuple[torch.Tensor, ...]:
         tensors = tuple(tensors_in(output))
         if not tensors:
             raise ExportError(f"the model returns no tensor, but {type(output).__name__}")
-        return tensors
+        return _computed(tensors, [*given, *model.parameters(), *model.buffers()])
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in _identifiers(names)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -57,6 +59,16 @@ def flat_call(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Iterato
             model.forward = forward
         else:
             del model.forward
+
+
+def _computed(tensors: Sequence[torch.Tensor], known: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The tensors, one of its own for each output: a copy of those that are inputs, parameters or returned before."""
+    taken = {id(tensor) for tensor in known}
+    outputs = []
+    for tensor in tensors:
+        outputs.append(tensor.clone() if id(tensor) in taken else tensor)
+        taken.add(id(tensor))
+    return tuple(outputs)
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:

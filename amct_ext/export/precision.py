@@ -11,6 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from amct_ext.graph.inputs import Inputs
+
 _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _DEFAULTS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _TYPE_ATTRIBUTES = ("to", "dtype")
@@ -37,6 +39,11 @@ def precision_of(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(default)
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The same arguments, half precision as float32."""
+    return inputs.map(lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t)
 
 
 def widen(model: ir.Model) -> None:

@@ -41,7 +41,7 @@ def trace_to_onnx(
     """
     known = {*names, *(axes.output_names or ())}
     # by way of a file, because the bytes of a message are limited
-    with tempfile.TemporaryDirectory() as folder, _substituted(model, values or {}), _SpeltOut():
+    with tempfile.TemporaryDirectory() as folder, _substituted(model, values or {}), _unlogged(model), _SpeltOut():
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
             model,
@@ -84,6 +84,16 @@ def _rms_norm(
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     result = input * torch.rsqrt(input.pow(2).mean(axes, keepdim=True) + eps)
     return result if weight is None else result * weight
+
+
+@contextmanager
+def _unlogged(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a failure prints no graph past Python's streams; torch switches that on before the forward."""
+    handle = model.register_forward_pre_hook(lambda *_: torch._C._jit_set_onnx_log_enabled(False))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

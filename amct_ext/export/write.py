@@ -26,7 +26,7 @@ from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.fences import DOMAIN, fence, name_layers
 from amct_ext.export.files import encode, onnx_paths, write_files
-from amct_ext.export.precision import precision_of
+from amct_ext.export.precision import precision_of, widened
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
 from amct_ext.export.scripted import open_scripted
@@ -165,7 +165,7 @@ def _write(
     with precision_of(model):
         captured = capture(model, inputs, axes, values)
         files = lower(captured)
-        tensors = inputs.tensors()
+        tensors = dict(zip(axes.input_names_for(inputs.names(model)), inputs.tensors(), strict=True))
         try:
             check_files(files, *paths, tensors, expected)
         except ExportError as error:
@@ -177,7 +177,7 @@ def _write(
                 check_files(files, *paths, tensors, expected)
             except ExportError:
                 raise error from None
-        note = told(captured, model, inputs)
+        note = told(captured, model, inputs, list(tensors))
     if note:
         logger.warning("%s: %s", paths[0], note)
     write_files(files)
@@ -195,7 +195,7 @@ def _prepare(model: nn.Module, input_data: Any) -> tuple[nn.Module, Inputs]:
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         duplicate.float()
         inputs = inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return open_scripted(duplicate), inputs
+    return open_scripted(duplicate), widened(inputs)
 
 
 def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:

@@ -206,8 +206,11 @@ def _export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     places = shown(graph.doubts)
     try:
         rehearse(model, input_data)
+        fixed = shown([doubt for doubt in graph.doubts if doubt.fixes])
+        if not fixed:
+            return ""
         note = (
-            f"save may trace one forward: sizes, branches and numbers that forward takes from tensors ({places}) are "
+            f"save may trace one forward: sizes, branches and numbers that forward takes from tensors ({fixed}) are "
             "constants in the files then, those of input_data"
         )
     except Exception as error:  # whatever it is, save would meet it too

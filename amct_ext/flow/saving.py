@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from amct_ext.arguments import check_types
 from amct_ext.errors import InputDataError, ModelError, RecordError
 from amct_ext.export import write
 from amct_ext.export.axes import check_axes
-from amct_ext.export.precision import precision_of
+from amct_ext.export.precision import precision_of, widened
 from amct_ext.flow.session import check_record, detach, present_pairs, raise_if_invalid, session_of
 from amct_ext.flow.surgery import compressed_layers, fold_layers, placed_layers
 from amct_ext.graph.inputs import Inputs, parse_inputs
@@ -101,6 +102,10 @@ def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
         try:
             return inputs.copied().call(model)
         except Exception as error:
+            wide = widened(inputs)  # a float32 model takes half precision under autocast alone
+            if any(a is not b for a, b in zip(inputs.tensors(), wide.tensors(), strict=True)):
+                with contextlib.suppress(Exception):
+                    return wide.copied().call(model)
             raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
 
 

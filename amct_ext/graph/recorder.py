@@ -25,6 +25,9 @@ _SAME_VALUE = {"detach", "alias", "clone", "lift", "lift_fresh", "lift_fresh_cop
 _ONNX_NAMES = {"cat": "Concat", "stack": "Concat"}
 
 
+_OPERATOR = "operator "
+
+
 @dataclasses.dataclass(frozen=True)
 class Doubt:
     """A place in a forward: what stands there, `file:line`, and the module that runs."""
@@ -32,6 +35,11 @@ class Doubt:
     what: str
     place: str
     module: str
+
+    @property
+    def fixes(self) -> bool:
+        """Whether a trace would keep what it saw; an unknown operator is followed or not."""
+        return not self.what.startswith(_OPERATOR)
 
     def __str__(self) -> str:
         return " ".join(
@@ -277,7 +285,7 @@ def _export_problem(func: Any, inputs: tuple[Value, ...]) -> str:
         return f"sizes that depend on values ({name})"
     if namespace == "aten" and _is_common(name):
         return ""
-    return f"operator {namespace}::{name}"
+    return f"{_OPERATOR}{namespace}::{name}"
 
 
 @functools.cache

@@ -40,7 +40,8 @@ class HostValue:
 
     The buffer is the truth: whoever writes to it (a load, an average, a copy value by value) is believed. On the CPU it
     is read each time. Reading from another device waits for it, so there the last value counts until the buffer is
-    another tensor or has another version. Compiled and traced forwards take the last value.
+    another tensor or has another version. Compiled and traced forwards take the last value; a graph for what has not
+    happened yet asks the device besides, so values copied in before it was made count.
     """
 
     def __init__(self, value: float) -> None:

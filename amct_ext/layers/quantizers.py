@@ -91,7 +91,7 @@ class ActivationQuantizer(KeepsPrecision):
         An average that was made before the calibration has averaged clips, and no count of batches or a broken one.
         """
         seen = self._seen.read(self.batches_seen)
-        return seen >= self.batch_num or ((seen == 0 or seen != int(seen)) and self._has_range())
+        return seen >= self.batch_num or ((seen == 0 or not float(seen).is_integer()) and self._has_range())
 
     @property
     def learning(self) -> bool:
@@ -259,23 +259,16 @@ class ActivationQuantizer(KeepsPrecision):
         seen = self._seen.read(self.batches_seen)
         if seen != self.calibration.batches:  # what was gathered before a load, or by another model, is not here
             self.calibration.clear()
-            self.batches_seen.zero_()
             seen = 0
         last = seen + 1 >= self.batch_num
         clip_max, clip_min = self.calibration.add(_values(x), self.num_bits, last, self.layer)
-        if torch.compiler.is_compiling():  # the host may not know that somebody wrote finished clips here
-            finished = self.batches_seen >= self.batch_num
-            clip_max, clip_min = (
-                torch.where(finished, clip, found)
-                for clip, found in ((self.clip_max, clip_max), (self.clip_min, clip_min))
-            )
-        self.clip_max.copy_(clip_max)
-        self.clip_min.copy_(clip_min)
+        found: list[tuple[Tensor, Tensor]] = [(self.clip_max, clip_max), (self.clip_min, clip_min)]
         if last:
-            self.prev_clip_max.copy_(clip_max)
-            self.prev_clip_min.copy_(clip_min)
+            found += [(self.prev_clip_max, clip_max), (self.prev_clip_min, clip_min)]
+        count = torch.full_like(self.batches_seen, seen + 1)
+        for own, value in [*found, (self.batches_seen, count)]:
+            own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
         self.found = "final" if last else "provisional"
-        self.batches_seen.add_(1)
         self._seen.wrote(self.batches_seen, seen + 1)
 
     @torch.no_grad()
@@ -298,6 +291,11 @@ class ActivationQuantizer(KeepsPrecision):
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
         return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
+
+
+def _unless(done: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """``other``, or in a compiled graph ``own`` where ``done``: values may have been copied in before it was traced."""
+    return torch.where(done, own, other) if torch.compiler.is_compiling() else other
 
 
 def _values(x: Tensor) -> Tensor:

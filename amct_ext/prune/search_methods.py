@@ -142,6 +142,8 @@ class TaylorLossSensitivity(SensitivityBase):
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise InputDataError(f"the loss must be one number that depends on the model's weights, not {shape}")
+        if not bool(torch.isfinite(loss)):
+            raise InputDataError("the loss of a sample is NaN or Inf: check data, labels and weights")
         return loss
 
 
