@@ -169,6 +169,7 @@ SCRIPTED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("config", ["quant", "filter_quant"])
 @pytest.mark.parametrize("kind", SCRIPTED)
 def test_scripted_parts_stay_float(tmp_path: Path, kind: str, config: str) -> None:
+    torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(8, 8), SCRIPTED[kind](), nn.Linear(8, 8), nn.Linear(8, 4))
     before = {key: value.clone() for key, value in net.state_dict().items()}
     job = Job(tmp_path, small.CONFIGS[config])
