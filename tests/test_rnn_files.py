@@ -16,6 +16,7 @@ from rnn_job import Job, batch, evaluate, every_kind, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext
+from amct_ext.layers.quantizers import Range
 from amct_ext.record.types import Record
 
 
@@ -50,7 +51,9 @@ def test_export(
     """The graph agrees with torch up to the states between the steps, which the standard operators keep in float."""
     job = Job(tmp_path, kind, setting, **options)
     model = job.create()
-    if not options.get("batch_first"):
+    if options.get("batch_first"):
+        model.train()(job.sample)  # calibrates
+    else:
         train(model, range(2))
     expected = evaluate(model, job.sample)
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "m"), job.sample)
@@ -92,8 +95,8 @@ def test_export(
 
 
 def _left_alone(quantizer: nn.Module) -> Any:
-    def step(state: Tensor, steps: list[tuple[Tensor, ...]]) -> Tensor:
-        steps.append(quantizer._quantize(state))
+    def step(state: Tensor, clips: Range, steps: list[tuple[Tensor, ...]]) -> Tensor:
+        steps.append(quantizer._quantize(state, clips))
         return state
 
     return step
