@@ -69,8 +69,8 @@ def to_plain(model: nn.Module, input_data: Any) -> Plain:
         if name != layer.layer_name and getattr(around, "merged", True) is False:
             raise ModelError(
                 f"layer '{layer.layer_name}' is inside an adapter ({type(around).__name__}) that is not merged; merge "
-                "it into the layer's weight (merge() or merge_and_unload() in peft), call amct_ext.update_record(model), "
-                "then save"
+                "it into the layer's weight (merge() or merge_and_unload() in peft), call "
+                "amct_ext.update_record(model), then save"
             )
     try:
         duplicate = copy_model(model).eval()

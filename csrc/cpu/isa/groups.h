@@ -24,6 +24,8 @@ AMCT_INLINE void bring_all(const T* at, int64_t n) {
 struct MaskOnly {
   AMCT_INLINE void ask(int64_t, int64_t) {}
   AMCT_INLINE void operator()(auto, auto, int64_t) {}
+  AMCT_INLINE MaskOnly& store() { return *this; }  // without what else is made of the values
+  AMCT_INLINE void values(int64_t, int64_t) {}
 };
 
 // Weights that are not kept become +0.
@@ -33,6 +35,7 @@ struct MaskAndApply {
   T* y;
   AMCT_INLINE void ask(int64_t at, int64_t n) { bring_all(y + at, n); }
   AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) { store_row(y + at, C::kept(raw, keep)); }
+  AMCT_INLINE MaskAndApply& store() { return *this; }
   AMCT_INLINE void values(int64_t, int64_t) {}
 };
 
@@ -68,12 +71,17 @@ AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner,
 }
 
 // One group of rows. Of rows of a register or more the last register overlaps the one before; what is written beyond
-// shorter rows is overwritten by the rows that follow, which go out in rising order.
+// shorter rows is overwritten by the rows that follow, which go out in rising order, and must not count in a range.
 template <typename T, typename Use>
 AMCT_INLINE void mask_group(const T* w, uint8_t* mask, int64_t start, int64_t inner, Use& use) {
   constexpr int64_t width = kWidth<T>;
+  if (inner < width) {
+    mask_rows(w, mask, start, inner, use.store());
+    use.values(start, start + 4 * inner);
+    return;
+  }
   for (int64_t i = 0; i < inner; i += width) {
-    mask_rows(w, mask, start + (i + width <= inner || inner < width ? i : inner - width), inner, use);
+    mask_rows(w, mask, start + (i + width <= inner ? i : inner - width), inner, use);
   }
 }
 
