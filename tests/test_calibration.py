@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
-from amct_ext.layers.quantizers import ActivationQuantizer
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.record.types import Record
 
 TWO = "batch_num: 2\n"

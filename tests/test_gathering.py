@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext import ops
 from amct_ext.errors import CheckpointError, InvalidDataError, StaleStateError
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.gathering import Calibration, Histogram, Values, _parts
-from amct_ext.layers.quantizers import ActivationQuantizer
 
 BATCHES = 4
 

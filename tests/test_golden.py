@@ -19,7 +19,7 @@ from golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
-from amct_ext.flow.session import check_record
+from amct_ext.flow.recording import check_record
 from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.record.types import Record

@@ -111,7 +111,7 @@ def test_training_goes_on_in_eval_mode(job: Job) -> None:
 def test_an_evaluation_of_the_same_state_writes_nothing_anew(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(job)
     evaluate(model)
-    monkeypatch.setattr("amct_ext.flow.session.build_record", lambda *_: pytest.fail("factors were made again"))
+    monkeypatch.setattr("amct_ext.flow.recording.build_record", lambda *_: pytest.fail("factors were made again"))
     for _ in range(3):
         evaluate(model)
 

@@ -16,7 +16,7 @@ from rnn_job import Job, batch, evaluate, every_kind, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.quantizers import Range
+from amct_ext.layers.activation_quantizer import Range
 from amct_ext.record.types import Record
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.weight_quantizer import WeightQuantizer
 
 _NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _ACTS = (("acts_", "act_quant"), ("acts_h_", "hidden_quant"))

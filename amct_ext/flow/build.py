@@ -22,7 +22,9 @@ from amct_ext.errors import ConfigError, RecordError
 from amct_ext.export.capture import shown
 from amct_ext.export.write import rehearse
 from amct_ext.flow.fused import separate_encoders
-from amct_ext.flow.session import Session, attach, session_of, start_record
+from amct_ext.flow.hooks import attach
+from amct_ext.flow.recording import start_record
+from amct_ext.flow.session import Session, session_of
 from amct_ext.flow.surgery import compressed_layers, insert_layers, planned_layers, unfollowed
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.layer_types import keeps_forward

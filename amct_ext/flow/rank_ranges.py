@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from amct_ext.layers.quantizers import ActivationQuantizer
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.ranks import sum_
 
 

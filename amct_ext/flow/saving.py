@@ -16,7 +16,9 @@ from amct_ext.errors import InputDataError, ModelError, RecordError
 from amct_ext.export import write
 from amct_ext.export.axes import check_axes
 from amct_ext.export.precision import precision_of, widened
-from amct_ext.flow.session import check_record, detach, present_pairs, raise_if_invalid, session_of
+from amct_ext.flow.hooks import detach
+from amct_ext.flow.recording import check_record
+from amct_ext.flow.session import present_pairs, raise_if_invalid, session_of
 from amct_ext.flow.surgery import compressed_layers, fold_layers, placed_layers
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.layer_types import computed_parameter

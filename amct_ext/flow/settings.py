@@ -9,12 +9,13 @@ from torch import nn
 
 from amct_ext.arguments import unwrap
 from amct_ext.errors import StaleStateError
-from amct_ext.flow.session import session_of, write_record
+from amct_ext.flow.recording import write_record
+from amct_ext.flow.session import session_of
 from amct_ext.flow.surgery import compressed_layers, link_norms
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.gathering import Gathering, Histogram, Values
 from amct_ext.layers.integer import IntegerForward, obstacle
-from amct_ext.layers.quantizers import ActivationQuantizer
 
 Forward = Literal["float", "auto", "integer"]
 _WAYS: dict[str, type[Gathering]] = {"exact": Values, "histogram": Histogram}
