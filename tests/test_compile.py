@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import amct_ext
-from amct_ext.flow import session
+from amct_ext.flow import recording
 
 X = torch.randn(3, 4, 6, 6)
 CONFIGS = ("quant", "learned", "two_batches", "filter_quant", "sparse_refreshed", "sparse_quant", "sparse_learned")
@@ -157,7 +157,7 @@ def test_recording_is_not_seen_by_dynamo(way: str, tmp_path: Path) -> None:
     if way != "of the forward":  # hooks run in the graph or between graphs, as Dynamo has it
         amct_ext.update_record(model)
     assert record.read_text().count("scale_d") == 3
-    session.check_record(model, session.build_record(model), "r")
+    recording.check_record(model, recording.build_record(model), "r")
 
 
 def test_a_record_after_compiled_evaluations(tmp_path: Path) -> None:
