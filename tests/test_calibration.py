@@ -6,6 +6,7 @@ import logging
 from collections import UserDict
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import small_models as small
 import torch
@@ -56,7 +57,6 @@ def test_an_evaluation_before_training_keeps_nothing(
     if "pruned" not in name and "sparse" not in name:
         plain = small.build().eval()(quiet)
         assert (first - plain).abs().max() < 0.1 * plain.abs().max()
-    assert Record.read(str(job.record)).quant == ()
     for each in (model, twin):
         train(each, optimizer_of(each), range(3))
     assert_same_state(model, twin)
@@ -92,12 +92,27 @@ def test_recurrent_layers_are_evaluated_before_training(tmp_path: Path, kind: st
     assert_same_state(model, twin)
 
 
-def test_saving_an_uncalibrated_model_says_what_to_do(tmp_path: Path) -> None:
+def test_saving_a_model_without_ranges_says_what_to_do(tmp_path: Path) -> None:
     job = Job(tmp_path, small.QUANT)
     model = job.create()
-    evaluate(model)
     with pytest.raises(amct_ext.AmctError, match=r"'stem' and 4 other layer\(s\) are not calibrated.*calibrate\("):
         amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
+
+
+@pytest.mark.parametrize("name", ["quant", "learned"])
+def test_what_was_only_evaluated_is_saved_as_it_was_evaluated(job: Job, name: str) -> None:
+    model = job.create()
+    evaluate(model)
+    with torch.no_grad():
+        want = model(small.SAMPLE)  # the record follows the last evaluation
+    amct_ext.save_compressed_retrain_model(model, str(job.record), str(job.folder / "net"), small.SAMPLE)
+    session = onnxruntime.InferenceSession(job.folder / "net_fake_quant_model.onnx")
+    out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: small.SAMPLE.numpy()})[0])
+    assert (out - want).abs().max() < 0.05 * want.abs().max()
+    evaluated = Record.read(str(job.record)).quant
+    train(model, optimizer_of(model), range(1))
+    evaluate(model)
+    assert Record.read(str(job.record)).quant != evaluated
 
 
 # -- calibrate

@@ -85,7 +85,8 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
         session.written = content
     session.record_file = session.record_file or path
     if path == session.record_file:
-        complete = record.quant and _shifts_complete(model, session.plan)
+        own = all(layer.ready for layer in every_layer(model))  # else the next evaluation has other factors
+        complete = record.quant and own and _shifts_complete(model, session.plan)
         session.recorded = state_behind(model) if complete or not session.plan.quant_active else None
 
 
@@ -145,11 +146,14 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
 
 
 def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
-    """The factors of all quantised layers in execution order; none before every calibration is finished."""
+    """The factors of all quantised layers in execution order; none where there is a layer without any.
+
+    Before the calibration they are those of the last evaluation, so that what it computed can be saved.
+    """
     session = session_of(model)
     layers = {name: layer for name, (_, layer) in placed_layers(model).items()}
     quantised = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
-    if not all(layers[name].ready for name in quantised):
+    if not all(layers[name].recordable for name in quantised):
         return ()
     present_pairs(model)
     return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)

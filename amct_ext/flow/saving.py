@@ -135,7 +135,7 @@ def save_quantised(
     raise_if_invalid(model)
     record = Record.read(record_file)
     if not record.quant:
-        waiting = [name for name, layer in compressed_layers(model) if not layer.ready]
+        waiting = [name for name, layer in compressed_layers(model) if not layer.recordable]
         todo = (
             f"'{waiting[0]}' and {len(waiting) - 1} other layer(s) are not calibrated; train the model, or call "
             "amct_ext.calibrate(model, batches), then run a forward in eval mode"

@@ -68,6 +68,7 @@ class ActivationQuantizer(KeepsPrecision):
         self.register_buffer("invalid", torch.zeros((), dtype=torch.bool, device=device))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.float32, device=device))
         self.calibration = Calibration()
+        self.evaluated: Range | None = None  # by the last evaluation, while there is no calibration: no state
         self.running = Running()
         self.validate_now = False
         self.stash = True
@@ -92,6 +93,11 @@ class ActivationQuantizer(KeepsPrecision):
         """
         seen = self._seen.read(self.batches_seen)
         return seen >= self.batch_num or ((seen == 0 or not float(seen).is_integer()) and self._has_range())
+
+    @property
+    def recordable(self) -> bool:
+        """Whether there are clips to record: those of the state, or what an evaluation without any has used."""
+        return self.ready or self.evaluated is not None
 
     @property
     def learning(self) -> bool:
@@ -162,7 +168,9 @@ class ActivationQuantizer(KeepsPrecision):
         if self._has_range() if self._of_training else self.ready:
             return own
         self.running.warn_uncalibrated(self.layer)
-        return self._range_of(x)
+        clips = self._range_of(x)
+        self.evaluated = None if self._of_training or leaves_no_trace() else clips
+        return clips
 
     def calibrate(self, x: Tensor) -> None:
         """Take ``x`` as a batch of the calibration, once in a forward of the model and only while training.
@@ -209,9 +217,12 @@ class ActivationQuantizer(KeepsPrecision):
         return self._quantize(self.clip_max.new_zeros(0))[1]
 
     def factors(self) -> tuple[float, int]:
-        """scale_d and offset_d of the present clips, on the host. Errors: InvalidDataError where they give none."""
+        """scale_d and offset_d of the present clips, on the host; before a calibration of what was last evaluated.
+
+        Errors: InvalidDataError where they give none.
+        """
         with torch.no_grad():
-            out = self._quantize(self.clip_max.new_zeros(0))
+            out = self._quantize(self.clip_max.new_zeros(0), None if self.ready else self.evaluated)
         scale, offset = float(out[1]), float(out[2])
         if not (scale > 0 and scale < float("inf")):
             raise InvalidDataError(f"layer '{self.layer}': the activation clips give no valid scale ({scale})")
@@ -256,6 +267,7 @@ class ActivationQuantizer(KeepsPrecision):
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
+        self.evaluated = None
         seen = self._seen.read(self.batches_seen)
         if seen != self.calibration.batches:  # what was gathered before a load, or by another model, is not here
             self.calibration.clear()
@@ -280,6 +292,7 @@ class ActivationQuantizer(KeepsPrecision):
             self._seen.wrote(self.batches_seen, self.batch_num)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.evaluated = None
         self.calibration.clear()
         gathered = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -152,9 +152,14 @@ class CompressedLayer(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether ranges and learned scales have begun, so that an evaluation has factors to record."""
+        """Whether ranges and learned scales have begun: what the layer computes follows from its state."""
         quantizers = (self.activation, *self.own_quantizers)
         return all(q is None or q.ready for q in quantizers) and all(q.ready for q in self.weight_quantizers)
+
+    @property
+    def recordable(self) -> bool:
+        """Whether there are factors to record."""
+        return all(q is None or q.recordable for q in (self.activation, *self.own_quantizers))
 
     @property
     def weight_quantizers(self) -> tuple[WeightQuantizer, ...]:
