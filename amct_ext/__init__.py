@@ -12,6 +12,7 @@ from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
 from amct_ext.errors import AmctError
 from amct_ext.explain import Explanation, LayerReport, explain
+from amct_ext.flow.batchnorm import reestimate_batchnorm
 from amct_ext.flow.calibrate import calibrate
 from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
 from amct_ext.parallel import average_gradients, replicated_parameters
@@ -57,6 +58,7 @@ __all__ = [
     "forward_choices",
     "from_amct_optimizer_state_dict",
     "from_amct_state_dict",
+    "reestimate_batchnorm",
     "release_memory",
     "replicated_parameters",
     "restore_compressed_retrain_model",

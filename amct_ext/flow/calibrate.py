@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,23 +28,19 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     batches, InvalidDataError (NaN or Inf).
     Source: the range search is AMCT's, which runs it in training forwards only.
     """
-    if isinstance(batches, (torch.Tensor, Mapping)):
-        raise TypeError(f"batches is one {type(batches).__name__}; give several batches, or [batch]")
     inner = unwrap(model)
     running = session_of(inner).running
     layers = dict(compressed_layers(inner))
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
-    running.calibrating = True
-    try:
-        for batch in batches:
-            _call(model, batch)
-            if not _waiting(layers):
-                break
-    finally:
-        running.calibrating = False
-        for module, mode in modes:
-            module.training = mode
+    check_batches(batches)
+    with in_eval_mode(inner):
+        running.calibrating = True
+        try:
+            for batch in batches:
+                run_batch(model, batch)
+                if not _waiting(layers):
+                    break
+        finally:
+            running.calibrating = False
     missing = _waiting(layers)
     if missing:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -60,7 +57,27 @@ def _waiting(layers: Any) -> list[str]:
     return [name for name, layer in layers.items() if not all(q.calibrated for q in layer.own_quantizers)]
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def check_batches(batches: Any) -> None:
+    """Raise TypeError where one batch is given instead of several: it would be taken apart."""
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise TypeError(f"batches is one {type(batches).__name__}; give several batches, or [batch]")
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while. Flags are set directly: train() and eval() of a user's class may do more."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call the model with a tensor, a tuple of positional arguments or a mapping of keyword arguments."""
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple):
