@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext import ops
-from amct_ext.layers import quantizers, sparsity
+from amct_ext.layers import activation_quantizer, sparsity, weight_quantizer
 
 PLAIN = PlainOps()
 _NAN = torch.tensor(math.nan)
@@ -132,7 +132,7 @@ def test_first_gradients_have_the_same_bits_with_a_graph(kind: str) -> None:
 @contextmanager
 def plain_rules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        for module in (quantizers, sparsity):
+        for module in (activation_quantizer, weight_quantizer, sparsity):
             patch.setattr(module, "ops", PLAIN)
         yield
 
