@@ -77,7 +77,7 @@ class ActivationQuantizer(KeepsPrecision):
         self.shared_codes: Shared[Codes] = Shared()
         self.found: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
         self.own_writes = 0  # to the clips, by forwards: versions that mean no change
-        self._seen = HostValue(0)
+        self._seen = HostValue(0, settled=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import torch
@@ -38,25 +39,27 @@ class Watch:
 class HostValue:
     """The number in a buffer of one element, as the host knows it.
 
-    The buffer is the truth: whoever writes to it (a load, an average, a copy value by value) is believed. On the CPU it
-    is read each time. Reading from another device waits for it, so there the last value counts until the buffer is
-    another tensor or has another version. Compiled and traced forwards take the last value; a graph for what has not
-    happened yet asks the device besides, so values copied in before it was made count.
+    The buffer is the truth: whoever writes to it (a load, an average, a copy value by value) is believed. Once the
+    number is ``settled`` (so high that it decides nothing any more), and on devices other than the CPU, where reading
+    waits, it is read again only where the buffer is another tensor or has another version; else each time. Compiled and
+    traced forwards take the last value; a graph for what has not happened yet asks the device besides, so values copied
+    in before it was made count.
     """
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, settled: float = math.inf) -> None:
         self.value = value
+        self.settled = settled
         self._watch = Watch()
 
     def read(self, buffer: Tensor) -> float:
         """The number in ``buffer``."""
-        kind = buffer.device.type
-        if torch.compiler.is_compiling() or kind == "meta" or leaves_no_trace():
+        if torch.compiler.is_compiling():
             return self.value
-        if kind == "cpu":
-            self.value = buffer.numpy().item()  # past torch's dispatcher, which costs a few times as much
-        elif not self._watch.unchanged(buffer):
-            self.wrote(buffer, buffer.item())
+        if self._watch.unchanged(buffer) and (self.value >= self.settled or not buffer.is_cpu):
+            return self.value
+        if not (buffer.is_meta or leaves_no_trace()):
+            # On the CPU past torch's dispatcher, which costs a few times as much.
+            self.wrote(buffer, buffer.numpy().item() if buffer.is_cpu else buffer.item())
         return self.value
 
     def wrote(self, buffer: Tensor, value: float) -> None:
@@ -65,5 +68,5 @@ class HostValue:
         if not torch.compiler.is_compiling():
             self._watch.remember(buffer)
 
-    def __reduce__(self) -> tuple[type[HostValue], tuple[float]]:
-        return HostValue, (self.value,)
+    def __reduce__(self) -> tuple[type[HostValue], tuple[float, float]]:
+        return HostValue, (self.value, self.settled)

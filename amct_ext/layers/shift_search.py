@@ -34,7 +34,7 @@ class ShiftSearch(KeepsPrecision):
         self.register_buffer("errors", torch.zeros(num_scales, NUM_SHIFTS, dtype=torch.float64, device=device))
         self.register_buffer("deq_scale", torch.zeros(num_scales, dtype=torch.float32, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
-        self._batches = HostValue(0)
+        self._batches = HostValue(0, settled=batch_num)
         self._own = Watch()
 
     @torch.no_grad()

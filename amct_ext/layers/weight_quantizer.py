@@ -40,7 +40,7 @@ class WeightQuantizer(KeepsPrecision):
         self.grad_factor = grad_factor
         start = ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
         self.running = Running()
-        self._initialised = HostValue(0)
+        self._initialised = HostValue(0, settled=1)
         if self.learned:
             self.scale = nn.Parameter(start.clone())
             self.register_buffer("initialised", torch.zeros((), dtype=torch.float32, device=weight.device))
