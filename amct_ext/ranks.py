@@ -28,7 +28,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
     if not tensors or not several_ranks():
         return
     flat = torch.cat([x.reshape(-1) for x in tensors])
-    torch.distributed.all_reduce(flat)
+    sum_(flat)
     parts = (flat / torch.distributed.get_world_size()).split([x.numel() for x in tensors])
     for x, mean in zip(tensors, parts, strict=True):
         x.copy_(mean.view_as(x))

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.arguments import check_types, unwrap
-from amct_ext.flow.calibrate import check_batches, in_eval_mode, run_batch
+from amct_ext.flow.calibrate import check_batches
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.run import in_mode
 
 
 @torch.no_grad()
@@ -19,8 +21,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Removing channels changes what every layer behind them sees; an evaluation before the training that follows uses
     statistics of the whole network otherwise. ``model``: compressed or not. ``batches``: several of what the model is
-    called with (tensors, tuples of positional arguments, mappings of keyword arguments), on its device; of the size
-    used in training, and as many as give stable means. The plain mean over the batches replaces ``running_mean`` and
+    called with, in a form that create takes as ``input_data``, on its device; of the size used in training, and as many
+    as give stable means. The plain mean over the batches replaces ``running_mean`` and
     ``running_var`` in place, and ``num_batches_tracked`` counts them; BatchNorm normalises by each batch meanwhile. The
     rest of the model is in eval mode, keeps its mode afterwards and is not changed: no calibration, no 2:4 step.
     Layers that keep no statistics are left alone. Errors: TypeError (one batch instead of several), ValueError (no
@@ -35,13 +37,13 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     before = [(held, held.clone()) for norm in norms for held in norm.buffers(recurse=False)]
     count = 0
     try:
-        with in_eval_mode(inner):
+        with in_mode(inner, training=False):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean
                 norm.training = True
             for batch in batches:
-                run_batch(model, batch)
+                parse_inputs(inner, batch).call(model)
                 count += 1
         if norms and not count:
             raise ValueError("batches holds no batch, so there is nothing to estimate statistics from")

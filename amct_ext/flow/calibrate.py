@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,30 +12,32 @@ from amct_ext.arguments import unwrap
 from amct_ext.errors import StaleStateError
 from amct_ext.flow.session import session_of
 from amct_ext.flow.surgery import compressed_layers
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.run import in_mode
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Find the activation ranges of a compressed model by evaluating batches, and start learned weight scales.
 
-    ``batches``: what the model is called with: tensors, tuples of positional arguments, or mappings of keyword
-    arguments; on the model's device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise
-    training forwards do the same as they come. The model is in eval mode meanwhile and keeps its mode; dropout is off,
-    BatchNorm uses its running statistics, and weights, masks and gradients stay as they are. In a distributed job all
-    ranks call it with data of their own. Layers that are calibrated keep their ranges. Errors: ModelError (not a
-    compressed model), TypeError (one batch instead of several), StaleStateError naming the layers that saw too few
-    batches, InvalidDataError (NaN or Inf).
-    Source: the range search is AMCT's, which runs it in training forwards only.
+    ``batches``: what the model is called with, each in a form that create takes as ``input_data``; on the model's
+    device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise training forwards do the same as
+    they come. The model is in eval mode meanwhile and keeps its mode; dropout is off, BatchNorm uses its running
+    statistics, and weights, masks and gradients stay as they are. In a distributed job all ranks call it with data of
+    their own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one
+    batch instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers
+    that saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in
+    training forwards only.
     """
     inner = unwrap(model)
     running = session_of(inner).running
     layers = dict(compressed_layers(inner))
     check_batches(batches)
-    with in_eval_mode(inner):
+    with in_mode(inner, training=False):
         running.calibrating = True
         try:
             for batch in batches:
-                run_batch(model, batch)
+                parse_inputs(inner, batch).call(model)
                 if not _waiting(layers):
                     break
         finally:
@@ -61,26 +62,3 @@ def check_batches(batches: Any) -> None:
     """Raise TypeError where one batch is given instead of several: it would be taken apart."""
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError(f"batches is one {type(batches).__name__}; give several batches, or [batch]")
-
-
-@contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while. Flags are set directly: train() and eval() of a user's class may do more."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def run_batch(model: nn.Module, batch: Any) -> None:
-    """Call the model with a tensor, a tuple of positional arguments or a mapping of keyword arguments."""
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple):
-        model(*batch)
-    else:
-        model(batch)

@@ -29,11 +29,6 @@ class Inputs:
         """What the model returns for these arguments."""
         return model(*self.args, **self.kwargs)
 
-    def as_tuple(self) -> tuple[Any, ...]:
-        """The arguments as `parse_inputs` takes them."""
-        ambiguous = bool(self.args) and _is_named(self.args[-1])
-        return (*self.args, self.kwargs) if self.kwargs or ambiguous else self.args
-
     def tensors(self) -> list[torch.Tensor]:
         """The tensors in the arguments, in order."""
         return [tensor for _, tensor in _leaves((self.args, self.kwargs), "")]

@@ -13,25 +13,17 @@ from torch import nn
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Eval (or train) mode for a while; each module's mode, the buffers and the random state come back exactly.
-
-    Flags are set directly: train() and eval() of a user's class may do more than set them.
-    """
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval (or train) mode for a while; each module's mode, the buffers and the random state come back exactly."""
     # A scripted module writes to its buffers, but never puts another one in the place.
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module not in scripted]
     held_tensors = [held for _, owned in buffers for held in owned.values() if held is not None]
     held_tensors += [held for module in scripted for held in module.buffers(recurse=False)]
     copies = [(held, held.clone()) for held in held_tensors]
-    with preserved_random_state(model):
+    with preserved_random_state(model), in_mode(model, training):
         try:
-            for module, _ in modes:
-                module.training = training
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for module, owned in buffers:
                 module._buffers.clear()
                 module._buffers.update(owned)
@@ -39,6 +31,22 @@ def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
                 for held, copy in copies:
                     if not torch.equal(held, copy):  # not every kernel that writes tells the version counter
                         held.copy_(copy)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Eval or train mode for a while; each module's own comes back.
+
+    Flags are set directly: train() and eval() of a user's class may do more than set them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextlib.contextmanager

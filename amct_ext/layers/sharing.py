@@ -31,10 +31,6 @@ class Shared(Generic[Made]):
         self._kept = (made, x, readers - 1, where) if readers > 1 else None
         return made
 
-    def clear(self) -> None:
-        """Let go of a result that not all readers took: no activation outlives the forward."""
-        self._kept = None
-
     @property
     def empty(self) -> bool:
         return self._kept is None
