@@ -179,7 +179,7 @@ def applies(layer: Any, x: Tensor) -> bool:
 def _activation_codes(layer: Any, x: Tensor) -> Codes:
     quantizer = layer.activation
     first = layer.act_quant is not None
-    forward = quantizer.running.forward
+    forward = quantizer.running.forward if quantizer.num_readers > 1 else None
     if not first:
         made = quantizer.shared_codes.take(x, forward)
         if made is not None:
