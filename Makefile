@@ -19,7 +19,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.stamp
 NATIVE := $(wildcard setup.py CMakeLists.txt) $(shell find csrc proto -type f 2>/dev/null)
-CLANG_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CLANG_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # The environment's tools (cmake, ninja, protoc, clang-format) come before those of the machine.
 export PATH := $(BIN):$(PATH)

@@ -10,29 +10,29 @@ from amct_ext.auto_channel_prune_search import (
 )
 from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
 from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
+from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError
-from amct_ext.explain import Explanation, LayerReport, explain
-from amct_ext.flow.batchnorm import reestimate_batchnorm
-from amct_ext.flow.calibrate import calibrate
-from amct_ext.flow.settings import configure, forward_choices, shift_bits, update_record
-from amct_ext.parallel import average_gradients, replicated_parameters
-from amct_ext.retrain import (
+from amct_ext.explain.report import Explanation, LayerReport, explain
+from amct_ext.explain.targets import TARGETS, Target, check_target
+from amct_ext.flows.batchnorm import reestimate_batchnorm
+from amct_ext.flows.calibrate import calibrate
+from amct_ext.flows.compressed import (
     create_compressed_retrain_model,
     restore_compressed_retrain_model,
     save_compressed_retrain_model,
 )
-from amct_ext.retrain_prune import (
+from amct_ext.flows.prune import (
     create_prune_retrain_model,
     restore_prune_retrain_model,
     save_prune_retrain_model,
 )
-from amct_ext.retrain_quant import (
+from amct_ext.flows.quant import (
     create_quant_retrain_config,
     create_quant_retrain_model,
     restore_quant_retrain_model,
     save_quant_retrain_model,
 )
-from amct_ext.targets import TARGETS, Target, check_target
+from amct_ext.flows.settings import configure, forward_choices, shift_bits, update_record
 
 __all__ = [
     "TARGETS",

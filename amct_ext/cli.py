@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amct_ext import targets
 from amct_ext._library import build_info
 from amct_ext.checkpoint.dialect import is_amct
 from amct_ext.checkpoint.load import read_state_dict
 from amct_ext.config.json import check_config
 from amct_ext.errors import AmctError
+from amct_ext.explain import targets
 from amct_ext.record.types import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

@@ -1,4 +1,4 @@
-# The loops of csrc/cpu/isa/loops.cpp, compiled once for every instruction set; csrc/cpu/kernels.cpp chooses at run time.
+# The loops of csrc/cpu/loops/table.cpp, compiled once for every instruction set; csrc/cpu/dispatch.cpp chooses at run time.
 # All levels give the same bits: no contraction, no reassociation, and reductions over a fixed number of partial sums.
 set(AMCT_LEVELS baseline)
 set(AMCT_FLAGS_baseline "")
@@ -9,7 +9,7 @@ if(AMCT_SIMD AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(AMCT_FLAGS_v4bf16 ${AMCT_FLAGS_v4} -mavx512bf16)
 endif()
 foreach(level IN LISTS AMCT_LEVELS)
-  add_library(amct_loops_${level} OBJECT csrc/cpu/isa/loops.cpp)
+  add_library(amct_loops_${level} OBJECT csrc/cpu/loops/table.cpp)
   target_compile_definitions(amct_loops_${level} PRIVATE AMCT_LEVEL=${level})
   # GCC takes the undefined registers inside its own AVX-512 headers for ours.
   target_compile_options(amct_loops_${level} PRIVATE ${AMCT_FLAGS_${level}}
@@ -26,7 +26,7 @@ if(v4 IN_LIST AMCT_LEVELS)
   list(APPEND AMCT_PRODUCT_LEVELS vnni)
 endif()
 foreach(level IN LISTS AMCT_PRODUCT_LEVELS)
-  add_library(amct_product_${level} OBJECT csrc/cpu/isa/product.cpp)
+  add_library(amct_product_${level} OBJECT csrc/cpu/loops/integer_product.cpp)
   target_compile_definitions(amct_product_${level} PRIVATE AMCT_LEVEL=${level})
   target_compile_options(amct_product_${level} PRIVATE ${AMCT_FLAGS_${level}})
   target_include_directories(amct_product_${level} PRIVATE csrc)

@@ -9,7 +9,7 @@
 #include <torch/library.h>
 
 #include "ops.h"
-#include "straight_through.h"
+#include "ops/straight_through.h"
 
 namespace amct_ext {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <sstream>
 
-#include "build_info.h"
+#include "common/build_info.h"
 #include "cpu/fingerprint.h"
-#include "cpu/reuse.h"
+#include "cpu/result_pool.h"
 
 namespace py = pybind11;
 

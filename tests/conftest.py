@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import standin
 import torch
+from support import standin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

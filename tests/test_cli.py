@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import small_models as small
 import torch
+from support import small_models as small
 from test_restore import Job, evaluate, optimizer_of, train
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v compute-sanitizer >/dev/null || { echo 'compute-sanitizer is not on PATH (it comes with the CUDA toolkit)'; exit 1; }
 python -c 'import torch; torch.cuda.is_available() or exit("no CUDA card that torch can use")'
 # torch.compile starts compilers of its own, and captured graphs are what test_cuda.py looks at: neither belongs here.
-if [ $# -eq 0 ]; then set -- tests/test_ops_*.py -k 'cuda and not compile'; fi
+if [ $# -eq 0 ]; then set -- tests/ops -k 'cuda and not compile'; fi
 # Every allocation of its own, so that an access beyond a tensor is one beyond its allocation.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONDONTWRITEBYTECODE=1
 for tool in memcheck racecheck initcheck; do

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amct_ext.arguments import check_types, unwrap
 from amct_ext.checkpoint.dialect_rnn import has_run, is_finite, own_members, read_rnn, write_rnn
-from amct_ext.flow.session import present_pairs, session_of
-from amct_ext.flow.surgery import compressed_layers
+from amct_ext.common.validation import check_types, unwrap
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.session import present_pairs, session_of
+from amct_ext.model_surgery.swap import compressed_layers
 
 _MARKS = (".replaced_module.",)
 # AMCT's name -> ours, for the activation quantiser.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amct_ext.checkpoint import dialect
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
-from amct_ext.layers.gathering import fits
+from amct_ext.layers.calibration_data import fits
 
 _GATHERED = ".act_quant.calibration_data", ".hidden_quant.calibration_data"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.arguments import unwrap
 from amct_ext.checkpoint.dialect import to_amct_state_dict
+from amct_ext.common.validation import unwrap
 from amct_ext.errors import CheckpointError
-from amct_ext.flow.session import session_of
-from amct_ext.flow.surgery import compressed_layers
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.session import session_of
+from amct_ext.model_surgery.swap import compressed_layers
 
 _log = logging.getLogger("amct_ext")
 _REUSED = ".acts_comp_reuse."  # AMCT's second name of a shared quantiser; its parameters() leaves it out

@@ -15,9 +15,9 @@ import torch
 
 from amct_ext.errors import ExportError
 from amct_ext.export.axes import Axes, apply_axes, rename_sizes
-from amct_ext.export.flat import flat_call
-from amct_ext.export.odd_names import give_names_back, give_plain_names
+from amct_ext.export.flat_call import flat_call
 from amct_ext.export.precision import widen
+from amct_ext.export.safe_names import give_names_back, give_plain_names
 from amct_ext.export.traced import LayerValues, trace_to_onnx
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.recorder import Doubt

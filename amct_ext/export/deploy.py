@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from amct_ext.errors import ExportError
 from amct_ext.export.factors import LayerFactors
-from amct_ext.export.fences import FencedLayer, like, markers, put_tensors, set_constant, take_over
+from amct_ext.export.markers import FencedLayer, like, markers, put_tensors, set_constant, take_over
 
 
 def lower_deploy(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from amct_ext.export.factors import LayerFactors
-from amct_ext.export.fences import FencedLayer, like, markers, put_tensors, take_over
+from amct_ext.export.markers import FencedLayer, like, markers, put_tensors, take_over
 
 INT16 = np.iinfo(np.int16)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from amct_ext.files import write_atomic
+from amct_ext.common.files import write_atomic
 
 SIZE_LIMIT = 2_000_000_000  # bytes of a protobuf message, less than 2^31 so that the graph itself still fits
 LONGEST_PREFIX = 241

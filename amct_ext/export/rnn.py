@@ -17,7 +17,7 @@ from amct_ext.errors import ExportError
 from amct_ext.export.deploy import dequant_words, pack_int4
 from amct_ext.export.factors import LayerFactors, int32_bias
 from amct_ext.export.fake_quant import Chain, quantise
-from amct_ext.export.fences import DOMAIN, like, markers, module_scopes, set_constant, take_over
+from amct_ext.export.markers import DOMAIN, like, markers, module_scopes, set_constant, take_over
 from amct_ext.export.rnn_factors import RnnFactors
 
 _SLOT_H, _SLOT_C = 5, 6  # inputs of the standard operators: X, W, R, B, sequence lengths, initial h, initial c

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from amct_ext.common.layer_kinds import ONNX_GATES
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.factors import (
     DEAD,
@@ -20,7 +21,6 @@ from amct_ext.export.factors import (
     truncate,
     types_of,
 )
-from amct_ext.graph.layer_types import ONNX_GATES
 from amct_ext.record.types import QuantRecord
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.references import replace_modules
+from amct_ext.common.references import replace_modules
 
 
 class _Scripted(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from amct_ext.export.axes import Axes
-from amct_ext.export.fences import SCOPES
+from amct_ext.export.markers import SCOPES
 from amct_ext.graph.recorder import scope_name
 from amct_ext.graph.run import tensors_in
 

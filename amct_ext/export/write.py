@@ -17,24 +17,24 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
 from amct_ext.export.capture import Captured, capture, logger, optimise, told
 from amct_ext.export.check import check_files
+from amct_ext.export.cleanup import drop_unused, tidy, use_matmul
 from amct_ext.export.deploy import lower_deploy
 from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
-from amct_ext.export.fences import DOMAIN, fence, name_layers
 from amct_ext.export.files import encode, onnx_paths, write_files
+from amct_ext.export.markers import DOMAIN, fence, name_layers
 from amct_ext.export.precision import precision_of, widened
 from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
 from amct_ext.export.scripted import open_scripted
-from amct_ext.export.tidy import drop_unused, tidy, use_matmul
 from amct_ext.export.traced import LayerValues
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.record.types import QuantRecord
-from amct_ext.references import copy_model
 
 
 def export_quantized(

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from amct_ext.common.layer_kinds import QUANTIZABLE, keeps_forward
+from amct_ext.common.references import copy_model
 from amct_ext.graph.inputs import Inputs
-from amct_ext.graph.layer_types import QUANTIZABLE, keeps_forward
 from amct_ext.graph.run import preserved_random_state, tensors_in, undisturbed
 from amct_ext.graph.values import Node
-from amct_ext.references import copy_model
 
 Calls = Mapping[str, list[Node]]
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
 from amct_ext.graph.inputs import Inputs, parse_inputs
-from amct_ext.graph.layer_types import keeps_forward, layer_type
 from amct_ext.graph.reads import HostReads, caller
 from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.graph.values import Node, Value

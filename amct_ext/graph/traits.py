@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.config.plan import LayerTraits
-from amct_ext.graph.layer_types import (
+from amct_ext.common.layer_kinds import (
     BATCHED_DIMS,
     FILTER_PRUNABLE,
     QUANTIZABLE,
@@ -20,6 +19,7 @@ from amct_ext.graph.layer_types import (
     keeps_forward,
     layer_type,
 )
+from amct_ext.config.plan import LayerTraits
 from amct_ext.graph.values import Node
 
 Calls = Mapping[str, Sequence[Node]]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_ext.layers.norms import folded, sign_of_factor
-from amct_ext.ranks import whole
+from amct_ext.common.ranks import whole
+from amct_ext.layers.bn_fold import folded, sign_of_factor
 
 
 @torch.no_grad()

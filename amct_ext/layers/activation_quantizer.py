@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.config.plan import DataQuant
 from amct_ext.errors import InvalidDataError
-from amct_ext.layers.gathering import Calibration, batch_range, fits
+from amct_ext.layers.calibration_data import Calibration, batch_range, fits
+from amct_ext.layers.deferred import Running
+from amct_ext.layers.forward_context import leaves_no_trace, readable
 from amct_ext.layers.host_value import HostValue
-from amct_ext.layers.pending import Running
-from amct_ext.layers.phase import leaves_no_trace, readable
+from amct_ext.layers.integer_autograd import Codes
 from amct_ext.layers.precision import KeepsPrecision
-from amct_ext.layers.product import Codes
-from amct_ext.layers.sharing import Shared
+from amct_ext.layers.shared_input import Shared
 
 _NAN = float("nan")
 

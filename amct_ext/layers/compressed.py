@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_ext import ops
+from amct_ext.common.ranks import whole
 from amct_ext.config.plan import LayerPlan, SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.bn_fold import with_factor
 from amct_ext.layers.derive import new_layer, take_attributes
+from amct_ext.layers.forward_context import leaves_no_trace
 from amct_ext.layers.integer import IntegerForward
-from amct_ext.layers.norms import with_factor
-from amct_ext.layers.phase import leaves_no_trace
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity
 from amct_ext.layers.stash import stashed
 from amct_ext.layers.weight_quantizer import WeightQuantizer
-from amct_ext.ranks import whole
 
 _EPS = torch.finfo(torch.float32).eps
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.references import slots_of
+from amct_ext.common.references import slots_of
 
 
 def derived(compressed: type, user: type) -> type:

@@ -8,7 +8,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from amct_ext.layers.phase import leaves_no_trace
+from amct_ext.layers.forward_context import leaves_no_trace
 
 
 class Watch:

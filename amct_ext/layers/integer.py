@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
-from amct_ext.layers.content import content
-from amct_ext.layers.pending import Convolution, Patience, Pending, Running
-from amct_ext.layers.product import (
+from amct_ext.layers.deferred import Convolution, Patience, Pending, Running
+from amct_ext.layers.fingerprint import content
+from amct_ext.layers.integer_autograd import (
     Carrier,
     Codes,
     Product,

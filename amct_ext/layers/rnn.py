@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amct_ext.common.layer_kinds import ONNX_GATES
 from amct_ext.config.plan import LayerPlan, QuantPlan
 from amct_ext.errors import InvalidDataError
-from amct_ext.graph.layer_types import ONNX_GATES
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.weight_quantizer import WeightQuantizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.layers.product import Codes, product
+from amct_ext.layers.integer_autograd import Codes, product
 
 _FEWEST, _MOST = 3, 12  # rounds
 

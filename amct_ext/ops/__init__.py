@@ -9,23 +9,23 @@ from amct_ext import _library, backends
 _library.load()
 
 from amct_ext.ops import shapes  # noqa: E402, F401  (registers what tracers ask)
-from amct_ext.ops.accumulators import integer_conv2d_accumulators, integer_linear_accumulators  # noqa: E402
-from amct_ext.ops.codes import pack_weight, ulq_quantize  # noqa: E402
-from amct_ext.ops.histogram import range_histogram_, search_clip_range_histogram  # noqa: E402
-from amct_ext.ops.integer import integer_conv2d, integer_conv2d_codes, integer_linear  # noqa: E402
-from amct_ext.ops.masks import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
-from amct_ext.ops.norms import filter_norms  # noqa: E402
-from amct_ext.ops.search import search_clip_range  # noqa: E402
-from amct_ext.ops.shift import best_shift, shift_error_  # noqa: E402
-from amct_ext.ops.sparse import (  # noqa: E402
+from amct_ext.ops.activation_ulq import ulq_fake_quantize, ulq_fake_quantize_, ulq_fake_quantize_backward  # noqa: E402
+from amct_ext.ops.calibration_histogram import range_histogram_, search_clip_range_histogram  # noqa: E402
+from amct_ext.ops.calibration_search import search_clip_range  # noqa: E402
+from amct_ext.ops.calibration_shift import best_shift, shift_error_  # noqa: E402
+from amct_ext.ops.integer_accumulators import integer_conv2d_accumulators, integer_linear_accumulators  # noqa: E402
+from amct_ext.ops.integer_codes import pack_weight, ulq_quantize  # noqa: E402
+from amct_ext.ops.integer_product import integer_conv2d, integer_conv2d_codes, integer_linear  # noqa: E402
+from amct_ext.ops.sparsity_mask import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
+from amct_ext.ops.sparsity_weight import (  # noqa: E402
     apply_mask,
     arq_fake_quantize_many,
     sparse_arq_fake_quantize,
     sparse_arq_fake_quantize_2to4,
     sparsify_2to4,
 )
-from amct_ext.ops.ulq import ulq_fake_quantize, ulq_fake_quantize_, ulq_fake_quantize_backward  # noqa: E402
-from amct_ext.ops.weights import (  # noqa: E402
+from amct_ext.ops.weight_norms import filter_norms  # noqa: E402
+from amct_ext.ops.weight_quantize import (  # noqa: E402
     arq_fake_quantize,
     lsq_fake_quantize,
     lsq_fake_quantize_backward,

@@ -10,12 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amct_ext.ops import codes as code_ops
-from amct_ext.ops import histogram as histogram_ops
-from amct_ext.ops import masks, search, shift, sparse, ulq, weights
+from amct_ext.ops import activation_ulq as ulq
+from amct_ext.ops import calibration_histogram as histogram_ops
+from amct_ext.ops import calibration_search as search
+from amct_ext.ops import calibration_shift as shift
+from amct_ext.ops import integer_codes as code_ops
+from amct_ext.ops import sparsity_mask as masks
+from amct_ext.ops import sparsity_weight as sparse
+from amct_ext.ops import weight_quantize as weights
 from amct_ext.ops._common import abstract, accumulate_type, check_axis, check_bits, check_floating
-from amct_ext.ops._products import check_geometry, check_product
-from amct_ext.ops.integer import check_addend
+from amct_ext.ops._integer import check_geometry, check_product
+from amct_ext.ops.integer_product import check_addend
 
 Quantised = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -15,9 +15,9 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.check import check_records
-from amct_ext.prune.choice import choose
 from amct_ext.prune.discover import Discovery, discover
 from amct_ext.prune.removal import Removal
+from amct_ext.prune.selection import choose
 from amct_ext.record.types import ChannelRecord
 
 __all__ = ["Discovery", "apply_channels", "discover", "plan_channels"]

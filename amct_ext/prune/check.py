@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from amct_ext.common.layer_kinds import BATCH_NORMS, computed_parameter, is_depthwise, layer_type
 from amct_ext.errors import RecordError
-from amct_ext.graph.layer_types import BATCH_NORMS, computed_parameter, is_depthwise, layer_type
 from amct_ext.prune.removal import LAYER_OPERATORS
 from amct_ext.record.types import ChannelRecord, PruneNode
 

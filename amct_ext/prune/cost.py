@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.graph.layer_types import CONVS, TRANSPOSED_CONVS, is_depthwise
+from amct_ext.common.layer_kinds import CONVS, TRANSPOSED_CONVS, is_depthwise
 from amct_ext.graph.trace import Graph, Node
 from amct_ext.prune.groups import ChannelGroup
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.graph.layer_types import BATCH_NORMS, is_depthwise, layer_type
+from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, layer_type
 from amct_ext.record.types import ChannelRecord
 
 # ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to cut.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from amct_ext.errors import InputDataError, InvalidDataError, RecordError
 from amct_ext.graph.inputs import Inputs, parse_inputs
-from amct_ext.prune.choice import removal_count
 from amct_ext.prune.cost import LayerWork
 from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.selection import removal_count
 from amct_ext.record.attributes import read_attribute, write_attribute
 from amct_ext.record.text import channel_messages, read_channel
 

@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from amct_ext.common.files import write_if_changed
 from amct_ext.errors import RecordError
-from amct_ext.files import write_if_changed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""What was done to each layer of a model, and where nothing was done, why."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from amct_ext.common.inference_mode import outside_inference_mode
+from amct_ext.common.validation import unwrap
+from amct_ext.config.json import JsonConfig, read_config, resolve_json
+from amct_ext.config.plan import LayerPlan, QuantPlan, resolve
+from amct_ext.config.text import FilterPrune
+from amct_ext.explain.reasons import LayerReasons
+from amct_ext.flows import build
+from amct_ext.model_surgery.session import Session, session_of
+from amct_ext.model_surgery.swap import compressed_layers
+
+_COLUMNS = ("layer", "type", "quantised", "pruned")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. `quantised` and `pruned` say what was done, '' for nothing; then the `not_` twin says why.
+
+    Both `pruned` and `not_pruned` are set where a layer only lost input channels: the twin speaks of its own outputs.
+    """
+
+    name: str
+    type: str
+    quantised: str = ""
+    pruned: str = ""
+    not_quantised: str = ""
+    not_pruned: str = ""
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether the layer is the float layer it was."""
+        return not (self.quantised or self.pruned)
+
+
+class Explanation(dict[str, LayerReport]):
+    """Reports by layer name, in the model's order; printed as a Markdown table.
+
+    `export`: what is to be known of saving this model, '' for nothing; printed below the table.
+    """
+
+    export: str = ""
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                item.name,
+                item.type,
+                item.quantised or f"no: {item.not_quantised}",
+                "; ".join(filter(None, (item.pruned, item.not_pruned and f"no: {item.not_pruned}"))),
+            )
+            for item in self.values()
+        ]
+        widths = [max(len(row[column]) for row in [_COLUMNS, *rows]) for column in range(len(_COLUMNS))]
+        lines = [_COLUMNS, tuple("-" * width for width in widths), *rows]
+        table = "\n".join(
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        )
+        return f"{table}\n\nSaving: {self.export}" if self.export else table
+
+
+@outside_inference_mode
+def explain(
+    model: nn.Module, input_data: Any = None, config_defination: str | os.PathLike[str] | None = None
+) -> Explanation:
+    """Report for each layer whether it is quantised, pruned, 2:4 sparse or left alone, and the reason.
+
+    ``model``: what a create or restore function returned. Or a float model, together with the ``input_data`` and the
+    configuration (text or JSON) that create would get: then it is tried on a copy, and nothing is written. Layers that
+    lose input channels because another layer lost outputs say so; `.export` says what is to be known of saving. Errors:
+    ModelError (not a compressed model and no input_data and configuration), and those of the create functions.
+    """
+    inner = unwrap(model)
+    if input_data is not None and config_defination is not None:
+        config = read_config(config_defination)
+        planner = build.Planner(
+            lambda traits: resolve_json(config, traits) if isinstance(config, JsonConfig) else resolve(config, traits),
+            config,
+        )
+        inner = build.compress(inner, input_data, planner, record_file="")
+    session = session_of(inner)
+    present = {layer.layer_name for _, layer in compressed_layers(inner)}
+    lost_inputs: dict[str, int] = {}
+    for node in (node for record in session.channel for node in record.consumers):
+        lost_inputs[node.name] = lost_inputs.get(node.name, 0) + len(node.prune_index)
+    explanation = Explanation(
+        (layer.name, _report(layer, session, layer.name in present, lost_inputs.get(layer.name, 0)))
+        for layer in session.plan.layers.values()
+    )
+    explanation.export = session.export_note
+    return explanation
+
+
+def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: int) -> LayerReport:
+    why = session.reasons.get(layer.name, LayerReasons())
+    quantised, not_quantised = "", why.not_quantised
+    if layer.quant is not None:
+        if compressed:
+            quantised = _quantised(layer.quant)
+        else:
+            not_quantised = not_quantised or "it was exchanged or removed after create"
+    done, not_pruned = _pruned(layer, session, compressed, why.not_pruned)
+    if lost_inputs:
+        done.append(f"{lost_inputs} input channels removed")
+    return LayerReport(layer.name, layer.type, quantised, ", ".join(done), not_quantised, not_pruned)
+
+
+def _quantised(quant: QuantPlan) -> str:
+    scope = "per channel" if quant.weight.channel_wise else "per tensor"
+    return f"INT{quant.data.num_bits} input, INT{quant.weight.num_bits} weight {scope} ({quant.weight.algo})"
+
+
+def _pruned(layer: LayerPlan, session: Session, compressed: bool, reason: str) -> tuple[list[str], str]:
+    """What was done, and why nothing was."""
+    if layer.prune is None or reason:
+        return [], reason
+    if not isinstance(layer.prune, FilterPrune):
+        return (["2:4 sparse"], "") if compressed else ([], "it was exchanged or removed after create")
+    node = next((node for record in session.channel for node in record.producers if node.name == layer.name), None)
+    if node is None:
+        return [], "not in the record: the trial forward failed without its channels (the log of create says how)"
+    if not node.prune_index:
+        return [], f"rounding keeps all {node.end - node.begin} channels"
+    return [f"{len(node.prune_index)} of {node.end - node.begin} output channels removed"], ""

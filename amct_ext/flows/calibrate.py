@@ -1,0 +1,64 @@
+"""Calibration of a compressed model without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext.common.validation import unwrap
+from amct_ext.errors import StaleStateError
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.run import in_mode
+from amct_ext.model_surgery.session import session_of
+from amct_ext.model_surgery.swap import compressed_layers
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Find the activation ranges of a compressed model by evaluating batches, and start learned weight scales.
+
+    ``batches``: what the model is called with, each in a form that create takes as ``input_data``; on the model's
+    device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise training forwards do the same as
+    they come. The model is in eval mode meanwhile and keeps its mode; dropout is off, BatchNorm uses its running
+    statistics, and weights, masks and gradients stay as they are. In a distributed job all ranks call it with data of
+    their own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one
+    batch instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers
+    that saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in
+    training forwards only.
+    """
+    inner = unwrap(model)
+    running = session_of(inner).running
+    layers = dict(compressed_layers(inner))
+    check_batches(batches)
+    with in_mode(inner, training=False):
+        running.calibrating = True
+        try:
+            for batch in batches:
+                parse_inputs(inner, batch).call(model)
+                if not _waiting(layers):
+                    break
+        finally:
+            running.calibrating = False
+    missing = _waiting(layers)
+    if missing:
+        shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise StaleStateError(
+            f"{len(missing)} layer(s) saw fewer batches than their calibration takes (batch_num): {shown}; give more "
+            "batches, and ones that reach these layers"
+        )
+    for layer in layers.values():
+        layer.start_scales()
+
+
+def _waiting(layers: Any) -> list[str]:
+    """Layers whose calibration is not finished."""
+    return [name for name, layer in layers.items() if not all(q.calibrated for q in layer.own_quantizers)]
+
+
+def check_batches(batches: Any) -> None:
+    """Raise TypeError where one batch is given instead of several: it would be taken apart."""
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise TypeError(f"batches is one {type(batches).__name__}; give several batches, or [batch]")

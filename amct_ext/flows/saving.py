@@ -1,0 +1,170 @@
+"""The last step of every flow: a retrained model to ONNX files, by way of its plain float form."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext.common.layer_kinds import computed_parameter
+from amct_ext.common.references import copy_model
+from amct_ext.common.validation import check_types
+from amct_ext.errors import InputDataError, ModelError, RecordError
+from amct_ext.export import write
+from amct_ext.export.axes import check_axes
+from amct_ext.export.precision import precision_of, widened
+from amct_ext.graph.inputs import Inputs, parse_inputs
+from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.model_surgery.hooks import detach
+from amct_ext.model_surgery.recording import check_record
+from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, session_of
+from amct_ext.model_surgery.swap import compressed_layers, fold_layers, placed_layers
+from amct_ext.record.types import Record
+
+_log = logging.getLogger(__name__)
+
+
+def export_names(input_names: Any, output_names: Any, dynamic_axes: Any) -> dict[str, Any]:
+    """The naming arguments that all save functions share, for the exporter. Errors: TypeError, ExportError."""
+    check_types(
+        input_names=(input_names, list, type(None)),
+        output_names=(output_names, list, type(None)),
+        dynamic_axes=(dynamic_axes, dict, type(None)),
+    )
+    check_axes(input_names, output_names, dynamic_axes)
+    return {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Names of the layers that are quantised."""
+    return [name for name, layer in compressed_layers(model) if layer.weight_quant is not None]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A compressed model as the exporter wants it: plain float layers in eval mode, 2:4 masks multiplied in.
+
+    `expected`: the tensors that the compressed model returned for `inputs` in its own evaluation.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    expected: list[torch.Tensor]
+
+
+def to_plain(model: nn.Module, input_data: Any) -> Plain:
+    """The plain form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
+    for name, layer in compressed_layers(model):
+        computed = computed_parameter(layer)
+        if computed:
+            raise ModelError(
+                f"layer '{name}': since create its {computed} is computed (parametrisation, weight norm or pruning); "
+                "take that off before saving, which leaves the layer its present values: remove_parametrizations of "
+                "torch.nn.utils.parametrize, torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove"
+            )
+        around = model.get_submodule(name.rpartition(".")[0])
+        if name != layer.layer_name and getattr(around, "merged", True) is False:
+            raise ModelError(
+                f"layer '{layer.layer_name}' is inside an adapter ({type(around).__name__}) that is not merged; merge "
+                "it into the layer's weight (merge() or merge_and_unload() in peft), call "
+                "amct_ext.update_record(model), then save"
+            )
+    try:
+        duplicate = copy_model(model).eval()
+    except Exception as error:
+        raise ModelError(f"{type(model).__name__} cannot be copied, so it cannot be exported: {error}") from error
+    detach(duplicate)  # a forward of the copy must not write the record
+    inputs = parse_inputs(duplicate, input_data)
+    expected = [tensor.detach().clone() for tensor in tensors_in(_evaluation(duplicate, inputs))]
+    return Plain(fold_layers(duplicate).eval(), inputs, expected)
+
+
+def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, list[list[torch.Tensor]]]:
+    """By module, what each of its calls returned in the evaluation of a copy of the model. Errors: InputDataError."""
+    duplicate = copy_model(model)
+    detach(duplicate)
+    found: dict[str, list[list[torch.Tensor]]] = {name: [] for name in names}
+    for name in names:
+
+        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+            found[name].append([tensor.detach().clone() for tensor in tensors_in(output)])
+
+        duplicate.get_submodule(name).register_forward_hook(keep)
+    _evaluation(duplicate, inputs)
+    return found
+
+
+def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model returns in eval mode and its own precision, whatever is switched on around it."""
+    with undisturbed(model), torch.no_grad(), precision_of(model):
+        try:
+            return inputs.copied().call(model)
+        except Exception as error:
+            wide = widened(inputs)  # a float32 model takes half precision under autocast alone
+            if any(a is not b for a, b in zip(inputs.tensors(), wide.tensors(), strict=True)):
+                with contextlib.suppress(Exception):
+                    return wide.copied().call(model)
+            raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
+
+
+def save_plain(model: nn.Module, save_path: str, input_data: Any, names: dict[str, Any]) -> None:
+    """Write the float graph of a model that is not quantised under both names. Errors: those of the export."""
+    plain = to_plain(model, input_data)
+    write.export_plain(plain.model, plain.inputs, save_path, **names, expected=plain.expected)
+
+
+def save_quantised(
+    model: nn.Module,
+    record_file: str,
+    save_path: str,
+    input_data: Any,
+    names: dict[str, Any],
+    plain: Plain | None = None,
+) -> None:
+    """Write both files of a quantised model; `plain` is its plain form, where that was made already.
+
+    Errors: FileNotFoundError; RecordError (record without factors, or damaged); StaleStateError (factors of another
+    state of the model); InvalidDataError; those of the export.
+    """
+    session = session_of(model)
+    raise_if_invalid(model)
+    record = Record.read(record_file)
+    if not record.quant:
+        waiting = [name for name, layer in compressed_layers(model) if not layer.recordable]
+        todo = (
+            f"'{waiting[0]}' and {len(waiting) - 1} other layer(s) are not calibrated; train the model, or call "
+            "amct_ext.calibrate(model, batches), then run a forward in eval mode"
+            if waiting
+            else f"run a forward in eval mode, or call amct_ext.update_record(model, {record_file!r})"
+        )
+        raise RecordError(f"{record_file}: no quantisation factors recorded: {todo}")
+    check_record(model, record, record_file)
+    placed = placed_layers(model)
+    for name, layer in compressed_layers(model):
+        if placed[layer.layer_name][1] is not layer:
+            raise ModelError(
+                f"layer '{name}' is a copy of the compressed layer '{layer.layer_name}' and has no factors of its own; "
+                "put it into the model before create, or a float layer in its place"
+            )
+    for name in session.order:
+        if name not in placed:
+            _log.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
+    plain = plain or to_plain(model, input_data)
+    inputs, pairs = plain.inputs, present_pairs(model)
+    watched = {*quantised_layers(model), *pairs.values()}
+    write.export_quantized(
+        plain.model,
+        inputs,
+        tuple(replace(entry, key=placed[entry.key][0]) for entry in record.quant),
+        pairs,
+        save_path,
+        **names,
+        write_shift=session.plan.write_shift_bit,
+        expected=plain.expected,
+        values=lambda: layer_values(model, inputs, watched),
+    )

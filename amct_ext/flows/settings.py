@@ -1,0 +1,140 @@
+"""Settings of one compressed model; never of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from amct_ext.common.validation import unwrap
+from amct_ext.errors import StaleStateError
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.calibration_data import Gathering, Histogram, Values
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.integer import IntegerForward, obstacle
+from amct_ext.model_surgery.recording import write_record
+from amct_ext.model_surgery.session import session_of
+from amct_ext.model_surgery.swap import compressed_layers, link_norms
+
+Forward = Literal["float", "auto", "integer"]
+_WAYS: dict[str, type[Gathering]] = {"exact": Values, "histogram": Histogram}
+
+
+def configure(
+    model: nn.Module,
+    *,
+    validation: Literal["deferred", "eager"] | None = None,
+    stash: Literal["rebuild", "off"] | None = None,
+    forward: Forward | Mapping[str, Forward] | None = None,
+    calibration: Literal["exact", "histogram"] | None = None,
+) -> None:
+    """Change settings of a compressed model; what is not given stays as it is.
+
+    ``validation``: when NaN/Inf in an activation raises. "deferred" (how a model starts) notes it on the device and
+    raises at the next evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in
+    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward.
+    "rebuild" (how a model starts) keeps nothing, not even codes, and rounds it again, with the same bits, from the
+    float input that the gradient of the clips needs anyway: the memory of the float model. "off" keeps it as floats.
+    ``forward``: what convolutions and linear layers multiply, for the model or by layer name. "float" (how a model
+    starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a kernel
+    (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once; "auto" times
+    both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float", and nothing is
+    kept whatever ``stash`` says. Evaluations keep integer weights until a training step, a change of the parameter, or
+    a call of train() or eval(). A change through ``weight.data`` (an exchange with averaged weights), which torch does
+    not count, is found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of the
+    input, else at an even sample, so after writing a few values of a larger one so, call eval(). Evaluations also
+    compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of at each
+    step; forward hooks in the model then see tensors whose values are computed when they are read.
+    ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
+    values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is
+    within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any
+    time; begun as a histogram it ends as one, also in a model restored with "exact", for the values are gone.
+    Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
+    histogram has begun); nothing is changed then.
+    """
+    if validation not in (None, "deferred", "eager"):
+        raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
+    if stash not in (None, "rebuild", "off"):
+        raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
+    if calibration not in (None, *_WAYS):
+        raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
+    inner = unwrap(model)
+    session = session_of(inner)
+    layers = dict(compressed_layers(inner))
+    wanted = _per_layer(forward, layers)
+    quantizers = [quantizer for layer in layers.values() for quantizer in layer.own_quantizers]
+    if calibration == "exact":
+        _check_values_are_there(quantizers)
+    for name, way in wanted.items():
+        layers[name].integer = (
+            None if way == "float" or obstacle(layers[name]) else IntegerForward(way, session.running)
+        )
+    for quantizer in quantizers:
+        if validation is not None:
+            quantizer.validate_now = validation == "eager"
+        if stash is not None:
+            quantizer.stash = stash == "rebuild"
+        if calibration is not None:
+            quantizer.calibration.way = _WAYS[calibration]()
+
+
+def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:
+    begun = [q.layer for q in quantizers if q.calibration.is_histogram]
+    if begun:
+        raise StaleStateError(
+            f"layer '{begun[0]}': its calibration has begun as a histogram, which does not hold the values; let it "
+            'finish with calibration="histogram", or create the model anew'
+        )
+
+
+def _per_layer(
+    forward: Forward | Mapping[str, Forward] | None, layers: Mapping[str, CompressedLayer]
+) -> dict[str, Forward]:
+    if forward is None:
+        return {}
+    wanted = dict(forward) if isinstance(forward, Mapping) else dict.fromkeys(layers, forward)
+    for name, value in wanted.items():
+        if value not in ("float", "auto", "integer"):
+            raise ValueError(f"forward must be 'float', 'auto' or 'integer', not {value!r}")
+        if name not in layers:
+            raise ValueError(f"forward: the model has no compressed layer '{name}'")
+    return wanted
+
+
+def forward_choices(model: nn.Module) -> dict[str, Forward]:
+    """Which forward each compressed layer took last: layer -> "integer" or "float".
+
+    `configure(model, forward=...)` takes the result: what "auto" chose in one run, another run repeats. Errors:
+    ModelError.
+    """
+    inner = unwrap(model)
+    session_of(inner)
+    return {
+        name: "integer" if layer.integer is not None and layer.integer.used else "float"
+        for name, layer in compressed_layers(inner)
+    }
+
+
+def update_record(model: nn.Module, record_file: str | None = None) -> None:
+    """Write the record of the model as it is now: channel groups, present masks and, once calibrated, present factors.
+
+    ``record_file``: where to (default: the file given at create or restore). A copy of a compressed model has no file
+    of its own, so that it never writes to that of the model it was made of; the first one given here becomes its own.
+    Errors: ModelError (also a copy without a file), InvalidDataError, OSError.
+    """
+    write_record(unwrap(model), record_file)
+
+
+def shift_bits(model: nn.Module) -> dict[str, list[int]]:
+    """The searchN result: layer -> right shifts N (1..16), one per recorded weight scale.
+
+    Gathered by the evaluation forwards since the last training forward. Errors: ModelError, StaleStateError (no
+    evaluation yet).
+    """
+    inner = unwrap(model)
+    link_norms(inner, session_of(inner).conv_bn)
+    layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
+    return {
+        name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None
+    }

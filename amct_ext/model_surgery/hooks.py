@@ -1,0 +1,138 @@
+"""What a compressed model does around each of its forwards, and when its state is taken or loaded."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from amct_ext.common.ranks import several_ranks
+from amct_ext.layers.deferred import plain
+from amct_ext.layers.forward_context import leaves_no_trace
+from amct_ext.model_surgery.rank_ranges import share_ranges
+from amct_ext.model_surgery.recording import state_behind, write_record
+from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
+from amct_ext.model_surgery.swap import (
+    every_layer,
+    link_norms,
+    norms_linked,
+)
+
+
+def attach(model: nn.Module, session: Session) -> None:
+    """Give the model its session and the hooks that keep the record file up to date."""
+    setattr(model, ATTRIBUTE, session)
+    for layer in every_layer(model):
+        for quantizer in layer.own_quantizers:
+            quantizer.running = session.running
+        for weight in layer.weight_quantizers:
+            weight.running = session.running
+    # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
+    model.register_forward_pre_hook(_before_forward)
+    model.register_forward_hook(_after_forward)
+    model.register_forward_hook(_leave_forward, always_call=True)
+    model.register_state_dict_pre_hook(_before_state_dict)
+    model.register_load_state_dict_post_hook(_after_load)
+
+
+def detach(model: nn.Module) -> None:
+    """Take session and hooks off again: for a copy that is no compressed model any more."""
+    for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
+        vars(model).pop(name, None)
+    ours = (_before_forward, _after_forward, _leave_forward, _before_state_dict, _after_load)
+    every = (
+        model._forward_pre_hooks,
+        model._forward_hooks,
+        model._state_dict_pre_hooks,
+        model._load_state_dict_post_hooks,
+    )
+    for hooks in every:
+        for key in [key for key, hook in hooks.items() if hook in ours]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def untraced(function: Callable[..., None]) -> Callable[..., None]:
+    """``function``, run as it is also where a graph breaks and Dynamo goes on with what is called next."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+def _before_forward(model: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    session = getattr(model, ATTRIBUTE)
+    session.running.enter(sys._getframe(1), model.training)
+    if not model.training:
+        if not norms_linked(model, session.conv_bn):
+            link_norms(model, session.conv_bn)
+        if not leaves_no_trace():
+            _note_state(model, session)
+
+
+def _note_state(model: nn.Module, session: Session) -> None:
+    """Before an evaluation: shifts that were searched on another state, which each layer feels, start over.
+
+    Of what was loaded or copied the scales tell.
+    """
+    state = state_behind(model)
+    if state == session.evaluated or _without_values(model):
+        return
+    searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
+    searches = [(search, layer) for search, layer in searches if search.has_result]
+    own = session.evaluated is not None and all(search.is_own for search, _ in searches)
+    if own or not all(layer.ready and search.made_with(layer.deq_scale()) for search, layer in searches):
+        for search, _ in searches:
+            search.forget()
+    session.evaluated = state
+
+
+def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
+    getattr(model, ATTRIBUTE).running.leave(sys._getframe(1))
+    values = plain(output)
+    return None if values is output else values
+
+
+def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+    session = getattr(model, ATTRIBUTE)
+    learning = model.training or session.running.calibrating
+    if several_ranks() and not leaves_no_trace():
+        quantizers = own_quantizers(model)
+        if learning or any(quantizer.training for quantizer in quantizers):
+            share_ranges(quantizers)
+    if torch.compiler.is_compiling() or leaves_no_trace():
+        return
+    if learning:
+        session.recorded = None
+    elif session.record_file is not None:
+        untraced(_follow)(model)
+
+
+def _follow(model: nn.Module) -> None:
+    """Write the record anew where the state behind it is not what it was made of."""
+    session = session_of(model)
+    if _without_values(model):
+        return
+    if session.recorded is None or session.recorded != session.evaluated:
+        write_record(model)
+
+
+def _without_values(model: nn.Module) -> bool:
+    """Whether the model is on the meta device."""
+    return any(parameter.is_meta for parameter in itertools.islice(model.parameters(), 1))
+
+
+def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise_if_invalid(model)
+
+
+def _after_load(model: nn.Module, incompatible: Any) -> None:
+    session = getattr(model, ATTRIBUTE)
+    session.recorded = session.evaluated = None

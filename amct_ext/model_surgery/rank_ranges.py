@@ -1,0 +1,43 @@
+"""Clip ranges that the ranks of a job found on data of their own, made one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from amct_ext.common.ranks import sum_
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
+
+
+@torch.no_grad()
+def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
+    """Give every rank the mean of the clips that ranks found in the forward just made, by one collective.
+
+    Called on all ranks after each training forward until every calibration is finished. What is sent has a place for
+    every quantiser, whichever layers a rank ran. Where a rank has finished the calibration of a layer, that range
+    counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else.
+    """
+    if all(quantizer.calibrated and not quantizer.found for quantizer in quantizers):
+        return
+    first = quantizers[0].clip_max
+    dtype = torch.float64 if any(q.clip_max.dtype == torch.float64 for q in quantizers) else torch.float32
+    table = torch.zeros(len(quantizers), 2, 3, dtype=dtype, device=first.device)  # final or not; count, clips
+    for row, quantizer in zip(table, quantizers, strict=True):
+        if quantizer.found:
+            found = row[0 if quantizer.found == "final" else 1]
+            found[0] = 1
+            found[1:] = torch.stack([quantizer.clip_max, quantizer.clip_min])
+        quantizer.found = ""
+    sum_(table)
+    counts = table[..., 0].tolist()
+    for (finished, provisional), row, quantizer in zip(counts, table, quantizers, strict=True):
+        if not finished and not provisional:
+            continue
+        clips = row[0 if finished else 1, 1:] / (finished or provisional)
+        quantizer.clip_max.copy_(clips[0])
+        quantizer.clip_min.copy_(clips[1])
+        if finished:
+            quantizer.prev_clip_max.copy_(clips[0])
+            quantizer.prev_clip_min.copy_(clips[1])
+            quantizer.finish_calibration()

@@ -1,0 +1,92 @@
+"""What a compressed model knows about itself."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext.config.plan import Plan
+from amct_ext.errors import ModelError
+from amct_ext.explain.reasons import LayerReasons
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.deferred import Running
+from amct_ext.model_surgery.swap import (
+    compressed_layers,
+    every_layer,
+    link_norms,
+)
+from amct_ext.record.types import ChannelRecord
+
+ATTRIBUTE = "amct_ext_session"
+
+
+@dataclass
+class Session:
+    """Facts of one compressed model; plain data, copied and pickled with the model.
+
+    A copy (teacher, average, a model handed to another framework) has no record file until it is given one; a pickle
+    keeps it.
+    """
+
+    plan: Plan
+    record_file: str | None
+    channel: tuple[ChannelRecord, ...] = ()
+    conv_bn: dict[str, str] = field(default_factory=dict)
+    order: tuple[str, ...] = ()  # compressed layers in execution order
+    reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
+    evaluated: tuple[Any, ...] | None = None  # the state that the last evaluation began with
+    recorded: tuple[Any, ...] | None = None  # what the record was made of; None: not of the present state
+    written: bytes | None = None  # content of the record file, when this model last wrote it
+    export_note: str = ""  # what create found out about saving this model
+    running: Running = field(default_factory=Running)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.record_file = new.written = None
+        new.running = copy.deepcopy(self.running, memo)
+        return new
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session of a compressed model. Errors: ModelError (a RuntimeError) for any other model."""
+    session: Session | None = vars(model).get(ATTRIBUTE)
+    if session is None:
+        inside = [name for name, module in model.named_modules() if ATTRIBUTE in vars(module)]
+        found = f" (its submodule '{inside[0]}' was)" if inside else ""
+        raise ModelError(
+            f"{type(model).__name__} was not made by create_* or restore_* of amct_ext{found}; pass what they returned"
+        )
+    return session
+
+
+def present_pairs(model: nn.Module) -> dict[str, str]:
+    """The (conv -> BN) pairs, convolutions by their present names; without those that are no longer in the model."""
+    return link_norms(model, session_of(model).conv_bn)
+
+
+def own_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that compressed layers add to the float model."""
+    children = (
+        (f"{name}.{own}", getattr(layer, own)) for name, layer in compressed_layers(model) for own in layer.own_children
+    )
+    return [f"{prefix}.{key}" for prefix, child in children if child is not None for key, _ in child.named_buffers()]
+
+
+def own_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    return [quantizer for layer in every_layer(model) for quantizer in layer.own_quantizers]
+
+
+def raise_if_invalid(model: nn.Module) -> None:
+    """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
+    quantisers = own_quantizers(model)
+    if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
+        for quantiser in quantisers:
+            quantiser.raise_if_invalid()

@@ -1,0 +1,100 @@
+// ulq_fake_quantize and its backward.
+#include <ATen/ops/gt.h>
+#include <ATen/ops/lt.h>
+#include <ATen/ops/masked_fill.h>
+#include <c10/core/GradMode.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "common/quant_math.h"
+#include "cpu/activation_clips.h"
+#include "cpu/parallel.h"
+#include "cpu/result_pool.h"
+#include "ops/activation_check.h"
+
+namespace amct_ext::cpu {
+namespace {
+
+using at::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& clip_max,
+                                                                   const Tensor& clip_min, const Tensor& prev_clip_max,
+                                                                   const Tensor& prev_clip_min, int64_t num_bits,
+                                                                   bool fixed_min) {
+  const char* op = "ulq_fake_quantize";
+  check_floating(op, "x", x);
+  check_bits(op, num_bits);
+  const Clips used = used_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+  const UlqForward parameters = used.parameters(num_bits);
+
+  const Tensor source = in_runs(x);
+  Tensor y = reused_like(source, Life::kLayer);
+  std::atomic<bool> bad{!used.valid()};
+  const void* in = source.const_data_ptr();
+  void* out = y.mutable_data_ptr();
+  const size_t size = x.element_size();
+  const auto loop = kernels().ulq_forward[element_of(x)];
+  for_walk(Walk(x.sizes(), source.strides(), y.strides()), [&](int64_t, int64_t from, int64_t to, int64_t n) {
+    if (loop(at_element(in, from, size), at_element(out, to, size), n, parameters)) {
+      bad.store(true, std::memory_order_relaxed);
+    }
+  });
+  return with_clips(std::move(y), used, clip_max, bad.load());
+}
+
+template <typename Acc>
+UlqBackward limits(double clip_max, double clip_min, int num_bits) {
+  const Acc high = static_cast<Acc>(clip_max), low = static_cast<Acc>(clip_min);
+  const auto affine = math::affine(high, low, num_bits);
+  const math::CodeRange range = math::code_range(num_bits);
+  return {affine.scale, high, low, affine.scale * (static_cast<Acc>(range.highest) - affine.offset),
+          affine.scale * (static_cast<Acc>(range.lowest) - affine.offset)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
+                                            const Tensor& clip_min, int64_t num_bits) {
+  check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
+  const int bits = static_cast<int>(num_bits);
+  const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
+  const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
+
+  const Tensor source = in_runs(in_type(x, shared_type(grad, x)));
+  Tensor dx = reused_like(source, Life::kLayer);
+  const Tensor upstream = laid_out_as(grad, dx);
+  const Walk walk(x.sizes(), source.strides(), dx.strides());
+  std::vector<UlqSums> parts(walk.blocks());
+  const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
+  void* out = dx.mutable_data_ptr();
+  const size_t size = source.element_size();
+  const auto loop = kernels().ulq_backward[element_of(source)];
+  for_walk(walk, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
+    loop(at_element(up, to, size), at_element(in, from, size), at_element(out, to, size), n, parameters, parts[block]);
+  });
+  UlqSums sums;
+  for (const UlqSums& part : parts) {
+    sums.error += part.error;
+    sums.above += part.above;
+    sums.below += part.below;
+  }
+  const double error = sums.error / static_cast<double>((1LL << num_bits) - 1);
+  if (wide(grad) && !wide(x)) {  // the loop has rounded it
+    const c10::NoGradGuard no_graph;
+    dx = at::empty_like(dx, at::kDouble).copy_(grad);
+    dx.masked_fill_(source.gt(parameters.upper).logical_or_(source.lt(parameters.lower)), 0);
+  } else {
+    dx = in_type(dx, grad.scalar_type());
+  }
+  return {std::move(dx), scalar_like(clip_max, error + sums.above), scalar_like(clip_min, sums.below - error)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
+  m.impl("ulq_fake_quantize", forward);
+  m.impl("ulq_fake_quantize_backward", backward);
+}
+
+}  // namespace amct_ext::cpu

@@ -1,0 +1,206 @@
+// shift_error_ and best_shift.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "common/quant_math.h"
+#include "cpu/parallel.h"
+
+namespace amct_ext::cpu {
+namespace {
+
+using at::Tensor;
+constexpr int64_t kShifts = 16;
+
+// Sums of some channels that lie side by side.
+struct Sums {
+  explicit Sums(int64_t channels) : of_shift(channels * kShifts), nan(channels) {}
+
+  void clear() {
+    std::fill(of_shift.begin(), of_shift.end(), 0);
+    std::fill(nan.begin(), nan.end(), 0);
+  }
+
+  // Add the sums of the channels from `first` on.
+  void add(const Sums& part, int64_t first, int64_t channels) {
+    for (int64_t i = 0; i < channels * kShifts; ++i) of_shift[first * kShifts + i] += part.of_shift[i];
+    for (int64_t i = 0; i < channels; ++i) nan[first + i] |= part.nan[i];
+  }
+
+  std::vector<WideSum> of_shift;
+  std::vector<char> nan;
+};
+
+// The data as `outer` times `count` runs of `inner` values. A piece of work is some outer steps of a channel or, where
+// runs are short, of several channels side by side, whose values are gathered by channel until a loop over them pays.
+class Scan {
+ public:
+  Scan(const Tensor& x, int64_t axis, const std::vector<double>& scales)
+      : x_(static_cast<const char*>(x.const_data_ptr())),
+        size_(x.element_size()),
+        numel_(x.numel()),
+        runs_(runs_along(x, axis)),
+        scales_(scales),
+        loop_(kernels().shift_errors[element_of(x)]) {
+    if (numel_ == 0) return;
+    if (runs_.count == 1) runs_ = {(numel_ + kBlock - 1) / kBlock, 1, kBlock};
+    gathers_ = runs_.inner < kGathered;
+    together_ = gathers_ ? std::min(runs_.count, kTogether) : 1;
+    steps_ = std::max<int64_t>(1, (gathers_ ? kGathered : 4 * kBlock) / runs_.inner);
+  }
+
+  Sums sums() const {
+    Sums result(runs_.count);
+    if (numel_ == 0) return result;
+    const int64_t groups = (runs_.count + together_ - 1) / together_, pieces = (runs_.outer + steps_ - 1) / steps_;
+    std::mutex mutex;
+    at::parallel_for(0, pieces * groups, 1, [&](int64_t first, int64_t last) {
+      std::vector<char> buffer(gathers_ ? together_ * kStride * size_ : 0);
+      Sums part(together_);
+      for (int64_t piece = first; piece < last; ++piece) {
+        const int64_t from = piece / groups * steps_, to = std::min(runs_.outer, from + steps_);
+        const int64_t channel = piece % groups * together_, channels = std::min(together_, runs_.count - channel);
+        part.clear();
+        if (gathers_) {
+          add_gathered(channel, channels, from, to, buffer.data(), part);
+        } else {
+          add_runs(channel, from, to, part);
+        }
+        const std::lock_guard<std::mutex> lock(mutex);
+        result.add(part, channel, channels);
+      }
+    });
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kGathered = 512;  // values gathered of a channel; runs at least as long are read in place
+  static constexpr int64_t kStride = kGathered + 64;  // buffers a power of two apart would share sets of the cache
+  static constexpr int64_t kTogether = 64;
+
+  void add(const void* data, int64_t n, int64_t channel, int64_t place, Sums& to) const {
+    const double scale = scales_[scales_.size() == 1 ? 0 : channel + place];
+    if (loop_(data, n, scale, &to.of_shift[place * kShifts])) to.nan[place] = 1;
+  }
+
+  void add_runs(int64_t channel, int64_t from, int64_t to, Sums& part) const {
+    for (int64_t o = from; o < to; ++o) {
+      const int64_t at = (o * runs_.count + channel) * runs_.inner;
+      add(at_element(x_, at, size_), std::min(runs_.inner, numel_ - at), channel, 0, part);
+    }
+  }
+
+  void add_gathered(int64_t channel, int64_t channels, int64_t from, int64_t to, char* buffer, Sums& part) const {
+    for (int64_t o = from; o < to; ++o) {
+      const char* source = at_element(x_, (o * runs_.count + channel) * runs_.inner, size_);
+      gather(source, channels, at_element(buffer, (o - from) * runs_.inner, size_));
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      add(at_element(buffer, c * kStride, size_), (to - from) * runs_.inner, channel, c, part);
+    }
+  }
+
+  // One step: a run of each channel to that channel's buffer.
+  void gather(const char* source, int64_t channels, char* target) const {
+    switch (runs_.inner == 1 ? size_ : 0) {
+      case 2:
+        return scatter<uint16_t>(source, channels, target);
+      case 4:
+        return scatter<uint32_t>(source, channels, target);
+      case 8:
+        return scatter<uint64_t>(source, channels, target);
+      default:
+        for (int64_t c = 0; c < channels; ++c) {
+          std::memcpy(target + c * kStride * size_, source + c * runs_.inner * size_, runs_.inner * size_);
+        }
+    }
+  }
+
+  template <typename Word>
+  static void scatter(const char* source_, int64_t channels, char* target_) {
+    const Word* source = reinterpret_cast<const Word*>(source_);
+    Word* target = reinterpret_cast<Word*>(target_);
+    for (int64_t c = 0; c < channels; ++c) target[c * kStride] = source[c];
+  }
+
+  const char* x_;
+  int64_t size_, numel_;
+  Runs runs_;
+  const std::vector<double>& scales_;
+  bool (*loop_)(const void*, int64_t, double, WideSum*);
+  bool gathers_ = false;
+  int64_t together_ = 1, steps_ = 1;
+};
+
+void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
+  const char* op = "shift_error_";
+  check_floating(op, "x", x);
+  check_floating(op, "deq_scale", deq_scale);
+  channel_axis = check_axis(op, "channel_axis", x, channel_axis);
+  const int64_t channels = x.size(channel_axis);
+  check_type(op, "errors", errors, at::kDouble);
+  TORCH_CHECK_VALUE(deq_scale.numel() == 1 || deq_scale.numel() == channels, op, ": deq_scale must hold 1 or ",
+                    channels, " values, not shape ", deq_scale.sizes());
+  TORCH_CHECK_VALUE(
+      errors.dim() == 2 && (errors.size(0) == channels || errors.size(0) == 1) && errors.size(1) == kShifts, op,
+      ": errors must have shape (", channels, ", ", kShifts, ") or (1, ", kShifts, "), not ", errors.sizes());
+  const Tensor source = without_holes(x), given = deq_scale.contiguous();
+  std::vector<double> scales(given.numel());
+  for (size_t i = 0; i < scales.size(); ++i) {
+    const double v = value_at(given, static_cast<int64_t>(i));
+    scales[i] = math::is_finite(v) && v > 0 ? v : std::nan("");
+  }
+  Sums sums = Scan(source, channel_axis, scales).sums();
+  const int64_t rows = errors.size(0);
+  if (rows != channels) {
+    Sums whole(1);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t s = 0; s < kShifts; ++s) whole.of_shift[s] += sums.of_shift[c * kShifts + s];
+      whole.nan[0] |= sums.nan[c];
+    }
+    sums = std::move(whole);
+  }
+  double* out = static_cast<double*>(errors.mutable_data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t s = 0; s < kShifts; ++s) {
+      const double batch = sums.nan[row] ? std::nan("") : static_cast<double>(sums.of_shift[row * kShifts + s]);
+      out[row * errors.stride(0) + s * errors.stride(1)] += batch;
+    }
+  }
+}
+
+Tensor best_shift(const Tensor& errors) {
+  const char* op = "best_shift";
+  check_type(op, "errors", errors, at::kDouble);
+  TORCH_CHECK_VALUE(errors.dim() == 2 && errors.size(1) == kShifts, op, ": errors must have shape (channels, ", kShifts,
+                    "), not ", errors.sizes());
+  const Tensor rows = errors.contiguous();
+  Tensor best = at::empty({rows.size(0)}, rows.options().dtype(at::kInt));
+  const double* in = static_cast<const double*>(rows.const_data_ptr());
+  int32_t* out = static_cast<int32_t*>(best.mutable_data_ptr());
+  for (int64_t row = 0; row < rows.size(0); ++row, in += kShifts) {
+    int32_t winner = 0;
+    bool nan = in[0] != in[0];
+    for (int32_t s = 1; s < kShifts; ++s) {
+      nan = nan || in[s] != in[s];
+      if (in[s] < in[winner]) winner = s;
+    }
+    out[row] = nan ? kShifts : winner + 1;
+  }
+  return best;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
+  m.impl("shift_error_", shift_error);
+  m.impl("best_shift", best_shift);
+}
+
+}  // namespace amct_ext::cpu

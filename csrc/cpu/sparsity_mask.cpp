@@ -1,0 +1,116 @@
+// mask_2to4, refresh_mask_, pack_mask, unpack_mask.
+#include "cpu/sparsity_mask.h"
+
+#include <c10/util/accumulate.h>
+#include <torch/library.h>
+
+#include "common/check.h"
+#include "cpu/parallel.h"
+#include "cpu/result_pool.h"
+
+namespace amct_ext::cpu {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kPiece = 2048;  // elements
+
+Tensor mask_2to4(const Tensor& w, int64_t axis) {
+  check_floating("mask_2to4", "w", w);
+  axis = check_axis("mask_2to4", "axis", w, axis);
+  const Tensor source = without_holes(w);
+  Tensor mask = reused_like(source, Life::kStep, at::kBool);
+  make_mask(source, axis, mask, std::nullopt);
+  return mask;
+}
+
+void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
+  const char* op = "refresh_mask_";
+  check_floating(op, "w", w);
+  check_type(op, "mask", mask, at::kBool);
+  check_type(op, "step", step, at::kLong);
+  check_same_shape(op, "mask", mask, "w", w);
+  check_scalar(op, "step", step);
+  TORCH_CHECK_VALUE(update_freq >= 0, op, ": update_freq must be 0 or more, not ", update_freq);
+  axis = check_axis(op, "axis", w, axis);
+  int64_t& count = *static_cast<int64_t*>(step.mutable_data_ptr());
+  if (update_freq == 0 ? count == 0 : count % update_freq == 0) {
+    const Tensor source = without_holes(w);
+    if (mask.strides() == source.strides()) {
+      make_mask(source, axis, mask, std::nullopt);
+    } else {
+      mask.copy_(mask_2to4(source, axis));
+    }
+  }
+  ++count;
+}
+
+Tensor pack_mask(const Tensor& mask) {
+  check_type("pack_mask", "mask", mask, at::kBool);
+  const Tensor flat = mask.contiguous();
+  const int64_t n = flat.numel(), words = (n + 63) / 64;
+  Tensor packed = at::empty({words}, mask.options().dtype(at::kLong));
+  const uint8_t* in = static_cast<const uint8_t*>(flat.const_data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  for_rows(words, 64, [&](int64_t word) {
+    for (int64_t byte = word * 8; byte < word * 8 + 8; ++byte) {
+      unsigned bits = 0;
+      for (int64_t i = byte * 8; i < byte * 8 + 8; ++i) bits = bits << 1 | (i < n && in[i] != 0);
+      out[byte] = static_cast<uint8_t>(bits);
+    }
+  });
+  return packed;
+}
+
+Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
+  const char* op = "unpack_mask";
+  check_type(op, "words", words, at::kLong);
+  const int64_t n = c10::multiply_integers(shape), needed = (n + 63) / 64;
+  TORCH_CHECK_VALUE(words.dim() == 1 && words.numel() == needed, op, ": a mask of shape ", shape, " takes ", needed,
+                    " words in one dimension, not shape ", words.sizes());
+  Tensor mask = at::empty(shape, words.options().dtype(at::kBool));
+  const Tensor packed = words.contiguous();
+  const uint8_t* in = static_cast<const uint8_t*>(packed.const_data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = in[i >> 3] >> (7 - (i & 7)) & 1;
+  });
+  return mask;
+}
+
+}  // namespace
+
+void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std::optional<Tensor>& y) {
+  Runs runs = runs_along(source, axis);
+  // One or two weights along the axis are all kept: any cut will do.
+  if (runs.count <= 2) runs = {runs.outer * runs.count, 1, runs.inner};
+  const size_t size = source.element_size();
+  const void* in = source.const_data_ptr();
+  uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  void* out = y ? y->mutable_data_ptr() : nullptr;
+  const auto choose = kernels().mask_plane[element_of(source)];
+  const auto sparsify = kernels().sparsify_plane[element_of(source)];
+  // A few groups at a time, so that one long plane is shared between threads as well, and the mask of a piece is
+  // applied while the piece is in the first-level cache.
+  const int64_t group = 4 * runs.inner, groups = (runs.count + 3) / 4;
+  const int64_t step = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, group));
+  const int64_t pieces = (groups + step - 1) / step;
+  for_rows(runs.outer * pieces, step * group, [&](int64_t i) {
+    const int64_t first = i % pieces * step * 4, count = std::min(runs.count - first, step * 4);
+    const int64_t at = (i / pieces * runs.count + first) * runs.inner;
+    if (out) {
+      sparsify(at_element(in, at, size), keep + at, at_element(out, at, size), count, runs.inner);
+    } else {
+      choose(at_element(in, at, size), keep + at, count, runs.inner);
+    }
+  });
+}
+
+TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
+  m.impl("mask_2to4", mask_2to4);
+  m.impl("refresh_mask_", refresh_mask);
+  m.impl("pack_mask", pack_mask);
+  m.impl("unpack_mask", unpack_mask);
+}
+
+}  // namespace amct_ext::cpu

@@ -1,0 +1,246 @@
+"""The pruning flow: golden created states and records, exact restore, plain export, its checks."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from golden_run import Case
+from support import small_models as small
+from test_bad_input import rejected
+from test_restore import assert_same_state, evaluate, optimizer_of, train
+from test_save import run_onnx
+from torch import nn
+
+import amct_ext
+from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.record.types import Record
+
+GOLDEN = [
+    "cnn_24_f0", "cnn_24_f2", "cnn_filter_asc", "cnn_filter_noasc", "cnn_mixed_prune", "cnn_override_prune",
+    "concat_filter_asc", "mlp_24", "mlp_filter_asc", "reused_24",
+]  # fmt: skip
+CONFIGS = {
+    "filter": small.FILTER,
+    "sparse": small.SPARSE % 0,
+    "sparse_refreshed": small.SPARSE % 2,
+    "mixed": small.FILTER + small.MIXED,
+    "quantisation_ignored": small.FILTER + small.MIXED + small.QUANT,
+}
+
+
+class Job:
+    """One job of the pruning flow in a folder of its own."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.folder = folder
+        self.config, self.record = str(folder / "prune.cfg"), str(folder / "record.txt")
+        Path(self.config).write_text(text)
+
+    def create(self, model: nn.Module | None = None) -> nn.Module:
+        return amct_ext.create_prune_retrain_model(model or small.build(), small.SAMPLE, self.config, self.record)
+
+    def restore(self, checkpoint: Path) -> nn.Module:
+        return amct_ext.restore_prune_retrain_model(
+            small.build(), small.SAMPLE, self.record, self.config, str(checkpoint)
+        )
+
+    def save(self, model: nn.Module) -> None:
+        amct_ext.save_prune_retrain_model(model, str(self.folder / "out" / "net"), small.SAMPLE)
+
+
+@pytest.fixture(params=list(CONFIGS))
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> Job:
+    return Job(tmp_path, CONFIGS[request.param])
+
+
+def test_signatures() -> None:
+    expected = {
+        amct_ext.create_prune_retrain_model: "model input_data config_defination record_file",
+        amct_ext.restore_prune_retrain_model: "model input_data record_file config_defination pth_file state_dict_name",
+        amct_ext.save_prune_retrain_model: "model save_path input_data input_names output_names dynamic_axes",
+    }
+    for function, names in expected.items():
+        assert list(inspect.signature(function).parameters) == names.split()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_created_state_and_record(golden: Path, tmp_path: Path, name: str) -> None:
+    case = Case(golden, name, tmp_path)
+    model = amct_ext.create_prune_retrain_model(case.float_model(), case.data["sample_x"], case.config, case.record)
+    ours, theirs = amct_ext.to_amct_state_dict(model), case.load.created_state(name)
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        assert ours[key].shape == value.shape and ours[key].dtype == value.dtype, key
+        if not key.endswith("wts_mask"):  # ours are made at create, the reference's at the first forward
+            assert torch.equal(ours[key].nan_to_num(7), value.nan_to_num(7)), key
+    written, expected = Record.read(case.record), Record.loads(case.load.record(name, "after_create"))
+    assert written.channel == expected.channel
+    assert [(s.name, s.mask_shape) for s in written.sparse] == [(s.name, s.mask_shape) for s in expected.sparse]
+
+
+@pytest.mark.parametrize("name", ["cnn_24_f0", "cnn_filter_noasc", "cnn_mixed_prune"])
+def test_golden_checkpoint_restores(golden: Path, tmp_path: Path, name: str) -> None:
+    case = Case(golden, name, tmp_path)
+    Path(case.record).write_text(case.load.record(name, "after_train"))
+    checkpoint = str(golden / name / "checkpoint.pth")
+    model = amct_ext.restore_prune_retrain_model(
+        case.float_model(), case.data["sample_x"], case.record, case.config, checkpoint, "state_dict"
+    )
+    torch.testing.assert_close(case.evaluate(model), case.golden_results["eval_out"], atol=1e-5, rtol=1e-5)
+
+
+def test_train_restore_save(job: Job) -> None:
+    float_model = small.build().eval()
+    model = job.create(float_model)
+    assert not model.training and type(float_model.fc) is nn.Linear
+    assert all(layer.weight_quant is None for _, layer in compressed_layers(model))
+    train(model, optimizer_of(model), range(3))
+    torch.save(model.state_dict(), job.folder / "state.pth")
+    restored = job.restore(job.folder / "state.pth")
+    assert_same_state(restored, model)
+    expected = evaluate(model)
+    assert torch.equal(evaluate(restored), expected)
+    assert Record.read(job.record).quant == ()
+    model.train()
+    job.save(model)
+    assert model.training
+    plain, deploy = (job.folder / "out" / f"net_{kind}_model.onnx" for kind in ("fake_quant", "deploy"))
+    for path in (plain, deploy):
+        torch.testing.assert_close(run_onnx(path, small.batch(50)[0]), expected, atol=1e-5, rtol=1e-5)
+    assert plain.read_bytes() == deploy.read_bytes()
+
+
+def test_amct_checkpoint_with_activation_state_is_accepted(tmp_path: Path) -> None:
+    """AMCT's 2:4 wrappers hold activation entries where the file also quantises; they mean nothing here."""
+    job = Job(tmp_path, small.SPARSE % 0 + small.QUANT)
+    model = job.create()
+    state = amct_ext.to_amct_state_dict(model)
+    for name, _ in compressed_layers(model):
+        state |= {f"{name}.acts_clip_{side}": torch.tensor(1.0) for side in ("max", "min")}
+        state |= {f"{name}.acts_{item}": torch.tensor(float("nan")) for item in ("clip_max_pre", "scale", "offset")}
+    torch.save(state, tmp_path / "amct.pth")
+    assert_same_state(job.restore(tmp_path / "amct.pth"), model)
+
+
+def test_save_takes_any_float_model(tmp_path: Path) -> None:
+    model = nn.Sequential(small.build())  # a pruned model inside another one has no session at its root
+    amct_ext.save_prune_retrain_model(model, str(tmp_path / "net"), small.SAMPLE, ["image"], ["scores"])
+    graph = onnx.load(tmp_path / "net_deploy_model.onnx").graph
+    assert graph.input[0].name == "image" and graph.output[0].name == "scores"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ("nothing to do",)),
+        (small.QUANT, ("no prune_config",)),
+        ('skip_layer_types: "Conv2d"\nskip_layer_types: "Linear"\n' + small.FILTER, ("skipped",)),
+        ('regular_prune_skip_types: "Conv2d"\nregular_prune_skip_types: "Linear"\n' + small.FILTER + small.QUANT,
+         ("every layer is skipped",)),
+    ],
+)  # fmt: skip
+def test_nothing_to_prune(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
+    job = Job(tmp_path, text)
+    Path(job.record).write_text("precious\n")
+    with rejected(tmp_path, ValueError, "prune.cfg", *words):
+        job.create()
+
+
+def mixes(x: torch.Tensor) -> torch.Tensor:
+    return x.cumsum(1)  # every channel depends on those before it
+
+
+def counts(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[1] != 8:
+        raise ValueError("eight channels are needed")
+    return x
+
+
+class Held(nn.Module):
+    """No group of channels may lose any: what stands between the two convolutions holds the first one's."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.a, self.between, self.b = nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+FLOWS = {
+    "compressed": small.FILTER,
+    "compressed_quant": small.FILTER + small.QUANT,
+    "prune": small.FILTER + small.QUANT,
+}
+
+
+@pytest.mark.parametrize("flow", list(FLOWS))
+@pytest.mark.parametrize(
+    ("between", "reason"), [(mixes, "works along the channels"), (counts, "fails without"), (nn.Softmax(1), "a: ")]
+)
+def test_no_group_may_lose_channels(tmp_path: Path, flow: str, between: Any, reason: str) -> None:
+    job = Job(tmp_path, FLOWS[flow])
+    with rejected(tmp_path, ValueError, "prune.cfg", "nothing is left to prune", "b: ", reason):
+        if flow == "prune":
+            job.create(Held(between))
+        else:
+            amct_ext.create_compressed_retrain_model(Held(between), small.SAMPLE, job.config, job.record)
+
+
+def test_no_group_may_lose_channels_but_something_is_done(tmp_path: Path) -> None:
+    """2:4 sparsity beside it, or a report: no error."""
+    sparse = 'override_layer_configs { layer_name: "b" ' + small.SPARSE % 0 + "}"
+    job = Job(tmp_path, small.FILTER + sparse)
+    assert job.create(Held(mixes)).b.sparsity is not None
+    report = amct_ext.explain(Held(mixes), small.SAMPLE, str(Job(tmp_path, small.FILTER).config))
+    assert "cumsum" in report["a"].not_pruned
+
+
+@pytest.mark.parametrize("flow", ["compressed", "prune"])
+def test_restoring_what_could_never_be_pruned(tmp_path: Path, flow: str) -> None:
+    job = Job(tmp_path, small.FILTER)
+    Path(job.record).write_text("")  # as AMCT leaves it
+    torch.save(Held(mixes).state_dict(), tmp_path / "state.pth")
+    restore = {"compressed": amct_ext.restore_compressed_retrain_model, "prune": amct_ext.restore_prune_retrain_model}
+    files = (job.config, job.record) if flow == "compressed" else (job.record, job.config)
+    with rejected(tmp_path, ValueError, "prune.cfg", "nothing is left to prune"):
+        restore[flow](Held(mixes), small.SAMPLE, *files, str(tmp_path / "state.pth"))
+
+
+def test_rounding_that_keeps_all_channels_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        Job(tmp_path, small.FILTER.replace("false", "true")).create(small.build())
+    assert "keep all channels" in caplog.text
+
+
+def test_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = Job(tmp_path, small.FILTER)
+    torch.save(job.create().state_dict(), tmp_path / "state.pth")
+    Path(job.record).write_text("")
+    with caplog.at_level(logging.WARNING), rejected(tmp_path, RuntimeError, "shape: stem.weight"):
+        job.restore(tmp_path / "state.pth")
+    assert "no prune_record" in caplog.text
+    Path(job.record).unlink()
+    with rejected(tmp_path, FileNotFoundError, "record.txt"):
+        job.restore(tmp_path / "state.pth")
+
+
+def test_quantised_models_and_wrong_types_are_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.CONFIGS["filter_quant"])
+    both = amct_ext.create_compressed_retrain_model(small.build(), small.SAMPLE, job.config, job.record)
+    with rejected(tmp_path, RuntimeError, "stem", "save_compressed_retrain_model"):
+        job.save(both)
+    with rejected(tmp_path, RuntimeError, "compressed already"):
+        job.create(both)
+    with rejected(tmp_path, TypeError, "config_defination"):
+        amct_ext.create_prune_retrain_model(small.build(), small.SAMPLE, None, job.record)
+    with rejected(tmp_path, TypeError, "dynamic_axes"):
+        amct_ext.save_prune_retrain_model(small.build(), "net", small.SAMPLE, dynamic_axes=[1])
+    with rejected(tmp_path, ValueError, "record_file"):
+        amct_ext.create_prune_retrain_model(small.build(), small.SAMPLE, job.config, "")

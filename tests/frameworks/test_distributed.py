@@ -1,0 +1,167 @@
+"""DistributedDataParallel on two processes (gloo): equal clips and weights on every rank, one writer, restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from support import small_models as small
+from test_restore import Job, assert_same_state, evaluate, optimizer_of
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import amct_ext
+
+WORLD = 2
+LOCAL = ("running_mean", "running_var", "act_quant.scale", "act_quant.offset")  # of the rank's last batch
+TWO_BATCHES = "batch_num: 2\n" + small.SPARSE % 2 + small.LEARNED
+CONFIGS = {"mixed": small.CONFIGS["mixed_quant"], "two batches": TWO_BATCHES, "histogram": TWO_BATCHES}
+
+
+def start(rank: int, folder: str) -> Path:
+    """Join the job; returns the rank's own folder."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", WORLD)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    mine = Path(folder) / f"rank{rank}"
+    mine.mkdir()
+    return mine
+
+
+def work(rank: int, folder: str, calibration: Literal["exact", "histogram"]) -> None:
+    """One rank: create, train on data of its own, save its state; rank 0's checkpoint is the job's."""
+    mine = start(rank, folder)
+    # A record file of its own shows which rank writes.
+    model = amct_ext.create_compressed_retrain_model(
+        DistributedDataParallel(small.build()), small.SAMPLE, f"{folder}/compress.cfg", str(mine / "record.txt")
+    )
+    amct_ext.configure(model, calibration=calibration)
+    model.module.drop.p = 0.0
+    model.train()
+    optimizer = optimizer_of(model)
+    collectives: list[int] = []
+    real = torch.distributed.all_reduce
+
+    def counted(x: torch.Tensor, *args: Any) -> None:
+        collectives[-1] += 1
+        real(x, *args)
+
+    torch.distributed.all_reduce = counted
+    for i in range(4):
+        collectives.append(0)
+        x, y = small.batch(10 * rank + i)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    torch.distributed.all_reduce = real
+    torch.save(collectives, mine / "collectives.pth")
+    torch.save(model.state_dict(), mine / "state.pth")
+    torch.save(evaluate(model), mine / "out.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_ranks(name: str, tmp_path: Path) -> None:
+    job = Job(tmp_path, CONFIGS[name])
+    calibration = "histogram" if name == "histogram" else "exact"
+    multiprocessing.start_processes(work, (str(tmp_path), calibration), nprocs=WORLD, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
+    for key, value in first.items():
+        if not key.endswith(LOCAL):
+            assert torch.equal(value, second[key]), key
+    for rank in range(WORLD):  # one for all layers in a forward that calibrates, none after
+        counts = torch.load(tmp_path / f"rank{rank}" / "collectives.pth")
+        assert counts == ([1, 0, 0, 0] if name == "mixed" else [1, 1, 0, 0])
+    assert (tmp_path / "rank0" / "record.txt").exists()
+    assert not (tmp_path / "rank1" / "record.txt").exists()
+    job.record = tmp_path / "rank0" / "record.txt"
+    restored = job.restore(tmp_path / "rank0" / "state.pth", None)
+    assert torch.equal(evaluate(restored), torch.load(tmp_path / "rank0" / "out.pth"))
+    again = job.restore(tmp_path / "rank0" / "state.pth", None)
+    evaluate(again)
+    assert_same_state(restored, again)
+
+
+def resume(rank: int, folder: str) -> None:
+    """One rank of a job that takes up the checkpoint of a single process; rank 1 meets NaN."""
+    mine = start(rank, folder)
+    model = amct_ext.restore_compressed_retrain_model(
+        DistributedDataParallel(small.build()),
+        small.SAMPLE,
+        f"{folder}/compress.cfg",
+        f"{folder}/record.txt",
+        f"{folder}/one.pth",
+    )
+    torch.save(model.state_dict(), mine / "state.pth")
+    model.train()
+    for i in range(2):  # the flag must outlive the broadcast of buffers in the next forward
+        x = small.batch(i)[0]
+        model(x if i or rank == 0 else x * float("nan"))
+    flagged = any(layer.act_quant.invalid for layer in (model.module.stem, model.module.conv1))
+    torch.save(bool(flagged), mine / "flagged.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_of_one_process_restores_on_two(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.CONFIGS["sparse_quant"])
+    model = job.create().train()
+    model(small.batch(0)[0])
+    evaluate(model)
+    torch.save(model.state_dict(), tmp_path / "one.pth")
+    multiprocessing.start_processes(resume, (str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    for rank in range(WORLD):
+        state = torch.load(tmp_path / f"rank{rank}" / "state.pth")
+        for key, value in model.state_dict().items():
+            assert torch.equal(state["module." + key], value), key
+        assert torch.load(tmp_path / f"rank{rank}" / "flagged.pth") is (rank == 1)
+
+
+class Heads(nn.Module):
+    """Each rank trains one head at a time; their inputs are a hundredfold apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, which: int | None = None) -> torch.Tensor:
+        if which is None:
+            return self.a(x) + self.b(100 * x)
+        return self.b(100 * x) if which else self.a(x)
+
+
+def heads(rank: int, folder: str, order: tuple[tuple[int, int], ...]) -> None:
+    """One rank: in each step the head that ``order`` names for it."""
+    mine = start(rank, folder)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(rank))
+    model = amct_ext.create_compressed_retrain_model(
+        Heads(), x, f"{folder}/compress.cfg", str(mine / "record.txt")
+    ).train()
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    for which in order:
+        parallel(x, which[rank]).square().mean().backward()
+    torch.save({k: v for k, v in model.state_dict().items() if "act_quant" in k}, mine / "state.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("batches", "order"),
+    [
+        (1, ((0, 1), (1, 0))),
+        (1, ((0, 1), (0, 1))),
+        (2, ((0, 1), (1, 0), (0, 1))),
+        (2, ((0, 0), (0, 1), (1, 1), (1, 0))),
+    ],
+)
+def test_ranks_on_different_heads(tmp_path: Path, batches: int, order: tuple[tuple[int, int], ...]) -> None:
+    """What is averaged does not depend on what a rank ran: no clips of other layers, no lists of unequal length."""
+    (tmp_path / "compress.cfg").write_text(f"batch_num: {batches}\n" + small.QUANT)
+    multiprocessing.start_processes(heads, (str(tmp_path), order), nprocs=WORLD, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
+    for key, value in first.items():
+        if "clip_m" in key or "batches_seen" in key:
+            assert torch.equal(value, second[key]), key
+    assert 2 < first["a.act_quant.clip_max"] < 5 and 200 < first["b.act_quant.clip_max"] < 500
+    assert first["a.act_quant.batches_seen"] == first["b.act_quant.batches_seen"] == batches

@@ -1,0 +1,319 @@
+"""Results that wait for what follows a convolution: the values of the steps one by one, whoever reads them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_stash import compressed
+from torch import Tensor, nn
+
+import amct_ext
+from amct_ext.layers import deferred as pending
+from amct_ext.layers.deferred import Convolution, Patience, Pending, Running
+
+
+class Net(nn.Module):
+    """Convolutions with all that can follow one: BatchNorm, bounds, addition, pooling, another convolution."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 20, 3, padding=1, bias=False), self._norm(norm, 20), nn.ReLU(inplace=True)
+        )
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.inner = nn.Sequential(
+            nn.Conv2d(20, 33, 1),
+            self._norm(norm, 33),
+            nn.ReLU6(),
+            nn.Conv2d(33, 20, 3, padding=1),
+            self._norm(norm, 20),
+        )
+        self.branch = nn.Sequential(nn.Conv2d(20, 20, 1, bias=False), self._norm(norm, 20))
+        self.head = nn.Conv2d(20, 6, 1)
+
+    @staticmethod
+    def _norm(wanted: bool, channels: int) -> nn.Module:
+        if not wanted:
+            return nn.Identity()
+        norm = nn.BatchNorm2d(channels)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        return norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        y = self.inner(x)
+        y += self.branch(x)
+        return self.head(torch.relu(y))
+
+
+def evaluated(net: nn.Module, folder: Path, x: Tensor) -> nn.Module:
+    """Compressed, with the statistics of some training, in eval mode and on integers."""
+    model = compressed(net, x, folder)
+    model.train()
+    for _ in range(3):
+        model(torch.randn_like(x))
+    model.eval()
+    with torch.no_grad():
+        model(x)  # searches shifts
+    amct_ext.configure(model, forward="integer")
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How products were computed."""
+    made: list[str] = []
+
+    def watch(name: str) -> None:
+        real = getattr(Convolution, name)
+
+        def watched(self: Convolution, *args: object) -> object:
+            made.append(f"{name}+" if args and name == "floats" else name)
+            return real(self, *args)
+
+        monkeypatch.setattr(Convolution, name, watched)
+
+    watch("floats")
+    watch("requantized")
+    return made
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["with norms", "without"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_model(norm: bool, layout: torch.memory_format, tmp_path: Path, calls: list[str]) -> None:
+    x = torch.randn(2, 3, 13, 18).to(memory_format=layout)
+    model = evaluated(Net(norm), tmp_path, torch.randn(2, 3, 13, 18)).to(memory_format=layout)
+    with torch.no_grad():
+        one_by_one = model.forward(x)  # without the hooks of a whole forward
+        assert not calls
+        y = model(x)
+    assert type(y) is Tensor and y.stride() == one_by_one.stride()
+    # Stem, into the second of the inner ones, the branch, the sum, the head.
+    assert calls == ["floats", "requantized", "floats", "floats+", "floats"]
+    if norm:  # rounded once less; a code at a tie may be its neighbour
+        torch.testing.assert_close(y, one_by_one, rtol=1e-4, atol=0.03 * float(y.std()))
+        assert (y - one_by_one).abs().median() < 1e-6
+    else:
+        assert torch.equal(y, one_by_one)
+    with torch.inference_mode():
+        assert torch.equal(model(x), y)
+    assert torch.equal(copy.deepcopy(model)(x), one_by_one)  # gradients wanted
+
+
+def test_only_within_an_evaluation_of_the_model(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = evaluated(Net(), tmp_path, x)
+    seen: list[type] = []
+    model.stem[0].register_forward_hook(lambda m, a, y: seen.append(type(y)))
+    with torch.no_grad():
+        model.stem(x)
+        model(x)
+        model.stem(x)
+    model(x)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    assert seen == [Tensor, Pending, Tensor, Tensor, Tensor]
+
+    def fails(*args: object) -> None:
+        raise KeyError
+
+    handle = model.head.register_forward_pre_hook(fails)
+    model.eval()
+    with torch.no_grad(), pytest.raises(KeyError):
+        model(x)
+    handle.remove()
+    with torch.no_grad():
+        assert type(model.stem(x)) is Tensor
+
+
+def test_results_leave_the_model_as_plain_tensors(tmp_path: Path) -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            low = self.net.stem(x)
+            return {"low": low, "all": [low, (self.net.branch(low), 3)]}
+
+    x = torch.randn(2, 3, 12, 12)
+    model = evaluated(Features(), tmp_path, x)
+    with torch.no_grad():
+        y, expected = model(x), model.forward(x)
+    torch.testing.assert_close(y["low"], expected["low"])
+    assert type(y["low"]) is type(y["all"][0]) is type(y["all"][1][0]) is Tensor and y["all"][1][1] == 3
+
+
+def test_two_readers(tmp_path: Path, calls: list[str]) -> None:
+    """Right the first time, at the price of computing twice; never again."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20)
+            self.one, self.other = nn.Conv2d(20, 4, 1), nn.Conv2d(20, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.one(self.norm(y)) + self.other(y)
+
+    x = torch.randn(2, 3, 12, 12)
+    model = evaluated(Twice(), tmp_path, x)
+    with torch.no_grad():
+        expected = model.forward(x)
+        first = model(x)
+        assert calls.count("requantized") == 2
+        calls.clear()
+        assert torch.equal(model(x), expected) and calls.count("requantized") == 0
+    torch.testing.assert_close(first, expected, rtol=1e-3, atol=0.03 * float(expected.std()))
+
+
+def test_nan_is_noticed(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    model = evaluated(Net(), tmp_path, x)
+    with torch.no_grad():
+        model.inner[1].weight[0] = torch.nan
+        # A NaN has the lowest code; the evaluation records factors anew, for a weight changed, and says what it met.
+        with pytest.raises(amct_ext.AmctError, match=r"inner\.3.*NaN or Inf"):
+            model(x)
+
+
+def convolution(channels_last: bool = False) -> tuple[Convolution, Tensor]:
+    """One with a bias, and its values."""
+    codes = torch.randint(0, 256, (2, 5, 6, 7), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    packed = amct_ext.ops.pack_weight(torch.randn(4, 5, 3, 3), torch.full((4,), 0.02))
+    activation = codes, torch.tensor(0.05), torch.tensor(-100.0)
+    made = Convolution(
+        activation, packed, torch.rand(4), torch.randn(4), ((3, 3), (1, 1), (1, 1), (1, 1)), channels_last
+    )
+    return made, made.floats()
+
+
+def waiting(channels_last: bool = False) -> tuple[Tensor, Tensor]:
+    made, values = convolution(channels_last)
+    return Pending(made, values.shape), values
+
+
+READERS: dict[str, Callable[[Tensor], object]] = {
+    "numpy": lambda x: torch.from_numpy(x.numpy()),
+    "asarray": lambda x: torch.from_numpy(np.asarray(x)),
+    "tolist": lambda x: torch.tensor(x.tolist()),
+    "dlpack": lambda x: torch.from_dlpack(x),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "repr": repr,
+    "data": lambda x: x.data,
+    "detach": lambda x: x.detach(),
+    "clone": lambda x: x.clone(),
+    "index": lambda x: x[1, 2],
+    "view": lambda x: x.view(2, 2, 2, 6, 7),
+    "item": lambda x: x.sum().item(),
+    "cat": lambda x: torch.cat([x, x], 1),
+    "out": lambda x: torch.exp(x, out=torch.empty(x.shape)),
+    "scripted": lambda x: torch.jit.script(nn.Hardswish())(x),
+    "memory": lambda x: (x.untyped_storage().nbytes(), x.data_ptr() == 0),
+    "softmax": lambda x: x.softmax(1),
+    "added to": lambda x: torch.ones(x.shape).add_(x),
+    "scaled sum": lambda x: torch.add(x, torch.ones(x.shape), alpha=2),
+    "broadcast sum": lambda x: x + torch.ones(4, 1, 1),
+    "sum with itself": lambda x: x + x,
+    "number added": lambda x: x + 1.5,
+    "relu": lambda x: x.relu(),
+    "two bounds": lambda x: nn.functional.relu6(x).relu(),
+    "narrow bounds": lambda x: nn.functional.hardtanh(x.relu(), -3.0, -1.0),
+    "pool": lambda x: nn.functional.max_pool2d(x, 2),
+    "pool with places": lambda x: nn.functional.max_pool2d(x, 3, 2, 1, return_indices=True)[1],
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", READERS)
+def test_readers(name: str, channels_last: bool) -> None:
+    x, values = waiting(channels_last)
+    assert x.stride() == values.stride() and x.is_contiguous() is not channels_last and x.dtype == torch.float32
+    with torch.no_grad():
+        result, expected = READERS[name](x), READERS[name](values)
+    if not isinstance(expected, Tensor):
+        assert result == expected
+        return
+    assert type(pending.plain(result)) is Tensor
+    assert torch.equal(result, expected) and result.stride() == expected.stride()
+
+
+WRITERS: dict[str, Callable[[Tensor], object]] = {
+    "relu_": lambda x: x.relu_(),
+    "hardtanh_": lambda x: nn.functional.hardtanh(x, -0.2, 0.3, inplace=True),
+    "add_": lambda x: x.add_(torch.ones(x.shape)),
+    "mul_": lambda x: x.mul_(2),
+    "index": lambda x: x.__setitem__(0, 7.0),
+    "view": lambda x: x.view(-1).zero_(),
+    "after a reader": lambda x: (x.sum(), x.relu_()),
+    "another axis": lambda x: x.unsqueeze_(0),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writers(name: str) -> None:
+    """What is written in place is seen by all who hold the tensor, and not by what was made of it before."""
+    x, values = waiting()
+    with torch.no_grad():
+        before, expected = x.relu(), values.relu()
+        alias = x
+        WRITERS[name](x)
+        WRITERS[name](values)
+        assert alias.shape == values.shape and torch.equal(alias + 0, values)
+        assert torch.equal(before, expected)
+
+
+def test_what_it_was_made_of_may_change() -> None:
+    x, values = waiting()
+    norm, addend = nn.BatchNorm2d(4).double().eval(), torch.randn(values.shape)
+    nn.init.normal_(norm.running_mean)
+    with torch.no_grad():
+        expected = (norm(values.double()).float(), values + addend)
+        kept = norm.running_mean.clone()
+        y, z = norm(x), x + addend
+        assert torch.equal(norm.running_mean, kept)
+        norm.running_mean.zero_()
+        addend.zero_()
+        torch.testing.assert_close(pending.plain(y), expected[0])
+        assert torch.equal(z, expected[1])
+
+
+def test_gradients_of_what_follows() -> None:
+    x, values = waiting()
+    found = []
+    for each in (x, values):
+        norm = nn.BatchNorm2d(4).eval()
+        norm(each).sum().backward()
+        found.append(norm.weight.grad)
+    assert torch.equal(found[0], found[1])
+
+
+def test_training_statistics_are_taken_of_values() -> None:
+    x, values = waiting()
+    norm, other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    with torch.no_grad():
+        assert torch.equal(norm(x), other(values)) and torch.equal(norm.running_mean, other.running_mean)
+
+
+def test_copies_of_what_counts() -> None:
+    running = Running()
+    running.enter(sys._getframe())
+    assert running.forward == 1
+    assert copy.deepcopy(running).forward is None
+    file = io.BytesIO()
+    torch.save(waiting()[0], file)
+    file.seek(0)
+    assert type(torch.load(file)) is Tensor
+    assert Patience().left

@@ -1,0 +1,254 @@
+"""What a quantised layer keeps for backward: the same gradients, bit for bit, without the quantised input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import small_models as small
+from test_restore import Job, optimizer_of, train
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import amct_ext
+from amct_ext import ops
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(5, 4, 3, padding=1), (2, 5, 9)),
+    "conv2d": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1, bias=False), (3, 5, 7, 9)),
+    "pointwise": (lambda: nn.Conv2d(5, 4, 1), (2, 5, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), (2, 6, 7, 5)),
+    "same padding": (lambda: nn.Conv2d(5, 4, 2, padding="same"), (2, 5, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(4, 4, 2), (2, 4, 3, 5, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(5, 4, 3, stride=2), (2, 5, 4, 3)),
+    "linear": (lambda: nn.Linear(7, 4), (5, 7)),
+    "linear on a sequence": (lambda: nn.Linear(7, 4, bias=False), (3, 5, 7)),
+    "linear on one vector": (lambda: nn.Linear(7, 4), (7,)),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CONFIGS = ("quant", "learned", "sparse_quant")
+
+
+class Chain(nn.Module):
+    """A layer behind a ReLU, so that its input is kept by others too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(x) - 0.2)
+
+
+def compressed(model: nn.Module, sample: Tensor, folder: Path, config: str = small.QUANT) -> nn.Module:
+    (folder / "c.cfg").write_text(config)
+    made = amct_ext.create_compressed_retrain_model(model, sample, str(folder / "c.cfg"), str(folder / "r.txt"))
+    made.train()(sample)  # calibrates
+    return made
+
+
+def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    run().float().square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+    """Of the model with the stash on and of a copy with it off."""
+    other = copy.deepcopy(model)
+    amct_ext.configure(other, stash="off")
+    one, two = gradients(model, lambda: run(model)), gradients(other, lambda: run(other))
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@contextmanager
+def saved_bytes(held: list[int]) -> Iterator[None]:
+    """Adds up what the graph holds, every storage once."""
+    storages: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        yield
+    held.append(sum(x.untyped_storage().nbytes() for x in storages.values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_get_the_same_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    build, shape = LAYERS[kind]
+    model = compressed(Chain(build()), torch.randn(shape), tmp_path).to(dtype)
+    x = torch.randn(shape).to(dtype)
+    inputs = [x, x.transpose(0, -1).contiguous().transpose(0, -1)]
+    if x.dim() == 4:
+        inputs += [x.to(memory_format=torch.channels_last), torch.cat([x, x], 2)[:, :, ::2]]
+    for value in inputs:
+        assert_same_gradients(model, lambda m, value=value: m(value))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_models_get_the_same_bits(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Shared inputs, 2:4 sparsity, learned scales, autocast."""
+    model = Job(tmp_path, small.CONFIGS[name]).create()
+    model.drop.p = 0.0
+    train(model, optimizer_of(model), range(1))
+    model = model.to(dtype).train()
+    x = small.batch(5)[0].to(dtype)
+    assert_same_gradients(model, lambda m: m(x))
+    assert_same_gradients(model, lambda m: m(x.to(memory_format=torch.channels_last)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_gradients(model, lambda m: m(x))
+
+
+def test_first_forward_and_several_batches(tmp_path: Path) -> None:
+    """While a calibration still runs the clips change between forwards."""
+    model = Job(tmp_path, small.CONFIGS["two_batches"]).create().train()
+    model.drop.p = 0.0
+    for i in range(3):
+        assert_same_gradients(model, lambda m, i=i: m(small.batch(i)[0]))
+
+
+def test_two_forwards_before_one_backward(tmp_path: Path) -> None:
+    """Each is undone with the clips it ran with, though the second one overwrote them."""
+    model = Job(tmp_path, small.QUANT).create().train()
+    model.drop.p = 0.0
+
+    def run(m: nn.Module) -> Tensor:
+        first = m(small.batch(0)[0])
+        with torch.no_grad():
+            for p in m.parameters():
+                if p.dim() == 0:  # clips, which no backward of a float layer keeps
+                    p.mul_(0.5)
+        return first + m(small.batch(1)[0])
+
+    model(small.batch(2)[0])
+    assert_same_gradients(model, run)
+
+
+class Watch:
+    """Whether the memory of a tensor has been let go."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.ref = torch.multiprocessing.reductions.StorageWeakRef(x.untyped_storage())
+
+    @property
+    def gone(self) -> bool:
+        return self.ref.expired()
+
+
+def test_the_quantised_input_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Job(tmp_path, small.QUANT).create().train()
+    model(small.batch(0)[0])
+    made: list[Watch] = []
+    real = ops.ulq_fake_quantize_
+
+    def watched(*args: Any) -> tuple[Tensor, ...]:
+        result = real(*args)
+        made.append(Watch(result[0]))
+        return result
+
+    monkeypatch.setattr(ops, "ulq_fake_quantize_", watched)
+    for stash, expected in (("rebuild", True), ("off", False)):
+        amct_ext.configure(model, stash=stash)
+        made.clear()
+        y = model(small.batch(1)[0])
+        assert len(made) == 4 and all(w.gone is expected for w in made)
+        y.sum().backward()
+        del y
+        assert all(w.gone for w in made)
+
+
+def test_saved_bytes(tmp_path: Path) -> None:
+    """No more than the float model's but for the compressed weights; without the stash, half as much again."""
+    sizes: list[int] = []
+    plain = small.build().train()
+    model = Job(tmp_path, small.QUANT).create().train()
+    x = torch.randn(16, 3, 24, 24)
+    model(x)
+    for run, setting in ((plain, None), (model, "rebuild"), (model, "off")):
+        if setting is not None:
+            amct_ext.configure(model, stash=setting)
+        with saved_bytes(sizes):
+            run(x)
+    weights = sum(p.nbytes for p in plain.parameters() if p.dim() > 1)
+    assert sizes[1] <= sizes[0] + weights + 1024
+    assert sizes[2] > 1.3 * sizes[0]
+
+
+def test_compiled_and_eager_keep_the_same_results(tmp_path: Path) -> None:
+    """The setting changes nothing in a compiled graph, forward and backward in one piece."""
+    torch.compiler.reset()
+    model = compressed(Chain(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
+    x = torch.randn(2, 4, 8, 8)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for setting in ("rebuild", "off"):
+        amct_ext.configure(model, stash=setting)
+        eager, compiled = gradients(model, lambda: model(x)), gradients(model, lambda: run(x))
+        for name, value in eager.items():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_changed_in_place_is_noticed(tmp_path: Path) -> None:
+    model = compressed(nn.Sequential(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
+    for setting in ("rebuild", "off"):
+        amct_ext.configure(model, stash=setting)
+        x = torch.randn(2, 4, 8, 8)
+        y = model(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an in"):
+            y.sum().backward()
+
+
+def test_second_backward_and_gradient_of_the_gradient(tmp_path: Path) -> None:
+    model = compressed(Chain(nn.Linear(7, 4)), torch.randn(5, 7), tmp_path)
+    y = model(torch.randn(5, 7)).square().sum()
+    y.backward(retain_graph=True)
+    once = model.layer.weight.grad.clone()
+    y.backward()
+    assert torch.equal(model.layer.weight.grad, once * 2)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+    x = torch.randn(5, 7)
+    grad = torch.autograd.grad(model(x).pow(3).sum(), model.layer.weight, create_graph=True)[0]
+    assert_same_gradients(model, lambda m: m(x))
+    grad.sum().backward()
+    assert torch.isfinite(model.layer.weight.grad).all()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "clips"])
+def test_frozen_parameters(frozen: str, tmp_path: Path) -> None:
+    model = Job(tmp_path, small.QUANT).create().train()
+    model.drop.p = 0.0
+    model(small.batch(0)[0])
+    for name, p in model.named_parameters():
+        p.requires_grad_(("clip_" in name) != (frozen == "clips") or name == "fc.bias")
+    assert_same_gradients(model, lambda m: m(small.batch(1)[0]))
+
+
+def test_copies_keep_the_setting(tmp_path: Path) -> None:
+    model = Job(tmp_path, small.QUANT).create().train()
+    model(small.batch(0)[0])
+    for setting in ("off", "rebuild"):
+        amct_ext.configure(model, stash=setting)
+        amct_ext.configure(model, validation="eager")  # leaves the other setting alone
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert {other.conv1.act_quant.stash, other.down.activation.stash} == {setting == "rebuild"}
+            assert other.conv1.act_quant.validate_now
+
+
+def test_unknown_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stash must be 'rebuild' or 'off', not 'int4'"):
+        amct_ext.configure(Job(tmp_path, small.QUANT).create(), stash="int4")
+    with pytest.raises(RuntimeError, match="not made by"):
+        amct_ext.configure(small.build(), stash="off")

@@ -1,0 +1,136 @@
+// Prints a hash of what every loop computes, for each element type: the same text on every processor, or loops differ.
+// Needs no torch: built with csrc/cpu/dispatch.cpp and csrc/cpu/loops/table.cpp alone (.ci/aarch64-compile).
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+using namespace amct_ext::cpu;
+
+constexpr int64_t kCount = 5003;
+constexpr int kSizes[kElements] = {4, 8, 2, 2};
+const char* const kNames[kElements] = {"float32", "float64", "bfloat16", "float16"};
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return state >> 16;
+  }
+};
+
+// Values of either sign around 1, some far smaller; sign, exponent and fraction are drawn as bits.
+std::vector<uint8_t> values(Element element, uint64_t seed) {
+  constexpr int exponents[kElements] = {127, 1023, 127, 15}, fractions[kElements] = {23, 52, 7, 10};
+  Random random{seed};
+  const int size = kSizes[element], fraction = fractions[element];
+  std::vector<uint8_t> data(kCount * size);
+  for (int64_t i = 0; i < kCount; ++i) {
+    const uint64_t exponent = exponents[element] - (random.next() % 8 == 0 ? random.next() % 14 : random.next() % 3);
+    const uint64_t part = ((random.next() << 32) ^ random.next()) & ((uint64_t{1} << fraction) - 1);
+    const uint64_t sign = (random.next() & 1) << (8 * size - 1);
+    const uint64_t bits = random.next() % 16 == 0 ? sign : sign | exponent << fraction | part;
+    std::memcpy(&data[i * size], &bits, size);
+  }
+  return data;
+}
+
+class Hash {
+ public:
+  void bytes(const void* data, size_t size) {
+    for (size_t i = 0; i < size; ++i) state_ = (state_ ^ static_cast<const uint8_t*>(data)[i]) * 1099511628211u;
+  }
+  template <typename T>
+  void all(const std::vector<T>& data) {
+    static_assert(std::is_integral_v<T> || std::is_same_v<T, double> || std::is_same_v<T, WideSum>);
+    bytes(data.data(), data.size() * sizeof(T));
+  }
+  void number(double v) { bytes(&v, sizeof(v)); }
+  void print(const char* loop, int element) const {
+    std::printf("%s %s %016llx\n", loop, kNames[element], static_cast<unsigned long long>(state_));
+  }
+
+ private:
+  uint64_t state_ = 14695981039346656037u;
+};
+
+void weights(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
+  std::vector<uint8_t> y(x.size()), mask(kCount);
+  std::vector<int8_t> codes(kCount);
+  const Symmetric symmetric{0.0123, -128, 127};
+  Hash hash;
+  const Range range = k.range[e](x.data(), kCount), extremes = k.extremes[e](x.data(), kCount);
+  for (double v : {range.largest, range.smallest, extremes.largest, extremes.smallest}) hash.number(v);
+  k.quantize[e](x.data(), y.data(), kCount, symmetric);
+  hash.all(y);
+  k.codes[e](x.data(), codes.data(), kCount, symmetric);
+  hash.all(codes);
+  hash.number(k.lsq_backward[e](grad.data(), x.data(), kCount, symmetric));
+  hash.number(k.sum_squares[e](x.data(), kCount));
+  hash.print("weight", e);
+
+  Hash sparse;
+  for (int64_t inner : {1, 9}) {
+    k.mask_plane[e](x.data(), mask.data(), kCount / inner / 4 * 4, inner);
+    sparse.all(mask);
+  }
+  const Range masked = k.masked_range[e](x.data(), mask.data(), kCount);
+  sparse.number(masked.largest);
+  sparse.number(masked.smallest);
+  k.masked_quantize[e](x.data(), mask.data(), y.data(), kCount, symmetric);
+  sparse.all(y);
+  k.apply_mask[e](x.data(), mask.data(), y.data(), kCount);
+  sparse.all(y);
+  sparse.print("sparse", e);
+}
+
+void activations(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
+  std::vector<uint8_t> y(x.size());
+  Hash hash;
+  for (double scale : {0.0117, 0.5}) {
+    const bool bad = k.ulq_forward[e](x.data(), y.data(), kCount, {scale, -3, -128, 127});
+    hash.all(y);
+    hash.number(bad);
+    UlqSums sums;
+    k.ulq_backward[e](grad.data(), x.data(), y.data(), kCount, {scale, 1.1, -0.9, 1.1, -0.9}, sums);
+    hash.all(y);
+    for (double v : {sums.error, sums.above, sums.below}) hash.number(v);
+  }
+  hash.print("activation", e);
+}
+
+void searches(const Kernels& k, int e, const std::vector<uint8_t>& x) {
+  Hash hash;
+  std::vector<uint64_t> bins(size_t{1} << kMostBinBits);
+  k.histogram[e](x.data(), kCount, std::ldexp(1.0, kMostBinBits + kFractionBits - 2), bins.data());
+  hash.all(bins);
+  constexpr int cut = 13;
+  std::vector<int64_t> octaves(2 << (32 - cut));
+  k.octaves[e](x.data(), kCount, uint32_t{127 - 24} << 23, cut, octaves.data());
+  hash.all(octaves);
+  const Candidate candidates[] = {{0.01f, 0, 1.27f, -128, 127}, {0.0131f, -5, 1.6f, -128, 127}};
+  std::vector<double> sums(4);
+  k.losses[e](x.data(), kCount, candidates, 2, sums.data());
+  k.offset_losses[e](x.data(), kCount, candidates, 2, sums.data() + 2);
+  hash.all(sums);
+  std::vector<WideSum> errors(16);
+  for (double scale : {1e-3, 1e-5, 3e-8}) hash.number(k.shift_errors[e](x.data(), kCount, scale, errors.data()));
+  hash.all(errors);
+  hash.print("search", e);
+}
+
+}  // namespace
+
+int main() {
+  for (int e = 0; e < kElements; ++e) {
+    const auto x = values(static_cast<Element>(e), 1), grad = values(static_cast<Element>(e), 2);
+    activations(kernels(), e, x, grad);
+    weights(kernels(), e, x, grad);
+    searches(kernels(), e, x);
+  }
+}

@@ -1,0 +1,81 @@
+"""The op library without Python: a C++ program finds it with CMake, links it and runs the ops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+
+
+def run(*command: object) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_consumer_builds_and_runs(tmp_path: Path) -> None:
+    if not (BUILD / "CMakeCache.txt").is_file() or shutil.which("c++") is None:
+        pytest.skip(f"needs a C++ compiler and the build folder {BUILD.relative_to(ROOT)} of an editable install")
+    run("cmake", "--install", BUILD, "--component", "cpp", "--prefix", tmp_path / "installed")
+    run(
+        "cmake", "-S", ROOT / "tests" / "native", "-B", tmp_path / "build", "-G", "Ninja",
+        f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}", f"-DAMCT_TORCH_ROOT={Path(torch.__file__).parent}",
+    )  # fmt: skip
+    run("cmake", "--build", tmp_path / "build")
+    run(tmp_path / "build" / "test_ops")
+    run(tmp_path / "build" / "test_splitting")
+
+
+LEVELS = ("baseline", "v3", "v4", "v4bf16")
+INCLUDE = ("-std=c++20", "-I", ROOT / "csrc")
+
+
+def loops_of(level: str) -> Path:
+    """The loops of an instruction set, as the normal build compiled them."""
+    built = BUILD / "CMakeFiles" / f"amct_loops_{level}.dir" / "csrc" / "cpu" / "loops" / "table.cpp.o"
+    if not built.is_file() or shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler and the build folder of an editable install with several instruction sets")
+    return built
+
+
+@pytest.mark.slow
+def test_instruction_sets_agree_on_random_rows(tmp_path: Path) -> None:
+    program, source = tmp_path / "test_levels", ROOT / "tests" / "native" / "test_levels.cpp"
+    run("c++", *INCLUDE, "-O1", source, *map(loops_of, LEVELS), "-o", program)
+    print(run(program))
+
+
+@pytest.mark.slow
+def test_avx512_loops_agree_where_the_processor_has_none(tmp_path: Path) -> None:
+    """The loops of level v4, each AVX-512 instruction carried out lane by lane, against the baseline."""
+    processor = Path("/proc/cpuinfo")
+    if not processor.exists() or not {"avx2", "f16c"} <= set(processor.read_text().split()):
+        pytest.skip("the stand-ins for AVX-512 take AVX2 and F16C")
+    sources, loops = ROOT / "tests" / "native", tmp_path / "v4.o"
+    run(
+        "c++", "-I", sources / "avx512", *INCLUDE, "-O0", "-march=x86-64-v3", "-ffp-contract=off", "-fno-math-errno",
+        "-fno-trapping-math", "-w", "-DAMCT_LEVEL=v4", "-c", ROOT / "csrc" / "cpu" / "loops" / "table.cpp", "-o", loops,
+    )  # fmt: skip
+    both = (loops_of("baseline"), loops)
+    run("c++", *INCLUDE, "-O1", "-DAMCT_EMULATED", sources / "test_levels.cpp", *both, "-o", tmp_path / "test_levels")
+    print(run(tmp_path / "test_levels"))
+    hashes = []
+    for level in ("baseline", "v4"):
+        choice = tmp_path / f"{level}.cpp"
+        choice.write_text(
+            f'#include "cpu/dispatch.h"\nnamespace amct_ext::cpu {{\nextern const Kernels kernels_{level};\n'
+            f"const Kernels& kernels() {{ return kernels_{level}; }}\n}}\n"
+        )
+        run("c++", *INCLUDE, "-O1", sources / "kernel_bits.cpp", choice, *both, "-o", tmp_path / level)
+        hashes.append(run(tmp_path / level))
+    assert hashes[0] == hashes[1]
