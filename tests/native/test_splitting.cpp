@@ -1,6 +1,6 @@
 // How tensors are cut into blocks, beyond 2^31 elements too: index arithmetic needs no memory.
 #include <ATen/ATen.h>
-#include <cpu/tensors.h>
+#include <cpu/parallel.h>
 
 #include <atomic>
 #include <cstdio>

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import math
+import pkgutil
 from typing import Any
 
 import pytest
@@ -19,19 +20,8 @@ from amct_ext import backends, ops
 from amct_ext.ops import calibration_histogram as histogram
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-MODULES = (
-    "accumulators",
-    "codes",
-    "histogram",
-    "integer",
-    "masks",
-    "norms",
-    "search",
-    "shift",
-    "sparse",
-    "ulq",
-    "weights",
-)
+FAMILIES = ("activation", "calibration", "integer", "sparsity", "weight")
+MODULES = sorted(name for _, name, _ in pkgutil.iter_modules(ops.__path__) if name.startswith(FAMILIES))
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
