@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types, unwrap
+from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
 from amct_ext.flows import build, saving

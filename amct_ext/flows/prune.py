@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types, unwrap
+from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.plan import LayerTraits, Plan, resolve
 from amct_ext.config.text import parse_config
 from amct_ext.errors import ConfigError, ModelError
