@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
-from amct_ext.config.plan import DataQuant
+from amct_ext.config.text import DataQuant
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.calibration_data import Calibration, batch_range, fits
 from amct_ext.layers.deferred import Running
