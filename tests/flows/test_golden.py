@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICES
-from golden_run import Case, case_names
 from support.agreement import CLOSE, compare
+from support.golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext

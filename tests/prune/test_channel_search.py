@@ -12,8 +12,8 @@ import pytest
 import torch
 from google.protobuf import text_format
 from support import small_models as small
-from test_bad_input import rejected
-from test_cost import operations, wide
+from support.rejection import rejected
+from support.wide_model import operations, wide
 from torch import Tensor, nn
 
 import amct_ext
