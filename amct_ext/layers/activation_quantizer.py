@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.config.plan import DataQuant
 from amct_ext.errors import InvalidDataError
+from amct_ext.layers.cached_item import HostValue
 from amct_ext.layers.calibration_data import Calibration, batch_range, fits
 from amct_ext.layers.deferred import Running
 from amct_ext.layers.forward_context import leaves_no_trace, readable
-from amct_ext.layers.host_value import HostValue
 from amct_ext.layers.integer_autograd import Codes
 from amct_ext.layers.precision import KeepsPrecision
 from amct_ext.layers.shared_input import Shared

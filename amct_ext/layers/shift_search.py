@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import StaleStateError
-from amct_ext.layers.host_value import HostValue, Watch
+from amct_ext.layers.cached_item import HostValue, Watch
 from amct_ext.layers.precision import KeepsPrecision
 
 NUM_SHIFTS = 16

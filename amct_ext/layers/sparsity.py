@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
+from amct_ext.layers.cached_item import Watch
 from amct_ext.layers.forward_context import leaves_no_trace
-from amct_ext.layers.host_value import Watch
 
 
 class Sparsity(nn.Module):

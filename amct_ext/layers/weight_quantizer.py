@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.config.plan import WeightQuant
+from amct_ext.layers.cached_item import HostValue
 from amct_ext.layers.deferred import Running
 from amct_ext.layers.forward_context import leaves_no_trace
-from amct_ext.layers.host_value import HostValue
 from amct_ext.layers.precision import KeepsPrecision
 
 _NAN = float("nan")

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import amct_ext
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.host_value import HostValue
+from amct_ext.layers.cached_item import HostValue
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity
 
