@@ -169,7 +169,7 @@ def test_batches_in_every_form_and_layers_that_they_miss(tmp_path: Path) -> None
     with pytest.raises(amct_ext.AmctError, match=r"1 layer\(s\) saw fewer batches .*: 'b';"):
         amct_ext.calibrate(created, [{"x": x, "gain": gain, "second": False}] * 2)
     amct_ext.calibrate(created, iter([(x, {"gain": gain}), {"gain": gain, "x": x}]))
-    assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.running.calibrating
+    assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.tracker.calibrating
     with pytest.raises(amct_ext.AmctError, match="was not made by"):
         amct_ext.calibrate(Named(), [x])
 

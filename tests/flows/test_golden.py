@@ -97,7 +97,7 @@ def test_created(case: Case) -> None:
     for sharer, owner in case.facts["reuse"].items():
         a, b = (layers[name.removesuffix(".quant_module")] for name in (sharer, owner))
         assert a.activation is b.activation
-    assert sum(layer.links.act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
+    assert sum(layer.refs.shared_act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
 
 
 @every(RUNNABLE)
@@ -200,7 +200,7 @@ def test_learned_scales_stay_positive(case: Case) -> None:
     for _, layer in compressed_layers(case.trained):
         if layer.weight_quant is None:
             continue
-        assert (layer.weight_quant.present_scale(layer.weight) > 0).all()
+        assert (layer.weight_quant.current_scale(layer.weight) > 0).all()
 
 
 @every(RUNNABLE)
