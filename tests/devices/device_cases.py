@@ -19,8 +19,8 @@ import pytest
 import torch
 from support import rnn_job, standin
 from support import small_models as small
+from support.op_arguments import arguments
 from support.op_samples import same_bits
-from test_op_registration import arguments
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
