@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import amct_ext
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 TWO = "batch_num: 2\n"
 CONFIGS = {
@@ -109,10 +109,10 @@ def test_what_was_only_evaluated_is_saved_as_it_was_evaluated(job: Job, name: st
     session = onnxruntime.InferenceSession(job.folder / "net_fake_quant_model.onnx")
     out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: small.SAMPLE.numpy()})[0])
     assert (out - want).abs().max() < 0.05 * want.abs().max()
-    evaluated = Record.read(str(job.record)).quant
+    evaluated = read_record(str(job.record)).quant
     train(model, optimizer_of(model), range(1))
     evaluate(model)
-    assert Record.read(str(job.record)).quant != evaluated
+    assert read_record(str(job.record)).quant != evaluated
 
 
 # -- calibrate
@@ -142,7 +142,7 @@ def test_calibrate_finds_the_ranges_of_training_forwards(job: Job, name: str) ->
         if "clip_" in key or "batches_seen" in key or "initialised" in key:
             assert torch.equal(ours[key], theirs[key]), key
     evaluate(model)
-    assert len(Record.read(str(job.record)).quant) == 5
+    assert len(read_record(str(job.record)).quant) == 5
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(job.folder / "net"), small.SAMPLE)
     before = {key: value.clone() for key, value in model.state_dict().items() if "clip_" in key}
     amct_ext.calibrate(model, [10 * batches[0]])  # finished already
@@ -169,7 +169,7 @@ def test_batches_in_every_form_and_layers_that_they_miss(tmp_path: Path) -> None
     with pytest.raises(amct_ext.AmctError, match=r"1 layer\(s\) saw fewer batches .*: 'b';"):
         amct_ext.calibrate(created, [{"x": x, "gain": gain, "second": False}] * 2)
     amct_ext.calibrate(created, iter([(x, {"gain": gain}), {"gain": gain, "x": x}]))
-    assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.running.calibrating
+    assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.tracker.calibrating
     with pytest.raises(amct_ext.AmctError, match="was not made by"):
         amct_ext.calibrate(Named(), [x])
 
@@ -201,7 +201,7 @@ def test_parts_in_eval_mode_calibrate_in_training(job: Job, name: str, frozen: s
         checkpoint(model, small.batch(i)[0].requires_grad_(), use_reentrant=False).sum().backward()
     assert all(q.calibrated for q in quantizers(model))
     evaluate(model)
-    assert len(Record.read(str(job.record)).quant) == 3
+    assert len(read_record(str(job.record)).quant) == 3
 
 
 class Branches(nn.Module):

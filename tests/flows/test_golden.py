@@ -34,6 +34,7 @@ import amct_ext
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.record.text import parse_record
 from amct_ext.record.types import Record
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
@@ -94,7 +95,7 @@ def test_created(case: Case) -> None:
     for sharer, owner in case.facts["reuse"].items():
         a, b = (layers[name.removesuffix(".quant_module")] for name in (sharer, owner))
         assert a.activation is b.activation
-    assert sum(layer.links.act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
+    assert sum(layer.refs.shared_act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
 
 
 @every(RUNNABLE)
@@ -122,7 +123,7 @@ def test_record_after_create(case: Case) -> None:
     _ = case.created
     if not case.stored("record_after_create.txt"):
         return
-    ours, theirs = Record.loads(case.record_after_create), Record.loads(case.load.record(case.name, "after_create"))
+    ours, theirs = parse_record(case.record_after_create), parse_record(case.load.record(case.name, "after_create"))
     assert ours.quant == theirs.quant == ()
     if ours.sparse:
         case.deviates("2:4 entries hold the mask from create on")
@@ -197,7 +198,7 @@ def test_learned_scales_stay_positive(case: Case) -> None:
     for _, layer in compressed_layers(case.trained):
         if layer.weight_quant is None:
             continue
-        assert (layer.weight_quant.present_scale(layer.weight) > 0).all()
+        assert (layer.weight_quant.current_scale(layer.weight) > 0).all()
 
 
 @every(RUNNABLE)
@@ -205,7 +206,7 @@ def test_masks_after_training(case: Case) -> None:
     _ = case.trained
     if not binds(case, "M"):
         return
-    theirs = {s.name: s.mask for s in Record.loads(case.load.record(case.name, "after_train")).sparse}
+    theirs = {s.name: s.mask for s in parse_record(case.load.record(case.name, "after_train")).sparse}
     state = case.per_step[-1]
     for name, layer in compressed_layers(case.trained):
         if layer.sparsity is not None and theirs.get(name) is not None:
@@ -224,13 +225,13 @@ def test_eval(case: Case) -> None:
 @every(RUNNABLE)
 def test_record_after_eval(case: Case) -> None:
     _ = case.eval_out
-    ours = Record.loads(case.record_after_eval)
+    ours = parse_record(case.record_after_eval)
     check_record(case.trained, ours, "record")
     # All channel records survive, in a mixed model too.
-    assert ours.channel == Record.loads(case.record_after_create).channel
+    assert ours.channel == parse_record(case.record_after_create).channel
     if not binds(case, "Q"):
         return
-    theirs = Record.loads(case.load.record(case.name, "after_eval"))
+    theirs = parse_record(case.load.record(case.name, "after_eval"))
     assert [q.key for q in ours.quant] == [q.key for q in theirs.quant]
     for a, b in zip(ours.quant, theirs.quant, strict=True):
         assert (a.act_type, a.wts_type, a.offset_w) == (b.act_type, b.wts_type, b.offset_w)

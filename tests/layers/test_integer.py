@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import amct_ext
 from amct_ext import ops
 from amct_ext.layers import timing
-from amct_ext.layers.fingerprint import content
+from amct_ext.layers.fingerprint import fingerprint
 from amct_ext.layers.integer import IntegerForward
 from amct_ext.model_surgery.swap import compressed_layers
 
@@ -395,16 +395,16 @@ def test_large_weights_written_through_data(layout: str, tmp_path: Path) -> None
         w = w.t()
     if layout == "with holes":
         w = torch.cat([w, w], 1)[:, ::2]
-    seen = {content(w, 64)}
-    assert content(w, 64) in seen
+    seen = {fingerprint(w, 64)}
+    assert fingerprint(w, 64) in seen
     for write in (lambda: w.data.neg_(), lambda: w.data.copy_(w.flip(0)), lambda: w.data.mul_(1.0001)):
         write()
-        assert content(w, 64) not in seen
-        seen.add(content(w, 64))
+        assert fingerprint(w, 64) not in seen
+        seen.add(fingerprint(w, 64))
     for value in w.data.view(-1)[:: w.numel() // 50] if w.is_contiguous() else []:
         value.add_(1.0)
-        assert content(w) not in seen
-        seen.add(content(w))
+        assert fingerprint(w) not in seen
+        seen.add(fingerprint(w))
 
 
 def test_evaluations_keep_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from support.golden_run import Case
 
+from amct_ext.record.text import parse_record
 from amct_ext.record.types import Record
 
 # AMCT rejects these, rightly.
@@ -47,7 +48,7 @@ def other_channels(case: Case) -> bool:
     """Deviation: coupled producers decide together, so other channels may be kept and all that follows differs."""
     if not case.stored("record_after_create.txt"):
         return False
-    record = Record.loads(case.load.record(case.name, "after_create"))
+    record = parse_record(case.load.record(case.name, "after_create"))
     coupled = any(len(c.producers) > 1 for c in record.channel)
     return coupled or case.name in PRUNED_FURTHER
 
