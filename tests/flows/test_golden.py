@@ -35,7 +35,6 @@ from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.swap import compressed_layers
 from amct_ext.record.text import parse_record
-from amct_ext.record.types import Record
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
 
