@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> ulq_forward_and_update(const Tensor& x, const
   const c10::DeviceGuard guard(x.device());
   const QuantiserState state{const_scalars(used_scale),
                              const_scalars(used_offset),
-                             const_scalars(used_max),
-                             const_scalars(used_min),
+                             const_scalars(used_clip_max),
+                             const_scalars(used_clip_min),
                              static_cast<const bool*>(found_invalid.const_data_ptr()),
                              scalars(clip_max),
                              scalars(clip_min),
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> ulq_forward_and_update(const Tensor& x, const
                              scalars(offset),
                              static_cast<bool*>(invalid.mutable_data_ptr())};
   launch(write_state, 1, 1, state);
-  return {std::move(y), std::move(used_max), std::move(used_min)};
+  return {std::move(y), std::move(used_clip_max), std::move(used_clip_min)};
 }
 
 }  // namespace

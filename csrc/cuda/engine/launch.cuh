@@ -42,7 +42,7 @@ void launch(void (*kernel)(Parameters...), int64_t grid_size, int block_size, co
 #ifdef AMCT_CUDA_ON_HOST
   on_host::run(grid_size, block_size, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #else
-  kernel<<<static_cast<unsigned>(grid_size), block_size, 0, c10::cuda::getCurrentCUDAStream()> > >(
+  kernel<<<static_cast<unsigned>(grid_size), block_size, 0, c10::cuda::getCurrentCUDAStream()>>>(
       static_cast<Parameters>(arguments)...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 #endif
