@@ -207,12 +207,12 @@ def waits_in_training(job: Job) -> list[str]:
     optimizer = optimizer_of(model)
     job.train(model, optimizer, range(2))
     batches = [tuple(t.to(DEVICE) for t in small.batch(i)) for i in range(3)]
-    standin.waits()
+    standin.host_syncs()
     for x, y in batches:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return standin.waits()
+    return standin.host_syncs()
 
 
 @pytest.mark.parametrize("config", JOBS)
@@ -279,7 +279,7 @@ def test_a_compressed_model_moves_and_is_copied(tmp_path: Path) -> None:
 def test_a_training_step_makes_nothing_wait(config: str, tmp_path: Path) -> None:
     assert waits_in_training(Job(tmp_path / "files", config, DEVICE)) == []
     float(torch.ones(2, device=DEVICE).sum())
-    assert standin.waits() == ["item"]  # it does count
+    assert standin.host_syncs() == ["item"]  # it does count
 
 
 @pytest.mark.parametrize("setting", ["quant", "learned"])
@@ -294,12 +294,12 @@ def test_recurrent_layers(kind: str, setting: str, tmp_path: Path) -> None:
         losses[device] = []
         for i in range(4):
             x, y = (t.to(device) for t in rnn_job.batch(i))
-            standin.waits() if EXACT else None
+            standin.host_syncs() if EXACT else None
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
-            assert not EXACT or i == 0 or standin.waits() == []
+            assert not EXACT or i == 0 or standin.host_syncs() == []
             losses[device].append(loss.detach().cpu())
     torch.testing.assert_close(losses[DEVICE], losses[CPU], rtol=1e-4, atol=1e-5)
 
