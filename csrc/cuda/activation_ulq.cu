@@ -117,7 +117,7 @@ struct UlqBackward {
 
   struct Constants {
     A scale, high, low;
-    A lower, upper;  // values outside were clipped
+    A upper, lower;  // values outside were clipped
   };
 
   const G* grad;
@@ -138,8 +138,8 @@ struct UlqBackward {
     const A high = static_cast<A>(fetch_and_cast(clip_max)), low = static_cast<A>(fetch_and_cast(clip_min));
     const auto affine = math::affine(high, low, num_bits);
     const auto range = math::code_range(num_bits);
-    return {affine.scale, high, low, affine.scale * (static_cast<A>(range.lowest) - affine.offset),
-            affine.scale * (static_cast<A>(range.highest) - affine.offset)};
+    return {affine.scale, high, low, affine.scale * (static_cast<A>(range.highest) - affine.offset),
+            affine.scale * (static_cast<A>(range.lowest) - affine.offset)};
   }
 
   template <int V>
