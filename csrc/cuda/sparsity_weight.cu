@@ -7,7 +7,7 @@
 #include "cuda/sparsity_mask.cuh"
 #include "cuda/sparsity_mask.h"
 #include "cuda/weight_arq.h"
-#include "cuda/weight_jobs.cuh"
+#include "cuda/weight_quantize.cuh"
 
 namespace amct_ext::cuda {
 namespace {

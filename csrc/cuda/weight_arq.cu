@@ -8,7 +8,7 @@
 
 #include "common/check.h"
 #include "cuda/weight_arq.h"
-#include "cuda/weight_jobs.cuh"
+#include "cuda/weight_quantize.cuh"
 
 namespace amct_ext::cuda {
 namespace {

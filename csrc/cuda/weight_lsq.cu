@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "common/check.h"
-#include "cuda/weight_jobs.cuh"
+#include "cuda/weight_quantize.cuh"
 
 namespace amct_ext::cuda {
 namespace {

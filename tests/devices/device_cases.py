@@ -2,7 +2,7 @@
 
     AMCT_TEST_DEVICE=npu python -m pytest tests/devices/device_cases.py
 
-`test_npu_door.py` runs it on the stand-in device, in a process of its own. There all arithmetic comes to the CPU's
+`test_plugin_device.py` runs it on the stand-in device, in a process of its own. There all arithmetic comes to the CPU's
 kernels in the end, so results are compared bit for bit; other devices have their own rounding.
 """
 
