@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint import dialect
+from amct_ext.checkpoint import amct_names
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
 from amct_ext.layers.calibration_data import is_resumable
 
@@ -102,8 +102,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
     Errors: CheckpointError listing all missing, unexpected and misshapen entries, or what torch or a module of the
     user's says while it loads. The model is as it was then, bit for bit.
     """
-    if dialect.is_amct(state):
-        state = dialect.from_amct_state_dict(model, state)
+    if amct_names.is_amct(state):
+        state = amct_names.from_amct_state_dict(model, state)
     problems = mismatches(model, state)
     if problems:
         listed = "\n  ".join(problems)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import in_mode

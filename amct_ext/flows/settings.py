@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, ValueHistogram

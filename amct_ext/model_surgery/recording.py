@@ -28,6 +28,7 @@ from amct_ext.model_surgery.swap import (
     every_layer,
     placed_layers,
 )
+from amct_ext.record.text import format_record
 from amct_ext.record.types import QuantRecord, Record, SparseRecord
 
 logger = logging.getLogger("amct_ext")
@@ -50,7 +51,7 @@ def start_record(model: nn.Module) -> None:
     session = session_of(model)
     assert session.record_file is not None
     if first_rank():
-        content = build_record(model, with_factors=False).dumps().encode()
+        content = format_record(build_record(model, with_factors=False)).encode()
         kept = keep_old(session.record_file, content)
         if kept is not None:
             logger.warning(
@@ -78,7 +79,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
     path = os.path.abspath(path)
     record = build_record(model)
     if first_rank():
-        content = record.dumps().encode()
+        content = format_record(record).encode()
         if path == session.record_file:
             _warn_of_other_writers(session, content)
         write_if_changed(path, content)

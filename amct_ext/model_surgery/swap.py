@@ -98,7 +98,7 @@ def insert_layers(
     read = {id(model.get_parameter(name)) for name in graph.parameter_readers()}
     pairs = {}
     for conv, norm in graph.conv_bn().items():
-        if conv not in touched or touched[conv].weight_quant is None or _transposed(modules[conv]):
+        if conv not in touched or touched[conv].weight_quant is None:
             continue
         own = all(id(parameter) not in read for parameter in modules[conv].parameters(recurse=False))
         if own and foldable(modules[norm]):
@@ -216,7 +216,3 @@ def _fixed_min(graph: Any, layer: LayerPlan, module: nn.Module) -> bool:
     # ONNX has the time axis first: a Transpose stands before a batch_first layer, so AMCT sees no ReLU there and learns
     # a lower clip, which its checkpoints hold.
     return graph.fed_by_relu(layer.name) and not getattr(module, "batch_first", False)
-
-
-def _transposed(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from test_integer import both, took_integers
-from test_stash import compressed
+from support.integer_forward import both, took_integers
+from support.single_layer import compressed
 from torch import Tensor, nn
 
 import amct_ext

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, assert_same_state, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext

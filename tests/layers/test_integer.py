@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from test_restore import Job, optimizer_of, train
-from test_stash import Chain, Watch, compressed, saved_bytes
+from support.integer_forward import both, took_integers
+from support.retrain_job import Job, optimizer_of, train
+from support.saved_tensors import Watch, saved_bytes
+from support.single_layer import Chain, compressed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,17 +43,6 @@ ON_FLOATS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed": (lambda: nn.ConvTranspose2d(5, 4, 3), (2, 5, 7, 7)),
     "one axis": (lambda: nn.Conv1d(5, 4, 3), (2, 5, 7)),
 }
-
-
-def took_integers(model: nn.Module) -> bool:
-    return set(amct_ext.forward_choices(model).values()) == {"integer"}
-
-
-def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Copies of the model on floats and on integers."""
-    models = copy.deepcopy(model), copy.deepcopy(model)
-    amct_ext.configure(models[1], forward="integer")
-    return models
 
 
 def run(model: nn.Module, x: Tensor, factors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
