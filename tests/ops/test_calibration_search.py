@@ -43,21 +43,24 @@ def test_the_same_range_as_the_reference(size: int, device: torch.device) -> Non
     for name, x in samples(size).items():
         x = x.to(device)
         for num_bits in (4, 8) if size > 1000 else (2, 4, 8, 16):
-            assert same(search._reference(x, num_bits), ops.search_clip_range(x, num_bits)), (name, num_bits)
-        assert same(search._reference(x, 8, True), ops.search_clip_range(x, 8, True)), name
+            assert same(search.search_clip_range_reference(x, num_bits), ops.search_clip_range(x, num_bits)), (
+                name,
+                num_bits,
+            )
+        assert same(search.search_clip_range_reference(x, 8, True), ops.search_clip_range(x, 8, True)), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype: torch.dtype, device: torch.device) -> None:
     x = torch.randn(4, 16, 25, 25).to(device, dtype)
     for values in layouts(x):
-        assert same(search._reference(values), ops.search_clip_range(values))
+        assert same(search.search_clip_range_reference(values), ops.search_clip_range(values))
 
 
 def test_the_percentile_leaves_out_one_in_a_million(device: torch.device) -> None:
     x = torch.randn(1_050_000)
     x[[5, 700_000]] = torch.tensor([1e3, -1e3])
-    assert same(search._reference(x), ops.search_clip_range(x.to(device)))
+    assert same(search.search_clip_range_reference(x), ops.search_clip_range(x.to(device)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -65,7 +68,7 @@ def test_the_percentile_leaves_out_one_in_a_million(device: torch.device) -> Non
 def test_values_that_are_not_finite_give_no_range(bad: float, size: int, device: torch.device) -> None:
     x = torch.ones(size, device=device)
     x[-1] = bad
-    for function in (ops.search_clip_range, search._reference):
+    for function in (ops.search_clip_range, search.search_clip_range_reference):
         assert all(v.isnan().item() for v in function(x))
 
 
@@ -101,14 +104,14 @@ def test_scales_too_small_beside_outliers(device: torch.device) -> None:
     x = torch.rand(1_000_100) * 2e-5
     x[5] = 10.0
     x = x.to(device)
-    assert same(search._reference(x), ops.search_clip_range(x))
+    assert same(search.search_clip_range_reference(x), ops.search_clip_range(x))
 
 
 def test_the_ratios_are_those_of_torch() -> None:
     assert torch.equal(torch.tensor(search.RATIOS), torch.arange(0.7, 1.3, 0.01, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("function", [ops.search_clip_range, search._reference])
+@pytest.mark.parametrize("function", [ops.search_clip_range, search.search_clip_range_reference])
 def test_bad_samples_are_refused(function: Any) -> None:
     with pytest.raises(ValueError, match="x must hold at least one value"):
         function(torch.zeros(0, 3))
@@ -126,7 +129,7 @@ def test_shift_errors_agree_with_the_reference(dtype: torch.dtype, device: torch
             for rows, scales in ((channels, channels), (1, channels), (channels, 1)):
                 scale = torch.rand(scales, device=device) * 1e-4 + 1e-5
                 expected, actual = (torch.ones(rows, 16, dtype=torch.float64, device=device) for _ in range(2))
-                shift._reference_error(x, scale, expected, axis)
+                shift.shift_error_reference(x, scale, expected, axis)
                 ops.shift_error_(x, scale, actual, axis)
                 torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
@@ -179,7 +182,7 @@ def test_the_same_shift_errors_for_any_number_of_threads() -> None:
 def test_nan_shows_in_the_errors_of_its_channel() -> None:
     x = torch.ones(300, 4)
     x[299, 2] = math.nan
-    for function in (ops.shift_error_, shift._reference_error):
+    for function in (ops.shift_error_, shift.shift_error_reference):
         errors = torch.zeros(4, 16, dtype=torch.float64)
         function(x, torch.ones(1), errors)
         assert errors.isnan().all(1).tolist() == [False, False, True, False]
@@ -207,19 +210,19 @@ def test_all_zero_data_and_ties_give_the_smallest_shift(device: torch.device) ->
     assert ops.best_shift(errors).tolist() == [1, 1]
     errors[1, :4] = 7.0
     assert ops.best_shift(errors).tolist() == [1, 5]
-    assert torch.equal(ops.best_shift(errors), shift._reference_best(errors))
+    assert torch.equal(ops.best_shift(errors), shift.best_shift_reference(errors))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
 def test_a_bad_scale_shows_in_the_errors(scale: float, device: torch.device) -> None:
-    for function in (ops.shift_error_, shift._reference_error):
+    for function in (ops.shift_error_, shift.shift_error_reference):
         errors = torch.zeros(2, 16, dtype=torch.float64, device=device)
         function(torch.ones(3, 2, device=device), torch.tensor([1.0, scale], device=device), errors)
         assert errors[0].isfinite().all()
         assert errors[1].isnan().all()
 
 
-@pytest.mark.parametrize("function", [ops.shift_error_, shift._reference_error])
+@pytest.mark.parametrize("function", [ops.shift_error_, shift.shift_error_reference])
 def test_bad_shift_input_is_refused(function: Any) -> None:
     x, errors = torch.zeros(2, 3), torch.zeros(3, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match="deq_scale must hold 1 or 3 values"):

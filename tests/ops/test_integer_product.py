@@ -29,7 +29,7 @@ def test_codes_have_the_bits_of_the_reference(dtype: torch.dtype, num_bits: int,
     wide = [torch.randn(2, 33, 17, 19, device=device).to(dtype), torch.randn(3, 64, 7, 7, device=device).to(dtype)]
     for i, x in enumerate([*inputs(dtype, device), *wide]):
         arguments = (x, *scalars(*CLIPS[i % len(CLIPS)], math.nan, math.nan, device=device), num_bits, i % 2 == 1)
-        expected, actual = coding.reference_codes(*arguments), ops.ulq_quantize(*arguments)
+        expected, actual = coding.ulq_quantize_reference(*arguments), ops.ulq_quantize(*arguments)
         for a, b in zip(expected, actual, strict=True):
             assert same_bits(a, b), (x.shape, x.stride())
         assert layout(expected[0]) == layout(actual[0])
@@ -59,7 +59,7 @@ def test_packing_has_the_bits_of_the_reference(dtype: torch.dtype, device: torch
         w = torch.randn(shape, device=device).to(dtype)
         for scale in (torch.rand(shape[0], device=device) * 0.05, torch.full((1,), 0.02, device=device)):
             for value in (w, w.transpose(0, 1).contiguous().transpose(0, 1)):
-                expected, actual = coding._reference_pack(value, scale, 6), ops.pack_weight(value, scale, 6)
+                expected, actual = coding.pack_weight_reference(value, scale, 6), ops.pack_weight(value, scale, 6)
                 assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)), shape
 
 
@@ -68,7 +68,7 @@ def test_a_fake_quantised_weight_gives_its_own_codes(device: torch.device) -> No
     y, scale = ops.arq_fake_quantize(w, 8, 0)
     packed, sums = ops.pack_weight(y, scale)
     codes = ops.quantize_weight(w, scale, 8, 0)
-    assert torch.equal(reference.unpacked(packed, 40, 30), codes.double().flatten(2))
+    assert torch.equal(coding.unpacked(packed, 40, 30), codes.double().flatten(2))
     assert torch.equal(sums.long(), codes.long().sum((1, 2, 3)))
 
 
@@ -116,10 +116,13 @@ def test_convolutions_are_exact(clips: tuple[float, float], extreme: bool, devic
             arguments = (codes, scale, offset, packed, sums, w_scale, bias, kernel, stride, padding, dilation, last)
             y = ops.integer_conv2d(*arguments)
             assert torch.equal(y, expected), (kernel, stride, padding, dilation)
-            again = reference._reference_conv2d(*arguments)
+            again = reference.integer_conv2d_reference(*arguments)
             assert torch.equal(y, again) and layout(y) == layout(again)
         arguments = (codes, offset, packed, sums, kernel, stride, padding, dilation)
-        sums_, again = ops.integer_conv2d_accumulators(*arguments), accumulators._reference_conv2d(*arguments)
+        sums_, again = (
+            ops.integer_conv2d_accumulators(*arguments),
+            accumulators.integer_conv2d_accumulators_reference(*arguments),
+        )
         assert torch.equal(sums_.double(), total) and same_bits(sums_, again) and layout(sums_) == layout(again)
 
 
@@ -146,7 +149,7 @@ def test_what_follows_a_convolution(last: bool, device: torch.device) -> None:
             arguments = (*product, *geometry, last, other, low, high)
             made = ops.integer_conv2d(*arguments)
             assert torch.equal(made, expected) and layout(made) == layout(y)
-            again = reference._reference_conv2d(*arguments)
+            again = reference.integer_conv2d_reference(*arguments)
             assert torch.equal(made, again) and layout(made) == layout(again)
         for low, high, bits, fixed in ((0.0, None, 8, False), (None, 0.2, 4, True)):
             once = ops.integer_conv2d_codes(*product, *geometry, low, high, *clips, bits, fixed)
@@ -192,11 +195,11 @@ def test_products_are_exact(extreme: bool, device: torch.device) -> None:
         arguments = (codes, scale, offset, packed, sums, w_scale, bias)
         y = ops.integer_linear(*arguments)
         assert torch.equal(y, exact(total, scale, w_scale.expand(outputs), bias, -1))
-        assert torch.equal(y, reference._reference_linear(*arguments))
+        assert torch.equal(y, reference.integer_linear_reference(*arguments))
         arguments_ = (codes, offset, packed, sums)
         sums_ = ops.integer_linear_accumulators(*arguments_)
         assert torch.equal(sums_.double(), total)
-        assert same_bits(sums_, accumulators._reference_linear(*arguments_))
+        assert same_bits(sums_, accumulators.integer_linear_accumulators_reference(*arguments_))
         views = (codes.expand_as(codes).clone(), codes.unsqueeze(0).expand(2, *codes.shape))
         assert torch.equal(ops.integer_linear(views[0], *arguments[1:]), y)
         assert torch.equal(ops.integer_linear(views[1], *arguments[1:]), y.expand(2, *y.shape))

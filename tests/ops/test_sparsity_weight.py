@@ -17,15 +17,23 @@ from amct_ext.ops import weight_arq as arq
 def test_kernels_have_the_bits_of_the_references(dtype: torch.dtype, device: torch.device) -> None:
     for w in inputs(dtype, device):
         mask = torch.rand(w.shape, device=device) > 0.5
-        assert same_bits(sparse._reference_apply(w, mask), ops.apply_mask(w, mask))
+        assert same_bits(sparse.apply_mask_reference(w, mask), ops.apply_mask(w, mask))
         if w.dim() < 2:
             continue
         for channel_axis in axes_of(w):
             calls = [
-                (sparse._reference_sparse, ops.sparse_arq_fake_quantize, (w, mask, 8, channel_axis)),
-                (sparse._reference_sparse_2to4, ops.sparse_arq_fake_quantize_2to4, (w, 1, 8, channel_axis)),
-                (sparse._reference_sparse_2to4, ops.sparse_arq_fake_quantize_2to4, (w, 0, 4, channel_axis)),
-                (sparse._reference_sparsify, ops.sparsify_2to4, (w, 1)),
+                (sparse.sparse_arq_fake_quantize_reference, ops.sparse_arq_fake_quantize, (w, mask, 8, channel_axis)),
+                (
+                    sparse.sparse_arq_fake_quantize_2to4_reference,
+                    ops.sparse_arq_fake_quantize_2to4,
+                    (w, 1, 8, channel_axis),
+                ),
+                (
+                    sparse.sparse_arq_fake_quantize_2to4_reference,
+                    ops.sparse_arq_fake_quantize_2to4,
+                    (w, 0, 4, channel_axis),
+                ),
+                (sparse.sparsify_2to4_reference, ops.sparsify_2to4, (w, 1)),
             ]
             for reference, op, arguments in calls:
                 for a, b in zip(reference(*arguments), op(*arguments), strict=True):
@@ -38,7 +46,7 @@ def test_rows_of_every_length(device: torch.device) -> None:
     for inner in (*range(1, 19), 25, 49, 63, 64, 65, 257):
         for channels in (3, 4, 8, 17, 64):
             w = torch.randn(3, channels, inner, device=device)
-            expected, actual = sparse._reference_sparsify(w, 1), ops.sparsify_2to4(w, 1)
+            expected, actual = sparse.sparsify_2to4_reference(w, 1), ops.sparsify_2to4(w, 1)
             assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)), (inner, channels)
 
 
@@ -53,7 +61,9 @@ def test_masked_rows_of_every_length(dtype: torch.dtype, device: torch.device) -
         w[4, 0] = math.nan
         mask[4, 0] = False
         for a, b in zip(
-            sparse._reference_sparse(w, mask, 8, 0), ops.sparse_arq_fake_quantize(w, mask, 8, 0), strict=True
+            sparse.sparse_arq_fake_quantize_reference(w, mask, 8, 0),
+            ops.sparse_arq_fake_quantize(w, mask, 8, 0),
+            strict=True,
         ):
             assert same_bits(a, b), length
 
@@ -105,7 +115,7 @@ def test_many_weights_have_the_same_bits_for_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for w, y, scale in zip(weights, *ops.arq_fake_quantize_many(weights), strict=True):
-                expected = arq._reference_arq(w, 8, 0)
+                expected = arq.arq_fake_quantize_reference(w, 8, 0)
                 assert same_bits(expected[0], y)
                 assert same_bits(expected[1], scale)
     finally:
