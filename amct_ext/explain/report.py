@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.json import JsonConfig, read_config, resolve_json
 from amct_ext.config.plan import LayerPlan, QuantPlan, resolve
 from amct_ext.config.text import FilterPrune
