@@ -55,9 +55,9 @@ def test_references_kernels_and_jobs(tmp_path: Path) -> None:
 @needs_compiler
 @pytest.mark.slow
 def test_the_tests_of_the_ops_run_on_it(tmp_path: Path) -> None:
-    files = [
-        f"../ops/test_{name}.py" for name in ("sparsity_mask", "sparsity_weight", "activation_ulq", "weight_quantize")
-    ]
+    stems = ("sparsity_mask", "sparsity_weight", "activation_ulq", "weight_arq", "weight_lsq", "weight_norms",
+             "weight_quantize")  # fmt: skip
+    files = [f"../ops/test_{stem}.py" for stem in stems]
     assert run_cases(tmp_path, *files, "-k", standin.NAME) > 60
 
 

@@ -1,4 +1,4 @@
-"""ulq_fake_quantize: kernel against reference, gradients against the formula, data of the reference toolkit."""
+"""ulq_fake_quantize: kernel against reference, gradients against the formula, data of AMCT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, inputs, layout, same_bits
+from support.op_samples import DTYPES, inputs, layout, same_bits, scalars
 from torch import Tensor
 
 from amct_ext import ops
@@ -17,10 +17,6 @@ from amct_ext.ops._activation_clips import affine
 
 OUTPUTS = ("y", "scale", "offset", "clip_max", "clip_min", "invalid")
 CLIPS = ((1.7, -0.9), (0.0, -1.0), (2.0, 0.0), (30.0, -20.0), (1e-9, 0.0))
-
-
-def scalars(*values: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.tensor(v, dtype=dtype, device=device) for v in values]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -232,7 +228,7 @@ DEVIATIONS: dict[tuple[str, bool], tuple[float, float]] = {
 }
 
 
-def test_agrees_with_the_reference_toolkit(golden: Path) -> None:
+def test_agrees_with_amct(golden: Path) -> None:
     checked = 0
     for item in torch.load(golden / "ops" / "act_ulq.pt", weights_only=True):
         if item["name"] in ("dtype", "invalid_input") or not item["asymmetric"]:
@@ -263,7 +259,7 @@ def _equal_to_golden(item: dict[str, Any], y: Tensor, scale: Tensor, offset: Ten
     torch.testing.assert_close(d_min, item["grad_clip_min"], rtol=1e-5, atol=1e-6)
 
 
-def test_dtypes_that_the_reference_toolkit_rejects_work(golden: Path) -> None:
+def test_dtypes_that_amct_rejects_work(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "act_ulq.pt", weights_only=True):
         if item["name"] == "dtype":
             none = torch.tensor(math.nan)
@@ -273,7 +269,7 @@ def test_dtypes_that_the_reference_toolkit_rejects_work(golden: Path) -> None:
                 torch.testing.assert_close(y, item["out"])
 
 
-def test_scale_and_offset_of_the_reference_toolkit(golden: Path) -> None:
+def test_scale_and_offset_of_amct(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "scale_offset.pt", weights_only=True):
         if item["asymmetric"]:
             high, low = max(item["data_max"], 0.0), min(item["data_min"], 0.0)

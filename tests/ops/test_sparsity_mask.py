@@ -1,4 +1,4 @@
-"""2:4 masks: the rule and its ties, refreshing, packing; data of the reference toolkit."""
+"""2:4 masks: the rule and its ties, refreshing, packing; data of AMCT."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_packing_round_trip(device: torch.device) -> None:
         assert torch.equal(masks.unpack_mask_reference(words, mask.shape), mask)
 
 
-def test_masks_of_the_reference_toolkit(golden: Path) -> None:
+def test_masks_of_amct(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "selective_mask.pt", weights_only=True):
         if "error" in item:
             with pytest.raises(IndexError, match="out of range"):
@@ -111,7 +111,7 @@ def test_masks_of_the_reference_toolkit(golden: Path) -> None:
         assert torch.equal(ops.mask_2to4(item["weight"], item["prune_axis"]), item["mask"].bool()), item["name"]
 
 
-def test_packing_of_the_reference_toolkit(golden: Path) -> None:
+def test_packing_of_amct(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "mask_packing.pt", weights_only=True):
         mask = item["mask"].bool()
         assert ops.pack_mask(mask).tolist() == item["ints"]
