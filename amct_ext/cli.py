@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amct_ext._library import build_info
-from amct_ext.checkpoint.dialect import is_amct
+from amct_ext.checkpoint.amct_names import is_amct
 from amct_ext.checkpoint.load import read_state_dict
 from amct_ext.config.files import check_config
 from amct_ext.errors import AmctError

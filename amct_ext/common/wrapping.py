@@ -35,5 +35,5 @@ def wrap_like(original: nn.Module, model: nn.Module) -> nn.Module:
         gradient_as_bucket_view=original.gradient_as_bucket_view,
         static_graph=original.static_graph,
     )
-    wrapped.train(original.training)  # type: ignore[no-untyped-call]
+    wrapped.train(original.training)
     return wrapped

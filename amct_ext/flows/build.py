@@ -29,7 +29,7 @@ from amct_ext.flows.check import check_model
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.layers.classes import standard_class
-from amct_ext.model_surgery.fused_encoders import separate_encoders
+from amct_ext.model_surgery.fast_path import separate_encoders
 from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.recording import start_record
 from amct_ext.model_surgery.session import Session, session_of

@@ -86,11 +86,11 @@ class _NodeLog:
         return value
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Nodes of ops from the dispatcher, of layers from hooks; inside of a layer ops are not recorded."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.doubts: dict[Doubt, None] = {}
         self.calls: dict[str, list[Node]] = {}
         self._model = model

@@ -119,8 +119,8 @@ def state_behind(model: nn.Module) -> tuple[Any, ...]:
             elif isinstance(child, Sparsity):
                 tensors.append(child.mask)
             elif isinstance(child, ActivationQuantizer):
-                clips += [(clip, child.own_writes) for clip in child._parameters.values() if clip is not None]
-        norm = layer.links.norm
+                clips += [(clip, child.clip_writes) for clip in child._parameters.values() if clip is not None]
+        norm = layer.refs.batch_norm
         if norm is not None:
             tensors += norm._parameters.values()
             tensors.append(norm.running_var)
@@ -163,7 +163,7 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
 def _shifts_complete(model: nn.Module, plan: Plan) -> bool:
     """Whether no layer waits for further evaluation batches; only of interest where shifts are recorded."""
     searches = [layer.search_n for _, layer in compressed_layers(model) if layer.search_n is not None]
-    return not plan.write_shift_bit or not any(search.wants_data for search in searches)
+    return not plan.write_shift_bit or not any(search.needs_data for search in searches)
 
 
 def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:

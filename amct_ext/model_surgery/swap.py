@@ -103,7 +103,7 @@ def insert_layers(
             continue
         own = all(id(parameter) not in read for parameter in modules[conv].parameters(recurse=False))
         if own and foldable(modules[norm]):
-            touched[conv].link_norm(modules[norm])
+            touched[conv].set_batch_norm(modules[norm])
             pairs[conv] = norm
     return model, pairs, left
 
@@ -147,8 +147,8 @@ def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
         if conv in placed:
             name, layer = placed[conv]
             follower = modules.get(norm)
-            layer.link_norm(follower if follower is not None and foldable(follower) else None)
-            if layer.links.norm is not None:
+            layer.set_batch_norm(follower if follower is not None and foldable(follower) else None)
+            if layer.refs.batch_norm is not None:
                 present[name] = norm
     return present
 
@@ -159,7 +159,7 @@ def norms_linked(model: nn.Module, pairs: Mapping[str, str]) -> bool:
         layer, follower = _at(model, conv), _at(model, norm)
         if not isinstance(layer, CompressedLayer) or layer.layer_name != conv:
             return False
-        if layer.links.norm is not (follower if follower is not None and foldable(follower) else None):
+        if layer.refs.batch_norm is not (follower if follower is not None and foldable(follower) else None):
             return False
     return True
 
@@ -205,7 +205,7 @@ def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]
         # A recurrent layer keeps clips of its own: the dialect has no names for shared ones of it.
         names = [name for name in group if name in touched and not isinstance(touched[name], CompressedRNN)]
         for name in names[1:]:
-            touched[name].share_activation(touched[names[0]])
+            touched[name].share_act_quant(touched[names[0]])
 
 
 def _fixed_min(graph: Any, layer: LayerPlan, module: nn.Module) -> bool:

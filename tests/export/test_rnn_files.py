@@ -10,8 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from golden_run import Case
 from onnx import numpy_helper
+from support.golden_run import Case
 from support.rnn_job import Job, batch, evaluate, every_kind, optimizer_of, train
 from torch import Tensor, nn
 

@@ -10,11 +10,11 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from golden_run import Case
 from support import small_models as small
-from test_bad_input import rejected
-from test_restore import assert_same_state, evaluate, optimizer_of, train
-from test_save import run_onnx
+from support.golden_run import Case
+from support.onnx_run import run_onnx
+from support.rejection import rejected
+from support.retrain_job import assert_same_state, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext

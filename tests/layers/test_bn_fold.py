@@ -15,7 +15,7 @@ from support.any_job import PER_TENSOR, AnyJob, off, run
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.bn_fold import with_factor
+from amct_ext.layers.bn_fold import fold_scale
 from amct_ext.model_surgery.swap import compressed_layers
 from amct_ext.record.text import read_record
 
@@ -84,7 +84,7 @@ def test_scales_that_are_no_numbers_stay_so() -> None:
     """They are refused where the record is written, as before."""
     norm = nn.BatchNorm2d(3, eps=0.0)
     norm.running_var.copy_(torch.tensor([0.0, 1.0, -1.0]))
-    scales = with_factor(torch.full((1,), 0.5), norm).detach()
+    scales = fold_scale(torch.full((1,), 0.5), norm).detach()
     assert scales.isfinite().tolist() == [False, True, False]
     assert scales[1] == 0.5
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, evaluate, optimizer_of, train
+from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
@@ -71,7 +71,7 @@ def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:
     both = quantiser.clip_max.grad.clone()
     quantiser.clip_max.grad = None
     y = quantiser._quantize(x)[0]
-    weights = (model.conv1._compressed_weight(), model.down._compressed_weight())
+    weights = (model.conv1.compressed_weight(), model.down.compressed_weight())
     one = nn.functional.conv2d(y, weights[0], None, 2, 1).sum()
     (one + nn.functional.conv2d(y, weights[1], model.down.bias, 2).sum() * 2).backward()
     torch.testing.assert_close(both, quantiser.clip_max.grad)
