@@ -90,7 +90,7 @@ class _Recorder(TorchDispatchMode):
     """Nodes of ops from the dispatcher, of layers from hooks; inside of a layer ops are not recorded."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.doubts: dict[Doubt, None] = {}
         self.calls: dict[str, list[Node]] = {}
         self._model = model
