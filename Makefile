@@ -71,11 +71,12 @@ bench: venv ## fused against eager: every op, then one whole training step
 	$(BIN)/python benchmarks/report.py --write $(ARGS)
 	$(BIN)/python benchmarks/bench_retrain_step.py
 
-lint: venv ## ruff, clang-format, mypy, generated files up to date; changes nothing
+lint: venv ## ruff, clang-format, mypy, who imports whom, generated files up to date; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(if $(CLANG_FILES),$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES))
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python tools/generate_proto.py --check
 
 format: venv ## rewrite the sources in the house style
