@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.config.plan import DataQuant
+from amct_ext.config.text import DataQuant
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.activation_calibration import CalibratedClips
 from amct_ext.layers.activation_types import ClipRange, FakeQuantized, QuantizedActivation

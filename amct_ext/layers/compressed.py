@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext import ops
 from amct_ext.common.ranks import whole
-from amct_ext.config.plan import LayerPlan, SparsePrune
+from amct_ext.config.plan import LayerPlan
+from amct_ext.config.text import SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.activation_types import FakeQuantized
