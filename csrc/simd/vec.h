@@ -2,7 +2,7 @@
 // plain loop.
 #pragma once
 
-#include "simd/register.h"
+#include "simd/vec_types.h"
 
 namespace amct_ext::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // stated in amct_ext/ops/sparsity_mask.py; magnitudes are compared as bit patterns, which orders NaN last.
 #pragma once
 
-#include "simd/register.h"
+#include "simd/vec_types.h"
 
 namespace amct_ext::cpu {
 namespace {

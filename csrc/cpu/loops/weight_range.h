@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "cpu/dispatch.h"
-#include "simd/register.h"
+#include "simd/vec_types.h"
 
 namespace amct_ext::cpu {
 namespace {

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "simd/scalar.h"
+#include "simd/element.h"
 
 namespace amct_ext::cpu {
 namespace {
