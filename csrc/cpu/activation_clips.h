@@ -15,7 +15,7 @@ struct Clips {
   double scale, offset, high, low;
 
   bool valid() const { return math::is_finite(scale) && scale > 0; }
-  UlqForward parameters(int64_t num_bits) const {
+  UlqForwardParams parameters(int64_t num_bits) const {
     const math::CodeRange range = math::code_range(static_cast<int>(num_bits));
     return {scale, offset, range.lowest, range.highest};
   }

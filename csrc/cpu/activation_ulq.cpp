@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   check_floating(op, "x", x);
   check_bits(op, num_bits);
   const Clips used = used_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
-  const UlqForward parameters = used.parameters(num_bits);
+  const UlqForwardParams parameters = used.parameters(num_bits);
 
   const Tensor source = in_runs(x);
   Tensor y = reused_like(source, Life::kLayer);
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
 }
 
 template <typename Acc>
-UlqBackward limits(double clip_max, double clip_min, int num_bits) {
+UlqBackwardParams limits(double clip_max, double clip_min, int num_bits) {
   const Acc high = static_cast<Acc>(clip_max), low = static_cast<Acc>(clip_min);
   const auto affine = math::affine(high, low, num_bits);
   const math::CodeRange range = math::code_range(num_bits);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const int bits = static_cast<int>(num_bits);
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
-  const UlqBackward parameters = is_double(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
+  const UlqBackwardParams parameters = is_double(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
   const Tensor source = in_runs(to_type(x, common_type(grad, x)));
   Tensor dx = reused_like(source, Life::kLayer);

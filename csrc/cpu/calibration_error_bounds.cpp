@@ -45,7 +45,7 @@ void Histogram::empty() {
   if (pending_ == 0) return;
   for (int64_t bin = 0; bin < bins_; ++bin) {
     counts_[bin] += packed_[bin] >> kCountShift;
-    sums_[bin] += packed_[bin] & (kOne - 1);
+    sums_[bin] += packed_[bin] & (kCountOne - 1);
     packed_[bin] = 0;
   }
   pending_ = 0;
@@ -53,7 +53,7 @@ void Histogram::empty() {
 
 void Histogram::add(const void* x, int64_t n, Element element, double largest) {
   cover(largest);
-  if (pending_ + n > kHistogramRun) empty();
+  if (pending_ + n > kHistogramCapacity) empty();
   pending_ += n;
   total_ += static_cast<double>(n);
   kernels().histogram[element](x, n, 1 / unit(), packed_.data());

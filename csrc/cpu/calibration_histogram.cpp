@@ -90,8 +90,8 @@ void range_histogram(const Tensor& x, const Tensor& histogram, const Tensor& ext
       for (int64_t at = n * p / parts, end = n * (p + 1) / parts; at < end; at += kPiece) {
         const int64_t count = std::min(kPiece, end - at);
         const char* data = at_element(source.const_data_ptr(), at, source.element_size());
-        kernels().octaves[element](data, count, kFirst, kCut, to);
-        const Range range = kernels().extremes[element](data, count);
+        kernels().range_histogram[element](data, count, kFirst, kCut, to);
+        const Range range = kernels().range_with_zero[element](data, count);
         const bool seen = math::is_finite(range.largest) && math::is_finite(range.smallest);
         if (seen && !largest[p].admits(static_cast<float>(range.largest)) &&
             !smallest[p].admits(static_cast<float>(-range.smallest))) {

@@ -67,7 +67,7 @@ void add_leaders(const T* x, int64_t n, Part& part) {
 
 void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bool one_leader, Part& part) {
   const Element element = element_of(x);
-  const auto range = kernels().extremes[element];
+  const auto range = kernels().range_with_zero[element];
   for (int64_t at = begin; at < end && part.finite; at += kPiece) {
     const int64_t n = std::min(kPiece, end - at);
     const char* data = at_element(x.const_data_ptr(), at, x.element_size());

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
   check_floating(op, "x", x);
   check_bits(op, num_bits, 8);
   const Clips used = used_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
-  const UlqForward parameters = used.parameters(num_bits);
+  const UlqForwardParams parameters = used.parameters(num_bits);
   std::atomic<bool> bad{!used.valid()};
   const auto element_loop = kernels().ulq_codes[element_of(x)];
   const auto loop = [&](const void* in, uint8_t* out, int64_t n) {
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int
   Tensor packed = at::empty({blocks, taps, quads, kColumns, 4}, w.options().dtype(at::kChar));
   Tensor sums = at::zeros({outputs}, w.options().dtype(at::kInt));
   const math::CodeRange range = math::code_range(static_cast<int>(num_bits));
-  const auto loop = kernels().codes[element_of(w)];
+  const auto loop = kernels().quantize_codes[element_of(w)];
   const void* in = source.const_data_ptr();
   int8_t* out = static_cast<int8_t*>(packed.mutable_data_ptr());
   int32_t* totals = static_cast<int32_t*>(sums.mutable_data_ptr());

@@ -63,8 +63,8 @@ void into_planes(const Shape& s, const uint8_t* codes, const Weights& w, const B
 }
 
 // y: codes, channels last. Returns whether a float was not finite.
-bool into_codes(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds, const UlqForward& ulq,
-                uint8_t* y) {
+bool into_codes(const Shape& s, const uint8_t* codes, const Weights& w, const Bounds& bounds,
+                const UlqForwardParams& ulq, uint8_t* y) {
   constexpr int64_t kFew = 16;  // floats of so many positions stay close to the sums
   const auto write = product_kernel().write_rows;
   const auto quantize = kernels().ulq_codes[0];

@@ -49,7 +49,7 @@ class Weight {
     const int64_t n = view.inner;
     Range range = range_at(begin * n, n);
     for (int64_t c = begin; c < end; ++c) {
-      const Symmetric symmetric = parameters(range);
+      const SymmetricParams symmetric = parameters(range);
       put_scale(c, symmetric.scale);
       if (c + 1 == end) {
         quantize_at(c * n, n, symmetric);
@@ -65,7 +65,7 @@ class Weight {
     for_gathered<2>(view, {{{in_, size_}, {mask_, 1}}}, out_, size_,
                     [&](int64_t channel, const std::array<const char*, 2>& in, char* out, int64_t n) {
                       const auto* mask = reinterpret_cast<const uint8_t*>(in[1]);
-                      const Symmetric symmetric = parameters(range(in[0], mask, n));
+                      const SymmetricParams symmetric = parameters(range(in[0], mask, n));
                       quantize(in[0], mask, out, n, symmetric);
                       put_scale(channel, symmetric.scale);
                     });
@@ -78,7 +78,7 @@ class Weight {
     for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) { parts[block] = range_at(begin, end - begin); });
     Range all = parts[0];
     for (const Range& part : parts) all = joined(all, part);
-    const Symmetric symmetric = parameters(all);
+    const SymmetricParams symmetric = parameters(all);
     for_blocks(n, [&](int64_t, int64_t begin, int64_t end) { quantize_at(begin, end - begin, symmetric); });
     put_scale(0, symmetric.scale);
   }
@@ -87,10 +87,10 @@ class Weight {
   void channel(int64_t channel) const {
     Range whole = prepare_ ? prepare_(channel) : range_at(channel * view.inner, view.inner);
     for (int64_t o = 1; o < view.outer; ++o) whole = joined(whole, range_at(first(o, channel), view.inner));
-    Symmetric symmetric = parameters(whole);
+    SymmetricParams symmetric = parameters(whole);
     // What is read next is the next channel's, unless that would drive this one out of the cache.
     const int64_t bytes = view.inner * static_cast<int64_t>(size_);
-    if (bytes <= kMostAhead) symmetric.ahead = bytes + to_origin_;
+    if (bytes <= kMostAhead) symmetric.prefetch_distance = bytes + to_origin_;
     for (int64_t o = 0; o < view.outer; ++o) quantize_at(first(o, channel), view.inner, symmetric);
     put_scale(channel, symmetric.scale);
   }
@@ -100,7 +100,7 @@ class Weight {
   Range range(const void* in, const uint8_t* mask, int64_t n) const {
     return mask ? kernels().masked_range[element_](in, mask, n) : kernels().range[element_](in, n);
   }
-  void quantize(const void* in, const uint8_t* mask, void* out, int64_t n, const Symmetric& symmetric) const {
+  void quantize(const void* in, const uint8_t* mask, void* out, int64_t n, const SymmetricParams& symmetric) const {
     if (mask) {
       kernels().masked_quantize[element_](in, mask, out, n, symmetric);
     } else {
@@ -110,11 +110,11 @@ class Weight {
 
   const uint8_t* mask_at(int64_t begin) const { return mask_ ? mask_ + begin : nullptr; }
   Range range_at(int64_t begin, int64_t n) const { return range(at_element(in_, begin, size_), mask_at(begin), n); }
-  void quantize_at(int64_t begin, int64_t n, const Symmetric& symmetric) const {
+  void quantize_at(int64_t begin, int64_t n, const SymmetricParams& symmetric) const {
     quantize(at_element(in_, begin, size_), mask_at(begin), at_element(out_, begin, size_), n, symmetric);
   }
 
-  Symmetric parameters(Range range) const {
+  SymmetricParams parameters(Range range) const {
     const auto codes = math::code_range(num_bits_);
     const double scale = element_ == kFloat64
                              ? math::symmetric_scale(range.largest, range.smallest, num_bits_)
