@@ -43,7 +43,7 @@ struct Candidate {
 
 // A histogram word counts values in its upper bits and adds up their positions within the bin in the lower ones: one
 // addition per value. It holds 2^24 values before it must be flushed.
-constexpr int kMostBinBits = 15, kFractionBits = 15, kCountShift = 40;
+constexpr int kMaxBinBits = 15, kFractionBits = 15, kCountShift = 40;
 constexpr uint64_t kCountOne = uint64_t{1} << kCountShift;
 constexpr int64_t kHistogramCapacity = (int64_t{1} << (64 - kCountShift)) - 1;
 

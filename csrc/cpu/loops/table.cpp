@@ -1,6 +1,6 @@
 // The table of all loops for one instruction set: compiled once for each (cmake/simd.cmake), AMCT_LEVEL being its name.
-// Nothing here may include a header with inline functions of external linkage: the linker keeps one copy of those for the
-// whole library, perhaps one that was compiled for a newer processor.
+// Nothing here may include a header with inline functions of external linkage: the linker keeps one copy of those for
+// the whole library, perhaps one that was compiled for a newer processor.
 #include "cpu/dispatch.h"
 #include "cpu/loops/activation_ulq.h"
 #include "cpu/loops/calibration_search.h"
