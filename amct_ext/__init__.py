@@ -8,7 +8,7 @@ from amct_ext.auto_channel_prune_search import (
     TaylorLossSensitivity,
     auto_channel_prune_search,
 )
-from amct_ext.checkpoint.dialect import from_amct_state_dict, to_amct_state_dict
+from amct_ext.checkpoint.amct_names import from_amct_state_dict, to_amct_state_dict
 from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
 from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint import dialect
+from amct_ext.checkpoint import amct_names
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
-from amct_ext.layers.calibration_data import fits
+from amct_ext.layers.calibration_data import is_resumable
 
 _GATHERED = ".act_quant.calibration_data", ".hidden_quant.calibration_data"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -102,8 +102,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
     Errors: CheckpointError listing all missing, unexpected and misshapen entries, or what torch or a module of the
     user's says while it loads. The model is as it was then, bit for bit.
     """
-    if dialect.is_amct(state):
-        state = dialect.from_amct_state_dict(model, state)
+    if amct_names.is_amct(state):
+        state = amct_names.from_amct_state_dict(model, state)
     problems = mismatches(model, state)
     if problems:
         listed = "\n  ".join(problems)
@@ -154,7 +154,7 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     problems += [  # of an unfinished calibration, as version 0.1 kept it
         f"shape: {key} {_shape(value)} was not gathered by this version"
         for key, value in state.items()
-        if key.endswith(_GATHERED) and not fits(value)
+        if key.endswith(_GATHERED) and not is_resumable(value)
     ]
     for key, value in own.items():
         if key not in state:

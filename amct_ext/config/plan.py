@@ -6,25 +6,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from amct_ext.config.plan_checks import check_against_model, prune_active, quant_active
+from amct_ext.common.layer_kinds import kind_named
+from amct_ext.config.json import JsonConfig
+from amct_ext.config.plan_checks import check_against_model, check_enabled, prune_active, quant_active
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
+from amct_ext.proto.text import close_matches
 
-__all__ = [
-    "DataQuant",
-    "FilterPrune",
-    "LayerPlan",
-    "LayerTraits",
-    "Plan",
-    "QuantPlan",
-    "SparsePrune",
-    "WeightQuant",
-    "after_pruning",
-    "resolve",
-]
-
-_PER_TENSOR_TYPES = ("Linear",)
 _log = logging.getLogger("amct_ext")
 
 
@@ -89,6 +78,28 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
     )
 
 
+def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
+    """The plan of every layer in `traits`; layers that the file does not name stay float.
+
+    Errors: ConfigError (layers the model does not have or that cannot be quantised, settings that do not go together,
+    everything disabled).
+    """
+    named = [item.target for item in config.settings.override_layer_configs]
+    problems = []
+    for name in (*named, *config.disabled):
+        if name not in traits:
+            problems.append(f"the model has no layer '{name}'{close_matches(name, traits)}")
+        elif name in named and not traits[name].quantizable:
+            problems.append(
+                f"layer '{name}' ({traits[name].type}) cannot be quantised: {traits[name].why_not_quantizable}; "
+                "set retrain_enable to false or remove it"
+            )
+    if problems:
+        raise ConfigError("\n  ".join([f"{config.source}: the file does not fit the model:", *problems]))
+    check_enabled(config)
+    return resolve(config.settings, traits)
+
+
 def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
     """The plan for the pruned model: INT4 weights whose input channels became odd take INT8 (a logged note)."""
     layers, notes = dict(plan.layers), _Notes()
@@ -146,9 +157,11 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         bits = 8
         notes.int4.append(name)
     channel_wise = weight.channel_wise
+    kind = kind_named(trait.type)
+    per_channel = kind is None or kind.per_channel
     if channel_wise is None:
-        channel_wise = trait.type not in _PER_TENSOR_TYPES
-    elif channel_wise and trait.type in _PER_TENSOR_TYPES:
+        channel_wise = per_channel
+    elif channel_wise and not per_channel:
         if place[:1] == ("override_layer_configs",):
             raise ConfigError(
                 f"{config.places.at(*place)}: layer '{name}' is a {trait.type}, whose weight takes one scale; "

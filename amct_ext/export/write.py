@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
+from amct_ext.common.layer_kinds import CONVS, ONNX_GATES, layer_type
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
@@ -24,7 +26,7 @@ from amct_ext.export.capture import Captured, capture, logger, optimise, told
 from amct_ext.export.check import check_files
 from amct_ext.export.cleanup import drop_unused, tidy, use_matmul
 from amct_ext.export.deploy import lower_deploy
-from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
+from amct_ext.export.factors import LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.files import encode, onnx_paths, write_files
 from amct_ext.export.markers import DOMAIN, fence, name_layers
@@ -79,7 +81,7 @@ def export_quantized(
         if record.key in {layer.name for layer in layers} | {layer.name for layer in recurrent}:
             raise RecordError(f"the record holds two entries for layer {record.key!r}")
         module = modules[record.key]
-        if isinstance(module, (nn.LSTM, nn.GRU)):
+        if isinstance(module, nn.RNNBase) and layer_type(module) in ONNX_GATES:
             recurrent.append(rnn_factors(record, module))
         else:
             layers.append(layer_factors(record, module, write_shift, mirrored.get(record.key)))
@@ -211,7 +213,7 @@ def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> d
     mirrored = {}
     for conv_name, bn_name in conv_bn.items():
         conv, bn = modules.get(conv_name), modules.get(bn_name)
-        if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
+        if not isinstance(conv, _ConvNd) or layer_type(conv) not in CONVS or not isinstance(bn, _BatchNorm):
             raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
         problem = _fold(conv, bn)
         if problem is None:
@@ -238,7 +240,7 @@ def _other_names(bn: _BatchNorm, modules: Mapping[str, nn.Module], conv_bn: Mapp
     ]
 
 
-def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:
+def _fold(conv: _ConvNd, bn: _BatchNorm) -> str | None:
     """Put `bn` into `conv`; the reason where that is impossible."""
     if bn.running_mean is None or bn.running_var is None:
         return "it keeps no running statistics"

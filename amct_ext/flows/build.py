@@ -16,18 +16,20 @@ from amct_ext import ops
 from amct_ext.checkpoint.load import load_state, read_state_dict
 from amct_ext.common.layer_kinds import keeps_forward
 from amct_ext.common.references import copy_model
-from amct_ext.common.validation import check_model, unwrap, wrap_like
+from amct_ext.common.wrapping import unwrap, wrap_like
 from amct_ext.config.json import JsonConfig
-from amct_ext.config.plan import LayerTraits, Plan, after_pruning
+from amct_ext.config.plan import Plan, after_pruning
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
+from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, RecordError
 from amct_ext.explain.reasons import LayerReasons, reasons
 from amct_ext.export.capture import shown
 from amct_ext.export.write import rehearse
+from amct_ext.flows.check import check_model
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.layers.classes import standard_class
-from amct_ext.model_surgery.fused_encoders import separate_encoders
+from amct_ext.model_surgery.fast_path import separate_encoders
 from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.recording import start_record
 from amct_ext.model_surgery.session import Session, session_of

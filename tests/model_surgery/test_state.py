@@ -1,0 +1,327 @@
+"""State is all that decides: what was copied, averaged or loaded counts, whichever way it came."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import small_models as small
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.rnn_job import Job as RnnJob
+from support.rnn_job import every_kind
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import amct_ext
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.cached_item import CachedItem
+from amct_ext.layers.shift_search import ShiftSearch
+from amct_ext.layers.sparsity import Sparsity
+
+CONFIGS = small.CONFIGS | {"two_batches_learned": "batch_num: 2\n" + small.LEARNED}
+quantising = pytest.mark.parametrize("name", [name for name in CONFIGS if "quant" in name or "learned" in name])
+
+
+@pytest.fixture
+def job(tmp_path: Path, name: str) -> Job:
+    return Job(tmp_path, CONFIGS[name])
+
+
+def clips(model: nn.Module) -> dict[str, float]:
+    return {key: float(value) for key, value in model.state_dict().items() if "quant.clip_" in key}
+
+
+def steps(model: nn.Module, count: int = 5, average: Callable[[], None] = lambda: None) -> None:
+    optimizer = optimizer_of(model)
+    for i in range(count):
+        train(model, optimizer, range(i, i + 1))
+        average()
+
+
+# -- averages that were made before the first step
+
+
+def floats_only(average: nn.Module, model: nn.Module) -> None:
+    """As the averages of detection trainers do: counters and flags, which are integers, stay behind."""
+    for key, value in average.state_dict().items():
+        if value.dtype.is_floating_point:
+            value.mul_(0.5).add_(0.5 * model.state_dict()[key])
+
+
+def every_entry(average: nn.Module, model: nn.Module) -> None:
+    for mine, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.copy_(0.5 * mine + 0.5 * new)
+
+
+def interpolated(average: nn.Module, model: nn.Module) -> None:
+    """As of image trainers: floats interpolated, the rest copied."""
+    for mine, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.lerp_(new, 0.5) if mine.is_floating_point() else mine.copy_(new)
+
+
+@quantising
+@pytest.mark.parametrize("rule", [floats_only, every_entry, interpolated])
+def test_an_average_made_before_the_calibration_keeps_its_clips(job: Job, name: str, rule: Callable) -> None:
+    model = job.create()
+    average = copy.deepcopy(model).eval()
+    steps(model, average=lambda: torch.no_grad()(rule)(average, model))
+    before = clips(average)
+    loud = 10 * small.batch(9)[0]
+    with torch.no_grad():
+        seen = average(loud)
+        assert torch.equal(average(loud), seen)
+    for key, value in clips(average).items():  # a forward writes the effective clips back: none has the wrong sign
+        right = max(before[key], 0.0) if key.endswith("max") else min(before[key], 0.0)
+        assert value == right, key
+    # The reference: the same values, loaded into a model that is told that its calibration is over.
+    told = job.create()
+    state = {key: value.clone() for key, value in average.state_dict().items()}
+    for key, value in state.items():
+        if key.endswith(("batches_seen", "initialised")):
+            value.fill_(9)
+    told.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(told.eval()(loud), seen)
+
+
+@quantising
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averages_update_throughout_a_calibration(job: Job, name: str, use_buffers: bool) -> None:
+    model = job.create()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+    steps(model, average=lambda: average.update_parameters(model))
+    before = clips(average.module)
+    evaluate(average.module)
+    assert {k: v for k, v in clips(average.module).items() if "max" in k} == {
+        k: v for k, v in before.items() if "max" in k
+    }
+
+
+def test_an_average_over_masks_stays_two_of_four(tmp_path: Path) -> None:
+    """The average of two masks, written into a bool, is their union."""
+    model = Job(tmp_path, small.CONFIGS["sparse_refreshed"]).create()
+    average = copy.deepcopy(model)
+    for layer in (m for m in model.modules() if isinstance(m, Sparsity)):
+        layer.mask.logical_not_()
+    with torch.no_grad():
+        every_entry(average, model)
+    assert all(m.mask.all() for m in average.modules() if isinstance(m, Sparsity) and m.mask.shape[1] % 4 == 0)
+    evaluate(average)
+    for key, mask in average.state_dict().items():
+        if key.endswith("sparsity.mask") and mask.shape[1] % 4 == 0:
+            rows = mask.movedim(1, -1).reshape(-1, 4)
+            assert rows.sum(1).max() == 2, key
+
+
+def test_a_mask_set_by_hand_stays(tmp_path: Path) -> None:
+    model = Job(tmp_path, small.CONFIGS["sparse"]).create()
+    steps(model, 2)
+    wanted = model.conv2.sparsity.mask.logical_not()
+    model.conv2.sparsity.mask.copy_(wanted)
+    evaluate(model)
+    steps(model, 2)
+    assert torch.equal(model.conv2.sparsity.mask, wanted)
+
+
+# -- values copied in place
+
+
+def copied(source: nn.Module, target: nn.Module, through_data: bool = False) -> nn.Module:
+    with torch.no_grad():
+        for mine, new in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+            (mine.data if through_data else mine).copy_(new)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "through_data"), [(name, name in ("two_batches", "sparse_learned")) for name in CONFIGS]
+)
+def test_values_copied_in_place_are_a_load(job: Job, name: str, through_data: bool) -> None:
+    """Into a model that never ran, and into one that has been somewhere else; both evaluate and train on alike."""
+    trained, fresh, other = job.create(), job.create(), job.create()
+    steps(trained, 3)
+    evaluate(trained)
+    steps(other, 1)
+    evaluate(other)
+    want = None
+    for model in (fresh, other):
+        copied(trained, model, through_data)
+        assert_same_state(trained, model)
+        want = evaluate(trained) if want is None else want
+        assert torch.equal(evaluate(model), want)
+    for model in (trained, fresh, other):
+        train(model, optimizer_of(model), range(5, 8))
+    for model in (fresh, other):
+        assert_same_state(trained, model)
+
+
+def test_shifts_come_with_the_values(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.QUANT)
+    trained = job.create()
+    steps(trained, 2)
+    evaluate(trained)
+    wanted = amct_ext.shift_bits(trained)
+    assert amct_ext.shift_bits(copied(trained, job.create())) == wanted
+    train(trained, optimizer_of(trained), range(1))  # stale from here on, wherever the values go
+    with pytest.raises(amct_ext.AmctError, match="no shift yet"):
+        amct_ext.shift_bits(copied(trained, job.create()))
+
+
+@every_kind
+def test_recurrent_layers_too(tmp_path: Path, kind: str) -> None:
+    job = RnnJob(tmp_path, kind)
+    trained, average = job.create(), job.create()
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+    for _ in range(4):
+        trained.train()(job.sample).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            floats_only(average, trained)
+    before = clips(average)
+    with torch.no_grad():
+        average.eval()(3 * job.sample)
+        fresh = copied(trained, job.create())
+        assert torch.equal(fresh.eval()(job.sample), trained.eval()(job.sample))
+    assert {k: v for k, v in clips(average).items() if "max" in k} == {k: v for k, v in before.items() if "max" in k}
+
+
+# -- how a number is known
+
+
+class Elsewhere(Tensor):
+    """A tensor that claims to be on another device, and counts how often it is read."""
+
+    reads = 0
+
+    is_cpu = False
+
+    def item(self) -> float:  # type: ignore[override]
+        Elsewhere.reads += 1
+        return self.as_subclass(Tensor).item()
+
+
+def test_another_device_is_read_once_for_each_foreign_write() -> None:
+    Elsewhere.reads = 0
+    buffer, value = torch.tensor(3).as_subclass(Elsewhere), CachedItem(0)
+    assert [value.read(buffer) for _ in range(3)] == [3, 3, 3] and Elsewhere.reads == 1
+    buffer.add_(1)
+    value.wrote(buffer, 4)
+    assert value.read(buffer) == 4 and Elsewhere.reads == 1
+    buffer.copy_(torch.tensor(7))
+    assert [value.read(buffer) for _ in range(3)] == [7, 7, 7] and Elsewhere.reads == 2
+    assert value.read(torch.tensor(9).as_subclass(Elsewhere)) == 9 and Elsewhere.reads == 3
+    assert copy.deepcopy(value).value == 9
+
+
+# -- types and empty batches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["quant", "learned", "sparse_quant"])
+def test_the_default_dtype_is_nothing_to_the_state(job: Job, name: str, dtype: torch.dtype) -> None:
+    net = small.build()
+    torch.set_default_dtype(dtype)
+    try:
+        model = amct_ext.create_compressed_retrain_model(net, small.SAMPLE, str(job.config), str(job.record))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in job.create().state_dict().items():
+        if "_quant" in key or "search_n" in key:
+            assert model.state_dict()[key].dtype == value.dtype, key
+
+
+@quantising
+def test_an_empty_batch_is_none(job: Job, name: str) -> None:
+    model, twin = job.create(), job.create()
+    empty = small.SAMPLE[:0]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # torch's own refuses to train on nothing
+    assert model(empty).shape == (0, 5)
+    assert model.eval()(empty).shape == (0, 5)
+    for each in (model, twin):
+        each.load_state_dict({k: v for k, v in twin.state_dict().items() if k.endswith("sparsity.step")}, strict=False)
+        steps(each, 3)
+    assert_same_state(model, twin)
+    before = clips(model)
+    model.eval()(empty)
+    assert clips(model) == before
+    assert all(q.calibrated for q in model.modules() if isinstance(q, ActivationQuantizer))
+
+
+# -- what only parameters, or a write in eval mode, tells
+
+
+@pytest.mark.parametrize("name", ["learned", "two_batches_learned"])
+def test_an_average_over_parameters_alone_keeps_learned_scales(job: Job, name: str) -> None:
+    model = job.create()
+    average = copy.deepcopy(model).eval()
+
+    def lerp() -> None:
+        for mine, new in zip(average.parameters(), model.parameters(), strict=True):
+            mine.data.lerp_(new.data, 0.5)
+
+    steps(model, average=lerp)
+    with torch.no_grad():  # the reference has the flags, too
+        told = copied(model, job.create()).eval()
+        for mine, new in zip(told.parameters(), average.parameters(), strict=True):
+            mine.copy_(new)
+        norms = [m for m in average.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for mine, new in zip([m for m in told.modules() if isinstance(m, type(norms[0]))], norms, strict=True):
+            mine.load_state_dict(new.state_dict())
+        assert torch.equal(evaluate(average), evaluate(told))
+    before = {key: value.clone() for key, value in average.state_dict().items() if key.endswith("weight_quant.scale")}
+    average.train()(small.batch(0)[0])
+    assert all(torch.equal(average.state_dict()[key], value) for key, value in before.items())
+
+
+@quantising
+def test_torch_func_sees_values_copied_in_place(job: Job, name: str) -> None:
+    trained = job.create()
+    steps(trained, 3)
+    x = small.batch(50)[0]
+    want = evaluate(trained)
+    seen = torch.func.vmap(copied(trained, job.create()).eval(), randomness="same")(x[None])[0]
+    torch.testing.assert_close(seen, want)
+
+
+def test_shifts_follow_every_change_in_eval_mode(tmp_path: Path) -> None:
+    """A changed layer changes what the layers behind it see; a loop may train in eval mode all along."""
+    job = Job(tmp_path, "write_shift_bit: true\n" + small.QUANT)
+    model = job.create()
+    steps(model, 2)
+    evaluate(model)
+    first = next(m for m in model.modules() if isinstance(m, ActivationQuantizer))
+    for change in (lambda: first.clip_max.mul_(4), lambda: next(model.parameters()).mul_(8)):
+        with torch.no_grad():
+            change()
+        evaluate(model)
+        loaded = copied(model, job.create())
+        for search in (m for m in loaded.modules() if isinstance(m, ShiftSearch)):
+            search.reset()
+        evaluate(loaded)
+        assert amct_ext.shift_bits(model) == amct_ext.shift_bits(loaded)
+    average = copy.deepcopy(model)  # has no record file, but shifts
+    evaluate(average)
+    with torch.no_grad():
+        first_of_average = next(m for m in average.modules() if isinstance(m, ActivationQuantizer))
+        first_of_average.clip_max.mul_(2)
+    evaluate(average)
+    amct_ext.update_record(average, str(tmp_path / "average.txt"))
+
+
+def test_a_model_without_memory_gives_shapes(tmp_path: Path) -> None:
+    job = Job(tmp_path, small.LEARNED)
+    for before in (0, 2):
+        model = job.create()
+        steps(model, before)
+        if before:
+            evaluate(model)
+        model.to("meta")
+        for mode in (False, True):
+            assert model.train(mode)(small.SAMPLE.to("meta")).shape == small.build()(small.SAMPLE).shape
+        assert all(value.is_meta for value in model.state_dict().values())
