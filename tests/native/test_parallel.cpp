@@ -1,6 +1,7 @@
 // How tensors are cut into blocks, beyond 2^31 elements too: index arithmetic needs no memory.
 #include <ATen/ATen.h>
-#include <cpu/parallel.h>
+#include <common/layout.h>
+#include <cpu/strided_runs.h>
 
 #include <atomic>
 #include <cstdio>
@@ -31,40 +32,40 @@ void test_blocks(int64_t n) {
 }
 
 // A tensor without memory of its own for every element: `rows` views of one row, `step` elements apart.
-void test_walk(int64_t rows, int64_t size, int64_t step) {
-  const amct_ext::cpu::Walk walk({rows, size}, {step, 1}, {size, 1});
-  expect(walk.count * walk.length == rows * size, "a walk has all elements");
+void test_strided_runs(int64_t rows, int64_t size, int64_t step) {
+  const amct_ext::cpu::StridedRuns runs({rows, size}, {step, 1}, {size, 1});
+  expect(runs.count * runs.length == rows * size, "strided runs have all elements");
   std::atomic<int64_t> covered{0}, furthest{0}, written{0};
   std::atomic<bool> right{true};
-  amct_ext::cpu::for_walk(walk, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
-    right = right && block < walk.blocks() && n <= kBlock && from == to / size * step + to % size;
+  amct_ext::cpu::for_strided_runs(runs, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
+    right = right && block < runs.blocks() && n <= kBlock && from == to / size * step + to % size;
     covered += n;
     furthest = std::max<int64_t>(furthest, from + n);
     written = std::max<int64_t>(written, to + n);
   });
-  expect(right, "pieces of a walk are read where they lie");
-  expect(covered == rows * size && written == rows * size, "a walk covers all elements");
-  expect(furthest == (rows - 1) * step + size, "a walk ends where the tensor does");
+  expect(right, "strided runs are read where they lie");
+  expect(covered == rows * size && written == rows * size, "strided runs cover all elements");
+  expect(furthest == (rows - 1) * step + size, "strided runs end where the tensor does");
 }
 
-void test_runs() {
+void test_axis_view() {
   const at::Tensor x = at::empty({1}).expand({int64_t{1} << 20, 3, 1 << 12});
   const at::Tensor huge = at::empty(x.sizes(), x.options().device(at::kMeta));
   const amct_ext::AxisView view = amct_ext::axis_view(huge, 1);
-  expect(view.outer == int64_t{1} << 20 && view.size == 3 && view.inner == 1 << 12, "view along an axis");
-  expect(view.outer * view.size * view.inner == huge.numel(), "view have all elements");
+  expect(view.outer == int64_t{1} << 20 && view.size == 3 && view.inner == 1 << 12, "a tensor seen along an axis");
+  expect(view.outer * view.size * view.inner == huge.numel(), "an axis view has all elements");
 }
 
 }  // namespace
 
 int main() {
   for (int64_t n : {int64_t{0}, int64_t{1}, kBlock, kBlock + 1, (int64_t{1} << 33) + 5}) test_blocks(n);
-  test_walk(5, 300, 301);
-  test_walk(3, 5 * kBlock + 3, 6 * kBlock);
-  test_walk((int64_t{1} << 18) + 1, kBlock, kBlock + 64);
-  test_walk(2, (int64_t{1} << 32) + 7, int64_t{1} << 33);
-  test_walk((int64_t{1} << 22) + 3, 1 << 10, 1 << 11);
-  test_runs();
+  test_strided_runs(5, 300, 301);
+  test_strided_runs(3, 5 * kBlock + 3, 6 * kBlock);
+  test_strided_runs((int64_t{1} << 18) + 1, kBlock, kBlock + 64);
+  test_strided_runs(2, (int64_t{1} << 32) + 7, int64_t{1} << 33);
+  test_strided_runs((int64_t{1} << 22) + 3, 1 << 10, 1 << 11);
+  test_axis_view();
   std::printf(failures ? "%d failed\n" : "all passed\n", failures);
   return failures != 0;
 }
