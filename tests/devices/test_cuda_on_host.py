@@ -16,10 +16,14 @@ SANITIZE = os.environ.get("AMCT_ON_HOST_SANITIZE", "")  # address,undefined or t
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 FAMILIES = (
     "activation_ulq",
+    "weight_arq",
+    "weight_lsq",
+    "weight_norms",
     "weight_quantize",
     "sparsity_mask",
     "sparsity_weight",
     "calibration_search",
+    "calibration_shift",
     "op_properties",
     "op_registration",
 )

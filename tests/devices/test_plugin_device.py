@@ -18,7 +18,15 @@ from support.child_pytest import ROOT, Report, pytest_in_child
 
 from amct_ext import backends, ops
 
-OP_TESTS = ("sparsity_mask", "sparsity_weight", "activation_ulq", "weight_quantize")
+OP_TESTS = (
+    "sparsity_mask",
+    "sparsity_weight",
+    "activation_ulq",
+    "weight_arq",
+    "weight_lsq",
+    "weight_norms",
+    "weight_quantize",
+)
 needs_compiler = pytest.mark.skipif(
     standin.compiler() is None, reason="the stand-in device is compiled: no C++ compiler (c++ or $CXX) was found"
 )
