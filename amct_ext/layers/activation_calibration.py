@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from amct_ext.config.plan import DataQuant
+from amct_ext.config.text import DataQuant
 from amct_ext.layers.activation_types import ClipRange
 from amct_ext.layers.cached_item import CachedItem
 from amct_ext.layers.calibration_data import CalibrationData, batch_range, is_resumable

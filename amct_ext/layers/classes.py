@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import LAYER_CLASSES
+from amct_ext.common.layer_kinds import LAYER_KINDS
 from amct_ext.layers import conv_linear, rnn
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import derived_class, take_attributes
@@ -22,7 +22,7 @@ _COMPRESSED: dict[str, type[CompressedLayer]] = {
     "LSTM": rnn.CompressedLSTM,
     "GRU": rnn.CompressedGRU,
 }
-_CLASSES = {LAYER_CLASSES[name]: compressed for name, compressed in _COMPRESSED.items()}
+_CLASSES = {kind.cls: _COMPRESSED[kind.name] for kind in LAYER_KINDS if kind.name in _COMPRESSED}
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
 _INSTANCE_NAMES = {"layer_name", "refs", "integer"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
