@@ -1,6 +1,6 @@
 """One table of every op: ours, its rivals, the floor; writes the CPU part of docs/performance.md.
 
-python benchmarks/report.py [--quick] [--seconds S] [--no-compile] [--write]
+python -m benchmarks.ops.report [--quick] [--seconds S] [--no-compile] [--write]
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from _harness import in_turns, threads, times_slower
-from document import write_part
-from rows import Row, all_rows
 from torch import Tensor
 
 import amct_ext
 from amct_ext import ops
+from benchmarks.document import write_part
+from benchmarks.ops.rows import Row, all_rows
+from benchmarks.timing import in_turns, threads, times_slower
 
-BEGIN, END = "<!-- cpu: begin (written by benchmarks/report.py) -->", "<!-- cpu: end -->"
+BEGIN, END = "<!-- cpu: begin (written by benchmarks/ops/report.py) -->", "<!-- cpu: end -->"
 HEAD = (
     "| op | threads | floor ms | ours ms | ours/floor | aim | ours/clone | eager/ours | torch op/ours | Inductor/ours |"
 )

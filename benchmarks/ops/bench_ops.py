@@ -1,6 +1,6 @@
-"""pytest-benchmark suite of the ops: `pytest benchmarks/bench_ops.py`. Ratios to the floor and to rivals in extra_info.
+"""pytest-benchmark suite of the ops: `pytest benchmarks/ops/bench_ops.py`; ratios to floor and rivals in extra_info.
 
-Run as a program it prints the table of benchmarks/report.py.
+Run as a program it prints the table of benchmarks/ops/report.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from _harness import DTYPES, median_ms, threads
-from rows import Row, activation_rows, weight_rows
+
+from benchmarks.ops.rows import Row, activation_rows, weight_rows
+from benchmarks.timing import DTYPES, median_ms, threads
 
 NAMES = [f"activation {i}" for i in range(4)] + [f"weight {i}" for i in range(12)]
 
@@ -43,6 +44,6 @@ def run(benchmark: Any, row: Row, count: int) -> None:
 
 
 if __name__ == "__main__":
-    from report import main
+    from benchmarks.ops.report import main
 
     main()

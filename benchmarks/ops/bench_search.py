@@ -1,12 +1,13 @@
-"""pytest-benchmark suite of the range search and the shift search: `pytest benchmarks/bench_search.py`."""
+"""pytest-benchmark suite of the range search and the shift search: `pytest benchmarks/ops/bench_search.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from bench_ops import run
-from rows import search_rows
+
+from benchmarks.ops.bench_ops import run
+from benchmarks.ops.rows import search_rows
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])

@@ -8,7 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _harness import (
+from torch import Tensor
+from torch._dynamo import config as compiler
+
+from amct_ext import ops
+from benchmarks.timing import (
     ACTIVATIONS,
     DTYPES,
     WEIGHTS,
@@ -24,10 +28,6 @@ from _harness import (
     written_out_mask,
     written_out_ulq,
 )
-from torch import Tensor
-from torch._dynamo import config as compiler
-
-from amct_ext import ops
 
 # A function is compiled anew for every dtype, shape and number of threads; past the limit it would run eagerly.
 compiler.recompile_limit = 64
