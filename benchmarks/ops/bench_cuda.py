@@ -23,19 +23,15 @@ from torch.profiler import ProfilerActivity, profile
 import amct_ext
 from amct_ext import ops
 from benchmarks.document import write_part
-from benchmarks.timing import (
-    HIGH,
-    LOW,
-    Call,
-    eager_arq,
-    eager_lsq,
-    eager_lsq_backward,
-    eager_mask,
-    eager_search,
-    eager_ulq_backward,
-    written_out_mask,
-    written_out_ulq,
-)
+from benchmarks.ops.activation_ulq import HIGH, LOW
+from benchmarks.ops.activation_ulq import eager_backward as eager_ulq_backward
+from benchmarks.ops.activation_ulq import written_out as written_out_ulq
+from benchmarks.ops.calibration_search import eager as eager_search
+from benchmarks.ops.sparsity_weight import eager_mask, written_out_mask
+from benchmarks.ops.weight_arq import eager as eager_arq
+from benchmarks.ops.weight_lsq import eager as eager_lsq
+from benchmarks.ops.weight_lsq import eager_backward as eager_lsq_backward
+from benchmarks.timing import Call
 
 BEGIN, END = "<!-- cuda: begin (written by benchmarks/ops/bench_cuda.py) -->", "<!-- cuda: end -->"
 MIB = 1 << 20

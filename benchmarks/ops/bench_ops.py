@@ -1,49 +1,44 @@
 """pytest-benchmark suite of the ops: `pytest benchmarks/ops/bench_ops.py`; ratios to floor and rivals in extra_info.
 
-Run as a program it prints the table of benchmarks/ops/report.py.
+A row stands in the file of its op's stem, in the list `ROWS`; `benchmarks/ops/report.py` tabulates the same rows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from benchmarks.ops.rows import Row, activation_rows, weight_rows
-from benchmarks.timing import DTYPES, median_ms, threads
+from benchmarks.ops import (
+    activation_ulq,
+    calibration_search,
+    calibration_shift,
+    sparsity_weight,
+    weight_arq,
+    weight_lsq,
+)
+from benchmarks.ops.row import Row
+from benchmarks.timing import median_ms, threads
 
-NAMES = [f"activation {i}" for i in range(4)] + [f"weight {i}" for i in range(12)]
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
-
-def rows(dtype: torch.dtype) -> list[Row]:
-    return [*activation_rows(dtype), *weight_rows(dtype)]
+_STEMS = (activation_ulq, weight_arq, weight_lsq, sparsity_weight, calibration_search, calibration_shift)
+ROWS = [row for stem in _STEMS for row in stem.ROWS]
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("index", range(16))
-def test_op(benchmark: Any, index: int, dtype: torch.dtype, count: int) -> None:
-    candidates = rows(dtype)
-    if index >= len(candidates):
-        pytest.skip("no such row for this dtype")
-    run(benchmark, candidates[index], count)
-
-
-def run(benchmark: Any, row: Row, count: int) -> None:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_op(benchmark: BenchmarkFixture, row: Row, count: int) -> None:
     """Time ours with pytest-benchmark, the floor and the rivals beside it."""
+    calls = row.calls()
     with threads(count):
-        benchmark(row.ours)
+        benchmark(calls.ours)
+        assert benchmark.stats is not None
         ours = benchmark.stats.stats.median * 1e3
         benchmark.group = row.name
-        benchmark.extra_info["floor"] = row.floor_name
-        benchmark.extra_info["ratio to floor"] = round(ours / median_ms(row.floor), 3)
-        for name, rival in (("eager", row.eager), ("torch op", row.torch_op), ("inductor", row.inductor)):
+        benchmark.extra_info["floor"] = calls.floor_name
+        benchmark.extra_info["ratio to floor"] = round(ours / median_ms(calls.floor), 3)
+        for name, rival in (("eager", calls.eager), ("torch op", calls.torch_op), ("inductor", calls.inductor)):
             if rival is not None:
                 benchmark.extra_info[f"{name} / ours"] = round(median_ms(rival, 0.2, 1, 20) / ours, 2)
-
-
-if __name__ == "__main__":
-    from benchmarks.ops.report import main
-
-    main()

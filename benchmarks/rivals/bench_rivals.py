@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import amct_ext as amct
 from benchmarks.document import write_part
 from benchmarks.integer.bench_integer import CLOCKS, turns
-from benchmarks.ops.report import processor
 from benchmarks.rivals.toolkits import COMPILED, LAYERS, RIVALS, Rival, quantisers, torchao_linear
 from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, bytes_kept, make, stepper
+from benchmarks.timing import processor
 
 BEGIN, END = "<!-- rivals: begin (written by benchmarks/rivals/bench_rivals.py) -->", "<!-- rivals: end -->"
 OURS = ("INT8", "INT8, forward auto")

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.document import write_part
-from benchmarks.ops.report import processor
 from benchmarks.step import memory, verbs
 from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import EAGER, FLOAT, VARIANTS, bytes_kept, make, stepper
+from benchmarks.timing import processor
 
 BEGIN, END = "<!-- step: begin (written by benchmarks/step/bench_retrain_step.py) -->", "<!-- step: end -->"
 HEADINGS = ("", "step ms", "to float", "to eager INT8", "first ms", "kept MiB", "to float", "peak MiB", "to float")
