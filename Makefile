@@ -68,8 +68,8 @@ test: venv ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: venv ## fused against eager: every op, then one whole training step
-	$(BIN)/python benchmarks/report.py --write $(ARGS)
-	$(BIN)/python benchmarks/bench_retrain_step.py
+	$(BIN)/python -m benchmarks.ops.report --write $(ARGS)
+	$(BIN)/python -m benchmarks.step.bench_retrain_step
 
 lint: venv ## ruff, clang-format, mypy, who imports whom, generated files up to date; changes nothing
 	$(BIN)/ruff check .
