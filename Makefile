@@ -25,7 +25,7 @@ CLANG_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -n
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format sanitize sanitize-cuda proto clean clean-venv
+.PHONY: help venv demo test bench lint tidy format sanitize sanitize-cuda proto clean clean-venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -77,6 +77,9 @@ lint: venv ## ruff, clang-format, mypy, generated files up to date; changes noth
 	$(if $(CLANG_FILES),$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES))
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_proto.py --check
+
+tidy: venv ## clang-tidy over the C++ and CUDA sources
+	tools/tidy.sh $(ARGS)
 
 format: venv ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix-only .
