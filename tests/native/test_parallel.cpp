@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "common/layout.h"
-#include "cpu/parallel.h"
 #include "cpu/strided_runs.h"
 
 namespace {
@@ -34,9 +33,9 @@ TEST_P(Blocks, CoverAPlainRange) {
 INSTANTIATE_TEST_SUITE_P(Sizes, Blocks, testing::Values(0, 1, kBlock, kBlock + 1, (int64_t{1} << 33) + 5));
 
 // `rows` rows of `size` elements, `step` elements apart, so that all rows can be views of little memory.
-class Runs : public testing::TestWithParam<std::tuple<int64_t, int64_t, int64_t>> {};
+class StridedRunsOf : public testing::TestWithParam<std::tuple<int64_t, int64_t, int64_t>> {};
 
-TEST_P(Runs, ReadEveryElementWhereItLies) {
+TEST_P(StridedRunsOf, ReadEveryElementWhereItLies) {
   const auto [rows, size, step] = GetParam();
   const amct_ext::cpu::StridedRuns runs({rows, size}, {step, 1}, {size, 1});
   EXPECT_EQ(runs.count * runs.length, rows * size);
@@ -55,7 +54,7 @@ TEST_P(Runs, ReadEveryElementWhereItLies) {
   EXPECT_EQ(furthest, (rows - 1) * step + size);
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, Runs,
+INSTANTIATE_TEST_SUITE_P(Shapes, StridedRunsOf,
                          testing::Values(std::tuple(5, 300, 301), std::tuple(3, 5 * kBlock + 3, 6 * kBlock),
                                          std::tuple((int64_t{1} << 18) + 1, kBlock, kBlock + 64),
                                          std::tuple(2, (int64_t{1} << 32) + 7, int64_t{1} << 33),

@@ -9,17 +9,19 @@
 
 namespace {
 
-using amct_ext::cpu::Life;
+using amct_ext::cpu::Lifetime;
+using amct_ext::cpu::pooled_like;
 using amct_ext::cpu::release_memory;
-using amct_ext::cpu::reused_like;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 // A result of so many MiB.
-at::Tensor result(int64_t size, Life life) { return reused_like(at::empty({size * kMiB}, at::kByte), life); }
+at::Tensor result(int64_t size, Lifetime lifetime) {
+  return pooled_like(at::empty({size * kMiB}, at::kByte), lifetime);
+}
 
 // What a result of so many MiB leaves when it is freed: its address.
-const void* freed(int64_t size, Life life) { return result(size, life).const_data_ptr(); }
+const void* freed(int64_t size, Lifetime lifetime) { return result(size, lifetime).const_data_ptr(); }
 
 class ResultPool : public testing::Test {
  protected:
@@ -29,7 +31,7 @@ class ResultPool : public testing::Test {
 
 TEST_F(ResultPool, HasTheLayoutOfItsModel) {
   const at::Tensor x = at::empty({8, 64, 32, 32}).contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor y = reused_like(x, Life::kLayer, at::kHalf);
+  const at::Tensor y = pooled_like(x, Lifetime::kLayer, at::kHalf);
   EXPECT_EQ(y.sizes(), x.sizes());
   EXPECT_EQ(y.strides(), x.strides());
   EXPECT_EQ(y.scalar_type(), at::kHalf);
@@ -37,53 +39,53 @@ TEST_F(ResultPool, HasTheLayoutOfItsModel) {
 }
 
 TEST_F(ResultPool, ALayerTakesAnyBlockThatIsLargeEnough) {
-  const void* const block = freed(4, Life::kLayer);
-  EXPECT_EQ(result(3, Life::kLayer).const_data_ptr(), block);
-  EXPECT_NE(result(5, Life::kLayer).const_data_ptr(), block);
+  const void* const block = freed(4, Lifetime::kLayer);
+  EXPECT_EQ(result(3, Lifetime::kLayer).const_data_ptr(), block);
+  EXPECT_NE(result(5, Lifetime::kLayer).const_data_ptr(), block);
 }
 
 TEST_F(ResultPool, AStepTakesABlockOfItsOwnSize) {
-  const void* const block = freed(4, Life::kStep);
-  EXPECT_NE(result(3, Life::kStep).const_data_ptr(), block);
-  EXPECT_EQ(result(4, Life::kStep).const_data_ptr(), block);
+  const void* const block = freed(4, Lifetime::kStep);
+  EXPECT_NE(result(3, Lifetime::kStep).const_data_ptr(), block);
+  EXPECT_EQ(result(4, Lifetime::kStep).const_data_ptr(), block);
 }
 
-TEST_F(ResultPool, LivesDoNotShareBlocks) {
-  freed(4, Life::kStep);
-  const at::Tensor y = result(4, Life::kLayer);
+TEST_F(ResultPool, LifetimesDoNotShareBlocks) {
+  freed(4, Lifetime::kStep);
+  const at::Tensor y = result(4, Lifetime::kLayer);
   EXPECT_EQ(release_memory(), 4 * kMiB);  // that of the step lies idle still
 }
 
 TEST_F(ResultPool, TheBlockFreedLastIsTakenFirst) {
-  at::Tensor a = result(4, Life::kStep), b = result(4, Life::kStep);
+  at::Tensor a = result(4, Lifetime::kStep), b = result(4, Lifetime::kStep);
   const void* const block = a.const_data_ptr();
   b.reset();
   a.reset();
-  EXPECT_EQ(result(4, Life::kStep).const_data_ptr(), block);
+  EXPECT_EQ(result(4, Lifetime::kStep).const_data_ptr(), block);
 }
 
 TEST_F(ResultPool, ReleaseGivesBackWhatLiesIdle) {
-  const at::Tensor used = result(2, Life::kLayer);
-  freed(3, Life::kLayer);
-  freed(4, Life::kStep);
+  const at::Tensor used = result(2, Lifetime::kLayer);
+  freed(3, Lifetime::kLayer);
+  freed(4, Lifetime::kStep);
   EXPECT_EQ(release_memory(), 7 * kMiB);
   EXPECT_EQ(release_memory(), 0);
 }
 
-TEST_F(ResultPool, OfLayersTwoBlocksLieIdleTheLargest) {
+TEST_F(ResultPool, LayersKeepTheTwoLargestBlocks) {
   {
-    const at::Tensor a = result(2, Life::kLayer), b = result(1, Life::kLayer), c = result(3, Life::kLayer);
+    const at::Tensor a = result(2, Lifetime::kLayer), b = result(1, Lifetime::kLayer), c = result(3, Lifetime::kLayer);
   }
   EXPECT_EQ(release_memory(), 5 * kMiB);
 }
 
-TEST_F(ResultPool, OfAStepTheOldestBlocksMakeRoom) {
+TEST_F(ResultPool, StepsEvictTheOldestBlocks) {
   std::vector<at::Tensor> results;
-  for (int i = 0; i < 5; ++i) results.push_back(result(64, Life::kStep));
+  for (int i = 0; i < 5; ++i) results.push_back(result(64, Lifetime::kStep));
   const void* const first = results.front().const_data_ptr();
   for (at::Tensor& y : results) y.reset();
   for (at::Tensor& y : results) {
-    y = result(64, Life::kStep);
+    y = result(64, Lifetime::kStep);
     EXPECT_TRUE(y.const_data_ptr() != first || &y == &results.back());  // if at all, it comes from the system again
   }
   for (at::Tensor& y : results) y.reset();
@@ -91,13 +93,13 @@ TEST_F(ResultPool, OfAStepTheOldestBlocksMakeRoom) {
 }
 
 TEST_F(ResultPool, SmallAndHugeResultsAreNotKept) {
-  reused_like(at::empty({1000}), Life::kLayer);
-  freed(257, Life::kLayer);
+  pooled_like(at::empty({1000}), Lifetime::kLayer);
+  freed(257, Lifetime::kLayer);
   EXPECT_EQ(release_memory(), 0);
 }
 
 TEST_F(ResultPool, NorAreThoseOfTensorsWithGaps) {
-  reused_like(at::empty({1024, 2048}).narrow(1, 0, 1024), Life::kStep);
+  pooled_like(at::empty({1024, 2048}).narrow(1, 0, 1024), Lifetime::kStep);
   EXPECT_EQ(release_memory(), 0);
 }
 
@@ -106,7 +108,7 @@ TEST_F(ResultPool, ThreadsMayTakeAndFreeAtOnce) {
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([t] {
       for (int i = 0; i < 200; ++i) {
-        const at::Tensor y = result(1 + i % 3, i % 2 ? Life::kLayer : Life::kStep);
+        const at::Tensor y = result(1 + i % 3, i % 2 ? Lifetime::kLayer : Lifetime::kStep);
         y.view(-1)[0].fill_(t);
         EXPECT_EQ(y.view(-1)[0].item<int>(), t);
       }
