@@ -76,7 +76,7 @@ lint: venv ## ruff, clang-format, mypy, who imports whom, generated files up to 
 	$(BIN)/ruff format --check .
 	$(if $(CLANG_FILES),$(BIN)/clang-format --dry-run --Werror $(CLANG_FILES))
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/generate_proto.py --check
 
 tidy: venv ## clang-tidy over the C++ and CUDA sources

@@ -14,7 +14,8 @@ from amct_ext.graph.trace import Graph
 from amct_ext.graph.traits import why_not_usable
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.groups import ChannelGroup, Layout, Member, Segment
-from amct_ext.prune.op_rules import CannotFollow, op_rule
+from amct_ext.prune.op_rules import op_rule
+from amct_ext.prune.rule_types import CannotFollow
 
 
 @dataclass(frozen=True)
