@@ -9,8 +9,9 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import FILTER_PRUNABLE, SPARSE_PRUNABLE
 from amct_ext.config.json import JsonConfig
-from amct_ext.config.plan import LayerPlan, LayerTraits, Plan
+from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune, RetrainConfig
+from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.channels import discover
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
 from amct_ext.common.wrapping import unwrap
-from amct_ext.config.json import JsonConfig, read_config, resolve_json
-from amct_ext.config.plan import LayerPlan, QuantPlan, resolve
+from amct_ext.config.files import read_config
+from amct_ext.config.json import JsonConfig
+from amct_ext.config.plan import LayerPlan, QuantPlan, resolve, resolve_json
 from amct_ext.config.text import FilterPrune
 from amct_ext.explain.reasons import LayerReasons
 from amct_ext.flows import build

@@ -18,8 +18,9 @@ from amct_ext.common.layer_kinds import keeps_forward
 from amct_ext.common.references import copy_model
 from amct_ext.common.wrapping import unwrap, wrap_like
 from amct_ext.config.json import JsonConfig
-from amct_ext.config.plan import LayerTraits, Plan, after_pruning
+from amct_ext.config.plan import Plan, after_pruning
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
+from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, RecordError
 from amct_ext.explain.reasons import LayerReasons, reasons
 from amct_ext.export.capture import shown
