@@ -139,7 +139,10 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
 def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tensor]:
     """The keys of AMCT's layer wrapper: parameters first, then buffers, then the layer itself."""
     device = layer.weight.device
-    scalar = lambda value: torch.tensor(float(value), device=device)  # noqa: E731
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(float(value), device=device)
+
     act, wts, sparsity = layer.activation, layer.weight_quant, layer.sparsity
     scales = torch.full((1,), float("nan"), device=device) if wts is None else wts.scale.detach().clone()
     if wts is not None and not _ran(layer):

@@ -78,7 +78,7 @@ def _standard(data: bytes) -> bytes:
             node.domain = _DEVICE_DOMAIN
     if all(entry.domain != _DEVICE_DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=_DEVICE_DOMAIN, version=1)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _run(source: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[np.ndarray] | None:

@@ -1,6 +1,6 @@
 """One whole training step: float against ours in every form, against the same in eager torch and in torch's own ops.
 
-    python benchmarks/bench_retrain_step.py [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--quick]
+    python -m benchmarks.step.bench_retrain_step [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--quick]
 
 The models of a network take turns in one process, so a busy moment of the machine hits them all. Printed: medians,
 their ratios to the float model's, the first step (which searches the clip ranges), what the graph holds for backward,
@@ -17,17 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 
-import step_memory
-import step_verbs
 import torch
-from document import write_part
-from report import processor
 from rich.console import Console
 from rich.table import Table
-from step_models import JOBS, Job
-from step_variants import EAGER, FLOAT, VARIANTS, bytes_kept, make, stepper
 
-BEGIN, END = "<!-- step: begin (written by benchmarks/bench_retrain_step.py) -->", "<!-- step: end -->"
+from benchmarks.document import write_part
+from benchmarks.step import memory, verbs
+from benchmarks.step.models import JOBS, Job
+from benchmarks.step.variants import EAGER, FLOAT, VARIANTS, bytes_kept, make, stepper
+from benchmarks.timing import processor
+
+BEGIN, END = "<!-- step: begin (written by benchmarks/step/bench_retrain_step.py) -->", "<!-- step: end -->"
 HEADINGS = ("", "step ms", "to float", "to eager INT8", "first ms", "kept MiB", "to float", "peak MiB", "to float")
 
 
@@ -77,9 +77,9 @@ def peaks(name: str, found: dict[str, Figures], args: argparse.Namespace) -> Non
     samples = args.batch or JOBS[name].samples
     for v, figures in found.items():
         if args.device == "cpu":
-            figures.peak = step_memory.peak_resident(name, v, samples, args.threads)
+            figures.peak = memory.peak_resident(name, v, samples, args.threads)
         else:
-            figures.peak = step_memory.peak_cuda(name, v, samples)
+            figures.peak = memory.peak_cuda(name, v, samples)
 
 
 def cells(variant: str, figures: Figures, base: Figures) -> list[str]:
@@ -124,8 +124,8 @@ def main() -> None:
             peaks(name, found, args)
         title = f"{name}, batch {args.batch or JOBS[name].samples}"
         if not args.quick:
-            verbs = step_verbs.times(JOBS[name])
-            title += ", 2:4 + INT8: " + ", ".join(f"{verb} {verbs[verb]:.1f} s" for verb in step_verbs.NAMES)
+            taken = verbs.times(JOBS[name])
+            title += ", 2:4 + INT8: " + ", ".join(f"{verb} {taken[verb]:.1f} s" for verb in verbs.NAMES)
         table.add_row(f"[bold]{title}[/bold]", end_section=False)
         rows = [cells(v, figures, found[FLOAT]) for v, figures in found.items()]
         for row in rows:

@@ -1,6 +1,6 @@
 """One training step and one evaluation beside other toolkits: torch.ao, torchao, brevitas and NNCF.
 
-    python benchmarks/bench_rivals.py [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--write]
+    python -m benchmarks.rivals.bench_rivals [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--write]
 
 All models of a network quantise its convolutions and linear layers (`rivals.py` says how) and take turns; a step is
 forward, backward and SGD. Printed: medians, medians of the rounds' ratios to the float model, how many tensors are
@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from datetime import date
 
 import torch
-from bench_integer import CLOCKS, turns
-from document import write_part
-from report import processor
 from rich.console import Console
 from rich.table import Table
-from rivals import COMPILED, LAYERS, RIVALS, Rival, quantisers, torchao_linear
-from step_models import JOBS, Job
-from step_variants import FLOAT, bytes_kept, make, stepper
 from torch import Tensor, nn
 
 import amct_ext as amct
+from benchmarks.document import write_part
+from benchmarks.integer.bench_integer import CLOCKS, turns
+from benchmarks.rivals.toolkits import COMPILED, LAYERS, RIVALS, Rival, quantisers, torchao_linear
+from benchmarks.step.models import JOBS, Job
+from benchmarks.step.variants import FLOAT, bytes_kept, make, stepper
+from benchmarks.timing import processor
 
-BEGIN, END = "<!-- rivals: begin (written by benchmarks/bench_rivals.py) -->", "<!-- rivals: end -->"
+BEGIN, END = "<!-- rivals: begin (written by benchmarks/rivals/bench_rivals.py) -->", "<!-- rivals: end -->"
 OURS = ("INT8", "INT8, forward auto")
 HEADINGS = ("", "quantisers", "step ms", "to float", "evaluation ms", "to float", "kept MiB", "to float")
 

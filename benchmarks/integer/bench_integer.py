@@ -1,6 +1,6 @@
 """The integer forward: whole training steps and evaluations, models taking turns in one process.
 
-    python benchmarks/bench_integer.py [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
+    python -m benchmarks.integer.bench_integer [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
 
 Printed: medians, and the medians of the rounds' ratios to the float model (images: to the faster of its two memory
 layouts). ``--clock cpu`` counts the process's own time instead of the wall's: for one thread on a busy machine.
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from step_models import JOBS, Job
-from step_variants import FLOAT, make, stepper
 from torch import Tensor, nn
 
 import amct_ext as amct
+from benchmarks.step.models import JOBS, Job
+from benchmarks.step.variants import FLOAT, make, stepper
 
 LAST = "channels last"
 Run = Callable[[], None]

@@ -1,7 +1,7 @@
 """Do the float and the integer forward train to the same accuracy? The digits of the demo, several seeds.
 
-    python benchmarks/integer_accuracy.py [--seeds 5] [--epochs 6] [--config sparse_int8.cfg]
-    python benchmarks/integer_accuracy.py --network resnet-18 --epochs 16
+    python -m benchmarks.integer.accuracy [--seeds 5] [--epochs 6] [--config sparse_int8.cfg]
+    python -m benchmarks.integer.accuracy --network resnet-18 --epochs 16
 
 Each seed trains a float network, then retrains it compressed along both paths from the same start with the same data:
 19 steps an epoch. The second network is a ResNet-18 of half the width on the digits enlarged to 32x32.
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_models import Logits
 from torch import nn
 
 import amct_ext as amct
+from benchmarks.step.models import Logits
 
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "digits"
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "digits"
 sys.path.insert(0, str(DEMO))
 
 import data as digits  # noqa: E402

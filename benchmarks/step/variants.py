@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from eager_quant import quantise_eagerly, quantise_with_torch_ops
-from step_models import Job
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
+from benchmarks.step.eager_quant import quantise_eagerly, quantise_with_torch_ops
+from benchmarks.step.models import Job
 
 _DATA, _ADAPTIVE = "retrain_data_quant_config { ulq_quantize { } } ", "retrain_weight_quant_config { arq_retrain { } } "
 _SPARSE = "prune_config { n_out_of_m_pruner { l1_selective_prune { update_freq: 1 } } } "

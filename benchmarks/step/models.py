@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from resnet import small_resnet
 from torch import Tensor, nn
+
+from benchmarks.step.resnet import small_resnet
 
 
 class Logits(nn.Module):

@@ -1,6 +1,6 @@
 """Every op on a CUDA card: time, share of copy bandwidth, launches; writes the GPU part of docs/performance.md.
 
-python benchmarks/bench_cuda.py [--quick] [--no-compile] [--write]
+python -m benchmarks.ops.bench_cuda [--quick] [--no-compile] [--write]
 
 Times are those of calls replayed from a CUDA graph (what the card needs) and of calls one after the other from Python
 (what a step that is not captured sees).
@@ -16,28 +16,24 @@ from datetime import date
 from functools import partial
 
 import torch
-from _harness import (
-    HIGH,
-    LOW,
-    Call,
-    eager_arq,
-    eager_lsq,
-    eager_lsq_backward,
-    eager_mask,
-    eager_search,
-    eager_ulq_backward,
-    written_out_mask,
-    written_out_ulq,
-)
-from document import write_part
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import amct_ext
 from amct_ext import ops
+from benchmarks.document import write_part
+from benchmarks.ops.activation_ulq import HIGH, LOW
+from benchmarks.ops.activation_ulq import eager_backward as eager_ulq_backward
+from benchmarks.ops.activation_ulq import written_out as written_out_ulq
+from benchmarks.ops.calibration_search import eager as eager_search
+from benchmarks.ops.sparsity_weight import eager_mask, written_out_mask
+from benchmarks.ops.weight_arq import eager as eager_arq
+from benchmarks.ops.weight_lsq import eager as eager_lsq
+from benchmarks.ops.weight_lsq import eager_backward as eager_lsq_backward
+from benchmarks.timing import Call
 
-BEGIN, END = "<!-- cuda: begin (written by benchmarks/bench_cuda.py) -->", "<!-- cuda: end -->"
+BEGIN, END = "<!-- cuda: begin (written by benchmarks/ops/bench_cuda.py) -->", "<!-- cuda: end -->"
 MIB = 1 << 20
 SIZES = (1, 8, 64, 512)
 AIM, AIM_FROM = 0.85, 64

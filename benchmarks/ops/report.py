@@ -1,56 +1,49 @@
 """One table of every op: ours, its rivals, the floor; writes the CPU part of docs/performance.md.
 
-python benchmarks/report.py [--quick] [--seconds S] [--no-compile] [--write]
+python -m benchmarks.ops.report [--quick] [--seconds S] [--no-compile] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 
 import torch
-from _harness import in_turns, threads, times_slower
-from document import write_part
-from rows import Row, all_rows
 from torch import Tensor
 
 import amct_ext
 from amct_ext import ops
+from benchmarks.document import write_part
+from benchmarks.ops.bench_ops import ROWS
+from benchmarks.ops.row import Row
+from benchmarks.timing import in_turns, processor, threads, times_slower
 
-BEGIN, END = "<!-- cpu: begin (written by benchmarks/report.py) -->", "<!-- cpu: end -->"
+BEGIN, END = "<!-- cpu: begin (written by benchmarks/ops/report.py) -->", "<!-- cpu: end -->"
 HEAD = (
     "| op | threads | floor ms | ours ms | ours/floor | aim | ours/clone | eager/ours | torch op/ours | Inductor/ours |"
 )
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
-    rivals = {"eager": row.eager, "torch op": row.torch_op, "Inductor": row.inductor if compile_too else None}
+    calls = row.calls()
+    rivals = {"eager": calls.eager, "torch op": calls.torch_op, "Inductor": calls.inductor if compile_too else None}
     present = [call for call in rivals.values() if call]
     with threads(count):
-        floor, ours, *fresh = in_turns([row.floor, row.ours, *([row.fresh] if row.fresh else [])], seconds)
-        beside, *slower = in_turns([row.ours, *present], seconds / 4, 2, 1)
+        floor, ours, *fresh = in_turns([calls.floor, calls.ours, *([calls.fresh] if calls.fresh else [])], seconds)
+        beside, *slower = in_turns([calls.ours, *present], seconds / 4, 2, 1)
     ratio = times_slower(ours, floor)
     ratios = iter(f"{times_slower(times, beside):.1f}x" for times in slower)
     cells = [
         row.name,
         str(count),
-        f"{statistics.median(floor):.3f} {row.floor_name}",
+        f"{statistics.median(floor):.3f} {calls.floor_name}",
         f"{statistics.median(ours):.3f}",
         f"{ratio:.2f}",
-        f"{row.limit:.2f}{'' if ratio <= row.limit else ' (missed)'}" if row.limit else "",
+        f"{calls.limit:.2f}{'' if ratio <= calls.limit else ' (missed)'}" if calls.limit else "",
         f"{times_slower(ours, fresh[0]):.2f}" if fresh else "",
         *(next(ratios) if rival else "" for rival in rivals.values()),
     ]
@@ -113,8 +106,9 @@ def main() -> None:
     )
     lines = [head, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     print("\n".join(lines), flush=True)
-    rows = all_rows((torch.float32,)) if arguments.quick else all_rows()
-    for row in rows:
+    for row in ROWS:
+        if arguments.quick and row.dtype != torch.float32:
+            continue
         for count in (1, 2):
             lines.append(measure(row, count, seconds, not arguments.no_compile))
             print(lines[-1], flush=True)

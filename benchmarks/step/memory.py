@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 import torch
-from step_models import JOBS
-from step_variants import make, stepper
+
+from benchmarks.step.models import JOBS
+from benchmarks.step.variants import make, stepper
 
 STEPS = 3
 
@@ -17,7 +18,7 @@ STEPS = 3
 def peak_resident(job: str, variant: str, samples: int, threads: int) -> float:
     """MiB of a fresh process that makes the variant and trains it for some steps, libraries included."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["step_variants", "transformers"])
+    context.set_forkserver_preload(["benchmarks.step.variants", "transformers"])
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(writer, job, variant, samples, threads))
     process.start()

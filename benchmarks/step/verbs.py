@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step_models import Job
-from step_variants import BOTH
 
 import amct_ext as amct
+from benchmarks.step.models import Job
+from benchmarks.step.variants import BOTH
 
 NAMES = ("create", "restore", "record", "save")
 
