@@ -137,11 +137,17 @@ class Named(nn.Module):
         return self.block(x) if self.how.endswith("before") else self.norm(x)
 
 
-@pytest.mark.parametrize("how", ["second name before", "second name after", "list"])
-@pytest.mark.parametrize("synchronised", [False, True])
+@pytest.mark.parametrize(
+    ("how", "synchronised"),
+    [
+        ("second name before", False),
+        ("second name before", True),
+        ("second name after", False),
+        ("second name after", True),
+        ("list", False),  # convert_sync_batchnorm does not reach what is not registered
+    ],
+)
 def test_other_names(tmp_path: Path, how: str, synchronised: bool) -> None:
-    if synchronised and how == "list":
-        pytest.skip("a conversion does not reach what is not registered")
     net, x = Named(how).eval(), pair()[1]
     job = AnyJob(tmp_path, small.QUANT)
     model = job.calibrated(net, x)
