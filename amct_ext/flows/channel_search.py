@@ -20,7 +20,7 @@ from amct_ext.common.validation import check_record_name, check_types
 from amct_ext.config.plan import Plan, resolve
 from amct_ext.config.text import FilterPrune
 from amct_ext.errors import ConfigError
-from amct_ext.flows.build import own_copy
+from amct_ext.flows.build import float_copy
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.proto.text import close_matches
@@ -80,7 +80,7 @@ def auto_channel_prune_search(
     measure = _built_in(sensitivity, {"TaylorLossSensitivity": TaylorLossSensitivity}, "sensitivity")
     algorithm = _built_in(search_alg, {"GreedySearch": GreedySearch}, "search_alg")
     settings = read_search_config(config)
-    inner = own_copy(model).eval()
+    inner = float_copy(model).eval()
     search_space.split_samples(inner, input_data, settings.test_iteration)
     traced = search_space.cut(parse_inputs(inner, input_data[0]), slice(2))
     graph = trace(inner, traced)

@@ -8,7 +8,6 @@ from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
 from amct_ext.common.validation import check_record_name, check_types, unwrap
-from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
 from amct_ext.flows import build, saving
 from amct_ext.model_surgery.session import session_of
@@ -31,7 +30,7 @@ def create_compressed_retrain_model(
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
-    return build.create(model, input_data, _planner(config_defination), record_file)
+    return build.create(model, input_data, build.Planner.of(parse_config(config_defination)), record_file)
 
 
 @outside_inference_mode
@@ -59,7 +58,7 @@ def restore_compressed_retrain_model(
         state_dict_name=(state_dict_name, str, type(None)),
     )
     check_record_name(record_file)
-    planner = _planner(config_defination)
+    planner = build.Planner.of(parse_config(config_defination))
     record = Record.read(record_file)
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
@@ -91,8 +90,3 @@ def save_compressed_retrain_model(
     else:
         Record.read(record_file)
         saving.save_plain(inner, save_path, input_data, names)
-
-
-def _planner(config_defination: str) -> build.Planner:
-    config = parse_config(config_defination)
-    return build.Planner(lambda traits: resolve(config, traits), config)

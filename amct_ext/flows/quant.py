@@ -37,7 +37,7 @@ def create_quant_retrain_config(
     )
     check_record_name(config_file, "config_file")
     config = default_config() if config_defination is None else parse_config(config_defination)
-    inner = build.own_copy(model)
+    inner = build.float_copy(model)
     write_atomic(config_file, dumps(config, trace(inner, input_data).traits(inner)))
 
 
@@ -53,7 +53,7 @@ def create_quant_retrain_model(config_file: str, model: nn.Module, record_file: 
     """
     check_types(config_file=(config_file, str), model=(model, nn.Module), record_file=(record_file, str))
     check_record_name(record_file)
-    return build.create(model, input_data, _planner(config_file), record_file)
+    return build.create(model, input_data, build.Planner.of(read_json(config_file)), record_file)
 
 
 @outside_inference_mode
@@ -80,7 +80,7 @@ def restore_quant_retrain_model(
         state_dict_name=(state_dict_name, str, type(None)),
     )
     check_record_name(record_file)
-    planner = _planner(config_file)
+    planner = build.Planner.of(read_json(config_file))
     return build.restore(model, input_data, planner, Record(), record_file, pth_file, state_dict_name)
 
 
@@ -159,8 +159,3 @@ def check_same(made: Plan, asked: Plan, source: str) -> None:
         raise StaleStateError(
             f"{source}: not the configuration that this model was made with; give that one:\n  " + "\n  ".join(shown)
         )
-
-
-def _planner(config_file: str) -> build.Planner:
-    config = read_json(config_file)
-    return build.Planner(lambda traits: resolve_json(config, traits), config)

@@ -16,7 +16,7 @@ from amct_ext import ops
 from amct_ext.common.files import keep_old, write_if_changed
 from amct_ext.common.ranks import first_rank
 from amct_ext.config.plan import Plan
-from amct_ext.errors import ModelError, StaleStateError
+from amct_ext.errors import ModelError, RecordError, StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
@@ -143,6 +143,30 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
             f"({', '.join(sorted(wrong)[:5])}{', ...' if len(wrong) > 5 else ''}); it was trained on, loaded or copied "
             f"since. Call amct_ext.update_record(model, {source!r}) before saving"
         )
+
+
+def load_masks(model: nn.Module, record: Record, record_file: str) -> None:
+    """Set the 2:4 masks from the record, for checkpoints without them. Errors: RecordError, all mismatches listed."""
+    recorded = {entry.name: entry for entry in record.sparse}
+    layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
+    problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]
+    problems += [
+        f"2:4 entry for '{name}', which the configuration does not make sparse"
+        for name in recorded
+        if name not in layers
+    ]
+    problems += [
+        f"mask_shape {recorded[name].mask_shape} of '{name}', whose weight is {tuple(layer.weight.shape)}"
+        for name, layer in layers.items()
+        if name in recorded and recorded[name].mask_shape != tuple(layer.weight.shape)
+    ]
+    if problems:
+        raise RecordError(f"{record_file}: not the record of this model and configuration:\n  " + "\n  ".join(problems))
+    for name, layer in layers.items():
+        words = recorded[name].mask
+        if words is not None:
+            assert layer.sparsity is not None
+            layer.sparsity.mask.copy_(ops.unpack_mask(torch.tensor(words, dtype=torch.int64), list(layer.weight.shape)))
 
 
 def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
