@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, own_members, read_rnn, write_rnn
+from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, read_rnn, subclass_entries, write_rnn
 from amct_ext.common.validation import check_types, unwrap
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
@@ -31,7 +31,7 @@ _ACT_BUFFERS = {
 }
 
 
-def is_amct(state: Mapping[str, Tensor]) -> bool:
+def has_amct_names(state: Mapping[str, Tensor]) -> bool:
     """Whether the keys are those of AMCT."""
     return any(mark in key for key in state for mark in _MARKS)
 
@@ -159,7 +159,7 @@ def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tens
     out["replaced_module.weight"] = layer.weight.detach().clone()
     if layer.bias is not None:
         out["replaced_module.bias"] = layer.bias.detach().clone()
-    out.update((f"replaced_module.{key}", value) for key, value in own_members(layer).items())
+    out.update((f"replaced_module.{key}", value) for key, value in subclass_entries(layer).items())
     return out
 
 

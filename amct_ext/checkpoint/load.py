@@ -60,7 +60,9 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}': '{bare[0]}' is no tensor; if the state dict is an entry of the file, name it as "
             "state_dict_name"
         )
-    unusual = [(key, what) for key, value in state.items() if isinstance(value, Tensor) and (what := _unusual(value))]
+    unusual = [
+        (key, what) for key, value in state.items() if isinstance(value, Tensor) and (what := _why_not_loadable(value))
+    ]
     if unusual:
         key, what = unusual[0]
         more = f" (and {len(unusual) - 1} more)" if len(unusual) > 1 else ""
@@ -79,7 +81,7 @@ def _is_extra(key: str) -> bool:
     return key.rpartition(".")[2] == "_extra_state"
 
 
-def _unusual(value: Tensor) -> str:
+def _why_not_loadable(value: Tensor) -> str:
     """What keeps a tensor from being copied into a parameter, '' for nothing."""
     if value.is_meta:
         return "on the meta device, without values"
@@ -102,7 +104,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
     Errors: CheckpointError listing all missing, unexpected and misshapen entries, or what torch or a module of the
     user's says while it loads. The model is as it was then, bit for bit.
     """
-    if amct_names.is_amct(state):
+    if amct_names.has_amct_names(state):
         state = amct_names.from_amct_state_dict(model, state)
     problems = mismatches(model, state)
     if problems:

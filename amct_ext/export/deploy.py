@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from amct_ext.errors import ExportError
 from amct_ext.export.factors import LayerFactors
-from amct_ext.export.markers import FencedLayer, like, markers, put_tensors, set_constant, take_over
+from amct_ext.export.markers import MarkedLayer, float_like, markers, replace_uses, set_constant, set_weights
 
 
-def lower_deploy(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
+def lower_deploy(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None:
     """Replace the markers of `model` in place. Layers that read one tensor with equal factors share one AscendQuant.
 
     ExportError for INT4 weights with an odd number of input channels.
@@ -32,7 +32,7 @@ def lower_deploy(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
             if key not in shared:
                 shared[key] = _ascend_quant(graph, marker, source, layer.factors).outputs[0]
             result = shared[key]
-        take_over(graph, marker.outputs[0], result)
+        replace_uses(graph, marker.outputs[0], result)
         graph.remove(marker, safe=True)
 
 
@@ -52,7 +52,7 @@ def pack_int4(integers: np.ndarray, axis: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(packed, -1, axis))
 
 
-def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None:
+def _put_integers(graph: ir.Graph, result: ir.Value, layer: MarkedLayer) -> None:
     """Give the layer's node its INT8 weight (INT4 packed) and INT32 bias."""
     node, factors = result.producer(), layer.factors
     assert node is not None
@@ -66,7 +66,7 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
                 "record INT8 weights for this layer"
             )
         weight = pack_int4(weight, layer.input_axis)
-    put_tensors(graph, node, layer, weight, layer.bias)
+    set_weights(graph, node, layer, weight, layer.bias)
     if layer.bias is not None and factors.act_type == "INT4":  # the device's 4-bit kernels take the bias as float
         bias = node.inputs[2]
         assert bias is not None
@@ -74,7 +74,7 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
             "Cast",
             [bias],
             {"to": int(ir.DataType.FLOAT)},
-            outputs=[like(bias, f"{factors.name}.bias_quant.output0")],
+            outputs=[float_like(bias, f"{factors.name}.bias_quant.output0")],
             name=f"{factors.name}.bias_quant",
         )
         graph.insert_before(node, cast)
@@ -102,7 +102,9 @@ def _ascend_quant(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: L
 def _ascend_dequant(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: LayerFactors) -> ir.Node:
     name = f"{factors.name}.dequant"
     marker_output = marker.outputs[0]
-    node = ir.node("AscendDequant", [source], {"dtype": 0}, outputs=[like(marker_output, f"{name}.output0")], name=name)
+    node = ir.node(
+        "AscendDequant", [source], {"dtype": 0}, outputs=[float_like(marker_output, f"{name}.output0")], name=name
+    )
     graph.insert_before(marker, node)
     set_constant(graph, node, 1, f"{name}.param", dequant_words(factors))
     return node

@@ -85,7 +85,7 @@ def layer_factors(
     deq = dequantisation_scales(name, scale_d, scale_w)
     shift = _shift(record, len(deq)) if write_shift else ()
     if bias is not None and len(bias) == len(deq):
-        deq = _with_room(deq, bias, shift)
+        deq = _fit_bias(deq, bias, shift)
         scale_w = np.where(deq == scale_w * scale_d, scale_w, deq / scale_d)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
     signs = np.ones_like(deq)
@@ -96,7 +96,7 @@ def layer_factors(
     kept = (signs < 0) & _any(integers == -half, module, len(deq))
     integers = (integers * _per_channel(np.where(kept, np.float32(1), signs), module)).astype(np.int8)
     deq = np.where(kept, -deq, deq)
-    deq = free_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
+    deq = dead_channel_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
     return LayerFactors(
         name=name,
         scale_d=scale_d,
@@ -168,7 +168,9 @@ def dequantisation_scales(layer: str, scale_d: np.float32, scale_w: np.ndarray) 
     return deq
 
 
-def free_scales(deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shift: Sequence[int] = ()) -> np.ndarray:
+def dead_channel_scales(
+    deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shift: Sequence[int] = ()
+) -> np.ndarray:
     """`deq` with other scales where all weights are zero (`dead`): only the bias meets them, and stays as it is.
 
     `bias`: as many values per scale as there are channels to it. A power of two gives its largest 24 bits, which hold
@@ -177,21 +179,21 @@ def free_scales(deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shif
     if bias is None or not dead.any():
         return deq
     largest = np.abs(bias.reshape(len(deq), -1)).max(axis=1)
-    own = _step_of(largest, np.asarray(shift) + 15 if shift else 24)
+    own = _power_of_two_step(largest, np.asarray(shift) + 15 if shift else 24)
     return np.where(dead & (largest > 0) & (own >= np.finfo(np.float32).tiny), own, deq)
 
 
-def _with_room(deq: np.ndarray, bias: np.ndarray, shift: Sequence[int]) -> np.ndarray:
+def _fit_bias(deq: np.ndarray, bias: np.ndarray, shift: Sequence[int]) -> np.ndarray:
     """`deq` with larger scales where the bias (one value to a scale) has too many steps for INT32.
 
     A BatchNorm with a small factor does that: what the weights add to such a bias is little, and less precise.
     """
     with np.errstate(over="ignore"):
         crowded = np.abs(bias / deq) > np.iinfo(np.int32).max
-    return np.where(crowded, _step_of(bias, np.asarray(shift) + 15 if shift else 30), deq)
+    return np.where(crowded, _power_of_two_step(bias, np.asarray(shift) + 15 if shift else 30), deq)
 
 
-def _step_of(value: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
+def _power_of_two_step(value: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
     """The power of two in steps of which `value` has so many bits."""
     step: np.ndarray = np.ldexp(np.float32(1), np.frexp(value)[1] - bits).astype(np.float32)
     return step

@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from amct_ext.export.factors import LayerFactors
-from amct_ext.export.markers import FencedLayer, like, markers, put_tensors, take_over
+from amct_ext.export.markers import MarkedLayer, float_like, markers, replace_uses, set_weights
 
 INT16 = np.iinfo(np.int16)
 
 
-def lower_fake_quant(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
+def lower_fake_quant(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None:
     """Replace the markers of `model` in place. Layers that read one tensor with equal factors share one chain."""
     graph = model.graph
     chains: dict[tuple[int, tuple[float, int, str]], ir.Value] = {}
@@ -31,14 +31,14 @@ def lower_fake_quant(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None
             assert node is not None
             # anew, because the optimiser lets layers share tensors that look alike
             bias = None if layer.bias is None else layer.bias.astype(np.float32)
-            put_tensors(graph, node, layer, layer.weight.astype(np.float32), bias)
+            set_weights(graph, node, layer, layer.weight.astype(np.float32), bias)
             result = _dequantise(graph, marker, source, layer)
         else:
             key = (id(source), layer.factors.input_key)
             if key not in chains:
                 chains[key] = quantise(graph, marker, source, layer.factors)
             result = chains[key]
-        take_over(graph, marker.outputs[0], result)
+        replace_uses(graph, marker.outputs[0], result)
         graph.remove(marker, safe=True)
 
 
@@ -56,7 +56,7 @@ class Chain:
         return value
 
     def then(self, op: str, name: str, *operands: ir.Value) -> None:
-        node = ir.node(op, [self.value, *operands], outputs=[like(self.value, f"{name}.output0")], name=name)
+        node = ir.node(op, [self.value, *operands], outputs=[float_like(self.value, f"{name}.output0")], name=name)
         self.graph.insert_before(self.marker, node)
         self.value = node.outputs[0]
 
@@ -80,7 +80,7 @@ def quantise(
     return chain.value
 
 
-def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: FencedLayer) -> ir.Value:
+def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: MarkedLayer) -> ir.Value:
     factors = layer.factors
     prefix = f"{factors.name}.fakedequant"
     chain = Chain(graph, marker, source)
@@ -98,7 +98,7 @@ def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: Fence
     return chain.value
 
 
-def per_channel(vector: np.ndarray, layer: FencedLayer, result: ir.Value) -> np.ndarray:
+def per_channel(vector: np.ndarray, layer: MarkedLayer, result: ir.Value) -> np.ndarray:
     """`vector` shaped to multiply the layer's output: [1, C, 1, ...] for convolutions, [1, C] for Linear."""
     if layer.op in ("Gemm", "MatMul"):
         flat = result.shape is not None and len(result.shape) < 2

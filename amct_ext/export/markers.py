@@ -26,7 +26,7 @@ _VIEWS = frozenset({"Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsq
 
 
 @dataclass(frozen=True, eq=False)
-class FencedLayer:
+class MarkedLayer:
     """A located layer: `weight` and `bias` as its node reads them (integers), `bias` None where the node has none."""
 
     factors: LayerFactors
@@ -40,7 +40,7 @@ class FencedLayer:
         return 1 if self.op == "Conv" else 0
 
 
-def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, FencedLayer]:
+def mark_layers(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, MarkedLayer]:
     """Put the markers around every layer and give its node the integers (held as float32).
 
     Changes `model` in place. ExportError names a layer that the graph does not hold, or holds more than once.
@@ -48,21 +48,21 @@ def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors
     aliases = _aliases(torch_model)
     found = {factors.name: _find(model.graph, factors.name, aliases[f"{factors.name}.weight"]) for factors in layers}
     model.opset_imports[DOMAIN] = 1
-    fenced = {}
+    marked = {}
     for factors in layers:
         node = found[factors.name]
         layer = _with_integers(factors, node)
-        _put_markers(model.graph, factors.name, node)
+        _add_markers(model.graph, factors.name, node)
         if node.op_type == "Gemm":
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
         bias = None if layer.bias is None else layer.bias.astype(np.float32)
-        put_tensors(model.graph, node, layer, layer.weight.astype(np.float32), bias)
-        fenced[factors.name] = layer
-    return fenced
+        set_weights(model.graph, node, layer, layer.weight.astype(np.float32), bias)
+        marked[factors.name] = layer
+    return marked
 
 
 def name_layers(graph: ir.Graph) -> None:
-    """Name the node of every fenced layer after the layer; the optimiser may have replaced it by an equal one."""
+    """Name the node of every marked layer after the layer; the optimiser may have replaced it by an equal one."""
     for layer, marker in markers(graph):
         source = marker.inputs[0]
         node = source.producer() if marker.op_type == "Dequant" and source is not None else None
@@ -77,8 +77,8 @@ def markers(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
             yield node.attributes["layer"].as_string(), node
 
 
-def put_tensors(
-    graph: ir.Graph, node: ir.Node, layer: FencedLayer, weight: np.ndarray, bias: np.ndarray | None
+def set_weights(
+    graph: ir.Graph, node: ir.Node, layer: MarkedLayer, weight: np.ndarray, bias: np.ndarray | None
 ) -> None:
     """Give the node of `layer` its weight and bias under the layer's own names."""
     set_constant(graph, node, 1, f"{layer.factors.name}.weight", weight)
@@ -104,12 +104,12 @@ def set_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, array: n
     graph.register_initializer(value)
 
 
-def like(value: ir.Value, name: str) -> ir.Value:
+def float_like(value: ir.Value, name: str) -> ir.Value:
     """A new float value with the shape of `value`."""
     return ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
 
 
-def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | None = None) -> None:
+def replace_uses(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | None = None) -> None:
     """Let every reader of `old` (but `keep`) read `new`; a graph output keeps its name."""
     for use in tuple(old.uses()):
         if use.node is not keep:
@@ -161,7 +161,7 @@ def module_scopes(node: ir.Node) -> list[str]:
     return [str(scope) for scope in scopes]
 
 
-def _with_integers(factors: LayerFactors, node: ir.Node) -> FencedLayer:
+def _with_integers(factors: LayerFactors, node: ir.Node) -> MarkedLayer:
     weight = factors.weight
     if node.op_type in ("Gemm", "MatMul"):
         weight = np.ascontiguousarray(weight.T)
@@ -171,17 +171,17 @@ def _with_integers(factors: LayerFactors, node: ir.Node) -> FencedLayer:
         if any(value != neutral[key] for key, value in other.items()):
             raise ExportError(f"layer {factors.name!r}: its Gemm has {other}, which cannot be deployed in integers")
     bias = None if node.op_type == "MatMul" else int32_bias(factors)
-    return FencedLayer(factors, node.op_type, weight, bias)
+    return MarkedLayer(factors, node.op_type, weight, bias)
 
 
-def _put_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:
+def _add_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:
     source, result = node.inputs[0], node.outputs[0]
     assert source is not None
     quant, dequant = (
-        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[like(value, f"{layer}.{op}")])
+        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[float_like(value, f"{layer}.{op}")])
         for op, value in (("Quant", source), ("Dequant", result))
     )
     node.replace_input_with(0, quant.outputs[0])
     graph.insert_before(node, quant)
     graph.insert_after(node, dequant)
-    take_over(graph, result, dequant.outputs[0], keep=dequant)
+    replace_uses(graph, result, dequant.outputs[0], keep=dequant)

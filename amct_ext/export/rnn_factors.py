@@ -15,8 +15,8 @@ from amct_ext.export.factors import (
     DEAD,
     WEIGHT_BITS,
     LayerFactors,
+    dead_channel_scales,
     dequantisation_scales,
-    free_scales,
     scales_of,
     truncate,
     types_of,
@@ -93,7 +93,7 @@ def _side(record: QuantRecord, gates: Sequence[int], weight: np.ndarray, bias: n
     steps = rows / _per_row(scale_w, len(rows))[:, None]
     integers = np.clip(np.rint(steps), -half, half - 1).astype(np.int8)
     ordered = None if bias is None else _onnx_order(gates, bias)
-    deq = free_scales(deq, (abs(steps).reshape(len(deq), -1) <= DEAD).all(axis=1), ordered)
+    deq = dead_channel_scales(deq, (abs(steps).reshape(len(deq), -1) <= DEAD).all(axis=1), ordered)
     return LayerFactors(
         name=record.key,
         scale_d=scale_d,

@@ -10,7 +10,7 @@ from torch import nn
 from amct_ext.common.references import replace_modules
 
 
-class _Scripted(nn.Module):
+class _ScriptedWrapper(nn.Module):
     """Calls a scripted module without showing its parameters, which torch.export does not accept."""
 
     def __init__(self, module: torch.jit.ScriptModule) -> None:
@@ -22,12 +22,12 @@ class _Scripted(nn.Module):
         return self.compiled(*args, **kwargs)
 
 
-def open_scripted(model: nn.Module) -> nn.Module:
+def wrap_scripted(model: nn.Module) -> nn.Module:
     """Put a module that can be captured in the place of each scripted one, in place; returns the model."""
     scripted: dict[nn.Module, nn.Module] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule) and module not in inside:
             inside.update(module.modules())
-            scripted[module] = _Scripted(module)
+            scripted[module] = _ScriptedWrapper(module)
     return replace_modules(model, scripted)

@@ -20,18 +20,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
-from amct_ext.export.capture import Captured, capture, logger, optimise, told
+from amct_ext.export.capture import Captured, capture, logger, optimise, trace_note
 from amct_ext.export.check import check_files
-from amct_ext.export.cleanup import drop_unused, tidy, use_matmul
+from amct_ext.export.cleanup import clean_up, drop_unused, use_matmul
 from amct_ext.export.deploy import lower_deploy
 from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.files import encode, onnx_paths, write_files
-from amct_ext.export.markers import DOMAIN, fence, name_layers
+from amct_ext.export.markers import DOMAIN, mark_layers, name_layers
 from amct_ext.export.precision import precision_of, widened
-from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
+from amct_ext.export.rnn import lower_rnn_deploy, lower_rnn_fake_quant, mark_rnns
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
-from amct_ext.export.scripted import open_scripted
+from amct_ext.export.scripted import wrap_scripted
 from amct_ext.export.traced import LayerValues
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.record.types import QuantRecord
@@ -86,16 +86,16 @@ def export_quantized(
 
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
-        fenced = fence(captured.model, float_model, layers)
-        rnns = fence_rnns(captured.model, float_model, recurrent)
+        marked = mark_layers(captured.model, float_model, layers)
+        rnns = mark_rnns(captured.model, float_model, recurrent)
         fake_quant = optimise(captured)
         name_layers(fake_quant.graph)
-        tidy(fake_quant, {*fenced, *rnns})
+        clean_up(fake_quant, {*marked, *rnns})
         deploy = fake_quant.clone()
         lower_rnn_fake_quant(fake_quant, rnns)
         lower_rnn_deploy(deploy, rnns)
-        lower_fake_quant(fake_quant, fenced)
-        lower_deploy(deploy, fenced)
+        lower_fake_quant(fake_quant, marked)
+        lower_deploy(deploy, marked)
         for lowered in (fake_quant, deploy):
             drop_unused(lowered)
             lowered.opset_imports.pop(DOMAIN, None)
@@ -130,7 +130,7 @@ def export_plain(
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
         plain = optimise(captured)
-        tidy(plain, ())
+        clean_up(plain, ())
         files = encode(plain.clone(), paths[0], "fakequant")
         return {**files, **encode(plain, paths[1], "deploy")}
 
@@ -138,7 +138,7 @@ def export_plain(
     return paths
 
 
-def rehearse(model: nn.Module, input_data: Any) -> None:
+def try_capture(model: nn.Module, input_data: Any) -> None:
     """Try to capture the float `model` as a save would, and write nothing. Errors: ExportError where neither way works.
 
     The trace comes first: a forward that torch.export cannot follow may keep it busy for a minute.
@@ -177,7 +177,7 @@ def _write(
                 check_files(files, *paths, tensors, expected)
             except ExportError:
                 raise error from None
-        note = told(captured, model, inputs, list(tensors))
+        note = trace_note(captured, model, inputs, list(tensors))
     if note:
         logger.warning("%s: %s", paths[0], note)
     write_files(files)
@@ -195,7 +195,7 @@ def _prepare(model: nn.Module, input_data: Any) -> tuple[nn.Module, Inputs]:
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         duplicate.float()
         inputs = inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return open_scripted(duplicate), widened(inputs)
+    return wrap_scripted(duplicate), widened(inputs)
 
 
 def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:

@@ -32,11 +32,11 @@ from amct_ext.flows.diagnosis import (
 )
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
-from amct_ext.model_surgery.fast_path import separate_encoders
+from amct_ext.model_surgery.fast_path import disable_fast_path
 from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.recording import load_masks, start_record
 from amct_ext.model_surgery.session import Findings, Session, session_of
-from amct_ext.model_surgery.swap import compressed_layers, insert_layers, planned_layers, unfollowed
+from amct_ext.model_surgery.swap import compressed_layers, insert_layers, planned_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
 from amct_ext.record.types import Record
@@ -116,7 +116,7 @@ def float_copy(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     check_model(inner)
     try:
-        return separate_encoders(copy_model(inner))
+        return disable_fast_path(copy_model(inner))
     except Exception as error:
         raise RuntimeError(
             f"{type(inner).__name__} cannot be copied, and the caller's model is never modified: {error}"
@@ -136,7 +136,7 @@ def _insert(
     session.export_note = export_note(model, graph, inputs)
     session.plan = after_pruning(session.plan, graph.traits(model))
     planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in leave]
-    leave = {**leave, **unfollowed(model, parse_inputs(model, inputs), planned)}
+    leave = {**leave, **unreplaceable(model, parse_inputs(model, inputs), planned)}
     model, session.conv_bn, session.left_float = insert_layers(model, graph, session.plan, leave)
     compressed = dict(compressed_layers(model))
     session.order = tuple(name for name in graph.calls if name in compressed)

@@ -15,8 +15,8 @@ from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.explain.reasons import layer_reasons
-from amct_ext.export.capture import shown
-from amct_ext.export.write import rehearse
+from amct_ext.export.capture import list_places
+from amct_ext.export.write import try_capture
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.session import Session
@@ -97,10 +97,10 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     """
     if not graph.doubts:
         return ""
-    places = shown(graph.doubts)
+    places = list_places(graph.doubts)
     try:
-        rehearse(model, input_data)
-        fixed = shown([doubt for doubt in graph.doubts if doubt.fixes])
+        try_capture(model, input_data)
+        fixed = list_places([doubt for doubt in graph.doubts if doubt.fixes])
         if not fixed:
             return ""
         note = (

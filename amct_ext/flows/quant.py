@@ -121,16 +121,16 @@ def save_quant_retrain_model(
             "save_compressed_retrain_model"
         )
     config = read_json(config_file)
-    plain = saving.to_plain(inner, input_data)
+    plain = saving.to_plain_model(inner, input_data)
     # The file names layers as they were called at create.
     names_then = {present: name for name, (present, _) in placed_layers(inner).items()}
     traits = trace(plain.model, plain.inputs).traits(plain.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
-    check_same(plan, asked, config_file)
+    check_same_plan(plan, asked, config_file)
     saving.save_quantised(inner, record_file, save_path, input_data, names, plain)
 
 
-def check_same(made: Plan, asked: Plan, source: str) -> None:
+def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
     """Raise StaleStateError (a RuntimeError) where the plan a model was made by is not the one its file asks for."""
     differences = [
         f"{name} is {getattr(asked, name)} in the file and {getattr(made, name)} in the model"

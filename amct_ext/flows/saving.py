@@ -57,7 +57,7 @@ class Plain:
     expected: list[torch.Tensor]
 
 
-def to_plain(model: nn.Module, input_data: Any) -> Plain:
+def to_plain_model(model: nn.Module, input_data: Any) -> Plain:
     """The plain form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
     for name, layer in compressed_layers(model):
         computed = computed_parameter(layer)
@@ -114,7 +114,7 @@ def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
 
 def save_plain(model: nn.Module, save_path: str, input_data: Any, names: dict[str, Any]) -> None:
     """Write the float graph of a model that is not quantised under both names. Errors: those of the export."""
-    plain = to_plain(model, input_data)
+    plain = to_plain_model(model, input_data)
     write.export_plain(plain.model, plain.inputs, save_path, **names, expected=plain.expected)
 
 
@@ -154,7 +154,7 @@ def save_quantised(
     for name in session.order:
         if name not in placed:
             _log.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
-    plain = plain or to_plain(model, input_data)
+    plain = plain or to_plain_model(model, input_data)
     inputs, pairs = plain.inputs, present_pairs(model)
     watched = {*quantised_layers(model), *pairs.values()}
     write.export_quantized(

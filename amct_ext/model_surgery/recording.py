@@ -87,7 +87,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
     if path == session.record_file:
         own = all(layer.ready for layer in every_layer(model))  # else the next evaluation has other factors
         complete = record.quant and own and _shifts_complete(model, session.plan)
-        session.recorded = state_behind(model) if complete or not session.plan.quant_active else None
+        session.recorded = state_versions(model) if complete or not session.plan.quant_active else None
 
 
 def _warn_of_other_writers(session: Session, content: bytes) -> None:
@@ -106,7 +106,7 @@ def _warn_of_other_writers(session: Session, content: bytes) -> None:
         )
 
 
-def state_behind(model: nn.Module) -> tuple[Any, ...]:
+def state_versions(model: nn.Module) -> tuple[Any, ...]:
     """Identity and version of every tensor that recorded factors follow from; writes of forwards do not count."""
     tensors: list[torch.Tensor | None] = []
     clips: list[tuple[torch.Tensor, int]] = []
@@ -202,7 +202,7 @@ def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
     scale_w = tuple(layer.recorded_scale_w().float().tolist())
     entry = QuantRecord(
         key=name,
-        scale_d=_through_fp16(scale_d) if plan.fp16 else scale_d,
+        scale_d=_round_to_fp16(scale_d) if plan.fp16 else scale_d,
         offset_d=offset_d,
         scale_w=scale_w,
         offset_w=(0,) * len(scale_w),
@@ -223,7 +223,7 @@ def _with_hidden(entry: QuantRecord, layer: CompressedRNN, plan: Plan) -> QuantR
     scale_r = tuple(layer.recorded_scale_r().float().tolist())
     return replace(
         entry,
-        scale_h=_through_fp16(scale_h) if plan.fp16 else scale_h,
+        scale_h=_round_to_fp16(scale_h) if plan.fp16 else scale_h,
         offset_h=offset_h,
         scale_r=scale_r,
         offset_r=(0,) * len(scale_r),
@@ -235,7 +235,7 @@ def _scales(entry: QuantRecord) -> tuple[float, ...]:
     return (entry.scale_d, *entry.scale_w, *hidden, *entry.scale_r)
 
 
-def _through_fp16(value: float) -> float:
+def _round_to_fp16(value: float) -> float:
     """Round a scale to half precision; outside half's normal range its square root is rounded instead (AMCT's rule)."""
     if _SMALLEST_FP16 <= value <= _LARGEST_FP16:
         return float(torch.tensor(value).half().float())

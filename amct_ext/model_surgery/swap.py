@@ -21,7 +21,7 @@ from amct_ext.layers.derive import take_attributes
 from amct_ext.layers.rnn import CompressedRNN
 
 logger = logging.getLogger(__name__)
-_UNFOLLOWED = (
+_UNREPLACEABLE = (
     "the forward reaches it in a way that cannot be followed (an array of objects, ...); hold it in an attribute, "
     "list, tuple or dict of the model"
 )
@@ -107,7 +107,7 @@ def insert_layers(
     return model, pairs, left
 
 
-def unfollowed(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
+def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
     """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to leave them.
 
     An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
@@ -130,7 +130,7 @@ def unfollowed(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[s
         replace_modules(model, {twin: layer for layer, twin in twins.items()})
         for handle in handles:
             handle.remove()
-    return {name: _UNFOLLOWED for name, layer in layers.items() if id(layer) in ran}
+    return {name: _UNREPLACEABLE for name, layer in layers.items() if id(layer) in ran}
 
 
 def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
