@@ -56,7 +56,7 @@ def check_names(names: Any, what: str) -> tuple[str, ...] | None:
 
 
 def check_axes(input_names: Any, output_names: Any, dynamic_axes: Any) -> Axes:
-    """Check the three arguments against each other (amct-behaviour 1.12); ExportError says which entry is wrong.
+    """Check the three arguments against each other, by AMCT's rules. Errors: ExportError naming the wrong entry.
 
     `dynamic_axes` maps a tensor name to a list of axes or to {axis: name of the size}; empty or None means none.
     """

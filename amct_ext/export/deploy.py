@@ -1,4 +1,7 @@
-"""The deploy model: AscendQuant and AscendDequant around layers of INT8 weights and INT32 biases (8.4, 8.5)."""
+"""The deploy model: AscendQuant and AscendDequant around layers of INT8 weights and INT32 biases.
+
+Operators, attributes and the layout of the dequantisation words are AMCT's (docs/differences.md, "The same").
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from amct_ext.export.markers import MarkedLayer, float_like, markers, replace_us
 def lower_deploy(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None:
     """Replace the markers of `model` in place. Layers that read one tensor with equal factors share one AscendQuant.
 
-    ExportError for INT4 weights with an odd number of input channels.
+    Errors: ExportError (INT4 weights with an odd number of input channels).
     """
     graph = model.graph
     shared: dict[tuple[int, tuple[float, int, str]], ir.Value] = {}
@@ -37,7 +40,10 @@ def lower_deploy(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None:
 
 
 def dequant_words(factors: LayerFactors) -> np.ndarray:
-    """One uint64 per scale: float32 bits of scale_d * scale_w in 31:0, the shift N in 39:32, offset_w = 0 in 47:40."""
+    """One uint64 per scale: float32 bits of scale_d * scale_w in 31:0, the shift N in 39:32, offset_w = 0 in 47:40.
+
+    Shape (scales,), one scale or one per output channel. Source: the input of AscendDequant.
+    """
     words = np.ascontiguousarray(factors.deq).view(np.uint32).astype(np.uint64)
     if factors.shift:
         words |= np.asarray(factors.shift, dtype=np.uint64) << np.uint64(32)
@@ -45,7 +51,10 @@ def dequant_words(factors: LayerFactors) -> np.ndarray:
 
 
 def pack_int4(integers: np.ndarray, axis: int) -> np.ndarray:
-    """Two 4-bit integers per byte along `axis`: the even index in the low nibble. The axis must have even length."""
+    """Two 4-bit integers per byte along `axis`, the even index in the low nibble: int8, half as long there.
+
+    `integers`: int8 within -8..7, of even length along `axis`.
+    """
     pairs = np.moveaxis(integers, axis, -1)
     low, high = pairs[..., 0::2].astype(np.uint8) & 0x0F, pairs[..., 1::2].astype(np.uint8) & 0x0F
     packed = (low | (high << 4)).astype(np.uint8).view(np.int8)

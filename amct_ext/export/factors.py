@@ -28,10 +28,12 @@ DEAD = 128 * float(np.finfo(np.float32).eps)
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
-    """Everything the two ONNX files say about one layer. `weight` is in torch's layout.
+    """Everything the two ONNX files say about one layer.
 
-    `deq` = scale_d * scale_w; negative for channels whose mirrored weight has no codes, and free for those without a
-    weight.
+    `weight`: int8 codes in torch's layout. `bias`: float32, `bias_integers`: float in steps of `deq`, both of shape
+    (output channels,). `deq`: float32 of shape (1,) or (output channels,), scale_d * scale_w; negative for channels
+    whose mirrored weight has no codes, and free for those without a weight. `shift`: right shifts N, one per value of
+    `deq`, empty where none are written.
     """
 
     name: str
@@ -60,13 +62,12 @@ class LayerFactors:
 def layer_factors(
     record: QuantRecord, module: nn.Module, write_shift: bool, mirrored: np.ndarray | None = None
 ) -> LayerFactors:
-    """Quantise `module` (BatchNorm already folded in) with the factors of `record` (amct-behaviour 3.7, 6.10, 8.4).
+    """Quantise `module` (BatchNorm already folded in) with the factors of `record`.
 
     `mirrored`: output channels whose weight the folded BatchNorm gave the other sign. An evaluation quantises before
     the BatchNorm: its codes are taken, mirrored where they have a mirror image within -128..127, else with a negative
-    dequantisation scale.
-    RecordRangeError for a factor out of range; RecordError for a length that does not fit the layer; ExportError for a
-    layer type that cannot be exported or a non-finite weight.
+    dequantisation scale (docs/differences.md, "Export"). Errors: RecordRangeError (a factor out of range), RecordError
+    (a length that does not fit the layer), ExportError (a layer type that cannot be exported, a non-finite weight).
     """
     name = record.key
     if record.scale_h is not None:
@@ -112,7 +113,7 @@ def layer_factors(
 
 
 def int32_bias(factors: LayerFactors) -> np.ndarray | None:
-    """round(bias / deq) as INT32; ExportError naming the layer and channel when it does not fit (6.10)."""
+    """round(bias / deq) as INT32; ExportError naming the layer and channel when it does not fit."""
     if factors.bias_integers is None:
         return None
     limits = np.iinfo(np.int32)
@@ -235,5 +236,5 @@ def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:
 
 
 def truncate(deq: np.ndarray) -> np.ndarray:
-    """Keep sign, exponent and the upper 10 bits of the mantissa (FORCE_FP16_QUANT, amct-behaviour 2.10)."""
+    """Keep sign, exponent and the upper 10 bits of the mantissa (FORCE_FP16_QUANT)."""
     return (deq.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

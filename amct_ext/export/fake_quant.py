@@ -1,6 +1,6 @@
 """The fake-quant model: quantisation in standard ONNX operators, so that any runtime shows what the device computes.
 
-Per layer (amct-behaviour 8.6): Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset), the layer on integers
+Per layer: Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset), the layer on integers
 held as float32, Mul(scale_d * scale_w). With a shift N (searchN) the accumulator is floored to steps of 2^N and clipped
 to INT16 before that Mul.
 """
@@ -42,20 +42,21 @@ def lower_fake_quant(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None
         graph.remove(marker, safe=True)
 
 
-class Chain:
+class NodeChain:
     """Appends nodes in front of a marker, each reading the one before."""
 
     def __init__(self, graph: ir.Graph, marker: ir.Node, source: ir.Value) -> None:
         self.graph, self.marker, self.value = graph, marker, source
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """A Constant node, as the reference writes them: they show up as values, not as parameters."""
+        """A Constant node, as AMCT writes them: they show up as values, not as parameters."""
         value = ir.Value(name=f"{name}.output0", shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
         node = ir.node("Constant", [], {"value": ir.Tensor(array, name=name)}, outputs=[value], name=name)
         self.graph.insert_before(self.marker, node)
         return value
 
     def then(self, op: str, name: str, *operands: ir.Value) -> None:
+        """Append a node that reads the value so far first, then `operands`."""
         node = ir.node(op, [self.value, *operands], outputs=[float_like(self.value, f"{name}.output0")], name=name)
         self.graph.insert_before(self.marker, node)
         self.value = node.outputs[0]
@@ -67,7 +68,7 @@ def quantise(
     """Put the chain that rounds `source` to integers (held as float32) in front of `marker`."""
     prefix = f"{factors.name}.{stem}.fakequant"
     low, high = factors.range
-    chain = Chain(graph, marker, source)
+    chain = NodeChain(graph, marker, source)
     scale = chain.constant(f"{prefix}.scale", np.asarray(np.float32(1) / factors.scale_d))
     offset = chain.constant(f"{prefix}.offset", np.asarray(factors.offset_d, np.float32))
     minimum = chain.constant(f"{prefix}.min_val", np.asarray(low, np.float32))
@@ -83,7 +84,7 @@ def quantise(
 def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: MarkedLayer) -> ir.Value:
     factors = layer.factors
     prefix = f"{factors.name}.fakedequant"
-    chain = Chain(graph, marker, source)
+    chain = NodeChain(graph, marker, source)
     scale = factors.deq
     if factors.shift:
         step = np.ldexp(np.float32(1), np.asarray(factors.shift)).astype(np.float32)

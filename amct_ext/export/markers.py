@@ -1,8 +1,8 @@
-"""Find the recorded layers in a captured graph and fence each one off, before anything is optimised.
+"""Find the recorded layers in a captured graph and put markers around each one, before anything is optimised.
 
-Every recorded layer becomes `Quant -> layer -> Dequant` with two markers of a domain of our own. The optimiser knows
-nothing of that domain, so it cannot fold a BatchNorm, a Pad or a neighbour into a layer whose integers are fixed, nor
-merge two layers that look alike; the two lowerings then replace the markers by what each file needs.
+Every recorded layer becomes `Quant -> layer -> Dequant` with two marker nodes of a domain of our own. The optimiser
+knows nothing of that domain, so it cannot fold a BatchNorm, a Pad or a neighbour into a layer whose integers are fixed,
+nor merge two layers that look alike; the two lowerings then replace the markers by what each file needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import nn
 
 from amct_ext.errors import ExportError
@@ -41,11 +40,11 @@ class MarkedLayer:
 
 
 def mark_layers(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, MarkedLayer]:
-    """Put the markers around every layer and give its node the integers (held as float32).
+    """Put the markers around every layer and give its node the integers (held as float32), in place.
 
-    Changes `model` in place. ExportError names a layer that the graph does not hold, or holds more than once.
+    Errors: ExportError naming a layer that the graph does not hold, or holds more than once.
     """
-    aliases = _aliases(torch_model)
+    aliases = parameter_aliases(torch_model)
     found = {factors.name: _find(model.graph, factors.name, aliases[f"{factors.name}.weight"]) for factors in layers}
     model.opset_imports[DOMAIN] = 1
     marked = {}
@@ -104,6 +103,14 @@ def set_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, array: n
     graph.register_initializer(value)
 
 
+def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter name -> all names of the same tensor: of a tied parameter the exporter keeps one name."""
+    by_tensor: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_tensor.setdefault(parameter, []).append(name)
+    return {name: names for names in by_tensor.values() for name in names}
+
+
 def float_like(value: ir.Value, name: str) -> ir.Value:
     """A new float value with the shape of `value`."""
     return ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
@@ -120,14 +127,6 @@ def replace_uses(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | 
         new.name = name
     for place in places:
         graph.outputs[place] = new
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter name -> all names of the same tensor: the exporter keeps one name of a tied parameter."""
-    by_tensor: dict[torch.Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(parameter, []).append(name)
-    return {name: names for names in by_tensor.values() for name in names}
 
 
 def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:

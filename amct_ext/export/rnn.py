@@ -1,8 +1,8 @@
-"""Recurrent layers in the two ONNX files: found in the captured graph, fenced off, and written in either form.
+"""Recurrent layers in the two ONNX files: found in the captured graph, marked, and written in either form.
 
 Fake-quant: the standard LSTM / GRU on a rounded input, a rounded initial state and rounded weights. The states between
 the steps stay float, as in AMCT's files: the standard operators keep them inside. Deploy: the device's own operators,
-which take INT8 weights, INT32 biases and all factors, and round every state (amct-behaviour 8.4).
+which take INT8 weights, INT32 biases and all factors, and round every state (docs/differences.md, "Quantisation").
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from torch import nn
 from amct_ext.errors import ExportError
 from amct_ext.export.deploy import dequant_words, pack_int4
 from amct_ext.export.factors import LayerFactors, int32_bias
-from amct_ext.export.fake_quant import Chain, quantise
-from amct_ext.export.markers import DOMAIN, float_like, markers, module_scopes, replace_uses, set_constant
+from amct_ext.export.fake_quant import NodeChain, quantise
+from amct_ext.export.markers import (
+    DOMAIN,
+    float_like,
+    markers,
+    module_scopes,
+    parameter_aliases,
+    replace_uses,
+    set_constant,
+)
 from amct_ext.export.rnn_factors import RnnFactors
 
 _SLOT_H, _SLOT_C = 5, 6  # inputs of the standard operators: X, W, R, B, sequence lengths, initial h, initial c
@@ -26,8 +34,8 @@ _FIRST_INPUT_OPS = frozenset({"Slice", "Unsqueeze", "Identity", "Reshape", "Tran
 
 
 def mark_rnns(model: ir.Model, torch_model: nn.Module, layers: Sequence[RnnFactors]) -> dict[str, RnnFactors]:
-    """Put one marker in place of each recorded recurrent node. Changes `model`. ExportError: not exactly one node."""
-    names = _aliases(torch_model)
+    """Put one marker in place of each recorded recurrent node, in place. Errors: ExportError (not exactly one node)."""
+    names = parameter_aliases(torch_model)
     found = {factors.name: _find(model.graph, factors, names[f"{factors.name}.weight_ih_l0"]) for factors in layers}
     if found:
         model.opset_imports[DOMAIN] = 1
@@ -59,7 +67,10 @@ def lower_rnn_fake_quant(model: ir.Model, layers: Mapping[str, RnnFactors]) -> N
 
 
 def lower_rnn_deploy(model: ir.Model, layers: Mapping[str, RnnFactors]) -> None:
-    """Replace the markers of recurrent layers by the device's operators, in place. ExportError: odd INT4 widths."""
+    """Replace the markers of recurrent layers by the device's operators, in place.
+
+    Errors: ExportError (INT4 weights with an odd number of columns).
+    """
     graph = model.graph
     for name, marker in tuple(markers(graph)):
         if name not in layers:
@@ -112,14 +123,6 @@ def _reads(value: ir.Value | None, names: Sequence[str]) -> bool:
     return False
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter name -> all names of the same tensor: the exporter keeps one name of a tied parameter."""
-    by_tensor: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(name)
-    return {name: names for names in by_tensor.values() for name in names}
-
-
 def _squeeze_output(graph: ir.Graph, layer: str, node: ir.Node) -> None:
     """Take the axis of directions out of the outputs by Squeeze; the exporter computes a shape and reshapes to it."""
     sequence = node.outputs[0]
@@ -165,7 +168,7 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node, outputs: int) -> None:
 
 def _rounded(graph: ir.Graph, marker: ir.Node, source: ir.Value, side: LayerFactors, number: str) -> ir.Value:
     """`source` rounded to integers and scaled back."""
-    chain = Chain(graph, marker, quantise(graph, marker, source, side, f"quant{number}"))
+    chain = NodeChain(graph, marker, quantise(graph, marker, source, side, f"quant{number}"))
     prefix = f"{side.name}.anti_quant{number}.fake_antiquant"
     chain.then("Mul", f"{prefix}.mul", chain.constant(f"{prefix}.scale", np.asarray(side.scale_d)))
     return chain.value

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
@@ -24,9 +23,10 @@ from amct_ext.export.capture import Captured, capture, logger, optimise, trace_n
 from amct_ext.export.check import check_files
 from amct_ext.export.cleanup import clean_up, drop_unused, use_matmul
 from amct_ext.export.deploy import lower_deploy
-from amct_ext.export.factors import CONVOLUTIONS, LayerFactors, layer_factors
+from amct_ext.export.factors import LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.files import encode, onnx_paths, write_files
+from amct_ext.export.fold_batchnorm import fold_batchnorms
 from amct_ext.export.markers import DOMAIN, mark_layers, name_layers
 from amct_ext.export.precision import precision_of, widened
 from amct_ext.export.rnn import lower_rnn_deploy, lower_rnn_fake_quant, mark_rnns
@@ -69,20 +69,8 @@ def export_quantized(
     if not records:
         raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
     float_model, inputs = _prepare(model, input_data)
-    mirrored = _fuse(float_model, conv_bn, {record.key for record in records})
-    modules = dict(float_model.named_modules())
-    layers: list[LayerFactors] = []
-    recurrent: list[RnnFactors] = []
-    for record in records:
-        if record.key not in modules:
-            raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
-        if record.key in {layer.name for layer in layers} | {layer.name for layer in recurrent}:
-            raise RecordError(f"the record holds two entries for layer {record.key!r}")
-        module = modules[record.key]
-        if isinstance(module, (nn.LSTM, nn.GRU)):
-            recurrent.append(rnn_factors(record, module))
-        else:
-            layers.append(layer_factors(record, module, write_shift, mirrored.get(record.key)))
+    mirrored = fold_batchnorms(float_model, conv_bn, {record.key for record in records})
+    layers, recurrent = _factors(float_model, records, mirrored, write_shift)
 
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
@@ -118,7 +106,7 @@ def export_plain(
     dynamic_axes: Mapping[str, Any] | None = None,
     expected: Sequence[torch.Tensor] | None = None,
 ) -> tuple[Path, Path]:
-    """Write the float graph under both names (a pruned model without quantisation, 8.7); return both paths.
+    """Write the float graph under both names, for a model that is pruned only; return both paths.
 
     `expected`: the tensors that the model returns for `input_data`. Errors: RuntimeError (model that cannot be
     captured, names or axes that do not fit, files that would not load), ValueError (save_path).
@@ -150,6 +138,26 @@ def try_capture(model: nn.Module, input_data: Any) -> None:
             capture(float_model, inputs, axes, traced="not tried")
         except ExportError:
             capture(float_model, inputs, axes)
+
+
+def _factors(
+    model: nn.Module, records: Sequence[QuantRecord], mirrored: Mapping[str, np.ndarray], write_shift: bool
+) -> tuple[list[LayerFactors], list[RnnFactors]]:
+    """The integers and scales of each recorded layer. Errors: RecordError (no such layer, two entries)."""
+    modules = dict(model.named_modules())
+    layers: dict[str, LayerFactors] = {}
+    recurrent: dict[str, RnnFactors] = {}
+    for record in records:
+        if record.key not in modules:
+            raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
+        if record.key in layers or record.key in recurrent:
+            raise RecordError(f"the record holds two entries for layer {record.key!r}")
+        module = modules[record.key]
+        if isinstance(module, (nn.LSTM, nn.GRU)):
+            recurrent[record.key] = rnn_factors(record, module)
+        else:
+            layers[record.key] = layer_factors(record, module, write_shift, mirrored.get(record.key))
+    return list(layers.values()), list(recurrent.values())
 
 
 def _write(
@@ -196,56 +204,3 @@ def _prepare(model: nn.Module, input_data: Any) -> tuple[nn.Module, Inputs]:
         duplicate.float()
         inputs = inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     return wrap_scripted(duplicate), widened(inputs)
-
-
-def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:
-    """Fold each BatchNorm into its convolution, in place (amct-behaviour 8.3 step 4).
-
-    Returns for each convolution the output channels whose factor is negative.
-
-    Where that is impossible the pair stays as it is, unless the convolution is recorded: its scales contain the
-    BatchNorm factor, so nothing right could be written (ExportError). SyncBatchNorm folds like any other; where one
-    stays it computes what BatchNorm does, since the model is in eval mode.
-    """
-    modules = dict(model.named_modules())
-    mirrored = {}
-    for conv_name, bn_name in conv_bn.items():
-        conv, bn = modules.get(conv_name), modules.get(bn_name)
-        if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
-            raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
-        problem = _fold(conv, bn)
-        if problem is None:
-            for norm in [bn, *_other_names(bn, modules, conv_bn)]:
-                vars(norm)["forward"] = _identity  # the object, for it may be reached by several names
-            if bn.weight is not None:
-                mirrored[conv_name] = (bn.weight < 0).cpu().numpy()
-        elif conv_name in recorded:
-            raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
-    return mirrored
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def _other_names(bn: _BatchNorm, modules: Mapping[str, nn.Module], conv_bn: Mapping[str, str]) -> list[nn.Module]:
-    """Modules with the very statistics of `bn`: a conversion (to SyncBatchNorm) makes one for each name it has."""
-    paired = set(conv_bn.values())
-    return [
-        module
-        for name, module in modules.items()
-        if isinstance(module, _BatchNorm) and module.running_var is bn.running_var and name not in paired
-    ]
-
-
-def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:
-    """Put `bn` into `conv`; the reason where that is impossible."""
-    if bn.running_mean is None or bn.running_var is None:
-        return "it keeps no running statistics"
-    weight, bias = nn.utils.fuse_conv_bn_weights(
-        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-    )
-    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-        return "the folded weight or bias would hold NaN or Inf"
-    conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
-    return None
