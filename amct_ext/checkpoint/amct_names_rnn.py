@@ -7,7 +7,6 @@ hold the one trained layer here; on the way in the trained biases count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ def write_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Te
     return out
 
 
-def subclass_entries(layer: CompressedLayer) -> dict[str, Any]:
+def subclass_entries(layer: CompressedLayer) -> dict[str, Tensor]:
     """State that a user's subclass adds to its layer: parameters, buffers, children, extra state; detached clones."""
     standard = {"weight", "bias", *_NAMES}
     return {

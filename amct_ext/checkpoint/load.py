@@ -124,7 +124,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Give the model back its tensors, their values and its attributes where the block raises."""
     tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    held: list[tuple[Any, dict[str, Any]]] = [
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (holder, dict(holder))
         for module in model.modules()
         for holder in (vars(module), module._parameters, module._buffers)
@@ -170,9 +170,9 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _complex(value: Any) -> bool:
+def _complex(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def _shape(value: object) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()

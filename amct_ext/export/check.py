@@ -7,7 +7,6 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -56,7 +55,7 @@ def check_files(
 
 
 @contextlib.contextmanager
-def _loadable(files: Mapping[Path, bytes], path: Path, device: bool = False) -> Iterator[Any]:
+def _loadable(files: Mapping[Path, bytes], path: Path, device: bool = False) -> Iterator[bytes | str]:
     """What the checker and onnxruntime load: the bytes, or where tensors lie beside it, the path of a copy."""
     data = _with_device_domain(files[path]) if device else files[path]
     beside = {other: content for other, content in files.items() if other.suffix == ".external"}
@@ -78,10 +77,10 @@ def _with_device_domain(data: bytes) -> bytes:
             node.domain = _DEVICE_DOMAIN
     if all(entry.domain != _DEVICE_DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=_DEVICE_DOMAIN, version=1)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
-def _run(source: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[np.ndarray] | None:
+def _run(source: bytes | str, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[np.ndarray] | None:
     """The outputs for the tensors; None where there is no runtime, or one without a kernel for an operator."""
     try:
         import onnxruntime

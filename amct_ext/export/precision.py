@@ -71,5 +71,5 @@ def _widen_value(value: ir.Value) -> None:
         value.type = ir.TensorType(ir.DataType.FLOAT)  # a type of its own: values may share one
 
 
-def _wide(tensor: ir.TensorProtocol) -> ir.Tensor:
+def _wide(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)

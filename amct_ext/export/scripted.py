@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -18,7 +16,7 @@ class _ScriptedWrapper(nn.Module):
         # The compiled method itself: on the module, torch.export puts a function of its own in the way.
         self.compiled = module._c._get_method("forward")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.compiled(*args, **kwargs)
 
 

@@ -7,7 +7,7 @@ constant, branches are taken as they were. Its graph is brought into the form of
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from amct_ext.export.markers import SCOPES
 from amct_ext.graph.recorder import scope_name
 from amct_ext.graph.run import tensors_in
 
+Calls = Iterator[Sequence[torch.Tensor]]
 LayerValues = Mapping[str, Sequence[Sequence[torch.Tensor]]]  # by layer and call, the tensors that it returned
 
 
@@ -70,7 +71,13 @@ def trace_to_onnx(
 class _Decompose(TorchFunctionMode):
     """Says in operators that the older exporter knows what it has no translation of."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in (torch.Tensor.mT.__get__, torch.Tensor.mH.__get__):  # type: ignore[attr-defined]
             return args[0].transpose(-2, -1)
@@ -108,8 +115,8 @@ def _substituted(model: nn.Module, values: LayerValues) -> Iterator[None]:
     for name, calls in values.items():
         waiting = iter(calls)
 
-        def substitute(_: nn.Module, __: Any, output: Any, waiting: Iterator[Any] = waiting) -> None:
-            state: Any = torch._C._get_tracing_state()
+        def substitute(_: nn.Module, __: object, output: object, waiting: Calls = waiting) -> None:
+            state: object = torch._C._get_tracing_state()
             if state is None:  # a run that is not traced
                 return
             torch._C._set_tracing_state(None)  # type: ignore[attr-defined]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsFloat, TypeVar
 
 from torch import nn
 
@@ -45,7 +45,8 @@ __all__ = [
     "TaylorLossSensitivity",
     "auto_channel_prune_search",
 ]
-_log = logging.getLogger("amct_ext")
+Method = TypeVar("Method", SensitivityBase, SearchChannelBase)
+logger = logging.getLogger("amct_ext")
 
 
 @outside_inference_mode
@@ -117,7 +118,8 @@ def auto_channel_prune_search(
     write_atomic(output_cfg, dumps(settings, ordered, untouched))
 
 
-def _built_in(chosen: Any, known: dict[str, Any], argument: str) -> Any:
+def _built_in(chosen: str | Method, known: Mapping[str, type[Method]], argument: str) -> Method:
+    """The object given, or one of the built-in class of that name. Errors: ValueError (no such class)."""
     if not isinstance(chosen, str):
         return chosen
     if chosen not in known:
@@ -125,7 +127,12 @@ def _built_in(chosen: Any, known: dict[str, Any], argument: str) -> Any:
     return known[chosen]()
 
 
-def _set_up(measure: SensitivityBase, graph_tuple: Any, input_data: list[Any], test_iteration: int) -> None:
+def _set_up(
+    measure: SensitivityBase,
+    graph_tuple: tuple[search_space.SearchGraph, dict[str, dict[str, Any]]],
+    input_data: list[Any],
+    test_iteration: int,
+) -> None:
     """AMCT's guide shows the method with `output_nodes` and, for PyTorch, without."""
     given = (graph_tuple, input_data, test_iteration)
     try:
@@ -175,7 +182,7 @@ def _viable(
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
 
-def _flags(given: Any) -> list[int]:
+def _flags(given: Iterable[SupportsFloat]) -> list[int]:
     """Ones and zeros, whatever holds them; empty where there is anything else."""
     try:
         values = [] if isinstance(given, (str, bytes)) else [float(flag) for flag in given]
@@ -184,7 +191,7 @@ def _flags(given: Any) -> list[int]:
     return [int(value) for value in values] if all(value in (0, 1) for value in values) else []
 
 
-def _removed(chosen: Any, groups: Sequence[ChannelGroup], ascend_optimized: bool) -> list[int]:
+def _removed(chosen: object, groups: Sequence[ChannelGroup], ascend_optimized: bool) -> list[int]:
     """How many channels each group loses: of coupled producers the one that loses fewest counts, as for create."""
     if not isinstance(chosen, Mapping):
         raise ValueError(
@@ -209,7 +216,7 @@ def _removed(chosen: Any, groups: Sequence[ChannelGroup], ascend_optimized: bool
         counts.append(asked)
         arrives = max(0, removal_count(group.count, asked / group.count, ascend_optimized, group.blocks or 1))
         if arrives != asked:
-            _log.warning(
+            logger.warning(
                 "%s: of the %d channels that the search removes, create will remove %d (ascend_optimized and grouped "
                 "convolutions round)", group.producers[0].name, asked, arrives,
             )  # fmt: skip

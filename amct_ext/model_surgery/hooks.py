@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +62,7 @@ def outside_dynamo(function: Callable[..., None]) -> Callable[..., None]:
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-def _before_forward(model: nn.Module, args: Any) -> None:
+def _before_forward(model: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():
         return
     session = getattr(model, ATTRIBUTE)
@@ -92,7 +91,7 @@ def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
     session.evaluated = state
 
 
-def _end_forward(model: nn.Module, args: Any, output: Any) -> Any:
+def _end_forward(model: nn.Module, args: object, output: object) -> object:
     if torch.compiler.is_compiling():
         return None
     getattr(model, ATTRIBUTE).running.leave(sys._getframe(1))
@@ -100,7 +99,7 @@ def _end_forward(model: nn.Module, args: Any, output: Any) -> Any:
     return None if values is output else values
 
 
-def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.running.calibrating
     if several_ranks() and not leaves_no_trace():
@@ -133,6 +132,6 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
 
 
-def _after_load(model: nn.Module, incompatible: Any) -> None:
+def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None

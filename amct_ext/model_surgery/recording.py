@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.layers.sparsity import Sparsity
 from amct_ext.layers.weight_quantizer import WeightQuantizer
-from amct_ext.model_surgery.session import Session, present_pairs, raise_if_invalid, session_of
+from amct_ext.model_surgery.session import Session, StateVersions, present_pairs, raise_if_invalid, session_of
 from amct_ext.model_surgery.swap import (
     compressed_layers,
     every_layer,
@@ -106,7 +106,7 @@ def _warn_of_other_writers(session: Session, content: bytes) -> None:
         )
 
 
-def state_versions(model: nn.Module) -> tuple[Any, ...]:
+def state_versions(model: nn.Module) -> StateVersions:
     """Identity and version of every tensor that recorded factors follow from; writes of forwards do not count."""
     tensors: list[torch.Tensor | None] = []
     clips: list[tuple[torch.Tensor, int]] = []
@@ -135,7 +135,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
     for key in present.keys() & recorded.keys():
         ours, theirs = present[key], recorded[key]
         same = (ours.offset_d, ours.offset_h) == (theirs.offset_d, theirs.offset_h)
-        if not (same and _close(_scales(ours), _scales(theirs))):
+        if not (same and _nearly_equal(_scales(ours), _scales(theirs))):
             wrong.append(key)
     if wrong:
         raise StaleStateError(
@@ -243,7 +243,7 @@ def _round_to_fp16(value: float) -> float:
     return float(root * root)
 
 
-def _close(ours: Any, theirs: Any) -> bool:
+def _nearly_equal(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Equal as float32 up to the last digits that another device's reduction order may change."""
-    a, b = torch.tensor(list(ours), dtype=torch.float32), torch.tensor(list(theirs), dtype=torch.float32)
+    a, b = torch.tensor(ours, dtype=torch.float32), torch.tensor(theirs, dtype=torch.float32)
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=0.0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -59,10 +58,10 @@ class Session:
     export_note: str = ""  # what create found out about saving this model
     running: Running = field(default_factory=Running)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+    def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
         new.record_file = new.written = None

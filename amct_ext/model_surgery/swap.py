@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import undisturbed
+from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import take_attributes
@@ -68,7 +68,7 @@ def planned_layers(plan: Plan) -> list[LayerPlan]:
 
 
 def insert_layers(
-    model: nn.Module, graph: Any, plan: Plan, leave: Mapping[str, str]
+    model: nn.Module, graph: Graph, plan: Plan, leave: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
     """Replace each layer that the plan quantises or makes 2:4 sparse, wherever the model refers to it.
 
@@ -180,7 +180,7 @@ def fold_layers(model: nn.Module) -> nn.Module:
     return replace_modules(model, {layer: to_float(layer) for _, layer in list(compressed_layers(model))})
 
 
-def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
+def sharing_groups(graph: Graph, plan: Plan) -> list[tuple[str, ...]]:
     """Groups (two and more) of quantised layers that read one tensor with equal settings, in execution order.
 
     None where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must
@@ -199,7 +199,7 @@ def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
     return groups
 
 
-def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]) -> None:
+def _share_inputs(graph: Graph, plan: Plan, touched: Mapping[str, CompressedLayer]) -> None:
     for group in sharing_groups(graph, plan):
         # A recurrent layer keeps clips of its own: the dialect has no names for shared ones of it.
         names = [name for name in group if name in touched and not isinstance(touched[name], CompressedRNN)]
@@ -207,7 +207,7 @@ def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]
             touched[name].share_activation(touched[names[0]])
 
 
-def _fixed_min(graph: Any, layer: LayerPlan, module: nn.Module) -> bool:
+def _fixed_min(graph: Graph, layer: LayerPlan, module: nn.Module) -> bool:
     if layer.quant is None:
         return False
     asked = layer.quant.data.fixed_min
