@@ -18,7 +18,7 @@ from amct_ext.checkpoint.load import read_state_dict
 from amct_ext.config.json import check_config
 from amct_ext.errors import AmctError
 from amct_ext.explain import targets
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -65,7 +65,7 @@ def validate(
 def inspect(record: ExistingFile) -> None:
     """Show a record file: quantisation factors, removed channels, 2:4 masks."""
     with _errors_reported():
-        content = Record.read(str(record))
+        content = read_record(str(record))
     console = Console()
     if content.quant:
         table = Table("layer", "types", "scale_d", "offset_d", "scale_w", "shifts", title="quantisation factors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.common.ranks import average_
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.model_surgery.session import session_of
 from amct_ext.model_surgery.swap import compressed_layers
 

@@ -38,12 +38,6 @@ class RecordRangeError(RecordError, ValueError):
     """A factor of the record lies outside its range (AMCT: ValueError)."""
 
 
-class MissingRecordError(RecordError, KeyError):
-    """The record holds nothing for a layer that needs it (AMCT: KeyError at the first forward)."""
-
-    __str__ = Exception.__str__  # KeyError would show the repr of the message
-
-
 class ModelError(AmctError, RuntimeError):
     """The model cannot be traced or compressed, or already is compressed (AMCT: RuntimeError)."""
 
@@ -67,7 +61,7 @@ class CheckpointError(AmctError, RuntimeError):
 class CheckpointKeyError(CheckpointError, KeyError):
     """The checkpoint has no (or an empty) entry of the given state_dict_name (AMCT: KeyError)."""
 
-    __str__ = Exception.__str__
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
 
 
 class UnsafeCheckpointError(CheckpointError, pickle.UnpicklingError):

@@ -1,95 +1,37 @@
-// The ops for C++: plain functions that go through the dispatcher, so any device and autograd work.
-// Schemas stand in ops.cpp, descriptions in amct_ext/ops.
+// amct_ext for C++: quantisation-aware training and 2:4 sparsity as operators of PyTorch, without Python.
+//
+// Every function below is a typed call of the op of the same name (torch.ops.amct_ext.<name>) through torch's
+// dispatcher: it runs on the device of its arguments, records gradients and raises the same errors as from Python.
+// Kernels exist for the CPU, and for CUDA where libamct_ext_cuda is loaded. A device without kernels needs the Python
+// package, whose plain-torch references then serve it. Algorithms and their sources are described in docs/ops.md and in
+// amct_ext/ops.
+//
+//   #include <amct_ext/ops.h>
+//
+//   const at::Tensor none = at::full({}, NAN);  // no previous clips yet
+//   const auto [y, scale, offset, used_max, used_min, invalid] =
+//       amct_ext::ulq_fake_quantize(x, clip_max, clip_min, none, none);   // gradients of x, clip_max and clip_min
+//   const auto [w_y, w_scale] = amct_ext::arq_fake_quantize(w, 8, 0);     // 8 bits, one scale per output channel
+//   const at::Tensor z = at::conv2d(y, w_y);
+//
+// With CMake: find_package(Torch), find_package(amct_ext), then link amct_ext::amct_ext and ${TORCH_LIBRARIES}. A whole
+// program that trains a step is tests/native/consumer.
+//
+// Said once for all functions:
+// * "floating" means float32, float64, float16 or bfloat16. Arithmetic is float32, for float64 data float64.
+// * A scalar tensor holds one value, of any shape; scalar results are 0-dim. Nothing is read on the host: what would
+// need
+//   a read is a flag among the results.
+// * num_bits is 2 to 16, where codes are stored as bytes 2 to 8.
+// * channel_axis is the output-channel axis of a weight (0 for convolutions and Linear, 1 for transposed convolutions),
+//   std::nullopt for one scale. Axes may be negative.
+// * Results keep the memory layout of the input and never share its memory. A trailing underscore in a name: arguments
+//   are written to, as the function says.
+// * Errors are c10::TypeError (dtype), c10::ValueError (value or shape) and c10::IndexError (axis).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#define AMCT_API __attribute__((visibility("default")))
-
-namespace amct_ext {
-
-using at::Tensor;
-
-AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(
-    const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
-    const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
-AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, const Tensor& clip_max,
-                                                               const Tensor& clip_min, const Tensor& prev_clip_max,
-                                                               const Tensor& prev_clip_min, const Tensor& scale,
-                                                               const Tensor& offset, const Tensor& invalid,
-                                                               int64_t num_bits = 8, bool fixed_min = false);
-AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
-                                                                       const Tensor& clip_max, const Tensor& clip_min,
-                                                                       int64_t num_bits = 8);
-AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, int64_t num_bits = 8,
-                                                                      bool with_offset = false);
-
-AMCT_API void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& extremes);
-AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> search_clip_range_histogram(const Tensor& histogram,
-                                                                                        const Tensor& extremes,
-                                                                                        int64_t num_bits = 8);
-
-AMCT_API std::tuple<Tensor, Tensor> arq_fake_quantize(const Tensor& w, int64_t num_bits = 8,
-                                                      std::optional<int64_t> channel_axis = std::nullopt);
-AMCT_API Tensor lsq_fake_quantize(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
-                                  std::optional<int64_t> channel_axis = std::nullopt,
-                                  std::optional<double> grad_factor = std::nullopt);
-AMCT_API Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, const Tensor& scale,
-                                           int64_t num_bits = 8, std::optional<int64_t> channel_axis = std::nullopt,
-                                           std::optional<double> grad_factor = std::nullopt);
-AMCT_API Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
-                                std::optional<int64_t> channel_axis = std::nullopt);
-
-AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(
-    const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
-    const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
-AMCT_API std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8);
-AMCT_API Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-                               const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
-                               at::IntArrayRef kernel_size, at::IntArrayRef stride = {1, 1},
-                               at::IntArrayRef padding = {0, 0}, at::IntArrayRef dilation = {1, 1},
-                               bool channels_last = false, const std::optional<Tensor>& addend = std::nullopt,
-                               std::optional<double> lowest = std::nullopt,
-                               std::optional<double> highest = std::nullopt);
-AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> integer_conv2d_codes(
-    const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
-    const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, std::optional<double> lowest, std::optional<double> highest,
-    const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max, const Tensor& prev_clip_min,
-    int64_t num_bits = 8, bool fixed_min = false);
-AMCT_API Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-                               const Tensor& sums, const Tensor& w_scale,
-                               const std::optional<Tensor>& bias = std::nullopt);
-AMCT_API Tensor integer_conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
-                                            const Tensor& sums, at::IntArrayRef kernel_size,
-                                            at::IntArrayRef stride = {1, 1}, at::IntArrayRef padding = {0, 0},
-                                            at::IntArrayRef dilation = {1, 1});
-AMCT_API Tensor integer_linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
-                                            const Tensor& sums);
-
-AMCT_API std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights,
-                                                                                     int64_t num_bits,
-                                                                                     at::IntArrayRef channel_axes);
-
-AMCT_API Tensor apply_mask(const Tensor& w, const Tensor& mask);
-AMCT_API std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis = 1);
-AMCT_API std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits = 8,
-                                                             std::optional<int64_t> channel_axis = std::nullopt);
-AMCT_API std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(
-    const Tensor& w, int64_t axis = 1, int64_t num_bits = 8, std::optional<int64_t> channel_axis = std::nullopt);
-
-AMCT_API Tensor mask_2to4(const Tensor& w, int64_t axis = 1);
-AMCT_API void refresh_mask_(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq,
-                            int64_t axis = 1);
-AMCT_API Tensor pack_mask(const Tensor& mask);
-AMCT_API Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape);
-AMCT_API Tensor filter_norms(const Tensor& w, int64_t axis = 0);
-
-AMCT_API void shift_error_(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis = 1);
-AMCT_API Tensor best_shift(const Tensor& errors);
-
-}  // namespace amct_ext
+#include "ops/activation.h"
+#include "ops/calibration.h"
+#include "ops/integer.h"
+#include "ops/sparsity.h"
+#include "ops/weight.h"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import standin
+from support.devices import DEVICES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,18 +56,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         unbound = sum("unbound" in p and "deviation" not in p for p in passed)
         line = f"golden: {len(passed) - differ} passed, {differ} documented deviations, {len(failed)} failed"
         terminalreporter.write_line(line + f" (in {unbound} of those passed, noise decides the reference's numbers)")
-
-
-def devices() -> list[str]:
-    """The CPU, CUDA where there is a card, and the device that `AMCT_TEST_DEVICE` names (`npu`, `standin`, ...)."""
-    found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    extra = os.environ.get("AMCT_TEST_DEVICE", "")
-    if extra == standin.NAME:
-        standin.load()
-    return found + [extra] * (extra not in ("", *found))
-
-
-DEVICES = devices()
 
 
 @pytest.fixture(params=DEVICES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, evaluate, optimizer_of, train
+from support.retrain_job import Job, evaluate, optimizer_of, train
 from typer.testing import CliRunner
 
 import amct_ext

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 import amct_ext
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
+@functools.cache
 def functions(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
@@ -43,3 +45,12 @@ def test_public_names_are_what_the_migration_guide_lists() -> None:
     text = "\n".join(path.read_text() for path in DOCUMENTS)
     classes = {name for name in amct_ext.__all__ if isinstance(getattr(amct_ext, name), type)}
     assert not [name for name in amct_ext.__all__ if name not in text and name not in classes | {"TARGETS"}]
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example is not None
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example[1], "README.md", "exec"), {})
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["net_deploy_model.onnx", "net_fake_quant_model.onnx"]

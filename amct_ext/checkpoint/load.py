@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amct_ext.checkpoint import amct_names
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
-from amct_ext.layers.calibration_data import fits
+from amct_ext.layers.calibration_data import is_resumable
 
 _GATHERED = ".act_quant.calibration_data", ".hidden_quant.calibration_data"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -156,7 +156,7 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     problems += [  # of an unfinished calibration, as version 0.1 kept it
         f"shape: {key} {_shape(value)} was not gathered by this version"
         for key, value in state.items()
-        if key.endswith(_GATHERED) and not fits(value)
+        if key.endswith(_GATHERED) and not is_resumable(value)
     ]
     for key, value in own.items():
         if key not in state:

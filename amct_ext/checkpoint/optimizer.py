@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.checkpoint.amct_names import to_amct_state_dict
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import CheckpointError
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN

@@ -1,67 +1,156 @@
-"""Layer classes: which modules are recorded as one node, and what class a subclass stands for."""
+"""The layer types: one entry per class of torch with all that the package knows about it.
+
+A module counts as the kind whose class it is an instance of. The names of the classes are the type strings of plans,
+traits, records of a trace, and messages.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum, auto
+
 from torch import nn
 
-# The names are the type strings used in plans, traits and messages.
-LAYER_CLASSES: dict[str, type[nn.Module]] = {
-    "Conv1d": nn.Conv1d,
-    "Conv2d": nn.Conv2d,
-    "Conv3d": nn.Conv3d,
-    "ConvTranspose1d": nn.ConvTranspose1d,
-    "ConvTranspose2d": nn.ConvTranspose2d,
-    "ConvTranspose3d": nn.ConvTranspose3d,
-    "Linear": nn.Linear,
-    "LSTM": nn.LSTM,
-    "GRU": nn.GRU,
-    "RNN": nn.RNN,
-    "BatchNorm1d": nn.BatchNorm1d,
-    "BatchNorm2d": nn.BatchNorm2d,
-    "BatchNorm3d": nn.BatchNorm3d,
-    "SyncBatchNorm": nn.SyncBatchNorm,
-}
 
-CONVS = ("Conv1d", "Conv2d", "Conv3d")
-TRANSPOSED_CONVS = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
-BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
-RNNS = ("LSTM", "GRU")
-# Gates in ONNX order, by their places in torch's: LSTM input, output, forget, cell; GRU update, reset, new.
-ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
-# Layers whose activations and weights can be quantised, and (all of them among those) whose weights can be pruned.
-QUANTIZABLE = ("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose1d", "ConvTranspose2d", "LSTM", "GRU")
-FILTER_PRUNABLE = ("Conv2d", "Linear")
-SPARSE_PRUNABLE = ("Conv2d", "Linear", "ConvTranspose2d")
+class Family(Enum):
+    """Layers that are computed, cut and exported alike."""
 
-# Dimensions of a batched input; one less is the un-batched form that these classes also take.
-BATCHED_DIMS = {
-    "Conv1d": 3,
-    "Conv2d": 4,
-    "Conv3d": 5,
-    "ConvTranspose1d": 3,
-    "ConvTranspose2d": 4,
-    "ConvTranspose3d": 5,
-    "LSTM": 3,
-    "GRU": 3,
-}
+    CONV = auto()
+    TRANSPOSED_CONV = auto()
+    LINEAR = auto()
+    RNN = auto()
+    BATCH_NORM = auto()
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A layer type.
+
+    onnx: the ONNX operators that it becomes (Linear: Gemm on a 2-D input and with a bias, else MatMul).
+    channel_axis: of its input and output. widths: attributes that hold the numbers of input and output channels.
+    weight_axes: where input and output channels lie in each of its weights (with groups, those of one group).
+    batched_dims: dimensions of a batched input, one less is the un-batched form; None where any number will do.
+    per_channel: a weight takes one scale per output channel, else one in all.
+    filter_prunable: it can lose output channels; input_prunable: input channels; sparse_prunable: it can be 2:4 sparse.
+    onnx_gates: gates in ONNX order, by their places in torch's (LSTM: input, output, forget, cell; GRU: update, reset,
+    new).
+    """
+
+    cls: type[nn.Module]
+    family: Family
+    onnx: tuple[str, ...]
+    channel_axis: int
+    widths: tuple[str, str]
+    weight_axes: tuple[int, int]
+    batched_dims: int | None = None
+    quantizable: bool = False
+    per_channel: bool = True
+    filter_prunable: bool = False
+    input_prunable: bool = False
+    sparse_prunable: bool = False
+    onnx_gates: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.cls.__name__
+
+
+def _conv(cls: type[nn.Module], dims: int, prunable: bool = False) -> LayerKind:
+    return LayerKind(
+        cls, Family.CONV, ("Conv",), 1, ("in_channels", "out_channels"), (1, 0), dims,
+        quantizable=True, filter_prunable=prunable, input_prunable=prunable, sparse_prunable=prunable,
+    )  # fmt: skip
+
+
+def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True, prunable: bool = False) -> LayerKind:
+    return LayerKind(
+        cls, Family.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
+        quantizable=quantizable, input_prunable=prunable, sparse_prunable=prunable,
+    )  # fmt: skip
+
+
+def _linear(cls: type[nn.Module]) -> LayerKind:
+    return LayerKind(
+        cls, Family.LINEAR, ("Gemm", "MatMul"), -1, ("in_features", "out_features"), (1, 0),
+        quantizable=True, per_channel=False, filter_prunable=True, input_prunable=True, sparse_prunable=True,
+    )  # fmt: skip
+
+
+def _rnn(cls: type[nn.Module], dims: int | None = 3, gates: tuple[int, ...] = ()) -> LayerKind:
+    return LayerKind(
+        cls, Family.RNN, (cls.__name__,), -1, ("input_size", "hidden_size"), (1, 0), dims,
+        quantizable=bool(gates), onnx_gates=gates,
+    )  # fmt: skip
+
+
+def _batch_norm(cls: type[nn.Module]) -> LayerKind:
+    widths = ("num_features", "num_features")
+    return LayerKind(cls, Family.BATCH_NORM, ("BatchNormalization",), 1, widths, (0, 0), input_prunable=True)
+
+
+# In the order in which messages list the types.
+LAYER_KINDS = (
+    _conv(nn.Conv1d, 3),
+    _conv(nn.Conv2d, 4, prunable=True),
+    _conv(nn.Conv3d, 5),
+    _linear(nn.Linear),
+    _transposed(nn.ConvTranspose2d, 4, prunable=True),
+    _rnn(nn.LSTM, gates=(0, 3, 1, 2)),
+    _rnn(nn.GRU, gates=(1, 0, 2)),
+    _transposed(nn.ConvTranspose1d, 3),
+    _transposed(nn.ConvTranspose3d, 5, quantizable=False),
+    _rnn(nn.RNN, None),
+    _batch_norm(nn.BatchNorm1d),
+    _batch_norm(nn.BatchNorm2d),
+    _batch_norm(nn.BatchNorm3d),
+    _batch_norm(nn.SyncBatchNorm),
+)
+_BY_NAME = {kind.name: kind for kind in LAYER_KINDS}
+
+
+def _of_family(family: Family) -> tuple[str, ...]:
+    return tuple(kind.name for kind in LAYER_KINDS if kind.family is family)
+
+
+CONVS = _of_family(Family.CONV)
+TRANSPOSED_CONVS = _of_family(Family.TRANSPOSED_CONV)
+BATCH_NORMS = _of_family(Family.BATCH_NORM)
+QUANTIZABLE = tuple(kind.name for kind in LAYER_KINDS if kind.quantizable)
+FILTER_PRUNABLE = tuple(kind.name for kind in LAYER_KINDS if kind.filter_prunable)
+SPARSE_PRUNABLE = tuple(kind.name for kind in LAYER_KINDS if kind.sparse_prunable)
+ONNX_GATES = {kind.name: kind.onnx_gates for kind in LAYER_KINDS if kind.onnx_gates}
+# ONNX operators of the layers that keep their weight through an export: one product, whose weight is input 1.
+PRODUCT_OPERATORS = frozenset(
+    operator
+    for kind in LAYER_KINDS
+    if kind.family in (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR)
+    for operator in kind.onnx
+)
+
+
+def kind_named(name: str) -> LayerKind | None:
+    """The kind of this name, None where it is that of no layer type (an op of a trace, say)."""
+    return _BY_NAME.get(name)
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind that `module` is an instance of, or None."""
+    return next((kind for kind in LAYER_KINDS if isinstance(module, kind.cls)), None)
 
 
 def layer_type(module: nn.Module) -> str | None:
     """Name of the standard layer class that `module` is an instance of, or None."""
-    for name, standard in LAYER_CLASSES.items():
-        if isinstance(module, standard):
-            return name
-    return None
+    kind = kind_of(module)
+    return None if kind is None else kind.name
 
 
 def keeps_forward(module: nn.Module) -> bool:
     """Whether a layer computes what its standard class does: no forward of its own, in its class or on the instance."""
-    name = layer_type(module)
-    if name is None:
+    kind = kind_of(module)
+    if kind is None:
         return False
-    standard = LAYER_CLASSES[name]
     overridden = any(
-        getattr(type(module), method, None) is not getattr(standard, method, None)
+        getattr(type(module), method, None) is not getattr(kind.cls, method, None)
         for method in ("forward", "_conv_forward", "__call__")
     )
     return not overridden and not {"forward", "_conv_forward"} & vars(module).keys()

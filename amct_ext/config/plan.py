@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from amct_ext.common.layer_kinds import kind_named
 from amct_ext.config.plan_checks import check_against_model, prune_active, quant_active
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
@@ -24,7 +25,6 @@ __all__ = [
     "resolve",
 ]
 
-_PER_TENSOR_TYPES = ("Linear",)
 _log = logging.getLogger("amct_ext")
 
 
@@ -146,9 +146,11 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         bits = 8
         notes.int4.append(name)
     channel_wise = weight.channel_wise
+    kind = kind_named(trait.type)
+    per_channel = kind is None or kind.per_channel
     if channel_wise is None:
-        channel_wise = trait.type not in _PER_TENSOR_TYPES
-    elif channel_wise and trait.type in _PER_TENSOR_TYPES:
+        channel_wise = per_channel
+    elif channel_wise and not per_channel:
         if place[:1] == ("override_layer_configs",):
             raise ConfigError(
                 f"{config.places.at(*place)}: layer '{name}' is a {trait.type}, whose weight takes one scale; "

@@ -10,14 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
+from amct_ext.common.layer_kinds import FILTER_PRUNABLE, QUANTIZABLE, SPARSE_PRUNABLE
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import close_matches
 
-QUANT_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Linear", "ConvTranspose2d", "LSTM", "GRU", "ConvTranspose1d")
-FILTER_TYPES = ("Conv2d", "Linear")
-SPARSE_TYPES = ("Conv2d", "Linear", "ConvTranspose2d")
 _BIT_PAIRS = ((8, 8), (16, 8), (8, 4))  # bits of activations and weights that go together
 
 _log = logging.getLogger("amct_ext")
@@ -135,11 +133,11 @@ def _skipped_layers(config: RetrainConfig, traits: Mapping[str, LayerTraits]) ->
 
 def _skipped_types(config: RetrainConfig) -> Iterator[str]:
     methods = _methods(config)
-    prune_types = (FILTER_TYPES if methods == {FilterPrune} else SPARSE_TYPES) if methods else ()
-    every_type = (*QUANT_TYPES, *SPARSE_TYPES)
+    prune_types = (FILTER_PRUNABLE if methods == {FilterPrune} else SPARSE_PRUNABLE) if methods else ()
+    every_type = (*QUANTIZABLE, *SPARSE_PRUNABLE)
     for list_name, allowed in (
         ("skip_layer_types", every_type),
-        ("quant_skip_types", QUANT_TYPES if quant_active(config) else every_type),
+        ("quant_skip_types", QUANTIZABLE if quant_active(config) else every_type),
         ("regular_prune_skip_types", prune_types or every_type),
     ):
         for index, name in enumerate(getattr(config, list_name)):
@@ -168,11 +166,11 @@ def _type_overrides(config: RetrainConfig) -> Iterator[str]:
     for index, item in enumerate(config.override_layer_types):
         place = config.places.at("override_layer_types", index, "layer_type")
         _note_empty(item, f"{place}: override_layer_types: type '{item.target}'")
-        allowed: tuple[str, ...] = QUANT_TYPES
+        allowed: tuple[str, ...] = QUANTIZABLE
         if isinstance(item.prune, FilterPrune):
-            allowed = FILTER_TYPES
+            allowed = FILTER_PRUNABLE
         elif isinstance(item.prune, SparsePrune):
-            allowed = SPARSE_TYPES
+            allowed = SPARSE_PRUNABLE
         if item.target not in allowed:
             yield f"{place}: override_layer_types: {_unknown_type(item.target, allowed)}"
 

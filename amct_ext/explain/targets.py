@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.json import JsonConfig, read_config
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune

@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from amct_ext.export.markers import DOMAIN, LAYER_OPS, module_scopes
+from amct_ext.common.layer_kinds import PRODUCT_OPERATORS
+from amct_ext.export.markers import DOMAIN, module_scopes
 
 
 def use_matmul(graph: ir.Graph) -> None:
@@ -133,7 +134,7 @@ def _name_nodes(graph: ir.Graph, layers: Collection[str]) -> None:
 
 def _module_path(node: ir.Node) -> str:
     """The module that a node comes from, by its weight first: a Conv fused with a BatchNorm has the latter's notes."""
-    if node.op_type in LAYER_OPS and node.inputs[1] is not None:
+    if node.op_type in PRODUCT_OPERATORS and node.inputs[1] is not None:
         path, _, parameter = (node.inputs[1].name or "").rpartition(".")
         if parameter == "weight":
             return path

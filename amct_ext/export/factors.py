@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from amct_ext.common.layer_kinds import TRANSPOSED_CONVS, kind_of, layer_type
 from amct_ext.errors import ExportError, RecordError, RecordRangeError
 
 if TYPE_CHECKING:
     from amct_ext.record.types import QuantRecord
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ACTIVATION_BITS: Mapping[str, int] = {"INT4": 4, "INT8": 8, "INT16": 16}
 WEIGHT_BITS: Mapping[str, int] = {"INT4": 4, "INT6": 6, "INT7": 7, "INT8": 8}
 MAX_SHIFT = 16
@@ -72,12 +71,13 @@ def layer_factors(
     name = record.key
     if record.scale_h is not None:
         raise RecordError(f"layer {name!r} is a {type(module).__name__}, but its record is of a recurrent layer")
-    if not isinstance(module, (*CONVOLUTIONS, *DECONVOLUTIONS, nn.Linear)):
+    kind = kind_of(module)
+    if kind is None or not isinstance(module, (_ConvNd, nn.Linear)):
         raise ExportError(f"layer {name!r} is a {type(module).__name__}; only convolutions and Linear are quantised")
     act_type, wts_type = types_of(record)
     scale_d, scale_w = scales_of(record, act_type)
     weight = module.weight.detach().to("cpu", torch.float32).numpy()
-    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    channels = int(getattr(module, kind.widths[1]))
     if len(scale_w) not in (1, channels):
         raise RecordError(f"layer {name!r}: {len(scale_w)} weight scales, but it has {channels} output channels")
     if not np.isfinite(weight).all():
@@ -205,7 +205,7 @@ def _per_channel(vector: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
     rank = module.weight.dim()
     if len(vector) == 1:
         return vector.reshape([1] * rank)
-    if not isinstance(module, DECONVOLUTIONS):
+    if not isinstance(module, _ConvNd) or layer_type(module) not in TRANSPOSED_CONVS:
         return vector.reshape([-1] + [1] * (rank - 1))
     # channel g * (Cout / groups) + j is column j of the rows that belong to group g
     rows = module.in_channels // module.groups
@@ -215,7 +215,7 @@ def _per_channel(vector: np.ndarray, module: nn.Linear | _ConvNd) -> np.ndarray:
 
 def _any(found: np.ndarray, module: nn.Linear | _ConvNd, scales: int) -> np.ndarray:
     """Whether anything was found in the part of the weight that each of the scales belongs to."""
-    if scales > 1 and isinstance(module, DECONVOLUTIONS):
+    if scales > 1 and isinstance(module, _ConvNd) and layer_type(module) in TRANSPOSED_CONVS:
         parts = found.reshape(module.groups, module.in_channels // module.groups, scales // module.groups, -1)
         found = parts.swapaxes(1, 2)
     return np.asarray(found.reshape(scales, -1).any(axis=1))

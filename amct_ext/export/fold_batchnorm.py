@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
+from amct_ext.common.layer_kinds import CONVS, layer_type
 from amct_ext.errors import ExportError
-from amct_ext.export.factors import CONVOLUTIONS
 
 
 def fold_batchnorms(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:
@@ -25,7 +26,7 @@ def fold_batchnorms(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[
     mirrored = {}
     for conv_name, bn_name in conv_bn.items():
         conv, bn = modules.get(conv_name), modules.get(bn_name)
-        if not isinstance(conv, CONVOLUTIONS) or not isinstance(bn, _BatchNorm):
+        if not isinstance(conv, _ConvNd) or layer_type(conv) not in CONVS or not isinstance(bn, _BatchNorm):
             raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
         problem = _fold(conv, bn)
         if problem is None:
@@ -52,7 +53,7 @@ def _aliases(bn: _BatchNorm, modules: Mapping[str, nn.Module], conv_bn: Mapping[
     ]
 
 
-def _fold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, bn: _BatchNorm) -> str | None:
+def _fold(conv: _ConvNd, bn: _BatchNorm) -> str | None:
     """Put `bn` into `conv`; the reason where that is impossible."""
     if bn.running_mean is None or bn.running_var is None:
         return "it keeps no running statistics"

@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from amct_ext.common.layer_kinds import PRODUCT_OPERATORS
 from amct_ext.errors import ExportError
 from amct_ext.export.factors import LayerFactors, int32_bias
 
 DOMAIN = "amct_ext.marker"
-LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the path of the module a node comes from
 _VIEWS = frozenset({"Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze"})
 
@@ -135,7 +135,7 @@ def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
     nodes: list[ir.Node] = []
     while values:
         for use in values.pop().uses():
-            if use.node.op_type in LAYER_OPS and use.idx == 1:
+            if use.node.op_type in PRODUCT_OPERATORS and use.idx == 1:
                 nodes.append(use.node)
             elif use.node.op_type in _VIEWS and use.idx == 0:
                 values.append(use.node.outputs[0])
@@ -146,8 +146,8 @@ def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
     if nodes:
         raise ExportError(f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised")
     raise ExportError(
-        f"layer {layer!r} is in the record, but no {', '.join(sorted(LAYER_OPS))} of the exported graph reads its "
-        "weight: in evaluation it does not run with this input_data, or computes with another weight than its own"
+        f"layer {layer!r} is in the record, but no {', '.join(sorted(PRODUCT_OPERATORS))} of the exported graph reads "
+        "its weight: in evaluation it does not run with this input_data, or computes with another weight than its own"
     )
 
 

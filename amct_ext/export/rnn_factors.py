@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from amct_ext.common.layer_kinds import ONNX_GATES
+from amct_ext.common.layer_kinds import ONNX_GATES, layer_type
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.factors import (
     DEAD,
@@ -57,7 +57,7 @@ class RnnFactors:
         return _per_row(side.deq, len(side.weight))
 
 
-def rnn_factors(record: QuantRecord, module: nn.LSTM | nn.GRU) -> RnnFactors:
+def rnn_factors(record: QuantRecord, module: nn.RNNBase) -> RnnFactors:
     """Quantise both weights of `module` with the factors of `record`.
 
     Errors: RecordRangeError (a factor out of range), RecordError (a missing factor, a length that does not fit),
@@ -68,7 +68,7 @@ def rnn_factors(record: QuantRecord, module: nn.LSTM | nn.GRU) -> RnnFactors:
         raise ExportError(f"layer {name!r}: only one layer, one direction and no projection can be exported quantised")
     if record.scale_h is None or record.offset_h is None or not record.scale_r:
         raise RecordError(f"layer {name!r}: recurrent layers need scale_h, offset_h, scale_r and offset_r too")
-    kind = "LSTM" if isinstance(module, nn.LSTM) else "GRU"
+    kind = str(layer_type(module))
     recurrent = replace(
         record, scale_d=record.scale_h, offset_d=record.offset_h, scale_w=record.scale_r, offset_w=record.offset_r
     )

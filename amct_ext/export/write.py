@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from amct_ext.common.layer_kinds import ONNX_GATES, layer_type
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
@@ -153,7 +154,7 @@ def _factors(
         if record.key in layers or record.key in recurrent:
             raise RecordError(f"the record holds two entries for layer {record.key!r}")
         module = modules[record.key]
-        if isinstance(module, (nn.LSTM, nn.GRU)):
+        if isinstance(module, nn.RNNBase) and layer_type(module) in ONNX_GATES:
             recurrent[record.key] = rnn_factors(record, module)
         else:
             layers[record.key] = layer_factors(record, module, write_shift, mirrored.get(record.key))

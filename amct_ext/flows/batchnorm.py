@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from amct_ext.common.validation import check_types, unwrap
+from amct_ext.common.validation import check_types
+from amct_ext.common.wrapping import unwrap
 from amct_ext.flows.calibrate import check_batches
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import in_mode

@@ -16,13 +16,14 @@ from torch import nn
 
 from amct_ext.checkpoint.load import load_state, read_state_dict
 from amct_ext.common.references import copy_model
-from amct_ext.common.validation import check_model, unwrap, wrap_like
+from amct_ext.common.wrapping import unwrap, wrap_like
 from amct_ext.config.json import JsonConfig, resolve_json
 from amct_ext.config.plan import Plan, after_pruning, resolve
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import RecordError
 from amct_ext.explain.reasons import layer_reasons
+from amct_ext.flows.check import check_model
 from amct_ext.flows.diagnosis import (
     check_pruned,
     export_note,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import in_mode
@@ -31,18 +31,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     training forwards only.
     """
     inner = unwrap(model)
-    running = session_of(inner).running
+    tracker = session_of(inner).tracker
     layers = dict(compressed_layers(inner))
     check_batches(batches)
     with in_mode(inner, training=False):
-        running.calibrating = True
+        tracker.calibrating = True
         try:
             for batch in batches:
                 parse_inputs(inner, batch).call(model)
                 if not _waiting(layers):
                     break
         finally:
-            running.calibrating = False
+            tracker.calibrating = False
     missing = _waiting(layers)
     if missing:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             "batches, and ones that reach these layers"
         )
     for layer in layers.values():
-        layer.start_scales()
+        layer.initialise_scales()
 
 
 def _waiting(layers: Mapping[str, CompressedLayer]) -> list[str]:

@@ -27,7 +27,7 @@ from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels, discover
 from amct_ext.prune.cost import layer_works
-from amct_ext.prune.discover import onnx_type
+from amct_ext.prune.discover import onnx_operator
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_config import SearchConfig, dumps, read_search_config
 from amct_ext.prune.search_methods import (
@@ -93,7 +93,7 @@ def auto_channel_prune_search(
     works = layer_works(graph, inner, [(group, _lost(group, prune)) for group, prune in given])
     info, records = search_space.graph_info(works), search_space.search_records(groups)
     modules = dict(inner.named_modules())
-    nodes = (search_space.SearchNode(n.name, onnx_type(n, modules[n.module])) for n in graph.nodes if n.module)
+    nodes = (search_space.SearchNode(n.name, onnx_operator(n, modules[n.module])) for n in graph.nodes if n.module)
     _set_up(measure, (search_space.SearchGraph(inner, tuple(nodes)), info), input_data, settings.test_iteration)
     measure.get_sensitivity(records)
     for record, group in zip(records, groups, strict=True):

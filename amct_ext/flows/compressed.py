@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types, unwrap
+from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.text import parse_config
 from amct_ext.flows import build, saving
 from amct_ext.model_surgery.session import session_of
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 
 @outside_inference_mode
@@ -59,7 +60,7 @@ def restore_compressed_retrain_model(
     )
     check_record_name(record_file)
     planner = build.Planner.of(parse_config(config_defination))
-    record = Record.read(record_file)
+    record = read_record(record_file)
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
 
@@ -88,5 +89,5 @@ def save_compressed_retrain_model(
     if saving.quantised_layers(inner):
         saving.save_quantised(inner, record_file, save_path, input_data, names)
     else:
-        Record.read(record_file)
+        read_record(record_file)
         saving.save_plain(inner, save_path, input_data, names)

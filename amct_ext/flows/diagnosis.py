@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import keeps_forward
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits

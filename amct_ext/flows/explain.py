@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.json import read_config
 from amct_ext.explain.report import Explanation, report
 from amct_ext.flows.build import Planner, compress

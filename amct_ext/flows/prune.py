@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types, unwrap
+from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.plan import LayerTraits, Plan, resolve
 from amct_ext.config.text import parse_config
 from amct_ext.errors import ConfigError, ModelError
 from amct_ext.flows import build, saving
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 _log = logging.getLogger("amct_ext")
 
@@ -63,7 +64,7 @@ def restore_prune_retrain_model(
     )
     check_record_name(record_file)
     planner = _planner(config_defination)
-    record = Record.read(record_file)
+    record = read_record(record_file)
     if not (record.channel or record.sparse):
         _log.warning("%s: no prune_record, so no channels are removed", record_file)
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)

@@ -9,7 +9,8 @@ from torch import nn
 
 from amct_ext.common.files import write_atomic
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types, unwrap
+from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.wrapping import unwrap
 from amct_ext.config.json import default_config, dumps, read_json, resolve_json
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import parse_config

@@ -24,7 +24,7 @@ from amct_ext.model_surgery.hooks import detach
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, session_of
 from amct_ext.model_surgery.swap import compressed_layers, fold_layers, placed_layers
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def save_quantised(
     """
     session = session_of(model)
     raise_if_invalid(model)
-    record = Record.read(record_file)
+    record = read_record(record_file)
     if not record.quant:
         waiting = [name for name, layer in compressed_layers(model) if not layer.recordable]
         todo = (

@@ -7,18 +7,18 @@ from typing import Literal
 
 from torch import nn
 
-from amct_ext.common.validation import unwrap
+from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.calibration_data import Gathering, Histogram, Values
+from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.integer import IntegerForward, obstacle
+from amct_ext.layers.integer import IntegerForward, unsupported_reason
 from amct_ext.model_surgery.recording import write_record
 from amct_ext.model_surgery.session import session_of
 from amct_ext.model_surgery.swap import compressed_layers, link_norms
 
 Forward = Literal["float", "auto", "integer"]
-_WAYS: dict[str, type[Gathering]] = {"exact": Values, "histogram": Histogram}
+_CALIBRATION_METHODS: dict[str, type[CalibrationMethod]] = {"exact": ExactValues, "histogram": ValueHistogram}
 
 
 def configure(
@@ -57,7 +57,7 @@ def configure(
         raise ValueError(f"validation must be 'deferred' or 'eager', not {validation!r}")
     if stash not in (None, "rebuild", "off"):
         raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
-    if calibration not in (None, *_WAYS):
+    if calibration not in (None, *_CALIBRATION_METHODS):
         raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
     inner = unwrap(model)
     session = session_of(inner)
@@ -68,7 +68,7 @@ def configure(
         _check_values_are_there(quantizers)
     for name, way in wanted.items():
         layers[name].integer = (
-            None if way == "float" or obstacle(layers[name]) else IntegerForward(way, session.running)
+            None if way == "float" or unsupported_reason(layers[name]) else IntegerForward(way, session.tracker)
         )
     for quantizer in quantizers:
         if validation is not None:
@@ -76,7 +76,7 @@ def configure(
         if stash is not None:
             quantizer.stash = stash == "rebuild"
         if calibration is not None:
-            quantizer.calibration.way = _WAYS[calibration]()
+            quantizer.calibration.method = _CALIBRATION_METHODS[calibration]()
 
 
 def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:

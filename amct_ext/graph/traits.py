@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from amct_ext.common.layer_kinds import (
-    BATCHED_DIMS,
-    FILTER_PRUNABLE,
     QUANTIZABLE,
-    RNNS,
-    SPARSE_PRUNABLE,
-    TRANSPOSED_CONVS,
+    Family,
+    LayerKind,
     computed_parameter,
     is_depthwise,
     keeps_forward,
+    kind_of,
     layer_type,
 )
 from amct_ext.config.plan import LayerTraits
@@ -37,11 +34,12 @@ def layer_traits(
     read_by = {id(model.get_parameter(name)): nodes[0].name for name, nodes in readers.items()}
     result = {}
     for name, module in modules.items():
-        kind = str(layer_type(module))
-        if kind not in QUANTIZABLE:
+        kind = kind_of(module)
+        if kind is None or not kind.quantizable:
             continue
         # A recurrent layer has several weights.
-        weights = [value for key, value in module._parameters.items() if key.startswith("weight")]
+        named = [(key, value) for key, value in module._parameters.items() if value is not None]
+        weights = [value for key, value in named if key.startswith("weight")]
         # A weight that only an op reads (out_proj of MultiheadAttention) is no layer's that runs.
         reader = next((read_by[id(value)] for value in weights if id(value) in read_by), "")
         usable = why_not_usable(calls, name, module, reader) or left_alone.get(name, "")
@@ -54,11 +52,11 @@ def layer_traits(
         if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
             why_dense = f"its weight is also read by {reader}, outside of the layer"
         result[name] = LayerTraits(
-            type=kind,
+            type=kind.name,
             quantizable=not reason,
-            filter_prunable=kind in FILTER_PRUNABLE and not usable and not is_depthwise(module),
-            sparse_prunable=kind in SPARSE_PRUNABLE and not why_dense,
-            int4_weights=_int4_weights(kind, module),
+            filter_prunable=kind.filter_prunable and not usable and not is_depthwise(module),
+            sparse_prunable=kind.sparse_prunable and not why_dense,
+            int4_weights=_int4_weights(kind, module, weights),
             why_not_quantizable=reason,
             why_not_sparse=why_dense,
         )
@@ -77,10 +75,11 @@ def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
 
 def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str = "") -> str:
     """Why no compression of any kind can touch a layer, '' where it can. `reader`: an op that reads its weight."""
-    kind = str(layer_type(module))
+    kind = kind_of(module)
+    assert kind is not None
     calls = all_calls.get(name, [])
     if not keeps_forward(module):
-        return f"its class {type(module).__name__} has a forward of its own, so it is no plain {kind}"
+        return f"its class {type(module).__name__} has a forward of its own, so it is no plain {kind.name}"
     computed = computed_parameter(module)
     if computed:
         return f"its {computed} is computed (property, parametrisation or weight norm), not a parameter of its own"
@@ -93,40 +92,30 @@ def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str =
     source = calls[0].inputs[0] if calls[0].inputs else None
     if source is None:
         return "it was called without a tensor"
-    dims = BATCHED_DIMS.get(kind)
-    if dims is not None and len(source.shape) < dims:
-        return f"its input has {len(source.shape)} dimensions (un-batched or packed); {dims} are needed"
+    if kind.batched_dims is not None and len(source.shape) < kind.batched_dims:
+        found = len(source.shape)
+        return f"its input has {found} dimensions (un-batched or packed); {kind.batched_dims} are needed"
     return ""
 
 
-def _why_not_quantizable(kind: str, module: Any) -> str:
+def _why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
     """Limits of the quantised layers themselves, '' where there is none."""
-    if kind in RNNS:
-        limits: list[tuple[str, Callable[[Any], bool], str]] = [
-            ("num_layers", lambda v: v == 1, "1"),
-            ("bidirectional", lambda v: not v, "False"),
-            ("dropout", lambda v: v == 0, "0"),
-            ("proj_size", lambda v: v == 0, "0"),
-        ]
-        for attribute, accepts, wanted in limits:
+    if kind.family is Family.RNN:
+        for attribute, wanted in (("num_layers", 1), ("bidirectional", False), ("dropout", 0), ("proj_size", 0)):
             value = getattr(module, attribute)
-            if not accepts(value):
+            if (value or wanted) != wanted:
                 return f"{attribute} is {value}, only {wanted} can be quantised"
         return ""
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode is {module.padding_mode!r}; the device quantises 'zeros' only"
-    if kind == "Conv3d" and module.dilation[0] != 1:
-        return f"dilation is {module.dilation[0]} in depth, only 1 can be quantised"
+    padding, dilation = getattr(module, "padding_mode", "zeros"), getattr(module, "dilation", (1,))
+    if padding != "zeros":
+        return f"padding_mode is {padding!r}; the device quantises 'zeros' only"
+    if kind.cls is nn.Conv3d and dilation[0] != 1:
+        return f"dilation is {dilation[0]} in depth, only 1 can be quantised"
     return ""
 
 
-def _int4_weights(kind: str, module: Any) -> bool:
+def _int4_weights(kind: LayerKind, module: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
     """INT4 weights are packed in pairs along the input channels: these must be even in number and in one group."""
-    if kind in RNNS:
-        return module.input_size % 2 == 0 and module.hidden_size % 2 == 0
-    if kind == "Linear":
-        return module.in_features % 2 == 0
-    if module.groups > 1:
-        return False
-    # With one group Cin is weight axis 1 of a convolution and axis 0 of a transposed one.
-    return module.weight.shape[0 if kind in TRANSPOSED_CONVS else 1] % 2 == 0
+    axis = kind.weight_axes[0]
+    one_group = getattr(module, "groups", 1) == 1
+    return one_group and all(weight.shape[axis] % 2 == 0 for weight in weights if weight.dim() > axis)

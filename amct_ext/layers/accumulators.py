@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amct_ext.common.ranks import whole
-from amct_ext.layers.bn_fold import folded, sign_of_factor
+from amct_ext.layers.bn_fold import factor_sign, fold_batch_norm
 
 
 @torch.no_grad()
@@ -27,11 +27,11 @@ def device_accumulators(layer: Any, sums: Tensor, deq_scale: Tensor, channel_axi
     shape[channel_axis] = -1
     total = sums.double()
     bias = None if layer.bias is None else whole(layer.bias).double()
-    norm = layer.links.norm
+    norm = layer.refs.batch_norm
     if norm is not None:
         weight, shift = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
-        factor, bias = folded(bias, weight, shift, norm.running_mean, norm.running_var, norm.eps)
-        total *= sign_of_factor(layer.weight_quant.used_scale().double(), factor).view(shape)
+        factor, bias = fold_batch_norm(bias, weight, shift, norm.running_mean, norm.running_var, norm.eps)
+        total *= factor_sign(layer.weight_quant.last_scale().double(), factor).view(shape)
     if bias is not None:
         total += (bias / deq_scale.double()).round_().view(shape)
     limits = torch.iinfo(torch.int32)

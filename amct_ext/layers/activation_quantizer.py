@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.config.plan import DataQuant
 from amct_ext.errors import InvalidDataError
-from amct_ext.layers.calibration_data import Calibration, batch_range, fits
-from amct_ext.layers.deferred import Running
-from amct_ext.layers.forward_context import leaves_no_trace, readable
-from amct_ext.layers.host_value import HostValue
-from amct_ext.layers.integer_autograd import Codes
+from amct_ext.layers.cached_item import CachedItem
+from amct_ext.layers.calibration_data import CalibrationData, batch_range, is_resumable
+from amct_ext.layers.forward_context import host_can_read, state_updates_disabled
+from amct_ext.layers.forward_tracker import ForwardTracker
+from amct_ext.layers.integer_autograd import QuantizedActivation
 from amct_ext.layers.precision import KeepsPrecision
-from amct_ext.layers.shared_input import Shared
+from amct_ext.layers.shared_input import SharedInputCache
 
 _NAN = float("nan")
 
 
-class Range(NamedTuple):
+class ClipRange(NamedTuple):
     """Clips to quantise one input with."""
 
     clip_max: Tensor
@@ -67,17 +67,17 @@ class ActivationQuantizer(KeepsPrecision):
             self.register_buffer(name, torch.tensor(_NAN, dtype=torch.float32, device=device))
         self.register_buffer("invalid", torch.zeros((), dtype=torch.bool, device=device))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.float32, device=device))
-        self.calibration = Calibration()
-        self.evaluated: Range | None = None  # by the last evaluation, while there is no calibration: no state
-        self.running = Running()
+        self.calibration = CalibrationData()
+        self.evaluated: ClipRange | None = None  # by the last evaluation, while there is no calibration: no state
+        self.tracker = ForwardTracker()
         self.validate_now = False
         self.stash = True
         self.num_readers = 1
-        self.shared: Shared[tuple[Tensor, ...]] = Shared()
-        self.shared_codes: Shared[Codes] = Shared()
-        self.found: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
-        self.own_writes = 0  # to the clips, by forwards: versions that mean no change
-        self._seen = HostValue(0, settled=self.batch_num)
+        self.shared: SharedInputCache[tuple[Tensor, ...]] = SharedInputCache()
+        self.shared_codes: SharedInputCache[QuantizedActivation] = SharedInputCache()
+        self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
+        self.clip_writes = 0  # to the clips, by forwards: versions that mean no change
+        self._seen = CachedItem(0, settled=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
     @property
@@ -100,16 +100,16 @@ class ActivationQuantizer(KeepsPrecision):
         return self.ready or self.evaluated is not None
 
     @property
-    def learning(self) -> bool:
+    def may_calibrate(self) -> bool:
         """Whether the present forward may calibrate: one of training, or one of `calibrate`.
 
         A part in eval mode within a model in training mode (a frozen backbone) sees training data, too.
         """
-        return self._of_training and not leaves_no_trace()
+        return self._sees_training_data and not state_updates_disabled()
 
     @property
-    def _of_training(self) -> bool:
-        return self.training or self.running.calibrating or self.running.training
+    def _sees_training_data(self) -> bool:
+        return self.training or self.tracker.calibrating or self.tracker.training
 
     def forward(self, x: Tensor, used: list[Tensor] | None = None) -> Tensor:
         """Quantise ``x`` for the layer that runs first; keep the result for the layers that share the input.
@@ -118,7 +118,7 @@ class ActivationQuantizer(KeepsPrecision):
         """
         made = self._make(x)
         if self.num_readers > 1:
-            self.shared.keep(made, x, self.num_readers - 1, self.running.forward)
+            self.shared.keep(made, x, self.num_readers - 1, self.tracker.forward_id)
         if used is not None:
             used += made
         return made[0]
@@ -128,7 +128,7 @@ class ActivationQuantizer(KeepsPrecision):
 
         Where the layer that holds the quantiser does not run, the first reader calibrates in its place.
         """
-        forward = self.running.forward
+        forward = self.tracker.forward_id
         made = self.shared.take(x, forward)
         if made is None:
             made = self._make(x)
@@ -139,37 +139,37 @@ class ActivationQuantizer(KeepsPrecision):
 
     def _make(self, x: Tensor) -> tuple[Tensor, ...]:
         """Quantised ``x``, ``x``, and the effective clips (maximum, minimum)."""
-        clips = self.range_for(x)
-        if not clips.kept or x.numel() == 0 or leaves_no_trace():
+        clips = self.clips_for(x)
+        if not clips.kept or x.numel() == 0 or state_updates_disabled():
             y, _, _, clip_max, clip_min, invalid = self._quantize(x, clips)
-            if not clips.kept and not leaves_no_trace():
+            if not clips.kept and not state_updates_disabled():
                 self._note_invalid(invalid)
             return y, x, clip_max, clip_min
         y, clip_max, clip_min = ops.ulq_fake_quantize_(
             x, *clips[:4], self.scale, self.offset, self.invalid, self.num_bits, self.fixed_min
         )
         if not torch.compiler.is_compiling():  # a graph must not depend on a count
-            self.own_writes += 1
+            self.clip_writes += 1
         if self.validate_now:
             self.raise_if_invalid()
         return y, x, clip_max, clip_min
 
-    def range_for(self, x: Tensor) -> Range:
+    def clips_for(self, x: Tensor) -> ClipRange:
         """The clips for ``x``, calibrating on it first where that is due. Errors: InvalidDataError."""
         finished = self.calibrated
         if not finished:
             self.calibrate(x)
             finished = self.calibrated
-        own = Range(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, kept=True)
+        own = ClipRange(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, kept=True)
         if finished or x.numel() == 0:
             return own
-        if not readable(self.clip_max):
-            return own if self.learning else self._range_of(x)
-        if self._has_range() if self._of_training else self.ready:
+        if not host_can_read(self.clip_max):
+            return own if self.may_calibrate else self._range_of(x)
+        if self._has_range() if self._sees_training_data else self.ready:
             return own
-        self.running.warn_uncalibrated(self.layer)
+        self.tracker.warn_uncalibrated(self.layer)
         clips = self._range_of(x)
-        self.evaluated = None if self._of_training or leaves_no_trace() else clips
+        self.evaluated = None if self._sees_training_data or state_updates_disabled() else clips
         return clips
 
     def calibrate(self, x: Tensor) -> None:
@@ -177,42 +177,42 @@ class ActivationQuantizer(KeepsPrecision):
 
         Errors: InvalidDataError.
         """
-        if self.calibrated or x.numel() == 0 or x.is_meta or not self.learning:
+        if self.calibrated or x.numel() == 0 or x.is_meta or not self.may_calibrate:
             return
-        forward = self.running.forward
+        forward = self.tracker.forward_id
         if forward is None or forward != self._calibrated_in:
             self._calibrated_in = forward
             self._calibrate(x.detach())
 
-    def quantize_step(self, state: Tensor, clips: Range, steps: list[tuple[Tensor, ...]]) -> Tensor:
+    def quantize_step(self, state: Tensor, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> Tensor:
         """Quantise the state of one step of a sequence; ``steps`` gathers what ``end_sequence`` needs."""
         steps.append(self._quantize(state, clips))
         return steps[-1][0]
 
-    def end_sequence(self, clips: Range, steps: list[tuple[Tensor, ...]]) -> None:
+    def end_sequence(self, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> None:
         """Write the effective clips back, once per sequence: they are the same at every step, as are those of AMCT."""
         _, scale, offset, clip_max, clip_min, _ = steps[-1]
         invalid = torch.stack([step[5] for step in steps]).any()
         if clips.kept:
             self.write_back(scale, offset, clip_max, clip_min, invalid)
-        elif not leaves_no_trace():
+        elif not state_updates_disabled():
             self._note_invalid(invalid)
 
     @torch.no_grad()
     def write_back(self, scale: Tensor, offset: Tensor, clip_max: Tensor, clip_min: Tensor, invalid: Tensor) -> None:
         """Note what a forward used. Errors: InvalidDataError, where the check is not deferred."""
-        if leaves_no_trace():
+        if state_updates_disabled():
             return
         torch._foreach_copy_(
             [self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, self.scale, self.offset],
             [clip_max, clip_min, clip_max, clip_min, scale, offset],
         )
         if not torch.compiler.is_compiling():  # a graph must not depend on a count
-            self.own_writes += 1
+            self.clip_writes += 1
         self._note_invalid(invalid)
 
     @torch.no_grad()
-    def present_scale(self) -> Tensor:
+    def current_scale(self) -> Tensor:
         """The scale that the present clips give, on the device."""
         return self._quantize(self.clip_max.new_zeros(0))[1]
 
@@ -242,7 +242,7 @@ class ActivationQuantizer(KeepsPrecision):
         if self.validate_now:
             self.raise_if_invalid()
 
-    def _quantize(self, x: Tensor, clips: Range | None = None) -> tuple[Tensor, ...]:
+    def _quantize(self, x: Tensor, clips: ClipRange | None = None) -> tuple[Tensor, ...]:
         bounds = (self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min) if clips is None else clips[:4]
         return ops.ulq_fake_quantize(x, *bounds, self.num_bits, self.fixed_min)
 
@@ -252,18 +252,18 @@ class ActivationQuantizer(KeepsPrecision):
         return bool(self.clip_max - self.clip_min > torch.finfo(torch.float32).eps)
 
     @torch.no_grad()
-    def _range_of(self, x: Tensor) -> Range:
+    def _range_of(self, x: Tensor) -> ClipRange:
         """The range that a calibration with ``x`` as its next batch would use; nothing is kept.
 
         Where the host cannot ask, clips that are a range go first; decided on the device.
         """
         last = self._seen.value + 1 >= self.batch_num
         clip_max, clip_min = batch_range(_values(x.detach()), self.num_bits, last)
-        if not readable(self.clip_max) and self._seen.value == 0:
+        if not host_can_read(self.clip_max) and self._seen.value == 0:
             usable = self.clip_max - self.clip_min > torch.finfo(torch.float32).eps
             clip_max = torch.where(usable, self.clip_max, clip_max)
             clip_min = torch.where(usable, self.clip_min, clip_min)
-        return Range(clip_max, clip_min, clip_max, clip_min, kept=False)
+        return ClipRange(clip_max, clip_min, clip_max, clip_min, kept=False)
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:
@@ -280,7 +280,7 @@ class ActivationQuantizer(KeepsPrecision):
         count = torch.full_like(self.batches_seen, seen + 1)
         for own, value in [*found, (self.batches_seen, count)]:
             own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
-        self.found = "final" if last else "provisional"
+        self.found_clips = "final" if last else "provisional"
         self._seen.wrote(self.batches_seen, seen + 1)
 
     @torch.no_grad()
@@ -296,10 +296,10 @@ class ActivationQuantizer(KeepsPrecision):
         self.calibration.clear()
         gathered = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if gathered is not None and gathered.numel() and fits(gathered):
+        if gathered is not None and gathered.numel() and is_resumable(gathered):
             self.calibration.resume(gathered.to(self.clip_max.device), int(self.batches_seen))
         self._seen.read(self.batches_seen)  # a graph compiled next takes the value as it is now
-        self.shared, self.shared_codes = Shared(), Shared()
+        self.shared, self.shared_codes = SharedInputCache(), SharedInputCache()
 
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"

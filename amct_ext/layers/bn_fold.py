@@ -13,7 +13,7 @@ from amct_ext.common.ranks import whole
 _SMALLEST = 2.0**-103
 
 
-def with_factor(scale: Tensor, norm: Any) -> Tensor:
+def fold_scale(scale: Tensor, norm: Any) -> Tensor:
     """Scales of a weight (one, or one per channel) as they are recorded: times the factor of a BatchNorm behind it.
 
     1 where that is next to nothing (a factor of 0, or denormal): the files hold a weight of zeros there, and any
@@ -26,12 +26,12 @@ def with_factor(scale: Tensor, norm: Any) -> Tensor:
     return torch.where(both < _SMALLEST, torch.ones_like(both), both)
 
 
-def sign_of_factor(scale: Tensor, factor: Tensor) -> Tensor:
-    """Sign of a BatchNorm's factor, 0 where `with_factor` takes it for next to nothing."""
+def factor_sign(scale: Tensor, factor: Tensor) -> Tensor:
+    """Sign of a BatchNorm's factor, 0 where `fold_scale` takes it for next to nothing."""
     return factor.sign() * ((scale * factor).abs() >= _SMALLEST)
 
 
-def folded(
+def fold_batch_norm(
     bias: Tensor | None, weight: Tensor | None, shift: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(factor, term), one float64 value per channel each: normalised(y + bias) is y * factor + term.

@@ -15,7 +15,7 @@ _EXTREMES = 1024  # on either side: an exact percentile for up to 1.02e9 values
 _LENGTH = 2 * BINS + _EXTREMES
 
 
-class Gathering(Protocol):
+class CalibrationMethod(Protocol):
     """A way to gather batches; ``gathered`` is empty at the start."""
 
     def add(self, gathered: Tensor, x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class Gathering(Protocol):
         """The clips (maximum, minimum) that the range search finds; NaN where values were not finite."""
 
 
-class Values:
+class ExactValues:
     """All values: the range is that of one search over all batches at once; memory grows with every batch."""
 
     def add(self, gathered: Tensor, x: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class Values:
         return clip_max, clip_min
 
 
-class Histogram:
+class ValueHistogram:
     """A histogram (int64, 2.4 MiB) however much data there is; the bound is that of `search_clip_range_histogram`.
 
-    Goes on from what `Values` gathered before.
+    Goes on from what `ExactValues` gathered before.
     """
 
     def add(self, gathered: Tensor, x: Tensor) -> Tensor:
@@ -56,11 +56,11 @@ class Histogram:
         return clip_max, clip_min
 
 
-class Calibration:
+class CalibrationData:
     """The batches of one calibration that is under way: no state of the model, copied and pickled with it."""
 
     def __init__(self) -> None:
-        self.way: Gathering = Values()  # how to gather, as `configure` says
+        self.method: CalibrationMethod = ExactValues()  # how to gather, as `configure` says
         self.data: Tensor | None = None
         self.batches = 0  # taken so far
 
@@ -75,7 +75,7 @@ class Calibration:
         if last and self.data is None:
             clip_max, clip_min = batch_range(x, num_bits, search=True)
         else:
-            way = Histogram() if self.is_histogram else self.way
+            way = ValueHistogram() if self.is_histogram else self.method
             data = way.add(x.new_zeros(0) if self.data is None else self.data.to(x.device), x)
             clip_max, clip_min = way.clips(data, num_bits) if last else batch_range(x, num_bits, search=False)
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
@@ -100,7 +100,7 @@ class Calibration:
 
 def batch_range(x: Tensor, num_bits: int, search: bool) -> tuple[Tensor, Tensor]:
     """The clips (maximum, minimum) for one batch: those that the range search finds, or the extremes."""
-    return Values().clips(x, num_bits) if search else (x.max(), x.min())
+    return ExactValues().clips(x, num_bits) if search else (x.max(), x.min())
 
 
 def is_histogram(gathered: Tensor) -> bool:
@@ -108,7 +108,7 @@ def is_histogram(gathered: Tensor) -> bool:
     return gathered.dtype == torch.int64
 
 
-def fits(gathered: Tensor) -> bool:
+def is_resumable(gathered: Tensor) -> bool:
     """Whether this version of the library can go on with what another one gathered."""
     kept = gathered.numel() == _LENGTH if is_histogram(gathered) else gathered.is_floating_point()
     return kept and gathered.dim() == 1

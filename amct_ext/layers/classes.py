@@ -8,7 +8,7 @@ from torch import nn
 
 from amct_ext.layers import compressed, rnn
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.derive import derived, take_attributes
+from amct_ext.layers.derive import derived_class, take_attributes
 
 _CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
     nn.Conv1d: compressed.CompressedConv1d,
@@ -21,7 +21,7 @@ _CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
     nn.GRU: rnn.CompressedGRU,
 }
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
-_INSTANCE_NAMES = {"layer_name", "links", "integer"}
+_INSTANCE_NAMES = {"layer_name", "refs", "integer"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
 _COPYING = {"__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__"}
 
@@ -41,7 +41,7 @@ def compressed_class(layer: nn.Module) -> tuple[type[CompressedLayer] | None, st
     if own is parent:
         return base, ""
     try:
-        return derived(base, own), ""
+        return derived_class(base, own), ""
     except Exception as error:
         return None, f"no class can be derived from its class {own.__name__}: {error}"
 

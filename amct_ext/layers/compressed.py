@@ -15,9 +15,9 @@ from amct_ext.common.ranks import whole
 from amct_ext.config.plan import LayerPlan, SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.bn_fold import with_factor
-from amct_ext.layers.derive import new_layer, take_attributes
-from amct_ext.layers.forward_context import leaves_no_trace
+from amct_ext.layers.bn_fold import fold_scale
+from amct_ext.layers.derive import new_derived, take_attributes
+from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.integer import IntegerForward
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity
@@ -28,11 +28,11 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass
-class Links:
+class UnregisteredRefs:
     """Modules that a layer refers to without holding them: their state belongs elsewhere in the model."""
 
-    act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
-    norm: Any = None  # the BatchNorm that follows
+    shared_act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
+    batch_norm: Any = None  # the BatchNorm that follows
 
 
 class CompressedLayer(nn.Module):
@@ -43,7 +43,7 @@ class CompressedLayer(nn.Module):
     """
 
     layer_name: str  # at create; the layer may be wrapped and so get another one
-    links: Links
+    refs: UnregisteredRefs
     derived_from: tuple[type, type] | None = None  # compressed and float class, where the latter is a user's
     weight: Any  # nn.Parameter of the float class
     bias: Any
@@ -66,7 +66,7 @@ class CompressedLayer(nn.Module):
         new = object.__new__(cls)
         take_attributes(new, layer)
         new.layer_name = plan.name
-        new.links = Links()
+        new.refs = UnregisteredRefs()
         new.integer = None
         vars(new).update(dict.fromkeys(cls.own_children))
         new._add_children(plan, batch_num, fixed_min)
@@ -86,16 +86,16 @@ class CompressedLayer(nn.Module):
 
     # -- links
 
-    def share_activation(self, owner: CompressedLayer) -> None:
+    def share_act_quant(self, owner: CompressedLayer) -> None:
         """Use the quantiser of ``owner``, which runs first on the same tensor."""
         assert owner.act_quant is not None
         self.act_quant = None
-        self.links.act_quant = owner.act_quant
+        self.refs.shared_act_quant = owner.act_quant
         owner.act_quant.num_readers += 1
 
-    def link_norm(self, norm: Any) -> None:
+    def set_batch_norm(self, norm: Any) -> None:
         """Remember the BatchNorm that follows (None: none does): its factor belongs to the recorded weight scales."""
-        self.links.norm = norm
+        self.refs.batch_norm = norm
         search = self.search_n
         if search is None or self.weight_quant is None:
             return
@@ -106,7 +106,7 @@ class CompressedLayer(nn.Module):
     @property
     def activation(self) -> ActivationQuantizer | None:
         """The activation quantiser in use: its own or the shared one."""
-        return self.act_quant if self.act_quant is not None else self.links.act_quant
+        return self.act_quant if self.act_quant is not None else self.refs.shared_act_quant
 
     @property
     def own_quantizers(self) -> tuple[ActivationQuantizer, ...]:
@@ -118,7 +118,7 @@ class CompressedLayer(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module; a change of phase is also where weights may have been swapped through ``weight.data``."""
         if self.integer is not None:
-            self.integer.forget_weight()
+            self.integer.drop_packed_weight()
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -131,24 +131,24 @@ class CompressedLayer(nn.Module):
             y = self._float_forward(x, *args)
         if self.search_n is not None:
             if self.training:
-                if not leaves_no_trace():
-                    self.search_n.forget()
-            elif y.numel() and self.feeds_search:
-                sums = None if self.integer is None else self.integer.take_sums()
+                if not state_updates_disabled():
+                    self.search_n.reset()
+            elif y.numel() and self.feeds_shift_search:
+                sums = None if self.integer is None else self.integer.pop_accumulators()
                 self._search_shift(self.search_n, y.detach(), sums)
         return y
 
     @property
-    def feeds_search(self) -> bool:
+    def feeds_shift_search(self) -> bool:
         """Whether a forward's output is for the shift search, too; those of compiled graphs are not.
 
         The search decides on the host and would be traced once a layer, in a graph of its own.
         """
-        if torch.compiler.is_compiling() or self.search_n is None or self.training or not self.search_n.wants_data:
+        if torch.compiler.is_compiling() or self.search_n is None or self.training or not self.search_n.needs_data:
             return False
-        if self.activation is None or self.activation.running.calibrating or self.activation.running.training:
+        if self.activation is None or self.activation.tracker.calibrating or self.activation.tracker.training:
             return False
-        return not leaves_no_trace() and not self.weight.is_meta and self.ready
+        return not state_updates_disabled() and not self.weight.is_meta and self.ready
 
     @property
     def ready(self) -> bool:
@@ -167,7 +167,7 @@ class CompressedLayer(nn.Module):
         return () if self.weight_quant is None else (self.weight_quant,)
 
     @torch.no_grad()
-    def start_scales(self) -> None:
+    def initialise_scales(self) -> None:
         """Start learned scales that no training forward has started yet."""
         if self.weight_quant is not None:
             self.weight_quant.initialise(self._to_rows(self.masked_weight()))
@@ -194,12 +194,12 @@ class CompressedLayer(nn.Module):
         weight: Tensor = self.weight
         if self.weight_quant is None:
             return weight if self.sparsity is None else self.sparsity(weight)
-        mask = None if self.sparsity is None else self._to_rows(self.sparsity.present_mask(weight))
+        mask = None if self.sparsity is None else self._to_rows(self.sparsity.mask_for_forward(weight))
         return self._from_rows(self.weight_quant(self._to_rows(weight), mask))
 
-    def normalized(self, y: Tensor) -> Tensor:
+    def apply_batch_norm(self, y: Tensor) -> Tensor:
         """``y`` after the BatchNorm that follows the layer, by its running statistics; as it is where none follows."""
-        norm = self.links.norm
+        norm = self.refs.batch_norm
         if norm is None:
             return y
         weight, bias = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
@@ -212,7 +212,7 @@ class CompressedLayer(nn.Module):
         if sums is not None:
             search.observe(device_accumulators(self, sums, deq_scale, axis), deq_scale, axis, in_steps=True)
             return
-        search.observe(self.normalized(y), deq_scale, axis)
+        search.observe(self.apply_batch_norm(y), deq_scale, axis)
 
     # -- what is recorded and saved
 
@@ -229,16 +229,16 @@ class CompressedLayer(nn.Module):
     def recorded_scale_w(self) -> Tensor:
         """scale_w as recorded: present scales (1 below FLT_EPSILON), times the factor of a BatchNorm that follows."""
         assert self.weight_quant is not None, self.layer_name
-        scale = self.weight_quant.present_scale(self._to_rows(self.masked_weight()))
+        scale = self.weight_quant.current_scale(self._to_rows(self.masked_weight()))
         scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
-        norm = self.links.norm
-        return scale if norm is None else with_factor(scale, norm)
+        norm = self.refs.batch_norm
+        return scale if norm is None else fold_scale(scale, norm)
 
     @torch.no_grad()
     def deq_scale(self) -> Tensor:
         """scale_d * scale_w of the present state, on the device."""
         assert self.activation is not None, self.layer_name
-        return self.activation.present_scale() * self.recorded_scale_w()
+        return self.activation.current_scale() * self.recorded_scale_w()
 
     # -- layouts
 
@@ -259,7 +259,7 @@ class CompressedLayer(nn.Module):
         """No module holds a derived class: copies and pickles derive it again."""
         if self.derived_from is None:
             return super().__reduce_ex__(protocol)
-        return new_layer, self.derived_from, self.__getstate__()
+        return new_derived, self.derived_from, self.__getstate__()
 
 
 class CompressedConv1d(CompressedLayer, nn.Conv1d):

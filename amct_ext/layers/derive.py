@@ -10,7 +10,7 @@ from torch import nn
 from amct_ext.common.references import slots_of
 
 
-def derived(compressed: type, user: type) -> type:
+def derived_class(compressed: type, user: type) -> type:
     """The class that is ``compressed`` and, behind that, the user's own: its members and isinstance tests stay.
 
     There is one per pair while anything uses it. Errors: whatever the user's metaclass raises.
@@ -23,9 +23,9 @@ def derived(compressed: type, user: type) -> type:
     return types.new_class(f"Compressed{user.__name__}", (compressed, user), {}, lambda names: names.update(body))
 
 
-def new_layer(compressed: type, user: type) -> Any:
+def new_derived(compressed: type, user: type) -> Any:
     """An empty layer of the derived class, for copies and pickles, which fill it."""
-    return object.__new__(derived(compressed, user))
+    return object.__new__(derived_class(compressed, user))
 
 
 def take_attributes(new: nn.Module, layer: nn.Module) -> None:

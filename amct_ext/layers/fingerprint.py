@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def content(tensor: Tensor, pieces: int | None = None) -> tuple[Any, ...]:
+def fingerprint(tensor: Tensor, pieces: int | None = None) -> tuple[Any, ...]:
     """What two looks at a CPU tensor have in common where nothing was written between them.
 
     Writes that raise the version count always. Others show in the bits of the tensor: of all of it, or of so many

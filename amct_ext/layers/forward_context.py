@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _TRACERS = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 
 
-def leaves_no_trace() -> bool:
+def state_updates_disabled() -> bool:
     """Whether the present forward must not change any state.
 
     So for one that runs inside a backward (gradient checkpointing computes a part again, which has to give what it gave
@@ -27,7 +27,7 @@ def leaves_no_trace() -> bool:
     )
 
 
-def readable(x: torch.Tensor) -> bool:
+def host_can_read(x: torch.Tensor) -> bool:
     """Whether the host can ask for a value now: not while a graph is made, nor on the meta device."""
     return not (torch.compiler.is_compiling() or x.is_meta or _in_tracer())
 
@@ -43,7 +43,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def segment() -> tuple[bool, object]:
+def autograd_context_key() -> tuple[bool, object]:
     """What tells a part of a forward that is run again by itself from the rest: gradients, hooks on saved tensors.
 
     Checkpointed parts have hooks of their own (or no gradients at first). A result made in one must not be used in

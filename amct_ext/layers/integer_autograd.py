@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
-from amct_ext.layers.stash import rounded_again
+from amct_ext.layers.stash import recompute_fake_quantized
 
 
-class Codes(NamedTuple):
+class QuantizedActivation(NamedTuple):
     """An activation as codes, and what its readers need to carry gradients back."""
 
-    carrier: Tensor  # in the autograd graph stands for the quantised activation; its values mean nothing
+    proxy: Tensor  # in the autograd graph stands for the quantised activation; its values mean nothing
     x: Tensor
     clip_max: Tensor
     clip_min: Tensor
@@ -35,7 +35,9 @@ def padding_of(layer: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor) -> Tensor:
+def integer_product(
+    layer: Any, made: QuantizedActivation, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor
+) -> Tensor:
     """The layer's output from codes; ``x`` decides its memory layout."""
     if isinstance(layer, nn.Linear):
         return ops.integer_linear(made.codes, made.scale, made.offset, packed, sums, scale, layer.bias)
@@ -52,7 +54,7 @@ def product(layer: Any, made: Codes, x: Tensor, packed: Tensor, sums: Tensor, sc
     )
 
 
-def accumulators(layer: Any, made: Codes, packed: Tensor, sums: Tensor) -> Tensor:
+def integer_accumulators(layer: Any, made: QuantizedActivation, packed: Tensor, sums: Tensor) -> Tensor:
     """The int32 sums behind that output."""
     if isinstance(layer, nn.Linear):
         return ops.integer_linear_accumulators(made.codes, made.offset, packed, sums)
@@ -70,7 +72,7 @@ def has_channels_last(layer: Any, x: Tensor) -> bool:
     return any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, layer.weight))
 
 
-class Carrier(torch.autograd.Function):
+class FakeQuantProxy(torch.autograd.Function):
     """Stands for the fake-quantised activation in the graph without being computed; its gradient is that of the op."""
 
     @staticmethod
@@ -87,25 +89,25 @@ class Carrier(torch.autograd.Function):
         return *ops.ulq_fake_quantize_backward(grad, x, high, low, ctx.num_bits), None, None, None
 
 
-class Product(torch.autograd.Function):
+class IntegerProduct(torch.autograd.Function):
     """The product on codes; backward rounds the float input again, with the bits of the float path."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        carrier: Tensor,
+        proxy: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        made: Codes,
+        made: QuantizedActivation,
         layer: Any,
         packed: Tensor,
         sums: Tensor,
         scale: Tensor,
     ) -> Tensor:
-        y = product(layer, made, made.x, packed, sums, scale)
-        x = made.x  # without its history; the carrier's node holds the same memory
+        y = integer_product(layer, made, made.x, packed, sums, scale)
+        x = made.x  # without its history; the proxy's node holds the same memory
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, made.clip_max, made.clip_min, weight)
-        ctx.carrier = carrier  # an edge of the graph for gradients of gradients; there is nothing to save of it
+        ctx.proxy = proxy  # an edge of the graph for gradients of gradients; there is nothing to save of it
         ctx.num_bits, ctx.shape, ctx.bias = made.num_bits, x.shape, None if bias is None else list(bias.shape)
         ctx.conv = None
         if isinstance(layer, nn.Conv2d):
@@ -118,18 +120,18 @@ class Product(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         quantised = None
         if wanted[1]:
-            quantised = rounded_again(x, high, low, ctx.num_bits)
+            quantised = recompute_fake_quantized(x, high, low, ctx.num_bits)
             if torch.is_grad_enabled():
-                quantised = _Valued.apply(ctx.carrier, quantised)
+                quantised = _ProxyWithValues.apply(ctx.proxy, quantised)
         backward = _linear_backward if ctx.conv is None else _conv_backward
         return *backward(ctx, grad, quantised, weight, wanted), None, None, None, None, None
 
 
-class _Valued(torch.autograd.Function):
-    """A carrier with its values: what the carrier stands for, with its place in the graph."""
+class _ProxyWithValues(torch.autograd.Function):
+    """A proxy with its values: what the proxy stands for, with its place in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, proxy: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
 
     @staticmethod

@@ -76,7 +76,7 @@ class CompressedRNN(CompressedLayer):
         return tuple(q for q in (self.weight_quant, self.hidden_weight_quant) if q is not None)
 
     @torch.no_grad()
-    def start_scales(self) -> None:
+    def initialise_scales(self) -> None:
         for quantizer, weight in zip(self.weight_quantizers, (self.weight_ih_l0, self.weight_hh_l0), strict=False):
             quantizer.initialise(weight)
 
@@ -90,7 +90,7 @@ class CompressedRNN(CompressedLayer):
         assert self.weight_quant is not None and self.hidden_weight_quant is not None
         hidden_quant = self.hidden_quant
         states = hidden[0] if hidden_quant.calibrated else self._float_states(x, hidden)
-        clips = hidden_quant.range_for(states)
+        clips = hidden_quant.clips_for(states)
         quantised: list[tuple[Tensor, ...]] = []
 
         def step(state: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class CompressedRNN(CompressedLayer):
         """Present weight scales in torch's gate order: one per output channel, or one per gate (all equal)."""
         quantizer = self.hidden_weight_quant if recurrent else self.weight_quant
         assert quantizer is not None
-        scale = quantizer.present_scale(self.weight_hh_l0 if recurrent else self.weight_ih_l0)
+        scale = quantizer.current_scale(self.weight_hh_l0 if recurrent else self.weight_ih_l0)
         scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
         return scale.repeat(self.gates) if scale.numel() == 1 else scale
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import StaleStateError
-from amct_ext.layers.host_value import HostValue, Watch
+from amct_ext.layers.cached_item import CachedItem, VersionGuard
 from amct_ext.layers.precision import KeepsPrecision
 
 NUM_SHIFTS = 16
@@ -34,27 +34,27 @@ class ShiftSearch(KeepsPrecision):
         self.register_buffer("errors", torch.zeros(num_scales, NUM_SHIFTS, dtype=torch.float64, device=device))
         self.register_buffer("deq_scale", torch.zeros(num_scales, dtype=torch.float32, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
-        self._batches = HostValue(0, settled=batch_num)
-        self._own = Watch()
+        self._batches = CachedItem(0, settled=batch_num)
+        self._own = VersionGuard()
 
     @torch.no_grad()
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Note that the scales are about to change: the next evaluation starts over."""
         if self.has_result:
             self.batches.zero_()
             self._batches.wrote(self.batches, 0)
 
     @property
-    def is_own(self) -> bool:
+    def errors_are_own(self) -> bool:
         """Whether the errors were gathered here, not loaded or copied from another model."""
         return self._own.unchanged(self.errors)
 
-    def made_with(self, deq_scale: Tensor) -> bool:
+    def used_scale(self, deq_scale: Tensor) -> bool:
         """Whether the search saw these scales; reads the device."""
         return torch.equal(self.deq_scale, deq_scale.to(self.deq_scale))
 
     @property
-    def wants_data(self) -> bool:
+    def needs_data(self) -> bool:
         """Whether further evaluation batches are of use."""
         return self._batches.read(self.batches) < self.batch_num
 
@@ -99,7 +99,7 @@ class ShiftSearch(KeepsPrecision):
             )
         if not bool(torch.isfinite(deq_scale).all() and (deq_scale > 0).all()):
             raise StaleStateError(f"layer '{layer}': dequantisation scales must be positive and finite")
-        if not self.made_with(deq_scale):
+        if not self.used_scale(deq_scale):
             raise StaleStateError(
                 f"layer '{layer}': scales changed since the shift search; run an evaluation forward again"
             )

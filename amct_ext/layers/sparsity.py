@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
-from amct_ext.layers.forward_context import leaves_no_trace
-from amct_ext.layers.host_value import Watch
+from amct_ext.layers.cached_item import VersionGuard
+from amct_ext.layers.forward_context import state_updates_disabled
 
 
 class Sparsity(nn.Module):
@@ -31,16 +31,16 @@ class Sparsity(nn.Module):
         self.register_buffer("mask", ops.mask_2to4(weight.detach(), axis))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=weight.device))
         # A mask known to be 2:4. Renewing it raises no version, so another one is somebody else's doing.
-        self._known = Watch()
+        self._known = VersionGuard()
         self._known.remember(self.mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the masked weight, renewing the mask first where that is due."""
-        return ops.apply_mask(weight, self.present_mask(weight))
+        return ops.apply_mask(weight, self.mask_for_forward(weight))
 
-    def present_mask(self, weight: Tensor) -> Tensor:
+    def mask_for_forward(self, weight: Tensor) -> Tensor:
         """The mask of this forward: a training forward counts, and renews it where that is due."""
-        if not leaves_no_trace():
+        if not state_updates_disabled():
             self.check(weight)
             if self.training:
                 ops.refresh_mask_(weight.detach(), self.mask, self.step, self.update_freq, self.axis)

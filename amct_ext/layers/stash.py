@@ -61,7 +61,7 @@ def stashed(
     return _Stash(quantised, x, recipe)
 
 
-def rounded_again(x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> Tensor:
+def recompute_fake_quantized(x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> Tensor:
     """What a forward made of ``x``, bit for bit, from the effective clips that it used."""
     # They pass the guards of the op unchanged, and stand for the previous ones too.
     return ops.ulq_fake_quantize(x, clip_max, clip_min, clip_max, clip_min, num_bits)[0]
@@ -105,7 +105,7 @@ class _Stash(saved_tensors_hooks):
 @torch.no_grad()
 def _rebuilt(x: Tensor, part: _Part) -> Tensor:
     clip_max, clip_min, num_bits, layout, _ = part.recipe
-    y = rounded_again(x, clip_max, clip_min, num_bits)
+    y = recompute_fake_quantized(x, clip_max, clip_min, num_bits)
     if y.stride() != layout:  # a surrounding hook gave the input back in another layout
         y = torch.empty_strided(y.size(), layout, dtype=y.dtype, device=y.device).copy_(y)
     return y.as_strided(part.size, part.stride, part.start)

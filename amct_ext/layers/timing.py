@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.layers.integer_autograd import Codes, product
+from amct_ext.layers.integer_autograd import QuantizedActivation, integer_product
 
 _FEWEST, _MOST = 3, 12  # rounds
 
@@ -25,20 +25,20 @@ def integers_are_faster(layer: Any, x: Tensor, with_gradients: bool, with_norm: 
     options = (quantizer.num_bits, quantizer.fixed_min)
     bits = layer.weight_quant.num_bits
     with torch.no_grad():
-        scale = layer.weight_quant.present_scale(layer.masked_weight())
+        scale = layer.weight_quant.current_scale(layer.masked_weight())
         weight = ops.lsq_fake_quantize(layer.masked_weight(), scale, bits, 0 if scale.numel() > 1 else None)
         packed = ops.pack_weight(weight, scale, bits)
 
         def on_floats() -> None:
             y = layer._compute(ops.ulq_fake_quantize(x, *clips, *options)[0], weight)
             if with_norm:
-                layer.normalized(y)
+                layer.apply_batch_norm(y)
 
         def on_integers() -> None:
             codes, *rest = ops.ulq_quantize(x, *clips, *options)
-            made = Codes(x, x, rest[2], rest[3], codes, rest[0], rest[1], bits)
+            made = QuantizedActivation(x, x, rest[2], rest[3], codes, rest[0], rest[1], bits)
             again = ops.pack_weight(weight, scale, bits) if with_gradients else packed
-            product(layer, made, x, *again, scale)
+            integer_product(layer, made, x, *again, scale)
             if with_gradients and layer.weight.requires_grad and not quantizer.stash:
                 ops.ulq_fake_quantize(x, *clips, *options)  # what backward does once more
 

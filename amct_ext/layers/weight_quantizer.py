@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.config.plan import WeightQuant
-from amct_ext.layers.deferred import Running
-from amct_ext.layers.forward_context import leaves_no_trace
-from amct_ext.layers.host_value import HostValue
+from amct_ext.layers.cached_item import CachedItem
+from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
 
 _NAN = float("nan")
@@ -39,8 +39,8 @@ class WeightQuantizer(KeepsPrecision):
         self.learned = plan.algo == "ulq_retrain"
         self.grad_factor = grad_factor
         start = ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
-        self.running = Running()
-        self._initialised = HostValue(0, settled=1)
+        self.tracker = ForwardTracker()
+        self._initialised = CachedItem(0, settled=1)
         if self.learned:
             self.scale = nn.Parameter(start.clone())
             self.register_buffer("initialised", torch.zeros((), dtype=torch.float32, device=weight.device))
@@ -55,7 +55,7 @@ class WeightQuantizer(KeepsPrecision):
                 y, scale = ops.arq_fake_quantize(weight, self.num_bits, self.channel_axis)
             else:
                 y, scale = ops.sparse_arq_fake_quantize(weight, mask, self.num_bits, self.channel_axis)
-            if not leaves_no_trace():
+            if not state_updates_disabled():
                 with torch.no_grad():
                     self.scale.copy_(scale)
             return y
@@ -63,7 +63,7 @@ class WeightQuantizer(KeepsPrecision):
             weight = ops.apply_mask(weight, mask)
         used = self.scale
         if not self._marked:
-            if (self.training or self.running.training) and not leaves_no_trace():
+            if (self.training or self.tracker.training) and not state_updates_disabled():
                 self.initialise(weight)
             else:
                 used = torch.where(self._begun(), self.scale, self._range_scale(weight))
@@ -85,15 +85,15 @@ class WeightQuantizer(KeepsPrecision):
         return (self.initialised > 0) | (self.scale != self.start).any()
 
     @torch.no_grad()
-    def used_scale(self) -> Tensor:
+    def last_scale(self) -> Tensor:
         """The scale that the last forward used; nothing is computed from a weight."""
         return self.scale.detach().clamp_min(torch.finfo(torch.float32).eps) if self.learned else self.scale
 
     @torch.no_grad()
-    def present_scale(self, weight: Tensor) -> Tensor:
+    def current_scale(self, weight: Tensor) -> Tensor:
         """The scale that a forward on ``weight`` would use now; nothing is changed."""
         if self.learned and self.ready:
-            return self.used_scale()
+            return self.last_scale()
         return self._range_scale(weight)
 
     def _range_scale(self, weight: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_ext.common.ranks import several_ranks
-from amct_ext.layers.deferred import plain
-from amct_ext.layers.forward_context import leaves_no_trace
+from amct_ext.layers.deferred import materialize
+from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
@@ -28,9 +28,9 @@ def attach(model: nn.Module, session: Session) -> None:
     setattr(model, ATTRIBUTE, session)
     for layer in every_layer(model):
         for quantizer in layer.own_quantizers:
-            quantizer.running = session.running
+            quantizer.tracker = session.tracker
         for weight in layer.weight_quantizers:
-            weight.running = session.running
+            weight.tracker = session.tracker
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
@@ -66,11 +66,11 @@ def _before_forward(model: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():
         return
     session = getattr(model, ATTRIBUTE)
-    session.running.enter(sys._getframe(1), model.training)
+    session.tracker.enter(sys._getframe(1), model.training)
     if not model.training:
         if not norms_linked(model, session.conv_bn):
             link_norms(model, session.conv_bn)
-        if not leaves_no_trace():
+        if not state_updates_disabled():
             _reset_stale_shifts(model, session)
 
 
@@ -84,29 +84,29 @@ def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
         return
     searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
-    own = session.evaluated is not None and all(search.is_own for search, _ in searches)
-    if own or not all(layer.ready and search.made_with(layer.deq_scale()) for search, layer in searches):
+    own = session.evaluated is not None and all(search.errors_are_own for search, _ in searches)
+    if own or not all(layer.ready and search.used_scale(layer.deq_scale()) for search, layer in searches):
         for search, _ in searches:
-            search.forget()
+            search.reset()
     session.evaluated = state
 
 
 def _end_forward(model: nn.Module, args: object, output: object) -> object:
     if torch.compiler.is_compiling():
         return None
-    getattr(model, ATTRIBUTE).running.leave(sys._getframe(1))
-    values = plain(output)
+    getattr(model, ATTRIBUTE).tracker.exit(sys._getframe(1))
+    values = materialize(output)
     return None if values is output else values
 
 
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
-    learning = model.training or session.running.calibrating
-    if several_ranks() and not leaves_no_trace():
+    learning = model.training or session.tracker.calibrating
+    if several_ranks() and not state_updates_disabled():
         quantizers = own_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
             share_ranges(quantizers)
-    if torch.compiler.is_compiling() or leaves_no_trace():
+    if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if learning:
         session.recorded = None

@@ -18,17 +18,17 @@ def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     every quantiser, whichever layers a rank ran. Where a rank has finished the calibration of a layer, that range
     counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else.
     """
-    if all(quantizer.calibrated and not quantizer.found for quantizer in quantizers):
+    if all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
         return
     first = quantizers[0].clip_max
     dtype = torch.float64 if any(q.clip_max.dtype == torch.float64 for q in quantizers) else torch.float32
     table = torch.zeros(len(quantizers), 2, 3, dtype=dtype, device=first.device)  # final or not; count, clips
     for row, quantizer in zip(table, quantizers, strict=True):
-        if quantizer.found:
-            found = row[0 if quantizer.found == "final" else 1]
+        if quantizer.found_clips:
+            found = row[0 if quantizer.found_clips == "final" else 1]
             found[0] = 1
             found[1:] = torch.stack([quantizer.clip_max, quantizer.clip_min])
-        quantizer.found = ""
+        quantizer.found_clips = ""
     sum_(table)
     counts = table[..., 0].tolist()
     for (finished, provisional), row, quantizer in zip(counts, table, quantizers, strict=True):

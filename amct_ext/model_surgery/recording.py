@@ -28,6 +28,7 @@ from amct_ext.model_surgery.swap import (
     every_layer,
     placed_layers,
 )
+from amct_ext.record.text import format_record
 from amct_ext.record.types import QuantRecord, Record, SparseRecord
 
 logger = logging.getLogger("amct_ext")
@@ -50,7 +51,7 @@ def start_record(model: nn.Module) -> None:
     session = session_of(model)
     assert session.record_file is not None
     if first_rank():
-        content = build_record(model, with_factors=False).dumps().encode()
+        content = format_record(build_record(model, with_factors=False)).encode()
         kept = keep_old(session.record_file, content)
         if kept is not None:
             logger.warning(
@@ -78,7 +79,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
     path = os.path.abspath(path)
     record = build_record(model)
     if first_rank():
-        content = record.dumps().encode()
+        content = format_record(record).encode()
         if path == session.record_file:
             _warn_of_other_writers(session, content)
         write_if_changed(path, content)
@@ -118,8 +119,8 @@ def state_versions(model: nn.Module) -> StateVersions:
             elif isinstance(child, Sparsity):
                 tensors.append(child.mask)
             elif isinstance(child, ActivationQuantizer):
-                clips += [(clip, child.own_writes) for clip in child._parameters.values() if clip is not None]
-        norm = layer.links.norm
+                clips += [(clip, child.clip_writes) for clip in child._parameters.values() if clip is not None]
+        norm = layer.refs.batch_norm
         if norm is not None:
             tensors += norm._parameters.values()
             tensors.append(norm.running_var)
@@ -186,7 +187,7 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
 def _shifts_complete(model: nn.Module, plan: Plan) -> bool:
     """Whether no layer waits for further evaluation batches; only of interest where shifts are recorded."""
     searches = [layer.search_n for _, layer in compressed_layers(model) if layer.search_n is not None]
-    return not plan.write_shift_bit or not any(search.wants_data for search in searches)
+    return not plan.write_shift_bit or not any(search.needs_data for search in searches)
 
 
 def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:

@@ -15,7 +15,7 @@ from amct_ext.config.text import RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.deferred import Running
+from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.swap import compressed_layers, every_layer, link_norms
 from amct_ext.record.types import ChannelRecord
 
@@ -56,7 +56,7 @@ class Session:
     recorded: StateVersions | None = None  # what the record was made of; None: not of the present state
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
-    running: Running = field(default_factory=Running)
+    tracker: ForwardTracker = field(default_factory=ForwardTracker)
 
     def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
@@ -65,7 +65,7 @@ class Session:
         new = copy.copy(self)
         memo[id(self)] = new
         new.record_file = new.written = None
-        new.running = copy.deepcopy(self.running, memo)
+        new.tracker = copy.deepcopy(self.tracker, memo)
         return new
 
 

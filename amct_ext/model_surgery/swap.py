@@ -98,11 +98,11 @@ def insert_layers(
     read = {id(model.get_parameter(name)) for name in graph.parameter_readers()}
     pairs = {}
     for conv, norm in graph.conv_bn().items():
-        if conv not in touched or touched[conv].weight_quant is None or _transposed(modules[conv]):
+        if conv not in touched or touched[conv].weight_quant is None:
             continue
         own = all(id(parameter) not in read for parameter in modules[conv].parameters(recurse=False))
         if own and foldable(modules[norm]):
-            touched[conv].link_norm(modules[norm])
+            touched[conv].set_batch_norm(modules[norm])
             pairs[conv] = norm
     return model, pairs, left
 
@@ -146,8 +146,8 @@ def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
         if conv in placed:
             name, layer = placed[conv]
             follower = modules.get(norm)
-            layer.link_norm(follower if follower is not None and foldable(follower) else None)
-            if layer.links.norm is not None:
+            layer.set_batch_norm(follower if follower is not None and foldable(follower) else None)
+            if layer.refs.batch_norm is not None:
                 present[name] = norm
     return present
 
@@ -158,7 +158,7 @@ def norms_linked(model: nn.Module, pairs: Mapping[str, str]) -> bool:
         layer, follower = _at(model, conv), _at(model, norm)
         if not isinstance(layer, CompressedLayer) or layer.layer_name != conv:
             return False
-        if layer.links.norm is not (follower if follower is not None and foldable(follower) else None):
+        if layer.refs.batch_norm is not (follower if follower is not None and foldable(follower) else None):
             return False
     return True
 
@@ -204,7 +204,7 @@ def _share_inputs(graph: Graph, plan: Plan, touched: Mapping[str, CompressedLaye
         # A recurrent layer keeps clips of its own: the dialect has no names for shared ones of it.
         names = [name for name in group if name in touched and not isinstance(touched[name], CompressedRNN)]
         for name in names[1:]:
-            touched[name].share_activation(touched[names[0]])
+            touched[name].share_act_quant(touched[names[0]])
 
 
 def _fixed_min(graph: Graph, layer: LayerPlan, module: nn.Module) -> bool:
@@ -216,7 +216,3 @@ def _fixed_min(graph: Graph, layer: LayerPlan, module: nn.Module) -> bool:
     # ONNX has the time axis first: a Transpose stands before a batch_first layer, so AMCT sees no ReLU there and learns
     # a lower clip, which its checkpoints hold.
     return graph.fed_by_relu(layer.name) and not getattr(module, "batch_first", False)
-
-
-def _transposed(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))

@@ -19,18 +19,14 @@ from amct_ext.ops.integer_product import integer_conv2d, integer_conv2d_codes, i
 from amct_ext.ops.sparsity_mask import mask_2to4, pack_mask, refresh_mask_, unpack_mask  # noqa: E402
 from amct_ext.ops.sparsity_weight import (  # noqa: E402
     apply_mask,
-    arq_fake_quantize_many,
     sparse_arq_fake_quantize,
     sparse_arq_fake_quantize_2to4,
     sparsify_2to4,
 )
+from amct_ext.ops.weight_arq import arq_fake_quantize, arq_fake_quantize_many  # noqa: E402
+from amct_ext.ops.weight_lsq import lsq_fake_quantize, lsq_fake_quantize_backward  # noqa: E402
 from amct_ext.ops.weight_norms import filter_norms  # noqa: E402
-from amct_ext.ops.weight_quantize import (  # noqa: E402
-    arq_fake_quantize,
-    lsq_fake_quantize,
-    lsq_fake_quantize_backward,
-    quantize_weight,
-)
+from amct_ext.ops.weight_quantize import quantize_weight  # noqa: E402
 
 backends.load()  # after the schemas and references, which other packages' kernels build on
 

@@ -17,7 +17,8 @@ from amct_ext.ops import calibration_shift as shift
 from amct_ext.ops import integer_codes as code_ops
 from amct_ext.ops import sparsity_mask as masks
 from amct_ext.ops import sparsity_weight as sparse
-from amct_ext.ops import weight_quantize as weights
+from amct_ext.ops import weight_arq as weights
+from amct_ext.ops import weight_lsq as lsq
 from amct_ext.ops._common import abstract, accumulate_type, check_axis, check_bits, check_floating
 from amct_ext.ops._integer import check_geometry, check_product
 from amct_ext.ops.integer_product import check_addend
@@ -124,7 +125,7 @@ def _arq(w: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> tuple
 def _lsq(
     w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None, grad_factor: float | None = None
 ) -> Tensor:
-    weights.check_scaled("lsq_fake_quantize", w, scale, num_bits, channel_axis)
+    lsq.check_scaled("lsq_fake_quantize", w, scale, num_bits, channel_axis)
     return torch.empty_like(w)
 
 
@@ -137,13 +138,13 @@ def _lsq_backward(
     channel_axis: int | None = None,
     grad_factor: float | None = None,
 ) -> Tensor:
-    weights.check_scaled("lsq_fake_quantize_backward", w, scale, num_bits, channel_axis, grad)
+    lsq.check_scaled("lsq_fake_quantize_backward", w, scale, num_bits, channel_axis, grad)
     return torch.empty_like(scale, memory_format=torch.contiguous_format)
 
 
 @abstract("quantize_weight")
 def _quantize(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> Tensor:
-    weights.check_scaled("quantize_weight", w, scale, num_bits, channel_axis, most=8)
+    lsq.check_scaled("quantize_weight", w, scale, num_bits, channel_axis, most=8)
     return torch.empty_like(w, dtype=torch.int8)
 
 
@@ -151,7 +152,7 @@ def _quantize(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | N
 def _many(
     given: Sequence[Tensor], num_bits: int = 8, channel_axes: Sequence[int] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    sparse.check_many("arq_fake_quantize_many", given, channel_axes)
+    weights.check_many("arq_fake_quantize_many", given, channel_axes)
     pairs = [_arq(w, num_bits, None if axis < 0 else axis) for w, axis in zip(given, channel_axes, strict=True)]
     return [y for y, _ in pairs], [scale for _, scale in pairs]
 

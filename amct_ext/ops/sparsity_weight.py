@@ -1,15 +1,13 @@
-"""Weights that are sparse, and sparse and quantised, in one pass; all weights of a model in one call."""
+"""Weights that are sparse, and sparse and quantised, in one pass."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from amct_ext.ops._common import check_axis, check_bits, check_floating, reference
 from amct_ext.ops.sparsity_mask import _reference_mask
-from amct_ext.ops.weight_quantize import _reference_arq
+from amct_ext.ops.weight_arq import _reference_arq
 
 
 def apply_mask(w: Tensor, mask: Tensor) -> Tensor:
@@ -90,51 +88,12 @@ def sparse_arq_fake_quantize_2to4(
     return torch.ops.amct_ext.sparse_arq_fake_quantize_2to4(w, axis, num_bits, channel_axis)
 
 
-def arq_fake_quantize_many(
-    weights: Sequence[Tensor], num_bits: int = 8, channel_axes: Sequence[int | None] | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """`arq_fake_quantize` of several weights in one call: `(list of y, list of scale)`.
-
-    Args:
-        weights: as `arq_fake_quantize`, any shapes and dtypes.
-        num_bits: 2 to 16.
-        channel_axes: one for each weight, None for one scale; left out: axis 0 everywhere.
-
-    Returns, gradients: as `arq_fake_quantize`.
-
-    Errors: as `arq_fake_quantize`; ValueError where the number of axes is not that of the weights.
-
-    Source: as `arq_fake_quantize`; saves the cost of a call per weight.
-
-        >>> ys, scales = arq_fake_quantize_many([torch.ones(2, 3), torch.ones(4)], channel_axes=[0, None])
-        >>> [tuple(s.shape) for s in scales]
-        [(2,), (1,)]
-    """
-    given = [0] * len(weights) if channel_axes is None else channel_axes
-    axes = [
-        -1 if axis is None else axis % max(w.dim(), 1) if -w.dim() <= axis < 0 else axis
-        for axis, w in zip(given, weights, strict=False)
-    ]
-    axes += [0] * (len(given) - len(axes))
-    return torch.ops.amct_ext.arq_fake_quantize_many(list(weights), num_bits, axes)
-
-
 def check_mask(op: str, w: Tensor, mask: Tensor) -> None:
     check_floating(op, "w", w)
     torch._check_type(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, not {mask.dtype}")
     torch._check_value(
         mask.shape == w.shape,
         lambda: f"{op}: mask must have the shape of w, {tuple(w.shape)}, not {tuple(mask.shape)}",
-    )
-
-
-def check_many(op: str, weights: Sequence[Tensor], channel_axes: Sequence[int]) -> None:
-    torch._check_value(
-        len(channel_axes) == len(weights),
-        lambda: (
-            f"{op}: channel_axes must hold one axis (-1 for none) for each of {len(weights)} weights, "
-            f"not {len(channel_axes)}"
-        ),
     )
 
 
@@ -167,14 +126,3 @@ def _reference_sparse_2to4(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mask = _reference_sparsify(w, axis)
     return (*_reference_arq(y, num_bits, channel_axis), mask)
-
-
-@reference("arq_fake_quantize_many")
-def _reference_many(
-    weights: Sequence[Tensor], num_bits: int = 8, channel_axes: Sequence[int] = ()
-) -> tuple[list[Tensor], list[Tensor]]:
-    check_many("arq_fake_quantize_many", weights, channel_axes)
-    pairs = [
-        _reference_arq(w, num_bits, None if axis < 0 else axis) for w, axis in zip(weights, channel_axes, strict=True)
-    ]
-    return [y for y, _ in pairs], [scale for _, scale in pairs]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ _TOKEN = re.compile(
 )
 _END = ("end", "", 0)
 _LONGEST = 600  # characters of a message, whatever stands in the file
+
+Where = Callable[[], str]  # 'file:line' of a field, asked for only where a message needs it
 
 
 @dataclass

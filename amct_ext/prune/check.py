@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import BATCH_NORMS, computed_parameter, is_depthwise, layer_type
+from amct_ext.common.layer_kinds import (
+    FILTER_PRUNABLE,
+    LayerKind,
+    computed_parameter,
+    is_depthwise,
+    kind_of,
+    layer_type,
+)
 from amct_ext.errors import RecordError
 from amct_ext.prune.removal import LAYER_OPERATORS
 from amct_ext.record.types import ChannelRecord, PruneNode
-
-_OPERATORS = {
-    "Conv2d": ("Conv",),
-    "Linear": ("Gemm", "MatMul"),
-    "ConvTranspose2d": ("ConvTranspose",),
-    **dict.fromkeys(BATCH_NORMS, ("BatchNormalization",)),
-}
 
 
 def check_records(model: nn.Module, records: Sequence[ChannelRecord]) -> None:
@@ -30,54 +29,47 @@ def check_records(model: nn.Module, records: Sequence[ChannelRecord]) -> None:
         first = record.producers[0]
         where = f"prune_record {number} (producer {first.name})"
         for node in record.producers:
-            module = _module(modules, node, where)
-            if layer_type(module) not in ("Conv2d", "Linear") or is_depthwise(module):
-                raise RecordError(f"{where}: {node.name} is a {_kind(module)}: only Conv2d and Linear can be producers")
+            module, kind = _layer(modules, node, where)
+            if not kind.filter_prunable or is_depthwise(module):
+                wanted = " and ".join(FILTER_PRUNABLE)
+                raise RecordError(f"{where}: {node.name} is a {kind.name}: only {wanted} can be producers")
             if produced.setdefault(node.name, number) != number:
                 raise RecordError(f"{where}: {node.name} is a producer of prune_record {produced[node.name]} already")
-            _check_range(node, _channels(module, "out"), where)
-            if node.end - node.begin != _channels(module, "out"):
+            channels = int(getattr(module, kind.widths[1]))
+            _check_range(node, channels, where)
+            if node.end - node.begin != channels:
                 raise RecordError(
-                    f"{where}: {node.name} has {_channels(module, 'out')} output channels, of which the record knows "
+                    f"{where}: {node.name} has {channels} output channels, of which the record knows "
                     f"only {node.begin}..{node.end}: it belongs to another model"
                 )
             if node.prune_index != first.prune_index or node.end != first.end:
                 raise RecordError(f"{where}: {node.name} and {first.name} are coupled but lose different channels")
             if len(node.prune_index) >= node.end - node.begin:
                 raise RecordError(f"{where}: {node.name} would lose all its channels; at least one has to stay")
-            _check_blocks(module, node, "out", where)
+            _check_blocks(module, node, channels, where)
         for node in record.consumers:
             if node.type in LAYER_OPERATORS:
-                module = _module(modules, node, where)
-                _check_range(node, _channels(module, "in"), where)
+                module, kind = _layer(modules, node, where)
+                channels = int(getattr(module, kind.widths[0]))
+                _check_range(node, channels, where)
                 _check_share(node, first, where)
-                _check_blocks(module, node, "in", where)
+                _check_blocks(module, node, channels, where)
 
 
-def _module(modules: dict[str, nn.Module], node: PruneNode, where: str) -> nn.Module:
+def _layer(modules: dict[str, nn.Module], node: PruneNode, where: str) -> tuple[nn.Module, LayerKind]:
     module = modules.get(node.name)
     if module is None:
         raise RecordError(f"{where}: the model has no layer {node.name}: the record belongs to another model")
-    operators = _OPERATORS.get(str(layer_type(module)), ())
-    if node.type not in operators:
+    kind = kind_of(module)
+    operators = kind.onnx if kind is not None and kind.input_prunable else ()
+    if kind is None or node.type not in operators:
         wanted = " or ".join(operators) or "none that channels can be removed from"
-        raise RecordError(f"{where}: type of {node.name} is {node.type}, but it is a {_kind(module)} ({wanted})")
+        name = layer_type(module) or type(module).__name__
+        raise RecordError(f"{where}: type of {node.name} is {node.type}, but it is a {name} ({wanted})")
     computed = computed_parameter(module)
     if computed:
         raise RecordError(f"{where}: the {computed} of {node.name} is computed (parametrisation or weight norm)")
-    return module
-
-
-def _kind(module: nn.Module) -> str:
-    return layer_type(module) or type(module).__name__
-
-
-def _channels(module: Any, side: str) -> int:
-    if isinstance(module, nn.Linear):
-        return module.out_features if side == "out" else module.in_features
-    if layer_type(module) in BATCH_NORMS:
-        return int(module.num_features)
-    return int(module.out_channels if side == "out" else module.in_channels)
+    return module, kind
 
 
 def _check_range(node: PruneNode, channels: int, where: str) -> None:
@@ -104,11 +96,11 @@ def _check_share(node: PruneNode, producer: PruneNode, where: str) -> None:
         )
 
 
-def _check_blocks(module: nn.Module, node: PruneNode, side: str, where: str) -> None:
+def _check_blocks(module: nn.Module, node: PruneNode, channels: int, where: str) -> None:
     groups = int(getattr(module, "groups", 1))
     if groups == 1 or is_depthwise(module):
         return
-    size = _channels(module, side) // groups
+    size = channels // groups
     counts = [0] * groups
     for place in node.prune_index:
         counts[place // size] += 1

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import CONVS, TRANSPOSED_CONVS, is_depthwise
+from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.graph.trace import Graph, Node
 from amct_ext.prune.groups import ChannelGroup
 
@@ -99,11 +98,7 @@ class _Layer:
 def layer_works(graph: Graph, model: nn.Module, given: Sequence[tuple[ChannelGroup, int]] = ()) -> dict[str, LayerWork]:
     """The work of every convolution and linear layer that ran. `given`: groups that lose so many channels anyway."""
     modules = dict(model.named_modules())
-    works = {
-        name: layer_work(modules[name], calls)
-        for name, calls in graph.calls.items()
-        if calls[0].op in (*CONVS, *TRANSPOSED_CONVS, "Linear")
-    }
+    works = {name: layer_work(modules[name], calls) for name, calls in graph.calls.items() if _counts(calls[0])}
     for group, count in given:
         for member in group.producers:
             work = works[member.name]
@@ -115,18 +110,30 @@ def layer_works(graph: Graph, model: nn.Module, given: Sequence[tuple[ChannelGro
     return works
 
 
-def layer_work(module: Any, calls: Sequence[Node]) -> LayerWork:
+def _counts(call: Node) -> bool:
+    kind = kind_named(call.op)
+    return kind is not None and kind.family in (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR)
+
+
+def layer_work(module: nn.Module, calls: Sequence[Node]) -> LayerWork:
     """The work of a convolution or linear layer in the traced forward, per sample (axis 0 counts samples)."""
-    if isinstance(module, nn.Linear):
-        inputs, outputs, taps, groups = module.in_features, module.out_features, 1, 1
-    else:
-        inputs, outputs, groups = module.in_channels, module.out_channels, module.groups
-        taps = module.weight[0, 0].numel()
+    kind, weight = kind_of(module), module.weight
+    assert isinstance(kind, LayerKind) and isinstance(weight, Tensor)
+    inputs, outputs = (int(getattr(module, name)) for name in kind.widths)
+    groups = int(getattr(module, "groups", 1))
     positions = 0
     for call in calls:
         # A transposed convolution applies its kernel at each place of its input.
-        source = call.inputs[0] if call.op in TRANSPOSED_CONVS else None
+        source = call.inputs[0] if kind.family is Family.TRANSPOSED_CONV else None
         channels, value = (outputs, call.outputs[0]) if source is None else (inputs, source)
         positions += math.prod(value.shape[1:]) // channels
-    bits = 8 * module.weight.element_size()
-    return LayerWork(inputs, outputs, taps, groups, module.bias is not None, positions, bits, is_depthwise(module))
+    return LayerWork(
+        inputs,
+        outputs,
+        taps=math.prod(weight.shape[2:]),
+        groups=groups,
+        bias=module.bias is not None,
+        positions=positions,
+        bits=8 * weight.element_size(),
+        depthwise=is_depthwise(module),
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import BATCH_NORMS, FILTER_PRUNABLE, computed_parameter, is_depthwise
+from amct_ext.common.layer_kinds import Family, LayerKind, computed_parameter, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import FilterPrune, Plan
 from amct_ext.graph.trace import Graph, Node, Value
 from amct_ext.graph.traits import why_not_usable
@@ -76,38 +76,40 @@ class _Walk:
         self.layouts.update(dict.fromkeys(carriers, layout))
 
     def _layer(self, node: Node, arriving: list[Layout | None]) -> None:
+        kind = kind_named(node.op)
+        assert kind is not None
         # The output first: whatever hinders the input, a layer's own channels are a group of their own.
-        if node.op in FILTER_PRUNABLE and not is_depthwise(self._modules[node.name]):
-            self._produce(node)
+        if kind.filter_prunable and not is_depthwise(self._modules[node.name]):
+            self._produce(node, kind)
         if any(layout is not None for layout in arriving[1:]):
             raise CannotFollow(f"they are read by {node.name} at a second input")
         layout = arriving[0] if arriving else None
         if layout is None:
             return
-        if node.op in BATCH_NORMS and layout.axis != 1:
+        if kind.family is Family.BATCH_NORM and layout.axis != 1:
             self._across(node, layout)
             return
         obstacle = self._obstacles.get(node.name)
         if obstacle:
             raise CannotFollow(f"they are read by {node.name}, and {obstacle}")
-        if node.op in BATCH_NORMS:
-            self._channelwise(node, layout)
-        elif node.op == "Linear":
-            self._linear(node, layout)
-        elif node.op in ("Conv2d", "ConvTranspose2d"):
-            self._convolution(node, layout)
-        else:
+        if not kind.input_prunable:
             raise CannotFollow(f"they are read by {node.name}, and channels of {node.op} inputs are not removed")
+        if kind.family is Family.BATCH_NORM:
+            self._channelwise(node, layout)
+        elif kind.family is Family.LINEAR:
+            self._linear(node, layout)
+        else:
+            self._convolution(node, kind, layout)
 
-    def _produce(self, node: Node) -> None:
+    def _produce(self, node: Node, kind: LayerKind) -> None:
         settings = self._plan.layers.get(node.name)
         if settings is None or not isinstance(settings.prune, FilterPrune) or len(node.outputs) != 1:
             return
         module = self._modules[node.name]
         groups = getattr(module, "groups", 1)
         output = node.outputs[0]
-        axis = 1 if node.op == "Conv2d" else len(output.shape) - 1
-        member = Member(node.name, onnx_type(node, module), group=groups if groups > 1 else None)
+        axis = kind.channel_axis % len(output.shape)
+        member = Member(node.name, onnx_operator(node, module), group=groups if groups > 1 else None)
         group = ChannelGroup(output.shape[axis], [member])
         if groups > 1:
             group.in_blocks(groups, node.name)
@@ -121,7 +123,7 @@ class _Walk:
         module = self._modules[node.name]
         for begin, segment in layout.begins():
             if segment.group is not None:
-                segment.group.read_by(Member(node.name, onnx_type(node, module), begin, segment.repeat, group))
+                segment.group.read_by(Member(node.name, onnx_operator(node, module), begin, segment.repeat, group))
 
     def _across(self, node: Node, layout: Layout) -> None:
         """BatchNorm over another axis (tokens): one factor and term for all channels, so it is not cut itself."""
@@ -142,10 +144,10 @@ class _Walk:
             raise CannotFollow(f"{node.name} works along another axis than that of the channels")
         self._read(node, layout)
 
-    def _convolution(self, node: Node, layout: Layout) -> None:
+    def _convolution(self, node: Node, kind: LayerKind, layout: Layout) -> None:
         module = self._modules[node.name]
         source = node.inputs[0]
-        if source is None or layout.axis != 1 or len(source.shape) != 4:
+        if source is None or layout.axis != 1 or len(source.shape) != kind.batched_dims:
             raise CannotFollow(f"{node.name} works along another axis than that of the channels")
         groups = int(getattr(module, "groups", 1))
         if is_depthwise(module):
@@ -160,15 +162,13 @@ class _Walk:
             self._read(node, layout, groups)
 
 
-def onnx_type(node: Node, module: nn.Module) -> str:
-    """The ONNX operator that a layer becomes, as records name it."""
-    if node.op == "Linear":
-        source = node.inputs[0]
-        flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
-        return "Gemm" if flat else "MatMul"
-    if node.op in BATCH_NORMS:
-        return "BatchNormalization"
-    return node.op.rstrip("123d")
+def onnx_operator(node: Node, module: nn.Module) -> str:
+    """The ONNX operator that a call of a layer becomes, as records name it."""
+    kind = kind_named(node.op)
+    assert kind is not None
+    source = node.inputs[0] if node.inputs else None
+    flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
+    return kind.onnx[0] if flat else kind.onnx[-1]
 
 
 def _obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
@@ -191,7 +191,8 @@ def _obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
 def _layer_obstacles(
     name: str, calls: list[Node], module: nn.Module, graph: Graph, owners: dict[int, list[str]]
 ) -> Iterator[str]:
-    if calls[0].op in BATCH_NORMS:
+    kind = kind_of(module)
+    if kind is not None and kind.family is Family.BATCH_NORM:
         if len(calls) > 1:
             yield f"it is called {len(calls)} times in one forward"
         computed = computed_parameter(module)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, layer_type
+from amct_ext.common.layer_kinds import LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
 from amct_ext.record.types import ChannelRecord
 
 # ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to cut.
-LAYER_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+LAYER_OPERATORS = frozenset(operator for kind in LAYER_KINDS if kind.input_prunable for operator in kind.onnx)
+_BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Removal:
@@ -50,34 +51,30 @@ class Removal:
         self._undo.clear()
 
     def _cut_output(self, module: nn.Module, places: set[int]) -> None:
-        self._cut(module, "weight", 0, places)
+        kind = _kind_of(module)
+        self._cut(module, "weight", kind.weight_axes[1], places)
         self._cut(module, "bias", 0, places)
-        attribute = "out_features" if isinstance(module, nn.Linear) else "out_channels"
-        self._lower(module, attribute, len(places))
+        self._lower(module, kind.widths[1], len(places))
 
     def _cut_input(self, module: nn.Module, places: set[int]) -> None:
-        if layer_type(module) in BATCH_NORMS:
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                self._cut(module, name, 0, places)
-            self._lower(module, "num_features", len(places))
-        elif isinstance(module, nn.Linear):
-            self._cut(module, "weight", 1, places)
-            self._lower(module, "in_features", len(places))
-        elif is_depthwise(module):
-            self._cut_depthwise(module, places)
-        elif isinstance(module, nn.ConvTranspose2d):
-            self._cut(module, "weight", 0, places)  # input channels first, the blocks of groups one after another
-            self._lower(module, "in_channels", len(places))
-        else:
+        kind = _kind_of(module)
+        if is_depthwise(module):
+            self._cut_depthwise(module, places, kind.family is Family.TRANSPOSED_CONV)
+        elif kind.family is Family.CONV:
             self._cut_convolution_input(module, places)
+        else:
+            # Of a transposed weight with groups too: the input channels of its groups lie one after another.
+            for name in _BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
+                self._cut(module, name, kind.weight_axes[0], places)
+            self._lower(module, kind.widths[0], len(places))
 
-    def _cut_depthwise(self, module: nn.Module, places: set[int]) -> None:
+    def _cut_depthwise(self, module: nn.Module, places: set[int], transposed: bool) -> None:
         channels: Any = module.in_channels
         outputs: Any = module.out_channels
         multiplier = outputs // channels
         own = {place * multiplier + copy for place in places for copy in range(multiplier)}
         # A transposed weight is (in, multiplier, ...), a plain one (in * multiplier, 1, ...).
-        self._cut(module, "weight", 0, places if isinstance(module, nn.ConvTranspose2d) else own)
+        self._cut(module, "weight", 0, places if transposed else own)
         self._cut(module, "bias", 0, own)
         self._lower(module, "in_channels", len(places))
         self._lower(module, "groups", len(places))
@@ -108,6 +105,12 @@ class Removal:
     def _lower(self, module: nn.Module, attribute: str, by: int) -> None:
         self._undo.append((vars(module), attribute, vars(module)[attribute]))
         vars(module)[attribute] -= by
+
+
+def _kind_of(module: nn.Module) -> LayerKind:
+    kind = kind_of(module)
+    assert kind is not None  # records name layers only
+    return kind
 
 
 def _without(tensor: torch.Tensor, axis: int, places: Sequence[int] | set[int]) -> torch.Tensor:

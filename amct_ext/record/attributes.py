@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from amct_ext.errors import RecordError
+from amct_ext.proto.text import Where
 
-Where = Callable[[], str]  # the place in a file, for messages
 _VALUE_FIELDS = {"FLOAT": "f", "INT": "i", "STRING": "s", "FLOATS": "floats", "INTS": "ints"}
 _LISTS = ("FLOATS", "INTS")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 
 from amct_ext.errors import RecordError, RecordRangeError
+from amct_ext.proto.text import Where
 from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
 
 _DST_TYPES = ("INT8", "INT4")
@@ -14,8 +15,6 @@ _ACT_TYPES = ("INT8", "INT4", "INT16", "UNSET")
 _WTS_TYPES = ("INT8", "INT4", "INT6", "INT7", "UNSET")
 _MODES = ("DEFAULT", "FORCE_FP16_QUANT")
 _FLOAT32_MIN, _FLOAT32_MAX = 1.401298464324817e-45, 3.4028234663852886e38
-
-Where = Callable[[], str]
 
 
 def check_quant(record: QuantRecord, where: Where) -> None:

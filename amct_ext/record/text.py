@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
 
 from amct_ext.errors import RecordError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import Places, explain
-from amct_ext.record.attributes import Where, read_attribute, write_attribute
+from amct_ext.proto.text import Places, Where, explain
+from amct_ext.record.attributes import read_attribute, write_attribute
 from amct_ext.record.checks import check_channel, check_quant, check_sparse, check_unique
 from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
 
@@ -22,8 +24,22 @@ _LISTS = ("scale_w", "offset_w", "shift_bit", "scale_r", "offset_r")
 _FACTORS = ("scale_d", "offset_d", "scale_w", "offset_w", "shift_bit")
 
 
-def loads(text: str, source: str) -> Record:
-    """Parse and check. Errors: RecordError (RecordRangeError for factors out of range), with file and line."""
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """Read and check a record file. Errors: FileNotFoundError; RecordError with file and line."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            f"{path}: not a record file (byte {error.start} is not UTF-8): give the text file that create wrote"
+        ) from None
+    return parse_record(text, source=str(path))
+
+
+def parse_record(text: str, source: str = "<record>") -> Record:
+    """Parse and check a record's text; `source` names it in messages.
+
+    Errors: RecordError (RecordRangeError for factors out of range), with file and line.
+    """
     message = message_class(_MESSAGE)()
     try:
         text_format.Parse(text, message)
@@ -48,8 +64,8 @@ def loads(text: str, source: str) -> Record:
     return record
 
 
-def dumps(record: Record) -> str:
-    """The text that protobuf prints for this record. Errors: RecordError where it could not be read back."""
+def format_record(record: Record) -> str:
+    """The text of the file, byte for byte as AMCT prints it. Errors: RecordError where it could not be read back."""
     check_unique(record, "<record>")
     message = message_class(_MESSAGE)()
     for quant in record.quant:

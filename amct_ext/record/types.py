@@ -1,16 +1,11 @@
 """The record file: quantisation factors, removed channels and 2:4 masks of a compressed model.
 
-Frozen dataclasses on one side, AMCT's text format on the other (text.py); nothing else touches that text.
+Frozen dataclasses; text.py reads and writes them as AMCT's text format.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
-
-from amct_ext.common.files import write_if_changed
-from amct_ext.errors import RecordError
 
 
 @dataclass(frozen=True)
@@ -79,39 +74,3 @@ class Record:
     quant: tuple[QuantRecord, ...] = ()
     channel: tuple[ChannelRecord, ...] = ()
     sparse: tuple[SparseRecord, ...] = ()
-
-    @staticmethod
-    def read(path: str | os.PathLike[str]) -> Record:
-        """Read and check a record file. Errors: FileNotFoundError; RecordError with file and line."""
-        try:
-            text = Path(path).read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RecordError(
-                f"{path}: not a record file (byte {error.start} is not UTF-8): give the text file that create wrote"
-            ) from None
-        return Record.loads(text, source=str(path))
-
-    @staticmethod
-    def loads(text: str, source: str = "<record>") -> Record:
-        """Parse and check a record's text; `source` names it in messages. Errors: RecordError."""
-        from amct_ext.record.text import loads
-
-        return loads(text, source)
-
-    def dumps(self) -> str:
-        """The text of the file, byte for byte as AMCT prints it. Errors: RecordError if it is inconsistent."""
-        from amct_ext.record.text import dumps
-
-        return dumps(self)
-
-    def write(self, path: str | os.PathLike[str]) -> bool:
-        """Write the file atomically (mode 640), unless it already holds this record. Returns whether it wrote."""
-        return write_if_changed(path, self.dumps())
-
-    def quant_of(self, name: str) -> QuantRecord | None:
-        """The factors of one layer, or None."""
-        return next((item for item in self.quant if item.key == name), None)
-
-    def sparse_of(self, name: str) -> SparseRecord | None:
-        """The mask record of one layer, or None."""
-        return next((item for item in self.sparse if item.name == name), None)

@@ -37,7 +37,7 @@ inline Clips used_clips(const char* op, const at::Tensor& x, const at::Tensor& c
   const std::array<double, 4> values{value_at(clip_max, 0), value_at(clip_min, 0), value_at(prev_clip_max, 0),
                                      value_at(prev_clip_min, 0)};
   const int bits = static_cast<int>(num_bits);
-  return wide(x) ? effective<double>(values, bits, fixed_min) : effective<float>(values, bits, fixed_min);
+  return is_double(x) ? effective<double>(values, bits, fixed_min) : effective<float>(values, bits, fixed_min);
 }
 
 // The results of such an op: its data, scale, offset and effective clips in the type of clip_max, the flag.

@@ -59,11 +59,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const int bits = static_cast<int>(num_bits);
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
-  const UlqBackward parameters = wide(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
+  const UlqBackward parameters = is_double(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
 
-  const Tensor source = in_runs(in_type(x, shared_type(grad, x)));
+  const Tensor source = in_runs(to_type(x, common_type(grad, x)));
   Tensor dx = reused_like(source, Life::kLayer);
-  const Tensor upstream = laid_out_as(grad, dx);
+  const Tensor upstream = match_layout(grad, dx);
   const Walk walk(x.sizes(), source.strides(), dx.strides());
   std::vector<UlqSums> parts(walk.blocks());
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
@@ -80,12 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     sums.below += part.below;
   }
   const double error = sums.error / static_cast<double>((1LL << num_bits) - 1);
-  if (wide(grad) && !wide(x)) {  // the loop has rounded it
+  if (is_double(grad) && !is_double(x)) {  // the loop has rounded it
     const c10::NoGradGuard no_graph;
     dx = at::empty_like(dx, at::kDouble).copy_(grad);
     dx.masked_fill_(source.gt(parameters.upper).logical_or_(source.lt(parameters.lower)), 0);
   } else {
-    dx = in_type(dx, grad.scalar_type());
+    dx = to_type(dx, grad.scalar_type());
   }
   return {std::move(dx), scalar_like(clip_max, error + sums.above), scalar_like(clip_min, sums.below - error)};
 }

@@ -72,7 +72,7 @@ void range_histogram(const Tensor& x, const Tensor& histogram, const Tensor& ext
                     ": histogram must have shape (", kBins, ", 2), not ", histogram.sizes());
   TORCH_CHECK_VALUE(extremes.dim() == 2 && extremes.size(0) == 2 && extremes.size(1) > 0, op,
                     ": extremes must have shape (2, k), k at least 1, not ", extremes.sizes());
-  const Tensor source = without_holes(x), whole = histogram.contiguous(), tops = extremes.contiguous();
+  const Tensor source = dense(x), whole = histogram.contiguous(), tops = extremes.contiguous();
   const int64_t n = source.numel(), keep = tops.size(1);
   float* top = static_cast<float*>(tops.mutable_data_ptr());
   int64_t* bins = static_cast<int64_t*>(whole.mutable_data_ptr());

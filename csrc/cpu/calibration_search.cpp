@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, in
   check_floating(op, "x", x);
   check_bits(op, num_bits);
   TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must hold at least one value, shape ", x.sizes(), " has none");
-  const Tensor source = without_holes(x);
+  const Tensor source = dense(x);
   const int bits = static_cast<int>(num_bits);
   const bool with_histogram = !with_offset && x.numel() >= kSmall && num_bits <= kMostBits;
   const at::TensorOptions options = x.options().dtype(accumulate_type(x));
@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, in
     return {nan(), nan(), nan(), nan()};
   }
   const double largest = part.largest.last(), smallest = part.smallest.last();
-  const auto candidates = wide(x) ? make_candidates<double>(largest, smallest, bits, with_offset)
-                                  : make_candidates<float>(largest, smallest, bits, with_offset);
+  const auto candidates = is_double(x) ? make_candidates<double>(largest, smallest, bits, with_offset)
+                                       : make_candidates<float>(largest, smallest, bits, with_offset);
   std::vector<int> possible;
   if (with_histogram) {
     possible = still_possible(part.histogram, candidates);
@@ -192,9 +192,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, in
   const Candidate& best = candidates[first_best(source, candidates, possible, with_offset)];
   const auto codes = math::code_range(bits);
   const auto clip = [&](double code) {
-    return wide(x) ? (code - best.offset) * best.scale
-                   : static_cast<double>((static_cast<float>(code) - static_cast<float>(best.offset)) *
-                                         static_cast<float>(best.scale));
+    return is_double(x) ? (code - best.offset) * best.scale
+                        : static_cast<double>((static_cast<float>(code) - static_cast<float>(best.offset)) *
+                                              static_cast<float>(best.scale));
   };
   return {scalar_like(like, best.scale), scalar_like(like, best.offset), scalar_like(like, clip(codes.highest)),
           scalar_like(like, clip(codes.lowest))};

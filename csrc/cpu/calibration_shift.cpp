@@ -45,27 +45,27 @@ class Scan {
       : x_(static_cast<const char*>(x.const_data_ptr())),
         size_(x.element_size()),
         numel_(x.numel()),
-        runs_(runs_along(x, axis)),
+        view_(axis_view(x, axis)),
         scales_(scales),
         loop_(kernels().shift_errors[element_of(x)]) {
     if (numel_ == 0) return;
-    if (runs_.count == 1) runs_ = {(numel_ + kBlock - 1) / kBlock, 1, kBlock};
-    gathers_ = runs_.inner < kGathered;
-    together_ = gathers_ ? std::min(runs_.count, kTogether) : 1;
-    steps_ = std::max<int64_t>(1, (gathers_ ? kGathered : 4 * kBlock) / runs_.inner);
+    if (view_.size == 1) view_ = {(numel_ + kBlock - 1) / kBlock, 1, kBlock};
+    gathers_ = view_.inner < kGathered;
+    together_ = gathers_ ? std::min(view_.size, kTogether) : 1;
+    steps_ = std::max<int64_t>(1, (gathers_ ? kGathered : 4 * kBlock) / view_.inner);
   }
 
   Sums sums() const {
-    Sums result(runs_.count);
+    Sums result(view_.size);
     if (numel_ == 0) return result;
-    const int64_t groups = (runs_.count + together_ - 1) / together_, pieces = (runs_.outer + steps_ - 1) / steps_;
+    const int64_t groups = (view_.size + together_ - 1) / together_, pieces = (view_.outer + steps_ - 1) / steps_;
     std::mutex mutex;
     at::parallel_for(0, pieces * groups, 1, [&](int64_t first, int64_t last) {
       std::vector<char> buffer(gathers_ ? together_ * kStride * size_ : 0);
       Sums part(together_);
       for (int64_t piece = first; piece < last; ++piece) {
-        const int64_t from = piece / groups * steps_, to = std::min(runs_.outer, from + steps_);
-        const int64_t channel = piece % groups * together_, channels = std::min(together_, runs_.count - channel);
+        const int64_t from = piece / groups * steps_, to = std::min(view_.outer, from + steps_);
+        const int64_t channel = piece % groups * together_, channels = std::min(together_, view_.size - channel);
         part.clear();
         if (gathers_) {
           add_gathered(channel, channels, from, to, buffer.data(), part);
@@ -91,24 +91,24 @@ class Scan {
 
   void add_runs(int64_t channel, int64_t from, int64_t to, Sums& part) const {
     for (int64_t o = from; o < to; ++o) {
-      const int64_t at = (o * runs_.count + channel) * runs_.inner;
-      add(at_element(x_, at, size_), std::min(runs_.inner, numel_ - at), channel, 0, part);
+      const int64_t at = (o * view_.size + channel) * view_.inner;
+      add(at_element(x_, at, size_), std::min(view_.inner, numel_ - at), channel, 0, part);
     }
   }
 
   void add_gathered(int64_t channel, int64_t channels, int64_t from, int64_t to, char* buffer, Sums& part) const {
     for (int64_t o = from; o < to; ++o) {
-      const char* source = at_element(x_, (o * runs_.count + channel) * runs_.inner, size_);
-      gather(source, channels, at_element(buffer, (o - from) * runs_.inner, size_));
+      const char* source = at_element(x_, (o * view_.size + channel) * view_.inner, size_);
+      gather(source, channels, at_element(buffer, (o - from) * view_.inner, size_));
     }
     for (int64_t c = 0; c < channels; ++c) {
-      add(at_element(buffer, c * kStride, size_), (to - from) * runs_.inner, channel, c, part);
+      add(at_element(buffer, c * kStride, size_), (to - from) * view_.inner, channel, c, part);
     }
   }
 
   // One step: a run of each channel to that channel's buffer.
   void gather(const char* source, int64_t channels, char* target) const {
-    switch (runs_.inner == 1 ? size_ : 0) {
+    switch (view_.inner == 1 ? size_ : 0) {
       case 2:
         return scatter<uint16_t>(source, channels, target);
       case 4:
@@ -117,7 +117,7 @@ class Scan {
         return scatter<uint64_t>(source, channels, target);
       default:
         for (int64_t c = 0; c < channels; ++c) {
-          std::memcpy(target + c * kStride * size_, source + c * runs_.inner * size_, runs_.inner * size_);
+          std::memcpy(target + c * kStride * size_, source + c * view_.inner * size_, view_.inner * size_);
         }
     }
   }
@@ -131,7 +131,7 @@ class Scan {
 
   const char* x_;
   int64_t size_, numel_;
-  Runs runs_;
+  AxisView view_;
   const std::vector<double>& scales_;
   bool (*loop_)(const void*, int64_t, double, WideSum*);
   bool gathers_ = false;
@@ -150,7 +150,7 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
   TORCH_CHECK_VALUE(
       errors.dim() == 2 && (errors.size(0) == channels || errors.size(0) == 1) && errors.size(1) == kShifts, op,
       ": errors must have shape (", channels, ", ", kShifts, ") or (1, ", kShifts, "), not ", errors.sizes());
-  const Tensor source = without_holes(x), given = deq_scale.contiguous();
+  const Tensor source = dense(x), given = deq_scale.contiguous();
   std::vector<double> scales(given.numel());
   for (size_t i = 0; i < scales.size(); ++i) {
     const double v = value_at(given, static_cast<int64_t>(i));

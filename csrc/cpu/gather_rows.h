@@ -16,17 +16,17 @@ struct Plain {
   size_t size;  // bytes of an element
 };
 
-inline bool short_runs(const Runs& runs) { return runs.count > 1 && runs.outer > 1 && runs.inner < 64; }
+inline bool short_runs(const AxisView& view) { return view.size > 1 && view.outer > 1 && view.inner < 64; }
 
 // Elements from one row to the next: rows whose distance is a power of two would share a few lines of the cache.
-inline int64_t row_pitch(const Runs& runs) { return runs.outer * runs.inner + 72; }
+inline int64_t row_pitch(const AxisView& view) { return view.outer * view.inner + 72; }
 
 // f(run in memory order, run in the order of rows) in bytes, for channels [first, last).
 template <typename F>
-void for_runs(const Runs& runs, int64_t first, int64_t last, size_t size, const F& f) {
-  const int64_t bytes = runs.inner * static_cast<int64_t>(size), row = row_pitch(runs) * static_cast<int64_t>(size);
-  for (int64_t o = 0; o < runs.outer; ++o) {
-    for (int64_t c = first; c < last; ++c) f((o * runs.count + c) * bytes, (c - first) * row + o * bytes);
+void for_runs(const AxisView& view, int64_t first, int64_t last, size_t size, const F& f) {
+  const int64_t bytes = view.inner * static_cast<int64_t>(size), row = row_pitch(view) * static_cast<int64_t>(size);
+  for (int64_t o = 0; o < view.outer; ++o) {
+    for (int64_t c = first; c < last; ++c) f((o * view.size + c) * bytes, (c - first) * row + o * bytes);
   }
 }
 
@@ -48,24 +48,25 @@ void with_run_size(size_t bytes, const F& f) {
 }
 
 // f(channel, rows of the inputs, row of the output, length) for every channel; each input and the output (null: none)
-// is a tensor of the layout of `runs`. A channel stays on one thread.
+// is a tensor of the layout of `view`. A channel stays on one thread.
 template <size_t kInputs, typename F>
-void for_gathered(const Runs& runs, const std::array<Plain, kInputs>& inputs, void* out, size_t out_size, const F& f) {
-  const int64_t length = runs.outer * runs.inner, pitch = row_pitch(runs), narrowest = 16 / runs.inner + 1;
+void for_gathered(const AxisView& view, const std::array<Plain, kInputs>& inputs, void* out, size_t out_size,
+                  const F& f) {
+  const int64_t length = view.outer * view.inner, pitch = row_pitch(view), narrowest = 16 / view.inner + 1;
   const int64_t step = std::max(narrowest, std::min<int64_t>(64, 4 * kBlock / length));
-  const int64_t blocks = (runs.count + step - 1) / step;
+  const int64_t blocks = (view.size + step - 1) / step;
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::array<std::unique_ptr<char[]>, kInputs> buffers;
     for (size_t i = 0; i < kInputs; ++i) {
       if (inputs[i].data) buffers[i].reset(new char[step * pitch * inputs[i].size]);
     }
     const std::unique_ptr<char[]> results(out ? new char[step * pitch * out_size] : nullptr);
-    for (int64_t first = begin * step; first < std::min(runs.count, end * step); first += step) {
-      const int64_t last = std::min(runs.count, first + step);
+    for (int64_t first = begin * step; first < std::min(view.size, end * step); first += step) {
+      const int64_t last = std::min(view.size, first + step);
       for (size_t i = 0; i < kInputs; ++i) {
         if (!inputs[i].data) continue;
-        with_run_size(runs.inner * inputs[i].size, [&](auto bytes) {
-          for_runs(runs, first, last, inputs[i].size, [&](int64_t from, int64_t to) {
+        with_run_size(view.inner * inputs[i].size, [&](auto bytes) {
+          for_runs(view, first, last, inputs[i].size, [&](int64_t from, int64_t to) {
             std::memcpy(buffers[i].get() + to, static_cast<const char*>(inputs[i].data) + from, bytes);
           });
         });
@@ -78,8 +79,8 @@ void for_gathered(const Runs& runs, const std::array<Plain, kInputs>& inputs, vo
         f(c, rows, out ? at_element(results.get(), (c - first) * pitch, out_size) : nullptr, length);
       }
       if (!out) continue;
-      with_run_size(runs.inner * out_size, [&](auto bytes) {
-        for_runs(runs, first, last, out_size, [&](int64_t to, int64_t from) {
+      with_run_size(view.inner * out_size, [&](auto bytes) {
+        for_runs(view, first, last, out_size, [&](int64_t to, int64_t from) {
           std::memcpy(static_cast<char*>(out) + to, results.get() + from, bytes);
         });
       });

@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int
     std::vector<int8_t> codes(row);
     for (int64_t c = 0; c < count; ++c) {
       const double s = value_at(factors, scale.numel() == 1 ? 0 : first + c);
-      const double floored = wide(w) ? math::at_least(s, static_cast<double>(FLT_EPSILON))
-                                     : static_cast<double>(math::at_least(static_cast<float>(s), FLT_EPSILON));
+      const double floored = is_double(w) ? math::at_least(s, static_cast<double>(FLT_EPSILON))
+                                          : static_cast<double>(math::at_least(static_cast<float>(s), FLT_EPSILON));
       loop(at_element(in, (first + c) * row, w.element_size()), codes.data(), row,
            {floored, range.lowest, range.highest});
       int32_t total = 0;

@@ -101,8 +101,8 @@ void for_rows(int64_t rows, int64_t size, const F& f) {
   });
 }
 
-// A tensor read in the order in which a tensor without holes, made by `empty_like` of it, lies in memory: `count` runs
-// of `length` neighbours each. Only outer axes have sizes and strides here; a tensor without holes is one run.
+// A tensor read in the order in which a dense tensor, made by `empty_like` of it, lies in memory: `count` runs
+// of `length` neighbours each. Only outer axes have sizes and strides here; a dense tensor is one run.
 struct Walk {
   int64_t count = 1, length = 1;
   c10::SmallVector<int64_t, 6> sizes, strides;

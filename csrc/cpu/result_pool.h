@@ -15,7 +15,7 @@ enum class Life {
   kStep,   // until backward or the optimiser, with those of all layers, as a quantised weight: sizes recur each step
 };
 
-// As at::empty_like (`type`: of that type instead), for a tensor without holes in memory that an earlier result left,
+// As at::empty_like (`type`: of that type instead), for a dense tensor, in memory that an earlier result left,
 // where there is such. What lies idle is bounded (reuse.cpp). Contents are undefined, as those of at::empty_like.
 at::Tensor reused_like(const at::Tensor& x, Life life, std::optional<at::ScalarType> type = std::nullopt);
 

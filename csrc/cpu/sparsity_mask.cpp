@@ -18,7 +18,7 @@ constexpr int64_t kPiece = 2048;  // elements
 Tensor mask_2to4(const Tensor& w, int64_t axis) {
   check_floating("mask_2to4", "w", w);
   axis = check_axis("mask_2to4", "axis", w, axis);
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor mask = reused_like(source, Life::kStep, at::kBool);
   make_mask(source, axis, mask, std::nullopt);
   return mask;
@@ -35,7 +35,7 @@ void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64
   axis = check_axis(op, "axis", w, axis);
   int64_t& count = *static_cast<int64_t*>(step.mutable_data_ptr());
   if (update_freq == 0 ? count == 0 : count % update_freq == 0) {
-    const Tensor source = without_holes(w);
+    const Tensor source = dense(w);
     if (mask.strides() == source.strides()) {
       make_mask(source, axis, mask, std::nullopt);
     } else {
@@ -81,9 +81,9 @@ Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
 }  // namespace
 
 void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std::optional<Tensor>& y) {
-  Runs runs = runs_along(source, axis);
+  AxisView view = axis_view(source, axis);
   // One or two weights along the axis are all kept: any cut will do.
-  if (runs.count <= 2) runs = {runs.outer * runs.count, 1, runs.inner};
+  if (view.size <= 2) view = {view.outer * view.size, 1, view.inner};
   const size_t size = source.element_size();
   const void* in = source.const_data_ptr();
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
@@ -92,16 +92,16 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std
   const auto sparsify = kernels().sparsify_plane[element_of(source)];
   // A few groups at a time, so that one long plane is shared between threads as well, and the mask of a piece is
   // applied while the piece is in the first-level cache.
-  const int64_t group = 4 * runs.inner, groups = (runs.count + 3) / 4;
+  const int64_t group = 4 * view.inner, groups = (view.size + 3) / 4;
   const int64_t step = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, group));
   const int64_t pieces = (groups + step - 1) / step;
-  for_rows(runs.outer * pieces, step * group, [&](int64_t i) {
-    const int64_t first = i % pieces * step * 4, count = std::min(runs.count - first, step * 4);
-    const int64_t at = (i / pieces * runs.count + first) * runs.inner;
+  for_rows(view.outer * pieces, step * group, [&](int64_t i) {
+    const int64_t first = i % pieces * step * 4, count = std::min(view.size - first, step * 4);
+    const int64_t at = (i / pieces * view.size + first) * view.inner;
     if (out) {
-      sparsify(at_element(in, at, size), keep + at, at_element(out, at, size), count, runs.inner);
+      sparsify(at_element(in, at, size), keep + at, at_element(out, at, size), count, view.inner);
     } else {
-      choose(at_element(in, at, size), keep + at, count, runs.inner);
+      choose(at_element(in, at, size), keep + at, count, view.inner);
     }
   });
 }

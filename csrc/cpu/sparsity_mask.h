@@ -7,7 +7,7 @@
 
 namespace amct_ext::cpu {
 
-// `source` has no holes; `mask` (bool) and `y` (like source, optional: the kept weights, zero elsewhere) share its
+// `source` is dense; `mask` (bool) and `y` (like source, optional: the kept weights, zero elsewhere) share its
 // layout.
 void make_mask(const at::Tensor& source, int64_t axis, const at::Tensor& mask, const std::optional<at::Tensor>& y);
 

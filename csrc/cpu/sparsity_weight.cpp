@@ -19,7 +19,7 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   check_floating(op, "w", w);
   check_type(op, "mask", mask, at::kBool);
   check_same_shape(op, "mask", mask, "w", w);
-  const Tensor source = without_holes(w), keep = mask_laid_out_as(mask, source);
+  const Tensor source = dense(w), keep = match_mask_layout(mask, source);
   Tensor y = reused_like(source, Life::kStep);
   const void* in = source.const_data_ptr();
   const uint8_t* bits = static_cast<const uint8_t*>(keep.const_data_ptr());
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   const char* op = "sparsify_2to4";
   check_floating(op, "w", w);
   axis = check_axis(op, "axis", w, axis);
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor y = reused_like(source, Life::kStep), mask = reused_like(source, Life::kStep, at::kBool);
   make_mask(source, axis, mask, y);
   return {std::move(y), std::move(mask)};
@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
 
 // Several rows along axis 0 lie one after the other and hold whole groups of the mask's axis.
 bool rows_lie_together(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
-  const Runs runs = channel_axis ? runs_along(source, *channel_axis) : Runs{0, 0, 0};
-  return channel_axis == 0 && mask_axis != 0 && runs.outer == 1 && source.size(0) > 1 && source.numel() > 0;
+  const AxisView view = channel_axis ? axis_view(source, *channel_axis) : AxisView{0, 0, 0};
+  return channel_axis == 0 && mask_axis != 0 && view.outer == 1 && source.size(0) > 1 && source.numel() > 0;
 }
 
 std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
@@ -78,19 +78,19 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   }
   // A row is masked when it is about to be quantised, so that it stays in the first caches.
   const auto plane = kernels().sparsify_and_range[element_of(w)];
-  Runs runs = runs_along(source, axis);
+  AxisView view = axis_view(source, axis);
   const int64_t row = source.numel() / source.size(0);
   // One or two weights along the axis are all kept: any cut of the row will do.
-  if (runs.count <= 2) runs = {1, 1, row};
+  if (view.size <= 2) view = {1, 1, row};
   job.origin = source;
   const void* in = source.const_data_ptr();
   void* out = job.y.mutable_data_ptr();
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const size_t size = w.element_size();
-  const int64_t length = runs.count * runs.inner;
+  const int64_t length = view.size * view.inner;
   job.prepare = [=](int64_t channel) {
     const auto sparsify = [=](int64_t at) {
-      return plane(at_element(in, at, size), keep + at, at_element(out, at, size), runs.count, runs.inner);
+      return plane(at_element(in, at, size), keep + at, at_element(out, at, size), view.size, view.inner);
     };
     Range range = sparsify(channel * row);
     for (int64_t at = channel * row + length; at < (channel + 1) * row; at += length)

@@ -26,7 +26,7 @@ int64_t address_of(const Tensor& t) { return static_cast<int64_t>(reinterpret_ca
 class Weight {
  public:
   Weight(const ArqJob& job, int num_bits)
-      : runs(runs_along(job.source, job.channel_axis)),
+      : view(axis_view(job.source, job.channel_axis)),
         prepare_(job.prepare),
         element_(element_of(job.source)),
         size_(job.source.element_size()),
@@ -37,16 +37,16 @@ class Weight {
         out_(job.y.mutable_data_ptr()),
         scale_(job.scale.mutable_data_ptr()) {}
 
-  const Runs runs;
+  const AxisView view;
 
   // Channels from `begin` to `end`. Where each is one run, the loop that quantises one takes the range of the next.
   void channels(int64_t begin, int64_t end) const {
-    if (mask_ || prepare_ || runs.outer > 1) {
+    if (mask_ || prepare_ || view.outer > 1) {
       for (int64_t c = begin; c < end; ++c) channel(c);
       return;
     }
     const auto quantize_and_range = kernels().quantize_and_range[element_];
-    const int64_t n = runs.inner;
+    const int64_t n = view.inner;
     Range range = range_at(begin * n, n);
     for (int64_t c = begin; c < end; ++c) {
       const Symmetric symmetric = parameters(range);
@@ -62,7 +62,7 @@ class Weight {
 
   // All channels, where their weights are scattered.
   void gathered() const {
-    for_gathered<2>(runs, {{{in_, size_}, {mask_, 1}}}, out_, size_,
+    for_gathered<2>(view, {{{in_, size_}, {mask_, 1}}}, out_, size_,
                     [&](int64_t channel, const std::array<const char*, 2>& in, char* out, int64_t n) {
                       const auto* mask = reinterpret_cast<const uint8_t*>(in[1]);
                       const Symmetric symmetric = parameters(range(in[0], mask, n));
@@ -73,7 +73,7 @@ class Weight {
 
   // A single scale: the blocks of the tensor share it.
   void whole() const {
-    const int64_t n = runs.outer * runs.inner;
+    const int64_t n = view.outer * view.inner;
     std::vector<Range> parts((n + kBlock - 1) / kBlock);
     for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) { parts[block] = range_at(begin, end - begin); });
     Range all = parts[0];
@@ -85,17 +85,17 @@ class Weight {
 
  private:
   void channel(int64_t channel) const {
-    Range whole = prepare_ ? prepare_(channel) : range_at(channel * runs.inner, runs.inner);
-    for (int64_t o = 1; o < runs.outer; ++o) whole = joined(whole, range_at(first(o, channel), runs.inner));
+    Range whole = prepare_ ? prepare_(channel) : range_at(channel * view.inner, view.inner);
+    for (int64_t o = 1; o < view.outer; ++o) whole = joined(whole, range_at(first(o, channel), view.inner));
     Symmetric symmetric = parameters(whole);
     // What is read next is the next channel's, unless that would drive this one out of the cache.
-    const int64_t bytes = runs.inner * static_cast<int64_t>(size_);
+    const int64_t bytes = view.inner * static_cast<int64_t>(size_);
     if (bytes <= kMostAhead) symmetric.ahead = bytes + to_origin_;
-    for (int64_t o = 0; o < runs.outer; ++o) quantize_at(first(o, channel), runs.inner, symmetric);
+    for (int64_t o = 0; o < view.outer; ++o) quantize_at(first(o, channel), view.inner, symmetric);
     put_scale(channel, symmetric.scale);
   }
 
-  int64_t first(int64_t o, int64_t channel) const { return (o * runs.count + channel) * runs.inner; }
+  int64_t first(int64_t o, int64_t channel) const { return (o * view.size + channel) * view.inner; }
 
   Range range(const void* in, const uint8_t* mask, int64_t n) const {
     return mask ? kernels().masked_range[element_](in, mask, n) : kernels().range[element_](in, n);
@@ -188,8 +188,8 @@ Range joined(Range a, Range b) {
 }
 
 ArqJob arq_job(const Tensor& w, const Tensor& mask, std::optional<int64_t> channel_axis) {
-  const Tensor source = without_holes(w);
-  return {source, mask.defined() ? mask_laid_out_as(mask, source) : Tensor(), reused_like(source, Life::kStep),
+  const Tensor source = dense(w);
+  return {source, mask.defined() ? match_mask_layout(mask, source) : Tensor(), reused_like(source, Life::kStep),
           at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w))), channel_axis};
 }
 
@@ -203,12 +203,12 @@ void run_arq(const std::vector<ArqJob>& jobs, int num_bits) {
       continue;
     }
     const Weight& weight = weights.emplace_back(job, num_bits);
-    const int64_t count = weight.runs.count, size = weight.runs.outer * weight.runs.inner;
+    const int64_t count = weight.view.size, size = weight.view.outer * weight.view.inner;
     if (count == 1) {
       weight.whole();
       continue;
     }
-    if (short_runs(weight.runs)) {
+    if (short_runs(weight.view)) {
       weight.gathered();
       continue;
     }

@@ -12,7 +12,7 @@
 
 namespace amct_ext::cpu {
 
-// One weight to quantise by its own range: tensors of the same layout without holes. `y` may be `source`: the loops
+// One weight to quantise by its own range: dense tensors of the same layout. `y` may be `source`: the loops
 // write a value when they are done with it.
 struct ArqJob {
   at::Tensor source, mask, y, scale;  // `mask` undefined: all is kept
@@ -23,7 +23,7 @@ struct ArqJob {
 
 Range joined(Range a, Range b);
 
-// A job on `w` with new results; `w` may have holes, `mask` any layout.
+// A job on `w` with new results; `w` may be non-dense, `mask` any layout.
 ArqJob arq_job(const at::Tensor& w, const at::Tensor& mask, std::optional<int64_t> channel_axis);
 
 // All jobs in one parallel region, except those with a single scale or with channels in short runs.

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_forward(const Ten
   check_bits(op, num_bits);
   check_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min);
   const c10::DeviceGuard guard(x.device());
-  const Tensor source = without_holes(x);
+  const Tensor source = dense(x);
   Tensor y = at::empty_like(source), invalid = at::empty({}, x.options().dtype(at::kBool));
   std::array<Tensor, 4> values;
   for (Tensor& value : values) value = at::empty({}, clip_max.options());
@@ -184,10 +184,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
                                             const Tensor& clip_min, int64_t num_bits) {
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const c10::DeviceGuard guard(x.device());
-  const at::ScalarType given = grad.scalar_type(), type = shared_type(grad, x);
-  const bool keeps = wide(grad) && !wide(x);
-  const Tensor source = in_type(without_holes(x), type);
-  const Tensor upstream = laid_out_as(grad, keeps ? at::empty_like(source, given) : source);
+  const at::ScalarType given = grad.scalar_type(), type = common_type(grad, x);
+  const bool keeps = is_double(grad) && !is_double(x);
+  const Tensor source = to_type(dense(x), type);
+  const Tensor upstream = match_layout(grad, keeps ? at::empty_like(source, given) : source);
   Tensor dx = at::empty_like(upstream);
   Tensor d_max = at::empty({}, clip_max.options()), d_min = at::empty({}, clip_min.options());
   const int bits = static_cast<int>(num_bits);

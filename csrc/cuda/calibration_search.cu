@@ -314,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, in
   check_bits(op, num_bits);
   TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must hold at least one value, shape ", x.sizes(), " has none");
   const c10::DeviceGuard guard(x.device());
-  const Tensor source = without_holes(x);
+  const Tensor source = dense(x);
   Tensor results[4];
   for (Tensor& result : results) result = at::empty({}, x.options().dtype(accumulate_type(x)));
   by_type(x.scalar_type(), [&]<typename T>() { search<T>(source, static_cast<int>(num_bits), with_offset, results); });

@@ -103,10 +103,10 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
   check_device(op, "errors", errors, "x", x);
   if (x.numel() == 0) return;
   const c10::DeviceGuard guard(x.device());
-  const Tensor source = without_holes(x), scales = deq_scale.contiguous();
+  const Tensor source = dense(x), scales = deq_scale.contiguous();
   const bool shared = errors.size(0) == 1 && channels > 1, one_scale = scales.numel() == 1;
   // One row and one scale: the channels do not matter.
-  const Runs runs = shared && one_scale ? Runs{1, 1, x.numel()} : runs_along(source, channel_axis);
+  const AxisView view = shared && one_scale ? AxisView{1, 1, x.numel()} : axis_view(source, channel_axis);
   const bool rows = shared && !one_scale;
   Tensor batch;
   if (rows) batch = at::empty({channels, kShifts}, errors.options()).zero_();
@@ -118,7 +118,7 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
                              rows ? static_cast<double*>(batch.mutable_data_ptr()) : out,
                              rows ? kShifts : errors.stride(0),
                              rows ? 1 : errors.stride(1)};
-    reduce<1>(job, runs, false, x.options());  // sixteen sums a value: memory is not what takes the time
+    reduce<1>(job, view, false, x.options());  // sixteen sums a value: memory is not what takes the time
   });
   if (rows) {
     const AddRows job{static_cast<const double*>(batch.const_data_ptr()), channels, out, errors.stride(1)};

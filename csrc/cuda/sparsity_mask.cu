@@ -57,12 +57,12 @@ struct AnyGroups : Due {
   const T* w;
   bool* mask;
   T* y;
-  Runs runs;
+  AxisView view;
 
   template <int V>
   __device__ void run(bool, int64_t i) const {
     static_assert(V == 1);
-    const Group group = group_at(runs, i);
+    const Group group = group_at(view, i);
     Packet<bool, 4> keep;
     const auto values = load_group(w, group, keep);
     store_group(mask, group, keep);
@@ -85,7 +85,7 @@ Tensor mask_2to4(const Tensor& w, int64_t axis) {
   check_floating("mask_2to4", "w", w);
   axis = check_axis("mask_2to4", "axis", w, axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor mask = at::empty_like(source, source.options().dtype(at::kBool));
   make_mask(source, axis, mask, {});
   return mask;
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   check_floating(op, "w", w);
   axis = check_axis(op, "axis", w, axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor y = at::empty_like(source), mask = at::empty_like(source, source.options().dtype(at::kBool));
   make_mask(source, axis, mask, y);
   return {std::move(y), std::move(mask)};
@@ -114,7 +114,7 @@ void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64
   TORCH_CHECK_VALUE(update_freq >= 0, op, ": update_freq must be 0 or more, not ", update_freq);
   axis = check_axis(op, "axis", w, axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w), mine = mask_laid_out_as(mask, source);
+  const Tensor source = dense(w), mine = match_mask_layout(mask, source);
   make_mask(source, axis, mine, {}, step, update_freq);
   if (!mine.is_same(mask)) mask.copy_(mine);
   // Every block above has read the counter before this launch begins.
@@ -180,12 +180,12 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const Ten
                int64_t update_freq) {
   if (source.numel() == 0) return;
   const Due due{step.defined() ? static_cast<const int64_t*>(step.const_data_ptr()) : nullptr, update_freq};
-  const Runs runs = runs_along(source, axis);
+  const AxisView view = axis_view(source, axis);
   by_type(source.scalar_type(), [&]<typename T>() {
     const T* w = static_cast<const T*>(source.const_data_ptr());
     bool* keep = static_cast<bool*>(mask.mutable_data_ptr());
     T* out = y.defined() ? static_cast<T*>(y.mutable_data_ptr()) : nullptr;
-    if (runs.inner == 1 && runs.count % 4 == 0 && aligned(w, keep, out)) {
+    if (view.inner == 1 && view.size % 4 == 0 && aligned(w, keep, out)) {
       FlatGroups<T> job;
       static_cast<Due&>(job) = due;
       job.w = w, job.mask = keep, job.y = out;
@@ -193,8 +193,8 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const Ten
     } else {
       AnyGroups<T> job;
       static_cast<Due&>(job) = due;
-      job.w = w, job.mask = keep, job.y = out, job.runs = runs;
-      map_packets<1, 1>(job, group_count(runs));
+      job.w = w, job.mask = keep, job.y = out, job.view = view;
+      map_packets<1, 1>(job, group_count(view));
     }
   });
 }

@@ -39,15 +39,15 @@ struct Group {
   bool whole;  // too few weights along the axis: all are kept
 };
 
-// Group number i of a tensor without holes; groups run along the axis of `runs`.
-AMCT_INLINE Group group_at(const Runs& runs, int64_t i) {
-  const int64_t groups = (runs.count + 3) / 4, row = i / runs.inner, g = row % groups;
-  const int64_t left = runs.count - 4 * g;
-  return {((row / groups) * runs.count + 4 * g) * runs.inner + i - row * runs.inner, runs.inner,
-          left < 4 ? static_cast<int>(left) : 4, runs.count <= 2};
+// Group number i of a dense tensor; groups run along the axis of `view`.
+AMCT_INLINE Group group_at(const AxisView& view, int64_t i) {
+  const int64_t groups = (view.size + 3) / 4, row = i / view.inner, g = row % groups;
+  const int64_t left = view.size - 4 * g;
+  return {((row / groups) * view.size + 4 * g) * view.inner + i - row * view.inner, view.inner,
+          left < 4 ? static_cast<int>(left) : 4, view.size <= 2};
 }
 
-AMCT_INLINE int64_t group_count(const Runs& runs) { return runs.outer * ((runs.count + 3) / 4) * runs.inner; }
+AMCT_INLINE int64_t group_count(const AxisView& view) { return view.outer * ((view.size + 3) / 4) * view.inner; }
 
 // The weights of a group with what is dropped made zero; padded with zeros that take part in the choice.
 template <typename T>

@@ -7,7 +7,7 @@
 #include "cuda/sparsity_mask.cuh"
 #include "cuda/sparsity_mask.h"
 #include "cuda/weight_arq.h"
-#include "cuda/weight_jobs.cuh"
+#include "cuda/weight_quantize.cuh"
 
 namespace amct_ext::cuda {
 namespace {
@@ -35,7 +35,7 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   check_same_shape(op, "mask", mask, "w", w);
   check_device(op, "mask", mask, "w", w);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w), keep = mask_laid_out_as(mask, source);
+  const Tensor source = dense(w), keep = match_mask_layout(mask, source);
   Tensor y = at::empty_like(source);
   if (w.numel() == 0) return y;
   by_type(w.scalar_type(), [&]<typename T>() {
@@ -49,10 +49,10 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
 // A block takes a row of the weight: mask, range and codes. Choosing twice costs less than keeping the choice.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    sparse_rows(const T* all_w, bool* all_mask, T* all_y, Acc<T>* scale, Runs runs, int64_t length, int num_bits) {
+    sparse_rows(const T* all_w, bool* all_mask, T* all_y, Acc<T>* scale, AxisView view, int64_t length, int num_bits) {
   using A = Acc<T>;
   AMCT_SHARED(row_scale, A row_scale);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * length, groups = group_count(runs);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * length, groups = group_count(view);
   const T* w = all_w + begin;
   bool* mask = all_mask + begin;
   T* y = all_y + begin;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   typename Range<T>::State state = Range<T>::identity();
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < groups; i += blockDim.x) {
-    const Group group = group_at(runs, i);
+    const Group group = group_at(view, i);
     Packet<bool, 4> keep;
     const auto values = load_group(w, group, keep);
     store_group(mask, group, keep);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
   const A lowest = static_cast<A>(codes.lowest), highest = static_cast<A>(codes.highest);
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < groups; i += blockDim.x) {
-    const Group group = group_at(runs, i);
+    const Group group = group_at(view, i);
     Packet<bool, 4> keep;
     auto values = load_group(w, group, keep);
 #pragma unroll
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads)
 // Rows along axis 0 that lie one after the other and hold whole groups.
 bool by_rows(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
   if (channel_axis != 0 || mask_axis == 0) return false;
-  const Runs runs = runs_along(source, 0);
-  return runs.outer == 1 && runs.count > 1 && (runs.inner <= 16384 || runs.count >= 128);
+  const AxisView view = axis_view(source, 0);
+  return view.outer == 1 && view.size > 1 && (view.inner <= 16384 || view.size >= 128);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   const int bits = static_cast<int>(num_bits);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor y = at::empty_like(source), mask = at::empty_like(source, source.options().dtype(at::kBool));
   Tensor scale = at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w)));
   if (w.numel() == 0) return {std::move(y), scale.fill_(1), std::move(mask)};
@@ -117,16 +117,16 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
     return {std::move(y), std::move(scale), std::move(mask)};
   }
   const int64_t rows = w.size(0), length = w.numel() / rows;
-  Runs runs = runs_along(source, axis);
+  AxisView view = axis_view(source, axis);
   if (w.size(axis) == 1) {
-    runs = {1, 1, length};
+    view = {1, 1, length};
   } else {
-    runs.outer = length / (runs.count * runs.inner);
+    view.outer = length / (view.size * view.inner);
   }
   by_type(w.scalar_type(), [&]<typename T>() {
-    launch(sparse_rows<T>, rows, threads_for(group_count(runs)), static_cast<const T*>(source.const_data_ptr()),
+    launch(sparse_rows<T>, rows, threads_for(group_count(view)), static_cast<const T*>(source.const_data_ptr()),
            static_cast<bool*>(mask.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
-           static_cast<Acc<T>*>(scale.mutable_data_ptr()), runs, length, bits);
+           static_cast<Acc<T>*>(scale.mutable_data_ptr()), view, length, bits);
   });
   return {std::move(y), std::move(scale), std::move(mask)};
 }

@@ -8,7 +8,7 @@
 
 #include "common/check.h"
 #include "cuda/weight_arq.h"
-#include "cuda/weight_jobs.cuh"
+#include "cuda/weight_quantize.cuh"
 
 namespace amct_ext::cuda {
 namespace {
@@ -19,7 +19,7 @@ struct Weight {
   const void* w;
   const bool* mask;
   void *y, *scale;
-  Runs runs;
+  AxisView view;
   int64_t first;  // block of its first channel
   bool packets;
 };
@@ -39,11 +39,11 @@ __device__ __forceinline__ void quantize_channel(const Weight& weight, int64_t c
   using A = Acc<T>;
   const T* w = static_cast<const T*>(weight.w);
   T* y = static_cast<T*>(weight.y);
-  const Runs runs = weight.runs;
-  const int64_t size = runs.outer * runs.inner, step = static_cast<int64_t>(blockDim.x) * V;
+  const AxisView view = weight.view;
+  const int64_t size = view.outer * view.inner, step = static_cast<int64_t>(blockDim.x) * V;
   const auto at = [&](int64_t e) {
-    const int64_t o = runs.outer == 1 ? 0 : e / runs.inner;
-    return (o * runs.count + channel) * runs.inner + e - o * runs.inner;
+    const int64_t o = view.outer == 1 ? 0 : e / view.inner;
+    return (o * view.size + channel) * view.inner + e - o * view.inner;
   };
   const Range<T> range{w, weight.mask, static_cast<A*>(weight.scale), num_bits};
   typename Range<T>::State state = Range<T>::identity();
@@ -91,22 +91,22 @@ __global__ void __launch_bounds__(kThreads) quantize_channels(const __grid_const
 }
 
 // Whether a block per channel keeps the card busy and reads memory in order.
-bool by_channels(const Runs& runs) {
-  const int64_t size = runs.outer * runs.inner;
-  return runs.count > 1 && (runs.outer == 1 || runs.inner >= kWarp) && (size <= 16384 || runs.count >= 128) &&
-         (size >= kWarp || runs.count <= 4096);
+bool by_channels(const AxisView& view) {
+  const int64_t size = view.outer * view.inner;
+  return view.size > 1 && (view.outer == 1 || view.inner >= kWarp) && (size <= 16384 || view.size >= 128) &&
+         (size >= kWarp || view.size <= 4096);
 }
 
 template <typename T>
-Weight as_weight(const Tensor& source, const Tensor& mask, const Tensor& y, const Tensor& scale, const Runs& runs) {
+Weight as_weight(const Tensor& source, const Tensor& mask, const Tensor& y, const Tensor& scale, const AxisView& view) {
   Weight weight{source.const_data_ptr(),
                 mask.defined() ? static_cast<const bool*>(mask.const_data_ptr()) : nullptr,
                 y.mutable_data_ptr(),
                 scale.mutable_data_ptr(),
-                runs,
+                view,
                 0,
                 false};
-  weight.packets = runs.inner % kPacket<T> == 0 && aligned(weight.w, weight.mask, weight.y);
+  weight.packets = view.inner % kPacket<T> == 0 && aligned(weight.w, weight.mask, weight.y);
   return weight;
 }
 
@@ -119,8 +119,8 @@ class Batch {
   void add(Weight weight) {
     if (weights_.count == N) run();
     weight.first = blocks_;
-    blocks_ += weight.runs.count;
-    longest_ = std::max(longest_, ceil_div(weight.runs.outer * weight.runs.inner, weight.packets ? kPacket<T> : 1));
+    blocks_ += weight.view.size;
+    longest_ = std::max(longest_, ceil_div(weight.view.outer * weight.view.inner, weight.packets ? kPacket<T> : 1));
     weights_.of[weights_.count++] = weight;
   }
 
@@ -136,15 +136,15 @@ class Batch {
 };
 
 template <typename T>
-void reduce_and_map(const Tensor& source, const Tensor& mask, const Tensor& y, const Tensor& scale, const Runs& runs,
-                    int num_bits) {
-  const Weight weight = as_weight<T>(source, mask, y, scale, runs);
+void reduce_and_map(const Tensor& source, const Tensor& mask, const Tensor& y, const Tensor& scale,
+                    const AxisView& view, int num_bits) {
+  const Weight weight = as_weight<T>(source, mask, y, scale, view);
   const bool vector = aligned(weight.w, weight.mask, weight.y);
   const T* w = static_cast<const T*>(weight.w);
   const Range<T> range{w, weight.mask, static_cast<Acc<T>*>(weight.scale), num_bits};
-  reduce<kPacket<T>>(range, runs, vector, source.options());
+  reduce<kPacket<T>>(range, view, vector, source.options());
   const Symmetric<T, T> quantize{
-      w, weight.mask, static_cast<T*>(weight.y), value_of(scale), runs, -static_cast<Acc<T>>(INFINITY), num_bits};
+      w, weight.mask, static_cast<T*>(weight.y), value_of(scale), view, -static_cast<Acc<T>>(INFINITY), num_bits};
   map<kPacket<T>>(quantize, source.numel(), vector);
 }
 
@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<
   check_bits(op, num_bits);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor y = at::empty_like(source), scale = scales_for(w, channel_axis);
   if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
   range_and_quantize(source, {}, y, scale, static_cast<int>(num_bits), channel_axis);
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64
   check_device(op, "mask", mask, "w", w);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w), keep = mask_laid_out_as(mask, source);
+  const Tensor source = dense(w), keep = match_mask_layout(mask, source);
   Tensor y = at::empty_like(source), scale = scales_for(w, channel_axis);
   if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
   range_and_quantize(source, keep, y, scale, static_cast<int>(num_bits), channel_axis);
@@ -191,7 +191,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
                     channel_axes.size());
   const int bits = static_cast<int>(num_bits);
   std::vector<Tensor> sources, ys, scales;
-  std::vector<Runs> runs;
+  std::vector<AxisView> views;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
     check_floating(op, "a weight", w);
@@ -199,10 +199,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
     std::optional<int64_t> axis;
     if (channel_axes[i] >= 0) axis = check_axis(op, "channel axis", w, channel_axes[i]);
     const c10::DeviceGuard guard(w.device());
-    sources.push_back(without_holes(w));
+    sources.push_back(dense(w));
     ys.push_back(at::empty_like(sources[i]));
     scales.push_back(scales_for(w, axis));
-    runs.push_back(runs_along(sources[i], axis));
+    views.push_back(axis_view(sources[i], axis));
   }
   if (weights.empty()) return {std::move(ys), std::move(scales)};
   const c10::DeviceGuard guard(weights[0].device());
@@ -213,10 +213,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
         if (sources[i].scalar_type() != type) continue;
         if (sources[i].numel() == 0) {
           scales[i].fill_(1);
-        } else if (by_channels(runs[i])) {
-          batch.add(as_weight<T>(sources[i], {}, ys[i], scales[i], runs[i]));
+        } else if (by_channels(views[i])) {
+          batch.add(as_weight<T>(sources[i], {}, ys[i], scales[i], views[i]));
         } else {
-          reduce_and_map<T>(sources[i], {}, ys[i], scales[i], runs[i], bits);
+          reduce_and_map<T>(sources[i], {}, ys[i], scales[i], views[i], bits);
         }
       }
       batch.run();
@@ -229,14 +229,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
 
 void range_and_quantize(const Tensor& source, const Tensor& mask, const Tensor& y, const Tensor& scale, int num_bits,
                         std::optional<int64_t> channel_axis) {
-  const Runs runs = runs_along(source, channel_axis);
+  const AxisView view = axis_view(source, channel_axis);
   by_type(source.scalar_type(), [&]<typename T>() {
-    if (by_channels(runs)) {
+    if (by_channels(view)) {
       Batch<T, 1> batch(num_bits);
-      batch.add(as_weight<T>(source, mask, y, scale, runs));
+      batch.add(as_weight<T>(source, mask, y, scale, view));
       batch.run();
     } else {
-      reduce_and_map<T>(source, mask, y, scale, runs, num_bits);
+      reduce_and_map<T>(source, mask, y, scale, view, num_bits);
     }
   });
 }

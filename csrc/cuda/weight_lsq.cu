@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "common/check.h"
-#include "cuda/weight_jobs.cuh"
+#include "cuda/weight_quantize.cuh"
 
 namespace amct_ext::cuda {
 namespace {
@@ -28,7 +28,7 @@ void quantize(const Tensor& source, const Tensor& y, const Tensor& scale, std::o
                               nullptr,
                               static_cast<Out*>(y.mutable_data_ptr()),
                               value_of(scale),
-                              runs_along(source, axis),
+                              axis_view(source, axis),
                               Acc<T>(FLT_EPSILON),
                               num_bits};
   map<kPacket<T>>(job, source.numel(), aligned(job.w, job.y));
@@ -38,7 +38,7 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
                    std::optional<double>) {
   channel_axis = check_learned("lsq_fake_quantize", w, scale, num_bits, channel_axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w), scales = scale.contiguous();
+  const Tensor source = dense(w), scales = scale.contiguous();
   Tensor y = at::empty_like(source);
   if (w.numel() == 0) return y;
   by_type(w.scalar_type(),
@@ -49,7 +49,7 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
 Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis) {
   channel_axis = check_learned("quantize_weight", w, scale, num_bits, channel_axis, 8);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w), scales = scale.contiguous();
+  const Tensor source = dense(w), scales = scale.contiguous();
   Tensor y = at::empty_like(source, source.options().dtype(at::kChar));
   if (w.numel() == 0) return y;
   by_type(w.scalar_type(),
@@ -109,9 +109,8 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
   check_same_shape(op, "grad", grad, "w", w);
   check_device(op, "grad", grad, "w", w);
   const c10::DeviceGuard guard(w.device());
-  const at::ScalarType type = shared_type(grad, w);
-  const Tensor source = in_type(without_holes(w), type), upstream = laid_out_as(grad, source),
-               scales = scale.contiguous();
+  const at::ScalarType type = common_type(grad, w);
+  const Tensor source = to_type(dense(w), type), upstream = match_layout(grad, source), scales = scale.contiguous();
   Tensor d_scale = at::empty(scale.sizes(), scale.options());
   const int64_t weights = scale.numel() ? std::max<int64_t>(w.numel() / scale.numel(), 1) : 1;
   const double highest = math::code_range(static_cast<int>(num_bits)).highest;
@@ -124,7 +123,7 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
     job.d_scale = result_of(d_scale);
     job.factor = factor;
     job.num_bits = static_cast<int>(num_bits);
-    reduce<kPacket<T>>(job, runs_along(source, channel_axis), aligned(job.grad, job.w), w.options());
+    reduce<kPacket<T>>(job, axis_view(source, channel_axis), aligned(job.grad, job.w), w.options());
   });
   return d_scale;
 }
@@ -158,13 +157,13 @@ Tensor filter_norms(const Tensor& w, int64_t axis) {
   check_floating(op, "w", w);
   axis = check_axis(op, "axis", w, axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = without_holes(w);
+  const Tensor source = dense(w);
   Tensor norms = at::empty({w.size(axis)}, w.options().dtype(accumulate_type(w)));
   by_type(w.scalar_type(), [&]<typename T>() {
     Norm<T> job;
     job.w = static_cast<const T*>(source.const_data_ptr());
     job.norm = static_cast<Acc<T>*>(norms.mutable_data_ptr());
-    reduce<kPacket<T>>(job, runs_along(source, axis), aligned(job.w), w.options());
+    reduce<kPacket<T>>(job, axis_view(source, axis), aligned(job.w), w.options());
   });
   return norms;
 }

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train import BATCH, SAMPLE, accuracy, make_model, scores, starting_model
 
 import amct_ext as amct
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATIONS = {"channels pruned + INT8": "prune_int8.cfg", "2:4 sparse + INT8": "sparse_int8.cfg"}
@@ -162,7 +162,7 @@ def compress(job: Job, name: str, config: Path, start: Path, float_accuracy: flo
     job.check("restored model scores as the run did", after == list(resumed.accuracies.values())[-1])
     job.check("within one point of float", after >= float_accuracy - ALLOWED_LOSS, f"({100 * after:.2f} %)")
     onnx_accuracy = export(job, model, folder, answers)
-    record = Record.read(folder / "killed" / "record.txt")
+    record = read_record(folder / "killed" / "record.txt")
     return Compressed(name, model, record, before, after, onnx_accuracy, whole, killed, resumed)
 
 

@@ -162,10 +162,10 @@ def _percents(run: Run) -> list[float]:
 def _scales(axes: Axes, done: Sequence[Compressed]) -> None:
     names = [entry.key for entry in done[0].record.quant]
     for item, colour, shift in zip(done, COLOURS, SHIFTS, strict=True):
-        factors = [item.record.quant_of(name) for name in names]
-        points = [(at + shift / 2, w) for at, f in enumerate(factors) if f is not None for w in f.scale_w]
+        factors = [(names.index(entry.key), entry) for entry in item.record.quant if entry.key in names]
+        points = [(at + shift / 2, w) for at, f in factors for w in f.scale_w]
         axes.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.4, ms=6, mew=0)
-        points = [(at + shift / 2, f.scale_d) for at, f in enumerate(factors) if f is not None]
+        points = [(at + shift / 2, f.scale_d) for at, f in factors]
         axes.plot(*zip(*points, strict=True), "D", color=colour, ms=7)
     axes.set_yscale("log")
     _title(axes, "scale of each layer", "diamonds: activations   dots: weights, per output channel")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import rnn_job
 from support import small_models as small
-from test_restore import Job, assert_same_state, evaluate, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_run import Case, case_names
 from support import rnn_job
 from support import small_models as small
-from test_restore import Job, assert_same_state, train
+from support.golden_run import Case, case_names
+from support.retrain_job import Job, assert_same_state, train
 from torch import nn
 
 import amct_ext

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import small_models as small
-from test_bad_input import rejected
+from support.rejection import rejected
 from torch import nn
 
 import amct_ext

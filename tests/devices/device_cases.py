@@ -2,7 +2,7 @@
 
     AMCT_TEST_DEVICE=npu python -m pytest tests/devices/device_cases.py
 
-`test_npu_door.py` runs it on the stand-in device, in a process of its own. There all arithmetic comes to the CPU's
+`test_plugin_device.py` runs it on the stand-in device, in a process of its own. There all arithmetic comes to the CPU's
 kernels in the end, so results are compared bit for bit; other devices have their own rounding.
 """
 
@@ -19,8 +19,8 @@ import pytest
 import torch
 from support import rnn_job, standin
 from support import small_models as small
+from support.op_arguments import arguments
 from support.op_samples import same_bits
-from test_op_registration import arguments
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
+from support.op_arguments import arguments
 from support.op_samples import WITH_CUDA_KERNEL, same_bits
-from test_op_registration import arguments
 from torch import Tensor, nn
 
 import amct_ext

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_bad_input import rejected
+from support.rejection import rejected
 from torch import Tensor, nn
 
 import amct_ext

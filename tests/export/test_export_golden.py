@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from amct_ext.export.write import export_plain, export_quantized
+from amct_ext.record.text import parse_record
 from amct_ext.record.types import QuantRecord, Record
 
 
@@ -78,7 +79,7 @@ def float_model(golden: Path, case: str) -> tuple[nn.Module, dict[str, str], Rec
     """The reference's trained model with its wrappers taken off, the conv and BatchNorm pairs, and its record."""
     load, models = _module(golden / "load.py"), _module(golden / "models.py")
     facts, trained = load.facts(case), load.trained_state(case)
-    record = Record.loads(load.record(case, "after_eval"))
+    record = parse_record(load.record(case, "after_eval"))
     # the reference saved after an eval that may have refreshed the masks (QUIRKS 2)
     later = torch.load(golden / case / "state_after_eval_delta.pt", weights_only=True)
     trained.update({key: tensor for key, tensor in later.items() if key.endswith("wts_mask")})

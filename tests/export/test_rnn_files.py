@@ -10,14 +10,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from golden_run import Case
 from onnx import numpy_helper
+from support.golden_run import Case
 from support.rnn_job import Job, batch, evaluate, every_kind, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext
 from amct_ext.layers.activation_quantizer import Range
-from amct_ext.record.types import Record
+from amct_ext.record.text import parse_record, read_record
 
 
 @every_kind
@@ -27,7 +27,7 @@ def test_record_holds_both_sides_in_onnx_order(tmp_path: Path, kind: str, settin
     model = job.create()
     train(model, range(2))
     evaluate(model)
-    entry = Record.read(str(job.record)).quant_of("rnn")
+    (entry,) = [item for item in read_record(str(job.record)).quant if item.key == "rnn"]
     layer = model.rnn
     order = {"LSTM": "iofc", "GRU": "zrn"}[kind]
     rows = dict(zip({"LSTM": "ifco", "GRU": "rzn"}[kind], layer.weight_hh_l0.detach().split(8), strict=True))
@@ -66,7 +66,7 @@ def test_export(
     difference = (out - evaluate(model, job.sample)).abs()
     assert difference.max() < 5e-3  # one step of the classifier's input, where a value lies on a rounding tie
     assert setting == "int4" or (difference > 1e-4).float().mean() < 0.3
-    record = Record.read(str(job.record))
+    record = read_record(str(job.record))
 
     deploy = onnx.load(tmp_path / "m_deploy_model.onnx").graph
     node = next(node for node in deploy.node if node.name == "rnn")
@@ -74,7 +74,7 @@ def test_export(
     found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert found["hidden_size"] == 8 and found["quant_dtype"] == 2 and found["clip"] == -1.0
     assert found["quant_sqrt_mode_x"] == found["quant_sqrt_mode_h"] == 0
-    entry = record.quant_of("rnn")
+    (entry,) = [item for item in record.quant if item.key == "rnn"]
     assert found["quant_scale_x"] == np.float32(1) / np.float32(entry.scale_d)
     assert found["quant_offset_x"] == entry.offset_d
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in deploy.initializer}
@@ -151,7 +151,7 @@ def test_whole_golden_run_while_the_weights_stand_still(golden: Path, tmp_path: 
         if not key.endswith(("cur_batch", "quant_layer_num")):
             ours = torch.stack([state[key] for state in case.per_step])
             torch.testing.assert_close(ours, stacked, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
-    ours, theirs = Record.loads(case.record_after_eval), Record.loads(case.load.record(name, "after_eval"))
+    ours, theirs = parse_record(case.record_after_eval), parse_record(case.load.record(name, "after_eval"))
     for a, b in zip(ours.quant, theirs.quant, strict=True):
         assert (a.key, a.offset_d, a.offset_h, a.offset_w, a.offset_r) == (
             b.key, b.offset_d, b.offset_h, b.offset_w, b.offset_r

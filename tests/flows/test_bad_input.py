@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from google.protobuf import text_format
 from support import small_models as small
-from test_restore import Job, evaluate, optimizer_of, train
+from support.rejection import rejected
+from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@contextmanager
-def rejected(folder: Path, error: type[Exception], *words: str) -> Iterator[None]:
-    """The block raises ``error`` with every word in its text, and leaves every file as it was."""
-    before = contents(folder)
-    with pytest.raises(error) as caught:
-        yield
-    for word in words:
-        assert word in str(caught.value), (word, str(caught.value))
-    assert contents(folder) == before
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job
+from support.retrain_job import Job
 from torch import Tensor, nn
 
 import amct_ext

@@ -10,15 +10,15 @@ import onnxruntime
 import pytest
 import torch
 from support import small_models as small
+from support.quantizers import quantizers
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
 from support.rnn_job import Job as RnnJob
 from support.rnn_job import every_kind
-from test_restore import Job, assert_same_state, evaluate, optimizer_of, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 TWO = "batch_num: 2\n"
 CONFIGS = {
@@ -34,10 +34,6 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 @pytest.fixture
 def job(tmp_path: Path, name: str) -> Job:
     return Job(tmp_path, CONFIGS[name])
-
-
-def quantizers(model: nn.Module) -> list[ActivationQuantizer]:
-    return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
 
 
 @every_config
@@ -109,13 +105,10 @@ def test_what_was_only_evaluated_is_saved_as_it_was_evaluated(job: Job, name: st
     session = onnxruntime.InferenceSession(job.folder / "net_fake_quant_model.onnx")
     out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: small.SAMPLE.numpy()})[0])
     assert (out - want).abs().max() < 0.05 * want.abs().max()
-    evaluated = Record.read(str(job.record)).quant
+    evaluated = read_record(str(job.record)).quant
     train(model, optimizer_of(model), range(1))
     evaluate(model)
-    assert Record.read(str(job.record)).quant != evaluated
-
-
-# -- calibrate
+    assert read_record(str(job.record)).quant != evaluated
 
 
 @every_config
@@ -142,7 +135,7 @@ def test_calibrate_finds_the_ranges_of_training_forwards(job: Job, name: str) ->
         if "clip_" in key or "batches_seen" in key or "initialised" in key:
             assert torch.equal(ours[key], theirs[key]), key
     evaluate(model)
-    assert len(Record.read(str(job.record)).quant) == 5
+    assert len(read_record(str(job.record)).quant) == 5
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(job.folder / "net"), small.SAMPLE)
     before = {key: value.clone() for key, value in model.state_dict().items() if "clip_" in key}
     amct_ext.calibrate(model, [10 * batches[0]])  # finished already
@@ -169,7 +162,7 @@ def test_batches_in_every_form_and_layers_that_they_miss(tmp_path: Path) -> None
     with pytest.raises(amct_ext.AmctError, match=r"1 layer\(s\) saw fewer batches .*: 'b';"):
         amct_ext.calibrate(created, [{"x": x, "gain": gain, "second": False}] * 2)
     amct_ext.calibrate(created, iter([(x, {"gain": gain}), {"gain": gain, "x": x}]))
-    assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.running.calibrating
+    assert all(q.calibrated for q in quantizers(created)) and not created.amct_ext_session.tracker.calibrating
     with pytest.raises(amct_ext.AmctError, match="was not made by"):
         amct_ext.calibrate(Named(), [x])
 
@@ -201,7 +194,7 @@ def test_parts_in_eval_mode_calibrate_in_training(job: Job, name: str, frozen: s
         checkpoint(model, small.batch(i)[0].requires_grad_(), use_reentrant=False).sum().backward()
     assert all(q.calibrated for q in quantizers(model))
     evaluate(model)
-    assert len(Record.read(str(job.record)).quant) == 3
+    assert len(read_record(str(job.record)).quant) == 3
 
 
 class Branches(nn.Module):
@@ -221,82 +214,3 @@ def test_a_batch_that_raises_leaves_the_modes(tmp_path: Path) -> None:
     with pytest.raises(amct_ext.AmctError, match="NaN or Inf"):
         amct_ext.calibrate(model, [small.SAMPLE * float("nan")])
     assert model.training and not model.bn1.training and not any(q.calibrated for q in quantizers(model))
-
-
-# -- shared clips
-
-
-class Heads(nn.Module):
-    """Three heads read one tensor; which of them run is up to the caller."""
-
-    def __init__(self, convolution: bool) -> None:
-        super().__init__()
-        make = (lambda n: nn.Conv2d(4, n, 1)) if convolution else (lambda n: nn.Linear(6, n))
-        self.body = nn.Conv2d(4, 4, 1) if convolution else nn.Linear(6, 6)
-        self.heads = nn.ModuleList([make(n) for n in (3, 4, 5)])
-
-    def forward(self, x: Tensor, which: tuple[int, ...] = (0, 1, 2)) -> list[Tensor]:
-        y = 3 * self.body(x)
-        return [self.heads[i](y) for i in which]
-
-
-@pytest.mark.parametrize("name", ["quant", "learned", "two batches"])
-@pytest.mark.parametrize("convolution", [False, True])
-@pytest.mark.parametrize("forward", ["float", "integer"])
-@pytest.mark.parametrize("order", [[(1,)] * 3, [(2, 1)] * 3, [(1,), (2,), (0,)], [(2, 0, 1), (0, 1)]], ids=str)
-def test_the_first_to_see_a_tensor_calibrates(
-    job: Job, name: str, convolution: bool, forward: str, order: list[tuple[int, ...]]
-) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(4, 4, 6, 6)
-    net = Heads(convolution)
-    model, twin = (amct_ext.create_compressed_retrain_model(net, x, str(job.config), str(job.record)) for _ in range(2))
-    assert len(quantizers(model)) == 2
-    for each in (model, twin):
-        amct_ext.configure(each, forward=forward)
-    for which in order:
-        model.train()(x, which)
-        twin.train()(x)
-    for ours, theirs in zip(quantizers(model), quantizers(twin), strict=True):
-        assert ours.calibrated and torch.equal(ours.clip_max, theirs.clip_max)  # a batch counts once
-    for which in order:
-        got, want = model.eval()(x, which), net.eval()(x, which)
-        for a, b in zip(got, want, strict=True):
-            assert (a - b).abs().max() < 0.05 * b.abs().max()
-
-
-@pytest.mark.parametrize("forward", ["float", "integer"])
-def test_a_result_that_a_head_did_not_take_is_not_used_in_the_next_forward(tmp_path: Path, forward: str) -> None:
-    """The input of the model is the shared tensor, so that the same object comes again, under other clips."""
-
-    class Direct(Heads):
-        def forward(self, x: Tensor, which: tuple[int, ...] = (0, 1, 2)) -> list[Tensor]:
-            return [self.heads[i](x) for i in which]
-
-    job, x = Job(tmp_path, small.QUANT), torch.randn(5, 6)
-    model = amct_ext.create_compressed_retrain_model(Direct(False), x, str(job.config), str(job.record))
-    amct_ext.configure(model, forward=forward)
-    model.train()(x, (1,))
-    quantizer = quantizers(model)[0]
-    model(x, (1,))
-    with torch.no_grad():
-        quantizer.clip_max.mul_(0.1)
-        quantizer.clip_min.mul_(0.1)
-    with torch.no_grad():
-        alone, together = model(x, (2,))[0], model(x)[2]
-    assert torch.equal(alone, together)
-
-
-def test_gradients_do_not_get_lost_between_parts_with_and_without(tmp_path: Path) -> None:
-    """One head runs without gradients, as a monitor does; the other one's input still gets its gradient."""
-
-    class Monitored(Heads):
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.heads[0](x)
-            return self.heads[1](x)
-
-    job, x = Job(tmp_path, small.QUANT), torch.randn(5, 6, requires_grad=True)
-    model = amct_ext.create_compressed_retrain_model(Monitored(False), x, str(job.config), str(job.record)).train()
-    model(x).sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import rnn_job
 from support import small_models as small
-from test_step import no_recompilation
+from support.recompilation import no_recompilation
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

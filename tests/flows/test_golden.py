@@ -13,31 +13,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICES
-from golden_run import Case, case_names
 from support.agreement import CLOSE, compare
+from support.devices import DEVICES
+from support.golden_deviations import (
+    ACCEPTED,
+    BROKEN_RECORD,
+    COUNTERS,
+    NEGATIVE_SCALES,
+    PRUNED_FURTHER,
+    RECURRENT,
+    REJECTED,
+    binds,
+    channel_counts,
+    other_channels,
+)
+from support.golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.swap import compressed_layers
-from amct_ext.record.types import Record
-
-# The reference rejects these, rightly.
-REJECTED = ("cnn_a4w4", "cnn_a4w8_error")
-# The reference rejects a global channel_wise for a model with a Linear; the user meant the convolutions.
-ACCEPTED = "cnn_linear_cw_error"
-# We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution; a
-# convolution with one input channel is not taken for depthwise.
-# The reference's learned weight scales turn negative there; ours stay positive, so the runs part at that step.
-NEGATIVE_SCALES = ("cnn_override_types", "cnn_ulqw_lr05", "cnn_skips")
-# The reference trains only the biases of a recurrent layer; with the weights trained too the runs part after one step.
-RECURRENT = ("gru_cwfalse", "gru_quant", "lstm_quant")
-PRUNED_FURTHER = ("group_filter_asc", "group_filter_noasc", "odd_filter_quant", "deconv_filter")
-# Counters that AMCT only compares with zero; ours are written as 0 or 1, and only training forwards count.
-COUNTERS = ("cur_batch", "prune_cur_batch", "quant_layer_num")
-
+from amct_ext.record.text import parse_record
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
 
@@ -97,7 +94,7 @@ def test_created(case: Case) -> None:
     for sharer, owner in case.facts["reuse"].items():
         a, b = (layers[name.removesuffix(".quant_module")] for name in (sharer, owner))
         assert a.activation is b.activation
-    assert sum(layer.links.act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
+    assert sum(layer.refs.shared_act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
 
 
 @every(RUNNABLE)
@@ -116,7 +113,7 @@ def test_created_state(case: Case) -> None:
         if key.endswith("wts_mask") and not ours[key].isnan().any():
             case.deviates("the mask exists from create on, not from the first forward")
             assert value.isnan().all() and set(ours[key].unique().tolist()) <= {0.0, 1.0}
-        elif not _other_channels(case):
+        elif not other_channels(case):
             assert torch.equal(ours[key].nan_to_num(7), value.nan_to_num(7)), key
 
 
@@ -125,7 +122,7 @@ def test_record_after_create(case: Case) -> None:
     _ = case.created
     if not case.stored("record_after_create.txt"):
         return
-    ours, theirs = Record.loads(case.record_after_create), Record.loads(case.load.record(case.name, "after_create"))
+    ours, theirs = parse_record(case.record_after_create), parse_record(case.load.record(case.name, "after_create"))
     assert ours.quant == theirs.quant == ()
     if ours.sparse:
         case.deviates("2:4 entries hold the mask from create on")
@@ -136,9 +133,9 @@ def test_record_after_create(case: Case) -> None:
         assert len(ours.channel) > len(theirs.channel)
         chosen = {(n.name, n.prune_index) for c in ours.channel for n in c.producers}
         assert {(n.name, n.prune_index) for c in theirs.channel for n in c.producers} <= chosen
-    elif _other_channels(case):
+    elif other_channels(case):
         case.deviates("coupled producers decide together")
-        assert kept(ours) == kept(theirs)
+        assert channel_counts(ours) == channel_counts(theirs)
     else:
         assert ours.channel == theirs.channel
 
@@ -147,7 +144,7 @@ def test_record_after_create(case: Case) -> None:
 def test_losses(case: Case) -> None:
     _ = case.trained
     assert all(map(_finite, case.losses))
-    if _binds(case, "L"):
+    if binds(case, "L"):
         torch.testing.assert_close(
             torch.tensor(case.losses), torch.tensor(case.golden_results["losses"]), rtol=2e-4, atol=1e-5
         )
@@ -175,7 +172,7 @@ def test_first_loss_of_recurrent_layers(case: Case) -> None:
 @every(RUNNABLE)
 def test_parameters_over_the_steps(case: Case) -> None:
     _ = case.trained
-    if not _binds(case, "P"):
+    if not binds(case, "P"):
         return
     for key, stacked in case.golden_results["per_step"].items():
         if key.rpartition(".")[2] in COUNTERS:
@@ -200,15 +197,15 @@ def test_learned_scales_stay_positive(case: Case) -> None:
     for _, layer in compressed_layers(case.trained):
         if layer.weight_quant is None:
             continue
-        assert (layer.weight_quant.present_scale(layer.weight) > 0).all()
+        assert (layer.weight_quant.current_scale(layer.weight) > 0).all()
 
 
 @every(RUNNABLE)
 def test_masks_after_training(case: Case) -> None:
     _ = case.trained
-    if not _binds(case, "M"):
+    if not binds(case, "M"):
         return
-    theirs = {s.name: s.mask for s in Record.loads(case.load.record(case.name, "after_train")).sparse}
+    theirs = {s.name: s.mask for s in parse_record(case.load.record(case.name, "after_train")).sparse}
     state = case.per_step[-1]
     for name, layer in compressed_layers(case.trained):
         if layer.sparsity is not None and theirs.get(name) is not None:
@@ -220,20 +217,20 @@ def test_masks_after_training(case: Case) -> None:
 @every(RUNNABLE)
 def test_eval(case: Case) -> None:
     assert _finite(case.eval_out)
-    if _binds(case, "E"):
+    if binds(case, "E"):
         torch.testing.assert_close(case.eval_out, case.golden_results["eval_out"], rtol=1e-3, atol=2e-4)
 
 
 @every(RUNNABLE)
 def test_record_after_eval(case: Case) -> None:
     _ = case.eval_out
-    ours = Record.loads(case.record_after_eval)
+    ours = parse_record(case.record_after_eval)
     check_record(case.trained, ours, "record")
     # All channel records survive, in a mixed model too.
-    assert ours.channel == Record.loads(case.record_after_create).channel
-    if not _binds(case, "Q"):
+    assert ours.channel == parse_record(case.record_after_create).channel
+    if not binds(case, "Q"):
         return
-    theirs = Record.loads(case.load.record(case.name, "after_eval"))
+    theirs = parse_record(case.load.record(case.name, "after_eval"))
     assert [q.key for q in ours.quant] == [q.key for q in theirs.quant]
     for a, b in zip(ours.quant, theirs.quant, strict=True):
         assert (a.act_type, a.wts_type, a.offset_w) == (b.act_type, b.wts_type, b.offset_w)
@@ -246,7 +243,7 @@ def test_record_after_eval(case: Case) -> None:
 @every(RUNNABLE)
 def test_restore_from_the_references_files(case: Case) -> None:
     """AMCT's files restore here, and the learned clips stay (deviation: the reference searches them anew)."""
-    if "X" in case.unbound or not case.stored("checkpoint.pth") or _broken_record(case):
+    if "X" in case.unbound or not case.stored("checkpoint.pth") or case.name in BROKEN_RECORD:
         pytest.skip("the reference left no restorable files for this case (a defect of its own)")
     model = case.reference_restored
     ours, theirs = case.state(model), case.load.trained_state(case.name)
@@ -260,7 +257,7 @@ def test_restore_from_the_references_files(case: Case) -> None:
         elif key.rpartition(".")[2] not in ("scale_w", "scale_r"):  # the reference fills it at its first evaluation
             assert torch.equal(ours[key].nan_to_num(7), value.nan_to_num(7)), key
     out = case.evaluate(model)
-    if _binds(case, "Y"):
+    if binds(case, "Y"):
         if not torch.equal(case.golden_results["restored_eval_out"], case.golden_results["eval_out"]):
             case.deviates("the learned clips stay, where the reference searches them anew")
         torch.testing.assert_close(out, case.golden_results["eval_out"], rtol=1e-3, atol=2e-4)
@@ -295,41 +292,6 @@ def test_own_round_trip(case: Case) -> None:
     dialect = case.folder / "dialect.pth"
     torch.save(case.per_step[-1], dialect)
     assert torch.equal(case.evaluate(case.restore(str(record), str(dialect), None)), expected)
-
-
-def kept(record: Record) -> list[list[tuple[str, int, int, int]]]:
-    """The channel groups without the choice of channels."""
-    return [[(n.name, n.begin, n.end, len(n.prune_index)) for n in c.producers + c.consumers] for c in record.channel]
-
-
-def _binds(case: Case, letter: str) -> bool:
-    """Whether the reference's numbers of this stage bind; where not, the summary learns why."""
-    if case.name in RECURRENT and letter != "Y":
-        case.deviates("recurrent weights are trained")
-    elif case.name in NEGATIVE_SCALES:
-        case.deviates("learned scales stay positive")
-    elif "losses" not in case.golden_results:
-        case.deviates("works where the reference raises")
-    elif _other_channels(case):
-        case.deviates("other channels are kept")
-    elif letter in case.unbound:
-        case.notes.append(("unbound", case.unbound[letter]))
-    else:
-        return True
-    return False
-
-
-def _other_channels(case: Case) -> bool:
-    """Deviation: coupled producers decide together, so other channels may be kept and all that follows differs."""
-    if not case.stored("record_after_create.txt"):
-        return False
-    record = Record.loads(case.load.record(case.name, "after_create"))
-    coupled = any(len(c.producers) > 1 for c in record.channel)
-    return coupled or case.name in PRUNED_FURTHER
-
-
-def _broken_record(case: Case) -> bool:
-    return case.name in ("cnn_mixed_prune_quant",)
 
 
 def _finite(value: Tensor | float | Mapping[str, Tensor]) -> bool:

@@ -10,16 +10,16 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from golden_run import Case
 from support import small_models as small
-from test_bad_input import rejected
-from test_restore import assert_same_state, evaluate, optimizer_of, train
-from test_save import run_onnx
+from support.golden_run import Case
+from support.onnx_run import run_onnx
+from support.rejection import rejected
+from support.retrain_job import assert_same_state, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
 from amct_ext.model_surgery.swap import compressed_layers
-from amct_ext.record.types import Record
+from amct_ext.record.text import parse_record, read_record
 
 GOLDEN = [
     "cnn_24_f0", "cnn_24_f2", "cnn_filter_asc", "cnn_filter_noasc", "cnn_mixed_prune", "cnn_override_prune",
@@ -79,7 +79,7 @@ def test_golden_created_state_and_record(golden: Path, tmp_path: Path, name: str
         assert ours[key].shape == value.shape and ours[key].dtype == value.dtype, key
         if not key.endswith("wts_mask"):  # ours are made at create, the reference's at the first forward
             assert torch.equal(ours[key].nan_to_num(7), value.nan_to_num(7)), key
-    written, expected = Record.read(case.record), Record.loads(case.load.record(name, "after_create"))
+    written, expected = read_record(case.record), parse_record(case.load.record(name, "after_create"))
     assert written.channel == expected.channel
     assert [(s.name, s.mask_shape) for s in written.sparse] == [(s.name, s.mask_shape) for s in expected.sparse]
 
@@ -106,7 +106,7 @@ def test_train_restore_save(job: Job) -> None:
     assert_same_state(restored, model)
     expected = evaluate(model)
     assert torch.equal(evaluate(restored), expected)
-    assert Record.read(job.record).quant == ()
+    assert read_record(job.record).quant == ()
     model.train()
     job.save(model)
     assert model.training

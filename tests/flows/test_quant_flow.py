@@ -9,15 +9,15 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from golden_run import Case
 from support import small_models as small
-from test_bad_input import rejected
-from test_restore import assert_same_state, evaluate, optimizer_of, train
-from test_save import run_onnx
+from support.golden_run import Case
+from support.onnx_run import run_onnx
+from support.rejection import rejected
+from support.retrain_job import assert_same_state, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-from amct_ext.record.types import Record
+from amct_ext.record.text import parse_record, read_record
 
 # Cases whose configuration only quantises; the two with batch_num 2 and INT16 are among them on purpose.
 GOLDEN = [
@@ -92,7 +92,7 @@ def test_golden_checkpoint_restores(golden: Path, tmp_path: Path) -> None:
     )
     out = case.evaluate(model)
     torch.testing.assert_close(out, case.golden_results["eval_out"], atol=1e-4, rtol=1e-4)
-    ours, theirs = Record.read(case.record), Record.loads(case.load.record("cnn_quant", "after_eval"))
+    ours, theirs = read_record(case.record), parse_record(case.load.record("cnn_quant", "after_eval"))
     assert [entry.key for entry in ours.quant] == [entry.key for entry in theirs.quant]
     for a, b in zip(ours.quant, theirs.quant, strict=True):
         assert (a.offset_d, a.act_type, a.wts_type) == (b.offset_d, b.act_type, b.wts_type)
@@ -110,7 +110,7 @@ def test_create_empties_the_record_and_leaves_the_model_alone(job: Job) -> None:
     assert Path(job.record + ".bak").read_text() == "old\n"
     train(created, optimizer_of(created), range(1))
     evaluate(created)
-    assert len(Record.read(job.record).quant) == 5
+    assert len(read_record(job.record).quant) == 5
 
 
 def test_a_failed_create_leaves_the_record(job: Job) -> None:

@@ -11,16 +11,12 @@ import onnxruntime
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, evaluate, optimizer_of, train
+from support.onnx_run import run_onnx
+from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
 from amct_ext.model_surgery.swap import compressed_layers
-
-
-def run_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def trained(folder: Path, config: str) -> tuple[Job, nn.Module]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from test_restore import Job, optimizer_of
+from support.recompilation import no_recompilation
+from support.retrain_job import Job, optimizer_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,16 +92,6 @@ def test_few_kernels_are_added(name: str, most: int, tmp_path: Path) -> None:
         counts.append(sum(n for op, n in calls.count.items() if op not in (*VIEWS, "add_")))
     layers, shared = 5, 0 if name.startswith("sparse") else 1
     assert 0 < counts[1] - counts[0] <= most * layers - 2 * shared
-
-
-@contextmanager
-def no_recompilation() -> Iterator[None]:
-    before = torch._dynamo.config.error_on_recompile
-    torch._dynamo.config.error_on_recompile = True
-    try:
-        yield
-    finally:
-        torch._dynamo.config.error_on_recompile = before
 
 
 @pytest.mark.parametrize("name", CONFIGS)

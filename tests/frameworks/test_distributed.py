@@ -9,26 +9,15 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from support import small_models as small
-from test_restore import Job, assert_same_state, evaluate, optimizer_of
+from support.ranks import LOCAL, WORLD, start
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import amct_ext
 
-WORLD = 2
-LOCAL = ("running_mean", "running_var", "act_quant.scale", "act_quant.offset")  # of the rank's last batch
 TWO_BATCHES = "batch_num: 2\n" + small.SPARSE % 2 + small.LEARNED
 CONFIGS = {"mixed": small.CONFIGS["mixed_quant"], "two batches": TWO_BATCHES, "histogram": TWO_BATCHES}
-
-
-def start(rank: int, folder: str) -> Path:
-    """Join the job; returns the rank's own folder."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    mine = Path(folder) / f"rank{rank}"
-    mine.mkdir()
-    return mine
 
 
 def work(rank: int, folder: str, calibration: Literal["exact", "histogram"]) -> None:

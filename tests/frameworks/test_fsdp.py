@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from support import small_models as small
-from test_distributed import LOCAL, WORLD, start
-from test_restore import Job, evaluate
+from support.ranks import LOCAL, WORLD, start
+from support.retrain_job import Job, evaluate
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh

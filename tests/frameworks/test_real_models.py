@@ -89,7 +89,7 @@ def test_whole_job(name: str, kind: str, tmp_path: Path) -> None:
     assert agreed.ties <= agreed.values * 1e-3, agreed
     deploy = onnx.load(tmp_path / "net_deploy_model.onnx")
     operators = [node.op_type for node in deploy.graph.node]
-    assert operators.count("AscendDequant") == len(agreement.Record.read(record).quant) >= AT_LEAST[name][0]
+    assert operators.count("AscendDequant") == len(agreement.read_record(record).quant) >= AT_LEAST[name][0]
 
 
 @pytest.mark.parametrize("name", real_models.NAMES)

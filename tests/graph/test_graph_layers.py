@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_run import load_module
+from support.golden_run import load_module
 from support.graph_nets import Net, conv, image
 from torch import nn
 from torch.nn.utils import parametrizations

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from test_integer import both, took_integers
-from test_stash import compressed
+from support.integer_forward import both, took_integers
+from support.single_layer import compressed
 from torch import Tensor, nn
 
 import amct_ext
@@ -54,7 +54,7 @@ def integers(model: nn.Module, x: Tensor) -> tuple[np.ndarray, int]:
         x, quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min
     )
     centred = codes.double() - 128 - offset.double()
-    scale = layer.weight_quant.present_scale(layer.weight)
+    scale = layer.weight_quant.current_scale(layer.weight)
     weight = ops.quantize_weight(layer.weight, scale, 8, 0 if scale.numel() > 1 else None).double()
     axis = x.dim() - 1
     if isinstance(layer, nn.Conv2d):
@@ -175,4 +175,4 @@ def test_only_as_many_batches_as_asked_for(tmp_path: Path) -> None:
     names = {event.key for event in profile.key_averages()}
     assert "amct_ext::integer_conv2d" in names
     assert "amct_ext::integer_conv2d_accumulators" not in names
-    assert layer.integer.take_sums() is None
+    assert layer.integer.pop_accumulators() is None

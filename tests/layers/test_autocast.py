@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from test_restore import Job, optimizer_of
+from support.retrain_job import Job, optimizer_of
 from torch import nn
 
 import amct_ext

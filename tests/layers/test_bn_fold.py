@@ -15,9 +15,9 @@ from support.any_job import PER_TENSOR, AnyJob, off, run
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.bn_fold import with_factor
+from amct_ext.layers.bn_fold import fold_scale
 from amct_ext.model_surgery.swap import compressed_layers
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 CONVS = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
 CONFIGS = {"per tensor": PER_TENSOR, "per channel": small.QUANT, "learned": small.LEARNED}
@@ -36,7 +36,7 @@ def pair(dims: int = 2, groups: int = 1) -> tuple[nn.Sequential, Tensor]:
 
 
 def recorded(job: AnyJob) -> list[float]:
-    return [scale for entry in Record.read(job.record).quant for scale in entry.scale_w]
+    return [scale for entry in read_record(job.record).quant for scale in entry.scale_w]
 
 
 @pytest.mark.parametrize("config", list(CONFIGS))
@@ -84,7 +84,7 @@ def test_scales_that_are_no_numbers_stay_so() -> None:
     """They are refused where the record is written, as before."""
     norm = nn.BatchNorm2d(3, eps=0.0)
     norm.running_var.copy_(torch.tensor([0.0, 1.0, -1.0]))
-    scales = with_factor(torch.full((1,), 0.5), norm).detach()
+    scales = fold_scale(torch.full((1,), 0.5), norm).detach()
     assert scales.isfinite().tolist() == [False, True, False]
     assert scales[1] == 0.5
 

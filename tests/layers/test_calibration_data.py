@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, assert_same_state, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext
 from amct_ext import ops
 from amct_ext.errors import CheckpointError, InvalidDataError, StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.calibration_data import Calibration, Histogram, Values, _parts
+from amct_ext.layers.calibration_data import CalibrationData, ExactValues, ValueHistogram, _parts
 
 BATCHES = 4
 
@@ -81,7 +81,7 @@ def test_the_range_is_within_the_bound_of_the_exact_one(job: Job, dtype: torch.d
         assert low == pytest.approx(-high * 128 / 127)
     gathered = torch.zeros(0)
     for batch in batches:
-        gathered = Histogram().add(gathered, batch.float())
+        gathered = ValueHistogram().add(gathered, batch.float())
     excess = ops.search_clip_range_histogram(*_parts(gathered))[4]
     assert errors[1] <= errors[0] + excess + 1e-6 * errors[0]
 
@@ -176,8 +176,8 @@ def test_a_bad_batch_is_not_taken(job: Job, calibration: str) -> None:
 
 def test_a_single_batch_is_searched_as_it_is() -> None:
     x = torch.randn(10_000)
-    for way in (Values(), Histogram()):
-        calibration = Calibration()
-        calibration.way = way
+    for way in (ExactValues(), ValueHistogram()):
+        calibration = CalibrationData()
+        calibration.method = way
         assert list(calibration.add(x, 8, True, "layer")) == list(ops.search_clip_range(x)[2:])
         assert calibration.data is None

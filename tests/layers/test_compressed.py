@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, evaluate, optimizer_of, train
+from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
 from amct_ext import ops
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.model_surgery.swap import compressed_layers, fold_layers
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 
 def make(folder: Path, config: str) -> nn.Module:
@@ -143,7 +143,7 @@ def test_shift_bit_in_the_record_only_when_asked(tmp_path: Path) -> None:
         model = job.create()
         train(model, optimizer_of(model), range(1))
         evaluate(model)
-        record = Record.read(str(job.record))
+        record = read_record(str(job.record))
         assert [bool(entry.shift_bit) for entry in record.quant] == [expected] * 5
         if expected:
             assert {e.key: list(e.shift_bit) for e in record.quant} == amct_ext.shift_bits(model)
@@ -157,12 +157,12 @@ def test_first_forward_in_eval_mode_works(tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items() if not key.endswith("weight_quant.scale")}
     out = evaluate(model)
     assert torch.nn.functional.cosine_similarity(out, evaluate(small.build()), dim=1).min() > 0.99
-    assert len(Record.read(str(job.record)).quant) == 5  # of what was evaluated
+    assert len(read_record(str(job.record)).quant) == 5  # of what was evaluated
     for key, value in before.items():
         assert torch.equal(model.state_dict()[key].nan_to_num(7), value.nan_to_num(7)), key
     train(model, optimizer_of(model), range(1))
     evaluate(model)
-    assert len(Record.read(str(job.record)).quant) == 5
+    assert len(read_record(str(job.record)).quant) == 5
 
 
 def test_record_follows_every_evaluation(tmp_path: Path) -> None:

@@ -12,60 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_stash import compressed
+from support.deferred_model import Net, evaluated
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers import deferred as pending
-from amct_ext.layers.deferred import Convolution, Patience, Pending, Running
-
-
-class Net(nn.Module):
-    """Convolutions with all that can follow one: BatchNorm, bounds, addition, pooling, another convolution."""
-
-    def __init__(self, norm: bool = True) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 20, 3, padding=1, bias=False), self._norm(norm, 20), nn.ReLU(inplace=True)
-        )
-        self.pool = nn.MaxPool2d(3, 2, 1)
-        self.inner = nn.Sequential(
-            nn.Conv2d(20, 33, 1),
-            self._norm(norm, 33),
-            nn.ReLU6(),
-            nn.Conv2d(33, 20, 3, padding=1),
-            self._norm(norm, 20),
-        )
-        self.branch = nn.Sequential(nn.Conv2d(20, 20, 1, bias=False), self._norm(norm, 20))
-        self.head = nn.Conv2d(20, 6, 1)
-
-    @staticmethod
-    def _norm(wanted: bool, channels: int) -> nn.Module:
-        if not wanted:
-            return nn.Identity()
-        norm = nn.BatchNorm2d(channels)
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        return norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.stem(x))
-        y = self.inner(x)
-        y += self.branch(x)
-        return self.head(torch.relu(y))
-
-
-def evaluated(net: nn.Module, folder: Path, x: Tensor) -> nn.Module:
-    """Compressed, with the statistics of some training, in eval mode and on integers."""
-    model = compressed(net, x, folder)
-    model.train()
-    for _ in range(3):
-        model(torch.randn_like(x))
-    model.eval()
-    with torch.no_grad():
-        model(x)  # searches shifts
-    amct_ext.configure(model, forward="integer")
-    return model
+from amct_ext.layers import deferred
+from amct_ext.layers.deferred import DeferPolicy, DeferredConv2d, DeferredTensor
+from amct_ext.layers.forward_tracker import ForwardTracker
 
 
 @pytest.fixture
@@ -74,16 +27,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def watch(name: str) -> None:
-        real = getattr(Convolution, name)
+        real = getattr(DeferredConv2d, name)
 
-        def watched(self: Convolution, *args: object) -> object:
-            made.append(f"{name}+" if args and name == "floats" else name)
+        def watched(self: DeferredConv2d, *args: object) -> object:
+            made.append(f"{name}+" if args and name == "compute" else name)
             return real(self, *args)
 
-        monkeypatch.setattr(Convolution, name, watched)
+        monkeypatch.setattr(DeferredConv2d, name, watched)
 
-    watch("floats")
-    watch("requantized")
+    watch("compute")
+    watch("compute_codes")
     return made
 
 
@@ -98,7 +51,7 @@ def test_a_model(norm: bool, layout: torch.memory_format, tmp_path: Path, calls:
         y = model(x)
     assert type(y) is Tensor and y.stride() == one_by_one.stride()
     # Stem, into the second of the inner ones, the branch, the sum, the head.
-    assert calls == ["floats", "requantized", "floats", "floats+", "floats"]
+    assert calls == ["compute", "compute_codes", "compute", "compute+", "compute"]
     if norm:  # rounded once less; a code at a tie may be its neighbour
         torch.testing.assert_close(y, one_by_one, rtol=1e-4, atol=0.03 * float(y.std()))
         assert (y - one_by_one).abs().median() < 1e-6
@@ -122,7 +75,7 @@ def test_only_within_an_evaluation_of_the_model(tmp_path: Path) -> None:
     model.train()
     with torch.no_grad():
         model(x)
-    assert seen == [Tensor, Pending, Tensor, Tensor, Tensor]
+    assert seen == [Tensor, DeferredTensor, Tensor, Tensor, Tensor]
 
     def fails(*args: object) -> None:
         raise KeyError
@@ -172,9 +125,9 @@ def test_two_readers(tmp_path: Path, calls: list[str]) -> None:
     with torch.no_grad():
         expected = model.forward(x)
         first = model(x)
-        assert calls.count("requantized") == 2
+        assert calls.count("compute_codes") == 2
         calls.clear()
-        assert torch.equal(model(x), expected) and calls.count("requantized") == 0
+        assert torch.equal(model(x), expected) and calls.count("compute_codes") == 0
     torch.testing.assert_close(first, expected, rtol=1e-3, atol=0.03 * float(expected.std()))
 
 
@@ -188,20 +141,20 @@ def test_nan_is_noticed(tmp_path: Path) -> None:
             model(x)
 
 
-def convolution(channels_last: bool = False) -> tuple[Convolution, Tensor]:
+def convolution(channels_last: bool = False) -> tuple[DeferredConv2d, Tensor]:
     """One with a bias, and its values."""
     codes = torch.randint(0, 256, (2, 5, 6, 7), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     packed = amct_ext.ops.pack_weight(torch.randn(4, 5, 3, 3), torch.full((4,), 0.02))
     activation = codes, torch.tensor(0.05), torch.tensor(-100.0)
-    made = Convolution(
+    made = DeferredConv2d(
         activation, packed, torch.rand(4), torch.randn(4), ((3, 3), (1, 1), (1, 1), (1, 1)), channels_last
     )
-    return made, made.floats()
+    return made, made.compute()
 
 
-def waiting(channels_last: bool = False) -> tuple[Tensor, Tensor]:
+def deferred_tensor(channels_last: bool = False) -> tuple[Tensor, Tensor]:
     made, values = convolution(channels_last)
-    return Pending(made, values.shape), values
+    return DeferredTensor(made, values.shape), values
 
 
 READERS: dict[str, Callable[[Tensor], object]] = {
@@ -239,14 +192,14 @@ READERS: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", READERS)
 def test_readers(name: str, channels_last: bool) -> None:
-    x, values = waiting(channels_last)
+    x, values = deferred_tensor(channels_last)
     assert x.stride() == values.stride() and x.is_contiguous() is not channels_last and x.dtype == torch.float32
     with torch.no_grad():
         result, expected = READERS[name](x), READERS[name](values)
     if not isinstance(expected, Tensor):
         assert result == expected
         return
-    assert type(pending.plain(result)) is Tensor
+    assert type(deferred.materialize(result)) is Tensor
     assert torch.equal(result, expected) and result.stride() == expected.stride()
 
 
@@ -265,7 +218,7 @@ WRITERS: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_writers(name: str) -> None:
     """What is written in place is seen by all who hold the tensor, and not by what was made of it before."""
-    x, values = waiting()
+    x, values = deferred_tensor()
     with torch.no_grad():
         before, expected = x.relu(), values.relu()
         alias = x
@@ -276,7 +229,7 @@ def test_writers(name: str) -> None:
 
 
 def test_what_it_was_made_of_may_change() -> None:
-    x, values = waiting()
+    x, values = deferred_tensor()
     norm, addend = nn.BatchNorm2d(4).double().eval(), torch.randn(values.shape)
     nn.init.normal_(norm.running_mean)
     with torch.no_grad():
@@ -286,12 +239,12 @@ def test_what_it_was_made_of_may_change() -> None:
         assert torch.equal(norm.running_mean, kept)
         norm.running_mean.zero_()
         addend.zero_()
-        torch.testing.assert_close(pending.plain(y), expected[0])
+        torch.testing.assert_close(deferred.materialize(y), expected[0])
         assert torch.equal(z, expected[1])
 
 
 def test_gradients_of_what_follows() -> None:
-    x, values = waiting()
+    x, values = deferred_tensor()
     found = []
     for each in (x, values):
         norm = nn.BatchNorm2d(4).eval()
@@ -301,19 +254,19 @@ def test_gradients_of_what_follows() -> None:
 
 
 def test_training_statistics_are_taken_of_values() -> None:
-    x, values = waiting()
+    x, values = deferred_tensor()
     norm, other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
     with torch.no_grad():
         assert torch.equal(norm(x), other(values)) and torch.equal(norm.running_mean, other.running_mean)
 
 
 def test_copies_of_what_counts() -> None:
-    running = Running()
-    running.enter(sys._getframe())
-    assert running.forward == 1
-    assert copy.deepcopy(running).forward is None
+    tracker = ForwardTracker()
+    tracker.enter(sys._getframe())
+    assert tracker.forward_id == 1
+    assert copy.deepcopy(tracker).forward_id is None
     file = io.BytesIO()
-    torch.save(waiting()[0], file)
+    torch.save(deferred_tensor()[0], file)
     file.seek(0)
     assert type(torch.load(file)) is Tensor
-    assert Patience().left
+    assert DeferPolicy().allowed

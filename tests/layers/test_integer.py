@@ -13,15 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from test_restore import Job, optimizer_of, train
-from test_stash import Chain, Watch, compressed, saved_bytes
+from support.integer_forward import both, took_integers
+from support.retrain_job import Job, optimizer_of, train
+from support.saved_tensors import Watch, saved_bytes
+from support.single_layer import Chain, compressed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
 from amct_ext import ops
 from amct_ext.layers import timing
-from amct_ext.layers.fingerprint import content
+from amct_ext.layers.fingerprint import fingerprint
 from amct_ext.layers.integer import IntegerForward
 from amct_ext.model_surgery.swap import compressed_layers
 
@@ -41,17 +43,6 @@ ON_FLOATS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed": (lambda: nn.ConvTranspose2d(5, 4, 3), (2, 5, 7, 7)),
     "one axis": (lambda: nn.Conv1d(5, 4, 3), (2, 5, 7)),
 }
-
-
-def took_integers(model: nn.Module) -> bool:
-    return set(amct_ext.forward_choices(model).values()) == {"integer"}
-
-
-def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Copies of the model on floats and on integers."""
-    models = copy.deepcopy(model), copy.deepcopy(model)
-    amct_ext.configure(models[1], forward="integer")
-    return models
 
 
 def run(model: nn.Module, x: Tensor, factors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -404,16 +395,16 @@ def test_large_weights_written_through_data(layout: str, tmp_path: Path) -> None
         w = w.t()
     if layout == "with holes":
         w = torch.cat([w, w], 1)[:, ::2]
-    seen = {content(w, 64)}
-    assert content(w, 64) in seen
+    seen = {fingerprint(w, 64)}
+    assert fingerprint(w, 64) in seen
     for write in (lambda: w.data.neg_(), lambda: w.data.copy_(w.flip(0)), lambda: w.data.mul_(1.0001)):
         write()
-        assert content(w, 64) not in seen
-        seen.add(content(w, 64))
+        assert fingerprint(w, 64) not in seen
+        seen.add(fingerprint(w, 64))
     for value in w.data.view(-1)[:: w.numel() // 50] if w.is_contiguous() else []:
         value.add_(1.0)
-        assert content(w) not in seen
-        seen.add(content(w))
+        assert fingerprint(w) not in seen
+        seen.add(fingerprint(w))
 
 
 def test_evaluations_keep_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from support import small_models as small
+from support.retrain_job import Job, assert_same_state
 from support.rnn_job import Job as RnnJob
 from support.rnn_job import every_kind
-from test_restore import Job, assert_same_state
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

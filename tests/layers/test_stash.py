@@ -4,83 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, optimizer_of, train
+from support.retrain_job import Job, optimizer_of, train
+from support.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
+from support.single_layer import LAYERS, Chain, compressed
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext
 from amct_ext import ops
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "conv1d": (lambda: nn.Conv1d(5, 4, 3, padding=1), (2, 5, 9)),
-    "conv2d": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1, bias=False), (3, 5, 7, 9)),
-    "pointwise": (lambda: nn.Conv2d(5, 4, 1), (2, 5, 7, 7)),
-    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), (2, 6, 7, 5)),
-    "same padding": (lambda: nn.Conv2d(5, 4, 2, padding="same"), (2, 5, 7, 7)),
-    "conv3d": (lambda: nn.Conv3d(4, 4, 2), (2, 4, 3, 5, 4)),
-    "transposed": (lambda: nn.ConvTranspose2d(5, 4, 3, stride=2), (2, 5, 4, 3)),
-    "linear": (lambda: nn.Linear(7, 4), (5, 7)),
-    "linear on a sequence": (lambda: nn.Linear(7, 4, bias=False), (3, 5, 7)),
-    "linear on one vector": (lambda: nn.Linear(7, 4), (7,)),
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CONFIGS = ("quant", "learned", "sparse_quant")
-
-
-class Chain(nn.Module):
-    """A layer behind a ReLU, so that its input is kept by others too."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.relu(x) - 0.2)
-
-
-def compressed(model: nn.Module, sample: Tensor, folder: Path, config: str = small.QUANT) -> nn.Module:
-    (folder / "c.cfg").write_text(config)
-    made = amct_ext.create_compressed_retrain_model(model, sample, str(folder / "c.cfg"), str(folder / "r.txt"))
-    made.train()(sample)  # calibrates
-    return made
-
-
-def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    run().float().square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(model: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
-    """Of the model with the stash on and of a copy with it off."""
-    other = copy.deepcopy(model)
-    amct_ext.configure(other, stash="off")
-    one, two = gradients(model, lambda: run(model)), gradients(other, lambda: run(other))
-    assert one.keys() == two.keys() and one
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
-
-
-@contextmanager
-def saved_bytes(held: list[int]) -> Iterator[None]:
-    """Adds up what the graph holds, every storage once."""
-    storages: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        yield
-    held.append(sum(x.untyped_storage().nbytes() for x in storages.values()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,17 +73,6 @@ def test_two_forwards_before_one_backward(tmp_path: Path) -> None:
 
     model(small.batch(2)[0])
     assert_same_gradients(model, run)
-
-
-class Watch:
-    """Whether the memory of a tensor has been let go."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.ref = torch.multiprocessing.reductions.StorageWeakRef(x.untyped_storage())
-
-    @property
-    def gone(self) -> bool:
-        return self.ref.expired()
 
 
 def test_the_quantised_input_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ def test_members_copies_and_state(tmp_path: Path, kind: str) -> None:
         assert restored.layer.note == 9
     plain = to_plain_model(model, x).model.layer
     assert type(plain) is user and plain.note == 9 and plain.made_up == 42
-    assert not any(name in vars(plain) for name in ("links", "layer_name", "sparsity"))
+    assert not any(name in vars(plain) for name in ("refs", "layer_name", "sparsity"))
 
 
 def test_compiled(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, assert_same_state, evaluate, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from test_restore import Job, evaluate, optimizer_of, train
+from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-from amct_ext.record.types import Record
+from amct_ext.record.text import read_record
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_create_keeps_the_record_of_a_finished_run(
     assert [(tmp_path / name).read_bytes() for name in names] == kept
     assert sorted(path.name for path in tmp_path.glob("*.bak*")) == names
     assert [r.message for r in caplog.records if "record.txt.bak2" in r.message and str(job.record) in r.message]
-    assert not Record.read(str(job.record)).quant
+    assert not read_record(str(job.record)).quant
 
 
 def test_a_failed_create_keeps_nothing_and_replaces_nothing(job: Job) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
 from support.rnn_job import Job as RnnJob
 from support.rnn_job import every_kind
-from test_restore import Job, assert_same_state, evaluate, optimizer_of, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import amct_ext
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.host_value import HostValue
+from amct_ext.layers.cached_item import CachedItem
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity
 
@@ -205,7 +205,7 @@ class Elsewhere(Tensor):
 
 def test_another_device_is_read_once_for_each_foreign_write() -> None:
     Elsewhere.reads = 0
-    buffer, value = torch.tensor(3).as_subclass(Elsewhere), HostValue(0)
+    buffer, value = torch.tensor(3).as_subclass(Elsewhere), CachedItem(0)
     assert [value.read(buffer) for _ in range(3)] == [3, 3, 3] and Elsewhere.reads == 1
     buffer.add_(1)
     value.wrote(buffer, 4)
@@ -302,7 +302,7 @@ def test_shifts_follow_every_change_in_eval_mode(tmp_path: Path) -> None:
         evaluate(model)
         loaded = copied(model, job.create())
         for search in (m for m in loaded.modules() if isinstance(m, ShiftSearch)):
-            search.forget()
+            search.reset()
         evaluate(loaded)
         assert amct_ext.shift_bits(model) == amct_ext.shift_bits(loaded)
     average = copy.deepcopy(model)  # has no record file, but shifts

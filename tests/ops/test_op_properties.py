@@ -14,7 +14,9 @@ from amct_ext import ops
 from amct_ext.ops import activation_ulq as ulq
 from amct_ext.ops import sparsity_mask as masks
 from amct_ext.ops import sparsity_weight as sparse
-from amct_ext.ops import weight_quantize as weights
+from amct_ext.ops import weight_arq as arq
+from amct_ext.ops import weight_lsq as lsq
+from amct_ext.ops import weight_quantize as quantize
 
 SPECIAL = (
     math.nan,
@@ -77,7 +79,7 @@ def test_ulq(x: Tensor, values: tuple[float, float, float, float], num_bits: int
 @given(w=tensors(), num_bits=bits, data=st.data())
 def test_arq(w: Tensor, num_bits: int, data: st.DataObject) -> None:
     axis = data.draw(st.sampled_from([None, *range(w.dim())]))
-    for a, b in zip(weights._reference_arq(w, num_bits, axis), ops.arq_fake_quantize(w, num_bits, axis), strict=True):
+    for a, b in zip(arq._reference_arq(w, num_bits, axis), ops.arq_fake_quantize(w, num_bits, axis), strict=True):
         assert same_bits(a, b)
 
 
@@ -87,9 +89,9 @@ def test_lsq_and_codes(w: Tensor, scale: float, num_bits: int, data: st.DataObje
     axis = data.draw(st.sampled_from([None, *range(w.dim())]))
     values = torch.full((1 if axis is None else w.shape[axis],), scale)
     arguments = (w, values, num_bits, axis)
-    assert same_bits(weights._reference_lsq(*arguments), ops.lsq_fake_quantize(*arguments))
+    assert same_bits(lsq._reference_lsq(*arguments), ops.lsq_fake_quantize(*arguments))
     if num_bits <= 8:
-        assert same_bits(weights._reference_quantize(*arguments), ops.quantize_weight(*arguments))
+        assert same_bits(quantize._reference_quantize(*arguments), ops.quantize_weight(*arguments))
 
 
 @quick
@@ -108,4 +110,4 @@ def test_values_beside_the_middle_between_two_codes(near: int, scale: float, num
     middle = torch.tensor((near % 256 - 128 + 0.5) * scale, dtype=torch.float32)
     x = torch.stack([middle.view(torch.int32) + i for i in range(-3, 4)]).view(torch.float32)
     values = torch.tensor([scale])
-    assert same_bits(weights._reference_lsq(x, values, num_bits), ops.lsq_fake_quantize(x, values, num_bits))
+    assert same_bits(lsq._reference_lsq(x, values, num_bits), ops.lsq_fake_quantize(x, values, num_bits))

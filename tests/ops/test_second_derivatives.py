@@ -14,7 +14,7 @@ import torch
 from support import rnn_job
 from support import small_models as small
 from support.plain_rules import PlainOps
-from test_stash import LAYERS, Chain, compressed
+from support.single_layer import LAYERS, Chain, compressed
 from torch import Tensor, nn
 
 import amct_ext

@@ -10,6 +10,7 @@ from support.op_samples import DTYPES, axes_of, inputs, layout, same_bits
 
 from amct_ext import ops
 from amct_ext.ops import sparsity_weight as sparse
+from amct_ext.ops import weight_arq as arq
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,7 +105,7 @@ def test_many_weights_have_the_same_bits_for_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for w, y, scale in zip(weights, *ops.arq_fake_quantize_many(weights), strict=True):
-                expected = sparse._reference_arq(w, 8, 0)
+                expected = arq._reference_arq(w, 8, 0)
                 assert same_bits(expected[0], y)
                 assert same_bits(expected[1], scale)
     finally:

@@ -12,8 +12,10 @@ from support.op_samples import DTYPES, axes_of, inputs, layout, same_bits
 from torch import Tensor
 
 from amct_ext import ops
+from amct_ext.ops import weight_arq as arq
+from amct_ext.ops import weight_lsq as lsq
 from amct_ext.ops import weight_norms as norms
-from amct_ext.ops import weight_quantize as weights
+from amct_ext.ops import weight_quantize as quantize
 
 
 def output_axis(item: dict[str, Any]) -> int | None:
@@ -27,14 +29,14 @@ def test_kernels_have_the_bits_of_the_references(dtype: torch.dtype, device: tor
     for w in inputs(dtype, device):
         for axis in axes_of(w):
             y, scale = ops.arq_fake_quantize(w, 8, axis)
-            expected, expected_scale = weights._reference_arq(w, 8, axis)
+            expected, expected_scale = arq._reference_arq(w, 8, axis)
             assert same_bits(expected, y), (w.shape, w.stride(), axis)
             assert same_bits(expected_scale, scale)
             assert layout(expected) == layout(y)
             learned = scale * 0.7
-            assert same_bits(weights._reference_lsq(w, learned, 4, axis), ops.lsq_fake_quantize(w, learned, 4, axis))
+            assert same_bits(lsq._reference_lsq(w, learned, 4, axis), ops.lsq_fake_quantize(w, learned, 4, axis))
             codes = ops.quantize_weight(w, learned, 8, axis)
-            assert same_bits(weights._reference_quantize(w, learned, 8, axis), codes)
+            assert same_bits(quantize._reference_quantize(w, learned, 8, axis), codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,7 +47,7 @@ def test_reductions_agree_with_the_references(dtype: torch.dtype, device: torch.
             scale = torch.full((1 if axis is None else w.shape[axis],), 0.02, device=device)
             torch.testing.assert_close(
                 ops.lsq_fake_quantize_backward(grad, w, scale, 8, axis),
-                weights._reference_lsq_backward(grad, w, scale, 8, axis),
+                lsq._reference_lsq_backward(grad, w, scale, 8, axis),
                 rtol=1e-6,
                 atol=1e-6,
             )
@@ -64,7 +66,7 @@ def test_a_gradient_of_another_type_is_not_rounded(
             scale = torch.full((1 if axis is None else w.shape[axis],), 0.02, device=device, dtype=torch.float64)
             torch.testing.assert_close(
                 ops.lsq_fake_quantize_backward(grad, w, scale, 8, axis),
-                weights._reference_lsq_backward(grad, w, scale, 8, axis),
+                lsq._reference_lsq_backward(grad, w, scale, 8, axis),
                 rtol=1e-6,
                 atol=1e-6,
             )
@@ -74,7 +76,7 @@ def test_every_half_value_converts_exactly(device: torch.device) -> None:
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).to(device)
     for dtype in (torch.float16, torch.bfloat16):
         w, scale = patterns.view(dtype), torch.tensor([2.0**-20], device=device)
-        assert same_bits(weights._reference_lsq(w, scale, 16), ops.lsq_fake_quantize(w, scale, 16))
+        assert same_bits(lsq._reference_lsq(w, scale, 16), ops.lsq_fake_quantize(w, scale, 16))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
@@ -89,7 +91,7 @@ def test_values_beside_the_middle_of_two_codes(bits: int, dtype: torch.dtype, de
         whole = torch.int64 if dtype == torch.float64 else torch.int32
         w = (middles.view(whole) + ulps.to(whole)).view(dtype).to(device)
         assert same_bits(
-            weights._reference_lsq(w, scales.to(device), bits), ops.lsq_fake_quantize(w, scales.to(device), bits)
+            lsq._reference_lsq(w, scales.to(device), bits), ops.lsq_fake_quantize(w, scales.to(device), bits)
         )
 
 
@@ -104,7 +106,7 @@ def test_every_half_value_gets_the_code_of_the_division(dtype: torch.dtype, devi
     for scale in torch.cat([*neighbours, fixed]):
         for bits in (4, 8, 16):
             arguments = (w.to(device), scale.reshape(1).to(device), bits)
-            assert same_bits(weights._reference_lsq(*arguments), ops.lsq_fake_quantize(*arguments)), (scale, bits)
+            assert same_bits(lsq._reference_lsq(*arguments), ops.lsq_fake_quantize(*arguments)), (scale, bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,12 +121,12 @@ def test_special_values_in_rows_of_every_length(dtype: torch.dtype, device: torc
         w[30:] = special[torch.randint(0, 6, (10, length))]
         mask = torch.rand(w.shape) > 0.3
         w, mask, scale = w.to(device), mask.to(device), torch.rand(40).add(0.01).to(device)
-        assert same_bits(weights._reference_lsq(w, scale, 8, 0), ops.lsq_fake_quantize(w, scale, 8, 0)), length
-        assert same_bits(weights._reference_quantize(w, scale, 8, 0), ops.quantize_weight(w, scale, 8, 0)), length
+        assert same_bits(lsq._reference_lsq(w, scale, 8, 0), ops.lsq_fake_quantize(w, scale, 8, 0)), length
+        assert same_bits(quantize._reference_quantize(w, scale, 8, 0), ops.quantize_weight(w, scale, 8, 0)), length
         kept = torch.where(mask, w, torch.zeros_like(w))
         for a, b in zip(ops.arq_fake_quantize(kept, 8, 0), ops.sparse_arq_fake_quantize(w, mask, 8, 0), strict=True):
             assert same_bits(a, b), length
-        for a, b in zip(weights._reference_arq(kept, 8, 0), ops.arq_fake_quantize(kept, 8, 0), strict=True):
+        for a, b in zip(arq._reference_arq(kept, 8, 0), ops.arq_fake_quantize(kept, 8, 0), strict=True):
             assert same_bits(a, b), length
 
 
@@ -134,7 +136,7 @@ def test_ranges_of_one_sign_of_every_length(sign: int, device: torch.device) -> 
         w = (torch.rand(5, length, device=device) + 0.1) * sign
         w[3] = 0.25 * sign
         w[4] = 0.0 * sign
-        for a, b in zip(weights._reference_arq(w, 8, 0), ops.arq_fake_quantize(w, 8, 0), strict=True):
+        for a, b in zip(arq._reference_arq(w, 8, 0), ops.arq_fake_quantize(w, 8, 0), strict=True):
             assert same_bits(a, b), length
 
 
@@ -189,7 +191,7 @@ def test_a_weight_that_is_not_finite_shows_in_its_scale(bad: float, device: torc
     w[1, 500] = bad
     for axis in (0, None):
         y, scale = ops.arq_fake_quantize(w, 8, axis)
-        expected = weights._reference_arq(w, 8, axis)
+        expected = arq._reference_arq(w, 8, axis)
         assert same_bits(expected[0], y)
         assert same_bits(expected[1], scale)
         assert torch.isfinite(scale).tolist() == ([True, False, True] if axis == 0 else [False])
@@ -271,7 +273,7 @@ def test_symmetric_scales_of_the_reference_toolkit(golden: Path) -> None:
                 assert torch.equal(ops.arq_fake_quantize(w, item["num_bits"])[1], item["scale"]), item
 
 
-@pytest.mark.parametrize("op", [ops.arq_fake_quantize, weights._reference_arq])
+@pytest.mark.parametrize("op", [ops.arq_fake_quantize, arq._reference_arq])
 def test_bad_weights_are_refused(op: Any) -> None:
     with pytest.raises(TypeError, match="w must be float32"):
         op(torch.zeros(2, 2, dtype=torch.int32))
@@ -282,7 +284,7 @@ def test_bad_weights_are_refused(op: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", [ops.lsq_fake_quantize, weights._reference_lsq, ops.quantize_weight, weights._reference_quantize]
+    "op", [ops.lsq_fake_quantize, lsq._reference_lsq, ops.quantize_weight, quantize._reference_quantize]
 )
 def test_the_number_of_scales_is_checked(op: Any) -> None:
     with pytest.raises(ValueError, match=r"scale must hold 2 value\(s\)"):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import small_models as small
+from support.wide_model import wide
 from torch import Tensor, nn
 
 import amct_ext
@@ -18,34 +19,6 @@ from amct_ext.prune.channels import discover
 from amct_ext.prune.cost import Cost, layer_work, layer_works
 from amct_ext.prune.groups import ChannelGroup, Member
 from amct_ext.prune.search_space import SearchGraph, graph_info, read_scores, search_records, write_scores
-
-
-def operations(model: nn.Module, sample: Tensor) -> int:
-    graph = trace(model, sample)
-    modules = dict(model.named_modules())
-    layers = [name for name in graph.calls if isinstance(modules[name], (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
-    return sum(layer_work(modules[name], graph.calls[name]).bit_operations() for name in layers)
-
-
-class Wide(nn.Module):
-    """Channels enough for multiples of 16, a grouped and a depthwise convolution, a concatenation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 40, 3, padding=1), nn.Conv2d(40, 48, 1)
-        self.depthwise, self.grouped = nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.Conv2d(48, 32, 3, groups=4)
-        self.up, self.fc = nn.ConvTranspose2d(80, 20, 2, stride=2), nn.Linear(20, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.depthwise(self.b(torch.relu(self.a(x)))))
-        x = torch.cat([x[:, :, 1:-1, 1:-1], self.grouped(x)], 1)
-        return self.fc(self.up(x).mean((2, 3)))
-
-
-def wide() -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return Wide()
 
 
 def test_cost_counts_multiplications_on_real_feature_maps() -> None:

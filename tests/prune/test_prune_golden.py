@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from golden_run import load_module
+from support.golden_run import load_module
 
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
@@ -15,7 +15,8 @@ from amct_ext.graph.trace import trace
 from amct_ext.ops import filter_norms
 from amct_ext.prune.channels import apply_channels, discover, plan_channels
 from amct_ext.prune.selection import importance, least_important, removal_count
-from amct_ext.record.types import ChannelRecord, Record
+from amct_ext.record.text import parse_record
+from amct_ext.record.types import ChannelRecord
 
 EQUAL = [
     "cnn_filter_asc", "cnn_filter_noasc", "cnn_filter_quant", "cnn_mixed_prune", "cnn_mixed_prune_quant",
@@ -45,7 +46,7 @@ class Case:
         self.plan = resolve(parse_config(str(golden / name / "compress.cfg")), self.graph.traits(self.model))
         self.facts = load.facts(name)
         if self.facts["status"] == "ok":
-            self.reference = Record.loads(load.record(name, "after_create")).channel
+            self.reference = parse_record(load.record(name, "after_create")).channel
             self.created = load.created_state(name)
 
     def records(self):

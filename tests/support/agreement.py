@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.model_surgery.session import session_of
-from amct_ext.record.types import QuantRecord, Record
+from amct_ext.record.text import read_record
+from amct_ext.record.types import QuantRecord
 
 CLOSE = 2e-5  # relative where values are larger than one
 
@@ -44,7 +45,7 @@ def compare(model: nn.Module, record: Path, fake_quant: Path, data: Tensor) -> A
     tensors = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in file.graph.initializer}
     norms, result, handles = session_of(model).conv_bn, Agreement(), []
     try:
-        for entry in Record.read(str(record)).quant:
+        for entry in read_record(str(record)).quant:
             layer, node = model.get_submodule(entry.key), nodes[entry.key]
             fed = integers[entry.key] * torch.tensor(entry.scale_d)  # on the grid: quantising it again changes nothing
             handles.append(layer.register_forward_pre_hook(_feed(entry, integers[entry.key], fed, result)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.ops.weight_quantize import default_grad_factor
+from amct_ext.ops.weight_lsq import default_grad_factor
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -1,4 +1,4 @@
-// Elementwise kernels: one pass over memory without holes, in packets of 16 bytes.
+// Elementwise kernels: one pass over dense memory, in packets of 16 bytes.
 //
 // A job is a small struct that is copied to the device:
 //   Local prepare() const           what a thread needs for all its elements; runs once per thread

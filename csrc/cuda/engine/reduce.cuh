@@ -51,15 +51,15 @@ struct Partials {
 // One channel after the other: block c * splits + s takes elements s * chunk .. of channel c.
 template <int V, typename Job>
 __global__ void __launch_bounds__(kThreads)
-    reduce_rows(Job job, Runs runs, int64_t chunk, int64_t splits, typename Job::State* partial) {
+    reduce_rows(Job job, AxisView view, int64_t chunk, int64_t splits, typename Job::State* partial) {
   const int64_t channel = blockIdx.x / splits, split = blockIdx.x % splits;
-  const int64_t size = runs.outer * runs.inner, begin = split * chunk;
+  const int64_t size = view.outer * view.inner, begin = split * chunk;
   const int64_t end = begin + chunk < size ? begin + chunk : size;
   const auto local = job.prepare(channel);
   typename Job::State state = Job::identity();
   const auto at = [&](int64_t e) {
-    const int64_t o = runs.outer == 1 ? 0 : e / runs.inner;
-    return (o * runs.count + channel) * runs.inner + e - o * runs.inner;
+    const int64_t o = view.outer == 1 ? 0 : e / view.inner;
+    return (o * view.size + channel) * view.inner + e - o * view.inner;
   };
   int64_t e = begin + static_cast<int64_t>(threadIdx.x) * V;
 #pragma unroll 4
@@ -82,16 +82,16 @@ constexpr int kRowsAtOnce = kThreads / kWarp;
 
 template <typename Job>
 __global__ void __launch_bounds__(kThreads)
-    reduce_columns(Job job, Runs runs, int64_t chunk, int64_t tiles, typename Job::State* partial) {
+    reduce_columns(Job job, AxisView view, int64_t chunk, int64_t tiles, typename Job::State* partial) {
   using State = typename Job::State;
   AMCT_SHARED(parts, State parts[kRowsAtOnce][kWarp]);
-  const int64_t width = runs.count * runs.inner, split = blockIdx.x / tiles;
+  const int64_t width = view.size * view.inner, split = blockIdx.x / tiles;
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
   const int64_t column = blockIdx.x % tiles * kWarp + lane;
   State state = Job::identity();
   if (column < width) {
-    const int64_t last = (split + 1) * chunk, end = last < runs.outer ? last : runs.outer;
-    const auto local = job.prepare(column / runs.inner);
+    const int64_t last = (split + 1) * chunk, end = last < view.outer ? last : view.outer;
+    const auto local = job.prepare(column / view.inner);
 #pragma unroll 4
     for (int64_t o = split * chunk + row; o < end; o += kRowsAtOnce) {
       job.template add<1>(local, state, o * width + column);
@@ -130,54 +130,54 @@ inline int64_t chunk_of(int64_t size) {
 inline int threads_for(int64_t packets) { return packets <= kWarp ? kWarp : packets <= 128 ? 128 : kThreads; }
 
 // Whether every run consists of whole packets of V elements.
-inline bool whole_packets(const Runs& runs, int64_t v) {
-  return runs.inner % v == 0 || (runs.outer == 1 && runs.count == 1);
+inline bool whole_packets(const AxisView& view, int64_t v) {
+  return view.inner % v == 0 || (view.outer == 1 && view.size == 1);
 }
 
 // Short runs that lie apart would waste most of every memory access where a block takes one channel.
-inline bool by_columns(const Runs& runs) { return runs.inner < kWarp && runs.count > 1 && runs.outer > 0; }
+inline bool by_columns(const AxisView& view) { return view.inner < kWarp && view.size > 1 && view.outer > 0; }
 
 // `vector`: the job's addresses allow packets of V. `kChannels` is false where there is always one channel.
 template <int V, bool kChannels = true, typename Job>
-void reduce(const Job& job, const Runs& runs, bool vector, const at::TensorOptions& options) {
+void reduce(const Job& job, const AxisView& view, bool vector, const at::TensorOptions& options) {
   using State = typename Job::State;
   const auto room = [&](int64_t states) {
     return at::empty({states * static_cast<int64_t>(sizeof(State))}, options.dtype(at::kByte));
   };
   const auto second = [&](const Partials& partials, const State* partial) {
     const int threads = partials.groups * partials.per <= 64 ? kWarp : kThreads;
-    launch(reduce_partials<Job>, runs.count, threads, job, partials, partial);
+    launch(reduce_partials<Job>, view.size, threads, job, partials, partial);
   };
   if constexpr (kChannels) {
-    if (by_columns(runs)) {
-      const int64_t width = runs.count * runs.inner, tiles = ceil_div(width, kWarp);
-      const int64_t chunk = std::max<int64_t>(kWarp, ceil_div(runs.outer, 64)), splits = ceil_div(runs.outer, chunk);
-      if (splits == 1 && runs.inner == 1) {
+    if (by_columns(view)) {
+      const int64_t width = view.size * view.inner, tiles = ceil_div(width, kWarp);
+      const int64_t chunk = std::max<int64_t>(kWarp, ceil_div(view.outer, 64)), splits = ceil_div(view.outer, chunk);
+      if (splits == 1 && view.inner == 1) {
         State* none = nullptr;
-        launch(reduce_columns<Job>, tiles, kThreads, job, runs, chunk, tiles, none);
+        launch(reduce_columns<Job>, tiles, kThreads, job, view, chunk, tiles, none);
         return;
       }
       const at::Tensor memory = room(splits * width);
       State* partial = static_cast<State*>(memory.mutable_data_ptr());
-      launch(reduce_columns<Job>, splits * tiles, kThreads, job, runs, chunk, tiles, partial);
-      second({splits, runs.inner, width}, partial);
+      launch(reduce_columns<Job>, splits * tiles, kThreads, job, view, chunk, tiles, partial);
+      second({splits, view.inner, width}, partial);
       return;
     }
   }
-  const int64_t size = runs.outer * runs.inner, chunk = chunk_of(size);
+  const int64_t size = view.outer * view.inner, chunk = chunk_of(size);
   const int64_t splits = std::max<int64_t>(1, ceil_div(size, chunk));  // an empty channel has a result too
   at::Tensor memory;
   State* partial = nullptr;
   if (splits > 1) {
-    memory = room(runs.count * splits);
+    memory = room(view.size * splits);
     partial = static_cast<State*>(memory.mutable_data_ptr());
   }
-  const bool packets = vector && whole_packets(runs, V);
+  const bool packets = vector && whole_packets(view, V);
   const int threads = threads_for(ceil_div(std::min(size, chunk), packets ? V : 1));
   if (packets) {
-    launch(reduce_rows<V, Job>, runs.count * splits, threads, job, runs, chunk, splits, partial);
+    launch(reduce_rows<V, Job>, view.size * splits, threads, job, view, chunk, splits, partial);
   } else {
-    launch(reduce_rows<1, Job>, runs.count * splits, threads, job, runs, chunk, splits, partial);
+    launch(reduce_rows<1, Job>, view.size * splits, threads, job, view, chunk, splits, partial);
   }
   if (splits > 1) second({1, splits, 0}, partial);
 }

@@ -50,9 +50,9 @@ void test_walk(int64_t rows, int64_t size, int64_t step) {
 void test_runs() {
   const at::Tensor x = at::empty({1}).expand({int64_t{1} << 20, 3, 1 << 12});
   const at::Tensor huge = at::empty(x.sizes(), x.options().device(at::kMeta));
-  const amct_ext::Runs runs = amct_ext::runs_along(huge, 1);
-  expect(runs.outer == int64_t{1} << 20 && runs.count == 3 && runs.inner == 1 << 12, "runs along an axis");
-  expect(runs.outer * runs.count * runs.inner == huge.numel(), "runs have all elements");
+  const amct_ext::AxisView view = amct_ext::axis_view(huge, 1);
+  expect(view.outer == int64_t{1} << 20 && view.size == 3 && view.inner == 1 << 12, "view along an axis");
+  expect(view.outer * view.size * view.inner == huge.numel(), "view have all elements");
 }
 
 }  // namespace

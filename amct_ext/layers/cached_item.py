@@ -8,10 +8,10 @@ import weakref
 import torch
 from torch import Tensor
 
-from amct_ext.layers.forward_context import leaves_no_trace
+from amct_ext.layers.forward_context import state_updates_disabled
 
 
-class Watch:
+class VersionGuard:
     """Remembers a tensor as it is; copies and pickles remember nothing.
 
     A write through ``.data`` raises no version and is not noticed.
@@ -32,11 +32,11 @@ class Watch:
         """Whether this is the tensor that was remembered, and nobody wrote to it since."""
         return self._tensor is not None and self._tensor() is tensor and self._version == tensor._version
 
-    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
-        return Watch, ()
+    def __reduce__(self) -> tuple[type[VersionGuard], tuple[()]]:
+        return VersionGuard, ()
 
 
-class HostValue:
+class CachedItem:
     """The number in a buffer of one element, as the host knows it.
 
     The buffer is the truth: whoever writes to it (a load, an average, a copy value by value) is believed. Once the
@@ -49,7 +49,7 @@ class HostValue:
     def __init__(self, value: float, settled: float = math.inf) -> None:
         self.value = value
         self.settled = settled
-        self._watch = Watch()
+        self._watch = VersionGuard()
 
     def read(self, buffer: Tensor) -> float:
         """The number in ``buffer``."""
@@ -57,7 +57,7 @@ class HostValue:
             return self.value
         if self._watch.unchanged(buffer) and (self.value >= self.settled or not buffer.is_cpu):
             return self.value
-        if not (buffer.is_meta or leaves_no_trace()):
+        if not (buffer.is_meta or state_updates_disabled()):
             # On the CPU past torch's dispatcher, which costs a few times as much.
             self.wrote(buffer, buffer.numpy().item() if buffer.is_cpu else buffer.item())
         return self.value
@@ -68,5 +68,5 @@ class HostValue:
         if not torch.compiler.is_compiling():
             self._watch.remember(buffer)
 
-    def __reduce__(self) -> tuple[type[HostValue], tuple[float, float]]:
-        return HostValue, (self.value, self.settled)
+    def __reduce__(self) -> tuple[type[CachedItem], tuple[float, float]]:
+        return CachedItem, (self.value, self.settled)

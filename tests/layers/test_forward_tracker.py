@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_deferred import Net, evaluated
+from support.deferred_model import Net, evaluated
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.deferred import Pending, Running
+from amct_ext.layers.deferred import DeferredTensor
+from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.session import session_of
 
 ENDS = (RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit)
@@ -102,7 +103,7 @@ def test_what_is_caught_within_the_model_leaves_it_under_way(tmp_path: Path) -> 
 
     model = evaluated(Tried(), tmp_path, X)
     model(X)
-    assert model.types[-1] is Pending
+    assert model.types[-1] is DeferredTensor
 
 
 @torch.no_grad()
@@ -133,8 +134,8 @@ def test_a_model_within_a_model_and_within_itself(tmp_path: Path) -> None:
     for place in ("stem.0", "inner.3"):
         model.get_submodule(place).register_forward_hook(again)
     assert torch.equal(nn.Sequential(model)(X), want)
-    assert set(types) == {Pending}
-    assert session_of(model).running.forward is None
+    assert set(types) == {DeferredTensor}
+    assert session_of(model).tracker.forward_id is None
 
 
 @torch.no_grad()
@@ -157,7 +158,7 @@ def test_threads_do_not_see_each_others_forwards(model: nn.Module) -> None:
     other.join()
     handle.remove()
     assert type(seen) is Tensor and torch.equal(seen, alone)
-    assert types == [Pending]
+    assert types == [DeferredTensor]
 
 
 @torch.no_grad()
@@ -178,27 +179,27 @@ def test_replicas_in_threads(model: nn.Module) -> None:
 
 
 def test_forwards_have_numbers() -> None:
-    running, seen = Running(), []
+    tracker, seen = ForwardTracker(), []
 
     def forward(depth: int, end: bool = False) -> None:
         frame = sys._getframe()
-        running.enter(frame)
-        seen.append(running.forward)
+        tracker.enter(frame)
+        seen.append(tracker.forward_id)
         if end:
             raise KeyboardInterrupt
         if depth:
             forward(depth - 1)
-            seen.append(running.forward)
-        running.leave(frame)
+            seen.append(tracker.forward_id)
+        tracker.exit(frame)
 
     forward(0)
     forward(2)
     with pytest.raises(KeyboardInterrupt):
         forward(0, end=True)
-    assert running.forward is None
+    assert tracker.forward_id is None
     forward(0)
     assert seen == [1, 2, 2, 2, 2, 2, 3, 4]
-    assert copy.deepcopy(running).forward is None
+    assert copy.deepcopy(tracker).forward_id is None
 
 
 def test_a_failed_training_forward(tmp_path: Path) -> None:
@@ -208,6 +209,6 @@ def test_a_failed_training_forward(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         model(X)
     handle.remove()
-    assert session_of(model).running.forward is None
+    assert session_of(model).tracker.forward_id is None
     model(X).sum().backward()
     assert all(way == "integer" for way in amct_ext.forward_choices(model).values())

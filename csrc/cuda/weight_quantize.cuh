@@ -81,7 +81,7 @@ struct Symmetric {
   const bool* mask;
   Out* y;
   Value scale;
-  Runs runs;
+  AxisView view;
   A least;  // scales below count as this
   int num_bits;
 
@@ -92,7 +92,7 @@ struct Symmetric {
 
   __device__ Local prepare() const {
     const auto range = math::code_range(num_bits);
-    const auto single = runs.count == 1 ? nearest(0) : Nearest<A, false>{};
+    const auto single = view.size == 1 ? nearest(0) : Nearest<A, false>{};
     return {single, static_cast<A>(range.lowest), static_cast<A>(range.highest)};
   }
 
@@ -104,17 +104,17 @@ struct Symmetric {
     Packet<Out, V> out;
     auto current = local.nearest;
     int64_t channel = 0, left = V;
-    if (runs.count > 1) {
-      const int64_t segment = i / runs.inner;
-      channel = segment % runs.count;
-      left = (segment + 1) * runs.inner - i;
+    if (view.size > 1) {
+      const int64_t segment = i / view.inner;
+      channel = segment % view.size;
+      left = (segment + 1) * view.inner - i;
       current = nearest(channel);
     }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       if (left == 0) {  // a run ends inside the packet
-        channel = channel + 1 == runs.count ? 0 : channel + 1;
-        left = runs.inner;
+        channel = channel + 1 == view.size ? 0 : channel + 1;
+        left = view.inner;
         current = nearest(channel);
       }
       --left;

@@ -1,0 +1,145 @@
+#include "ops/activation.h"
+
+#include "ops/autograd.h"
+#include "ops/dispatch.h"
+#include "ops/straight_through.h"
+
+namespace amct_ext {
+
+TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "ulq_fake_quantize(Tensor x, Tensor clip_max, Tensor clip_min, Tensor prev_clip_max, Tensor prev_clip_min, "
+      "int num_bits=8, bool fixed_min=False) "
+      "-> (Tensor y, Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor invalid)",
+      tags);
+  m.def(
+      "ulq_fake_quantize_(Tensor x, Tensor(a!) clip_max, Tensor(b!) clip_min, Tensor(c!) prev_clip_max, "
+      "Tensor(d!) prev_clip_min, Tensor(e!) scale, Tensor(f!) offset, Tensor(g!) invalid, int num_bits=8, "
+      "bool fixed_min=False) -> (Tensor y, Tensor used_max, Tensor used_min)",
+      tags);
+  m.def(
+      "ulq_fake_quantize_backward(Tensor grad, Tensor x, Tensor clip_max, Tensor clip_min, int num_bits=8) "
+      "-> (Tensor dx, Tensor d_clip_max, Tensor d_clip_min)",
+      tags);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(const Tensor& x, const Tensor& clip_max,
+                                                                             const Tensor& clip_min,
+                                                                             const Tensor& prev_clip_max,
+                                                                             const Tensor& prev_clip_min,
+                                                                             int64_t num_bits, bool fixed_min) {
+  return op<ulq_fake_quantize>("ulq_fake_quantize")
+      .call(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min,
+                                                      const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+                                                      const Tensor& scale, const Tensor& offset, const Tensor& invalid,
+                                                      int64_t num_bits, bool fixed_min) {
+  return op<ulq_fake_quantize_>("ulq_fake_quantize_")
+      .call(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid, num_bits, fixed_min);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                              const Tensor& clip_max, const Tensor& clip_min,
+                                                              int64_t num_bits) {
+  return op<ulq_fake_quantize_backward>("ulq_fake_quantize_backward").call(grad, x, clip_max, clip_min, num_bits);
+}
+
+namespace {
+
+// Both forwards. What a graph node knows of costs time, which counts for small activations. So only y and what can have
+// a gradient are variables of the node. `run` calls the op, keeps its other results and returns {y, used_max,
+// used_min}.
+struct UlqFunction : torch::autograd::Function<UlqFunction> {
+  template <typename Run>
+  static Variable forward(AutogradContext* ctx, const Variable& x, const Variable& clip_max, const Variable& clip_min,
+                          int64_t num_bits, const Run& run) {
+    const std::tuple<Tensor, Tensor, Tensor> results = below_autograd(run);
+    ctx->save_for_backward({x, std::get<1>(results), std::get<2>(results)});
+    ctx->saved_data["num_bits"] = num_bits;
+    if (clip_max.dim()) ctx->saved_data["max_shape"] = clip_max.sizes();
+    if (clip_min.dim()) ctx->saved_data["min_shape"] = clip_min.sizes();
+    ctx->set_materialize_grads(false);
+    return std::get<0>(results);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list results(5);
+    if (!grads[0].defined()) return results;
+    const auto saved = ctx->get_saved_variables();
+    const auto in_shape = [&](Tensor value, const char* key) {
+      const auto shape = ctx->saved_data.find(key);
+      return shape == ctx->saved_data.end() ? value : value.view(shape->second.toDimVector());
+    };
+    auto [dx, d_max, d_min] =
+        ulq_fake_quantize_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["num_bits"].toInt());
+    results[0] = std::move(dx);
+    results[1] = in_shape(std::move(d_max), "max_shape");
+    results[2] = in_shape(std::move(d_min), "min_shape");
+    return results;
+  }
+};
+
+// y of `run`, which is as UlqFunction wants it, with its gradients.
+template <typename Run>
+Tensor differentiable_y(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits,
+                        const Run& run) {
+  if (!under_functorch()) return UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
+  const auto [y, used_max, used_min] = below_autograd(run);
+  return straight(y, UlqRule(x, used_max, used_min, num_bits).forward(x, clip_max, clip_min));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize_autograd(
+    const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+    const Tensor& prev_clip_min, int64_t num_bits, bool fixed_min) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results;
+  const auto run = [&] {
+    results = ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+    return std::tuple(std::move(std::get<0>(results)), std::get<3>(results), std::get<4>(results));
+  };
+  std::get<0>(results) = differentiable_y(x, clip_max, clip_min, num_bits, run);
+  return results;
+}
+
+// The state is written below autograd, as an optimiser writes parameters: what backward needs is saved apart from it.
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_inplace_autograd(const Tensor& x, const Tensor& clip_max,
+                                                                      const Tensor& clip_min,
+                                                                      const Tensor& prev_clip_max,
+                                                                      const Tensor& prev_clip_min, const Tensor& scale,
+                                                                      const Tensor& offset, const Tensor& invalid,
+                                                                      int64_t num_bits, bool fixed_min) {
+  std::tuple<Tensor, Tensor, Tensor> results;
+  const auto run = [&] {
+    results = ulq_fake_quantize_(x, clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset, invalid, num_bits,
+                                 fixed_min);
+    for (const Tensor* state : {&clip_max, &clip_min, &prev_clip_max, &prev_clip_min, &scale, &offset, &invalid}) {
+      state->unsafeGetTensorImpl()->bump_version();
+    }
+    return results;
+  };
+  std::get<0>(results) = differentiable_y(x, clip_max, clip_min, num_bits, run);
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward_autograd(const Tensor& grad, const Tensor& x,
+                                                                       const Tensor& clip_max, const Tensor& clip_min,
+                                                                       int64_t num_bits) {
+  const auto results =
+      below_autograd([&] { return ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits); });
+  if (!needs_double_backward(grad)) return results;
+  const auto [dx, d_max, d_min] = UlqRule(x, clip_max, clip_min, num_bits).backward(grad);
+  const auto& [dx_bits, max_bits, min_bits] = results;
+  return {straight(dx_bits, dx), straight(max_bits, d_max), straight(min_bits, d_min)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
+  m.impl("ulq_fake_quantize", ulq_fake_quantize_autograd);
+  m.impl("ulq_fake_quantize_", ulq_fake_quantize_inplace_autograd);
+  m.impl("ulq_fake_quantize_backward", ulq_fake_quantize_backward_autograd);
+}
+
+}  // namespace amct_ext

@@ -1,0 +1,40 @@
+// Activations: fake quantisation between two learned clips (ULQ). Conventions are in ops.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "api.h"  // beside this file, so that installed headers need no include folder of their own
+
+namespace amct_ext {
+
+using at::Tensor;
+
+// Fake-quantises x (floating, any shape) between clip_max and clip_min (floating scalars).
+//
+// The previous clips (floating scalars, NaN for none) are used where the new ones have collapsed or changed sign.
+// fixed_min takes clip_min as 0.
+// Returns {y like x, scale, offset, clip_max, clip_min, invalid}: the clips as used, scalars in the clips' dtype;
+// invalid, bool, is true where x holds NaN or Inf or the scale is not finite.
+// Gradients: x straight through inside the clips; each clip the rounding error and what was cut off at its side.
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(
+    const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+    const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
+
+// ulq_fake_quantize that writes the state of a quantiser: all four clips become those used, scale and offset (floating
+// scalars) likewise, invalid (bool scalar) becomes true where the result is not valid and else stays.
+// Returns {y like x, used_max, used_min}, the clips used as tensors of their own. Gradients as ulq_fake_quantize.
+AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, const Tensor& clip_max,
+                                                               const Tensor& clip_min, const Tensor& prev_clip_max,
+                                                               const Tensor& prev_clip_min, const Tensor& scale,
+                                                               const Tensor& offset, const Tensor& invalid,
+                                                               int64_t num_bits = 8, bool fixed_min = false);
+
+// Gradients of ulq_fake_quantize from grad, that of y (shape of x), and the clips that the forward returned.
+// Returns {dx in the dtype of grad, d_clip_max, d_clip_min in the clips' dtype}.
+AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                                       const Tensor& clip_max, const Tensor& clip_min,
+                                                                       int64_t num_bits = 8);
+
+}  // namespace amct_ext

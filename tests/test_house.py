@@ -1,0 +1,66 @@
+"""The layout of the repository: files stay short, an op family has one stem on every floor, tests share by support."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LONGEST = 400  # lines
+FAMILIES = ("activation_", "calibration_", "integer_", "sparsity_", "weight_")
+OPS = sorted(path.stem for path in (ROOT / "amct_ext" / "ops").glob("*.py") if path.stem.startswith(FAMILIES))
+
+
+def sources(*folders: str, suffixes: tuple[str, ...] = (".py",)) -> Iterator[Path]:
+    """Of what git carries or would carry, without copies of other projects and generated files."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode != 0:
+        pytest.skip("the files of the repository are listed by git: run the tests in a clone")
+    for name in listed.stdout.splitlines():
+        if name.endswith(suffixes) and "/vendor/" not in name and (ROOT / name).is_file():
+            yield ROOT / name
+
+
+def test_no_file_is_long() -> None:
+    suffixes = (".py", ".cpp", ".h", ".cu", ".cuh")
+    lengths = {path: path.read_text().count("\n") for path in sources(suffixes=suffixes)}
+    assert not {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > LONGEST}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_test_imports_from_another() -> None:
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")} | {"conftest"}
+    assert not [
+        (path.name, module)
+        for path in sources("tests")
+        for module in imported(path)
+        if module.rpartition(".")[2] in files
+    ]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_tests_and_kernels_under_its_own_name(op: str) -> None:
+    assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
+    assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_kernels_are_registered_in_files_of_a_family(device: str) -> None:
+    for path in sources(f"csrc/{device}", suffixes=(".cpp", ".cu")):
+        if "TORCH_LIBRARY_IMPL" in path.read_text():
+            assert path.name.startswith(FAMILIES), path
