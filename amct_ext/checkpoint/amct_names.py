@@ -18,8 +18,8 @@ from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import present_pairs, session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 _MARK = ".replaced_module."
 # AMCT's name -> ours, for the activation quantiser.

@@ -14,8 +14,8 @@ from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import CheckpointError
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 logger = logging.getLogger("amct_ext")
 _REUSED = ".acts_comp_reuse."  # AMCT's second name of a shared quantiser; its parameters() leaves it out

@@ -9,8 +9,8 @@ from torch import nn
 from amct_ext.config.plan import LayerPlan, QuantPlan
 from amct_ext.config.text import FilterPrune
 from amct_ext.explain.reasons import layer_reasons
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import Session, session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 _COLUMNS = ("layer", "type", "quantised", "pruned")
 

@@ -35,9 +35,10 @@ from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.model_surgery.fast_path import disable_fast_path
 from amct_ext.model_surgery.hooks import attach
+from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 from amct_ext.model_surgery.recording import load_masks, start_record
 from amct_ext.model_surgery.session import Findings, Session, session_of
-from amct_ext.model_surgery.swap import compressed_layers, insert_layers, planned_layers, unreplaceable
+from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
 from amct_ext.record.types import Record

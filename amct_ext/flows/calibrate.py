@@ -13,8 +13,8 @@ from amct_ext.errors import StaleStateError
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import in_mode
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""Search for pruning ratios: which layers can lose how many channels so that the model gets so many times cheaper.
-
-The file has the name of its function, as AMCT's has: sample jobs import the search's classes from it.
-"""
+"""The verb `auto_channel_prune_search`: how many channels each layer can lose so that the model gets cheaper."""
 
 from __future__ import annotations
 
@@ -101,9 +98,19 @@ def auto_channel_prune_search(
     search_space.write_costs(info, records)
     prune_config = (settings.compress_ratio, settings.ascend_optimized, settings.max_prune_ratio)
     removed = _removed(algorithm.channel_prune_search(info, records, prune_config), groups, settings.ascend_optimized)
+    write_atomic(output_cfg, _output(settings, plan, dict(zip(groups, removed, strict=True)), given))
+
+
+def _output(
+    settings: SearchConfig,
+    plan: Plan,
+    removed: Mapping[ChannelGroup, int],
+    given: Sequence[tuple[ChannelGroup, FilterPrune]],
+) -> str:
+    """The text of the configuration: found ratios by layer, given ones, and the layers that stay whole."""
     ratios = {
         member.name: FilterPrune(count / group.count, settings.ascend_optimized)
-        for group, count in zip(groups, removed, strict=True)
+        for group, count in removed.items()
         for member in group.producers
         if count
     }
@@ -115,7 +122,7 @@ def auto_channel_prune_search(
         name for name, layer in plan.layers.items() if layer.prune and name not in ratios and name not in fixed
     ]
     ordered = {name: ratios[name] for name in plan.layers if name in ratios}
-    write_atomic(output_cfg, dumps(settings, ordered, untouched))
+    return dumps(settings, ordered, untouched)
 
 
 def _built_in(chosen: str | Method, known: Mapping[str, type[Method]], argument: str) -> Method:

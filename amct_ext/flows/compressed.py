@@ -48,8 +48,8 @@ def restore_compressed_retrain_model(
     Arguments as for ``create_compressed_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT,
     ``state_dict_name`` the entry that holds the state dict. Nothing is written. The result equals the saved model bit
     for bit; learned clips are not searched anew. Errors: those of create; FileNotFoundError; RecordError (a
-    RuntimeError) where the record is damaged or of another model; those of ``amct_ext.checkpoint.load_checkpoint``.
-    Source: AMCT's function of the same name.
+    RuntimeError) where the record is damaged or of another model; those of
+    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
     """
     check_types(
         model=(model, nn.Module),

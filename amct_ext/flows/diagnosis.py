@@ -19,8 +19,8 @@ from amct_ext.export.capture import list_places
 from amct_ext.export.write import try_capture
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import standard_class
+from amct_ext.model_surgery.lookup import planned_layers
 from amct_ext.model_surgery.session import Session
-from amct_ext.model_surgery.swap import planned_layers
 
 logger = logging.getLogger("amct_ext")
 _SHOWN = 9  # layers named in a message

@@ -17,8 +17,8 @@ from amct_ext.config.text import parse_config
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.flows import build, saving
 from amct_ext.graph.trace import trace
+from amct_ext.model_surgery.lookup import placed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import placed_layers
 from amct_ext.record.types import Record
 
 
@@ -71,7 +71,7 @@ def restore_quant_retrain_model(
     Arguments as for ``create_quant_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT,
     ``state_dict_name`` the entry that holds the state dict. The record file is neither read nor changed; the next eval
     phase writes the factors. The result equals the saved model bit for bit. Errors: those of create and of
-    ``amct_ext.checkpoint.load_checkpoint``. Source: AMCT's function of the same name.
+    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
     """
     check_types(
         config_file=(config_file, str),

@@ -21,9 +21,10 @@ from amct_ext.export.precision import precision_of, widened
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.model_surgery.hooks import detach
+from amct_ext.model_surgery.lookup import compressed_layers, placed_layers
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, session_of
-from amct_ext.model_surgery.swap import compressed_layers, fold_layers, placed_layers
+from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
 
 _log = logging.getLogger(__name__)

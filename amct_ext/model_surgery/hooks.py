@@ -13,14 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from amct_ext.common.ranks import several_ranks
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
+from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
-from amct_ext.model_surgery.swap import (
-    every_layer,
-    link_norms,
-    norms_linked,
-)
 
 
 def attach(model: nn.Module, session: Session) -> None:
@@ -68,8 +65,8 @@ def _before_forward(model: nn.Module, args: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.tracker.enter(sys._getframe(1), model.training)
     if not model.training:
-        if not norms_linked(model, session.conv_bn):
-            link_norms(model, session.conv_bn)
+        if not batchnorms_linked(model, session.conv_bn):
+            link_batchnorms(model, session.conv_bn)
         if not state_updates_disabled():
             _reset_stale_shifts(model, session)
 

@@ -22,12 +22,8 @@ from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.layers.sparsity import Sparsity
 from amct_ext.layers.weight_quantizer import WeightQuantizer
+from amct_ext.model_surgery.lookup import compressed_layers, every_layer, placed_layers
 from amct_ext.model_surgery.session import Session, StateVersions, present_pairs, raise_if_invalid, session_of
-from amct_ext.model_surgery.swap import (
-    compressed_layers,
-    every_layer,
-    placed_layers,
-)
 from amct_ext.record.text import format_record
 from amct_ext.record.types import QuantRecord, Record, SparseRecord
 

@@ -16,7 +16,8 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
-from amct_ext.model_surgery.swap import compressed_layers, every_layer, link_norms
+from amct_ext.model_surgery.batchnorm_links import link_batchnorms
+from amct_ext.model_surgery.lookup import compressed_layers, every_layer
 from amct_ext.record.types import ChannelRecord
 
 ATTRIBUTE = "amct_ext_session"
@@ -83,7 +84,7 @@ def session_of(model: nn.Module) -> Session:
 
 def present_pairs(model: nn.Module) -> dict[str, str]:
     """The (conv -> BN) pairs, convolutions by their present names; without those that are no longer in the model."""
-    return link_norms(model, session_of(model).conv_bn)
+    return link_batchnorms(model, session_of(model).conv_bn)
 
 
 def own_buffers(model: nn.Module) -> list[str]:

@@ -25,7 +25,7 @@ from amct_ext import ops
 from amct_ext.layers import timing
 from amct_ext.layers.fingerprint import fingerprint
 from amct_ext.layers.integer import IntegerForward
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(5, 20, 3, stride=2, padding=1), (3, 5, 7, 9)),
