@@ -61,10 +61,11 @@ demo test: export OMP_WAIT_POLICY ?= PASSIVE
 demo: venv ## compress, train, lose the process, restore, go on, export - on real data
 	$(BIN)/python examples/digits/demo.py $(ARGS)
 
-# One process per core, each with one thread; a file's tests stay together, for they share what was set up once.
+# One process per core, each with one thread; a file's tests stay together, for they share what was set up once. The order
+# of files is that of tests/conftest.py; xdist by itself would leave those with few and long tests to the end.
 test: export OMP_NUM_THREADS ?= 1
 test: venv ## all tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: venv ## fused against eager: every op, then one whole training step
 	$(BIN)/python benchmarks/report.py --write $(ARGS)

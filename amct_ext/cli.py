@@ -15,7 +15,7 @@ from rich.text import Text
 from amct_ext._library import build_info
 from amct_ext.checkpoint.amct_names import has_amct_names
 from amct_ext.checkpoint.load import read_state_dict
-from amct_ext.config.json import check_config
+from amct_ext.config.files import check_config
 from amct_ext.errors import AmctError
 from amct_ext.explain import targets
 from amct_ext.record.text import read_record

@@ -1,8 +1,8 @@
-# libamct_ext_cuda: the kernels of csrc/cuda, in a library of its own that Python loads beside libamct_ext where torch was
-# built with CUDA. AMCT_CUDA=AUTO builds it where torch and a compiler for it are there, and says nothing where not.
+# libamct_ext_cuda: the kernels of csrc/cuda, in a library of its own. Python loads it after libamct_ext if torch was built
+# with CUDA. AMCT_CUDA=AUTO builds it if both nvcc and a torch with CUDA are found, and skips it silently otherwise.
 set(AMCT_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 set_property(CACHE AMCT_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(AMCT_CUDA_ARCHS "" CACHE STRING "Compute capabilities to compile for, e.g. 80;90 (default: the cards of this machine)")
+set(AMCT_CUDA_ARCHS "" CACHE STRING "Compute capabilities to compile for, e.g. 80;90 (default: the GPUs of this machine)")
 option(AMCT_CUDA_GATE "Compile the CUDA sources with warnings as errors, whatever torch is installed; link nothing" OFF)
 
 set(AMCT_HAS_CUDA OFF)
@@ -33,7 +33,7 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_EXTENSIONS OFF)
 set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_CXX_COMPILER_LAUNCHER})
-# The runtime that torch has loaded already.
+# The shared runtime, which torch has loaded already.
 set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
 enable_language(CUDA)
 
@@ -42,10 +42,10 @@ add_library(amct_cuda_objects OBJECT ${AMCT_CUDA_SOURCES})
 target_include_directories(amct_cuda_objects PRIVATE csrc)
 target_include_directories(amct_cuda_objects SYSTEM PRIVATE ${AMCT_TORCH_ROOT}/include
                                                             ${AMCT_TORCH_ROOT}/include/torch/csrc/api/include)
-# No contraction, as on the CPU: the results are compared bit for bit.
+# No contraction into fused multiply-adds, as on the CPU: results are compared bit for bit.
 target_compile_options(amct_cuda_objects PRIVATE --fmad=false "SHELL:-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas")
 if(NOT EXISTS "${AMCT_TORCH_ROOT}/include/c10/cuda/impl/cuda_cmake_macros.h")
-  # A CPU build of torch leaves out this one header, which only says how c10 was linked.
+  # Missing from a CPU build of torch; it only says how c10 was linked.
   target_compile_definitions(amct_cuda_objects PRIVATE C10_CUDA_NO_CMAKE_CONFIGURE_FILE)
 endif()
 if(AMCT_CUDA_GATE)

@@ -1,4 +1,4 @@
-# The adapter for Ascend NPUs, libamct_ext_npu: built where torch_npu is installed, loaded where it is in use.
+# libamct_ext_npu: the kernels of csrc/npu for Ascend NPUs. Built if torch_npu is installed, loaded if it is imported.
 set(AMCT_NPU AUTO CACHE STRING "Build the NPU adapter: AUTO (where torch_npu is found), ON (an error without it), OFF")
 set_property(CACHE AMCT_NPU PROPERTY STRINGS AUTO ON OFF)
 set(AMCT_TORCH_NPU_ROOT "" CACHE PATH "Folder of the installed torch_npu package")
@@ -14,7 +14,7 @@ elseif(NOT EXISTS "${AMCT_TORCH_NPU_HEADER}")
                       "installed torch_npu package: there is no ${AMCT_TORCH_NPU_HEADER}")
 endif()
 
-# Its headers choose by the version of torch, which they expect from outside, and include Python's.
+# torch_npu's headers include Python's and want the version of torch in a macro, as V2R13.
 string(REGEX REPLACE "^([0-9]+)\\.([0-9]+).*" "V\\1R\\2" AMCT_TORCH_NPU_BRANCH "${AMCT_TORCH_VERSION}")
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 file(GLOB AMCT_NPU_SOURCES CONFIGURE_DEPENDS csrc/npu/*.cpp)
@@ -28,7 +28,7 @@ target_include_directories(libamct_ext_npu SYSTEM PRIVATE
   ${AMCT_TORCH_NPU_INCLUDE}/third_party/acl/inc ${Python_INCLUDE_DIRS})
 target_link_directories(libamct_ext_npu PRIVATE ${AMCT_TORCH_NPU_ROOT}/lib)
 target_link_libraries(libamct_ext_npu PRIVATE amct_flags amct_torch torch_npu)
-# What the adapter calls must be there; torch_npu's own needs (the driver) may be missing on the building machine.
+# Our own undefined symbols are errors; those of torch_npu are not, for its driver may be missing on this machine.
 target_link_options(libamct_ext_npu PRIVATE -Wl,--no-undefined -Wl,--allow-shlib-undefined)
 install(TARGETS libamct_ext_npu LIBRARY DESTINATION lib COMPONENT python)
 target_compile_definitions(libamct_ext PRIVATE AMCT_NPU)  # for the build information

@@ -1,4 +1,4 @@
-"""The quantisation flow's own configuration: JSON, one entry per layer, written from a text configuration or defaults.
+"""The quantisation flow's own configuration, read: JSON, one entry per layer (json_text.py writes it).
 
 Layout and key order are AMCT's, so the files are exchangeable. Reading turns the file into the same dataclasses as a
 text configuration (text.py) with one override per enabled layer; plan.py resolves both by the same rules.
@@ -11,21 +11,18 @@ import logging
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amct_ext.config.plan import LayerTraits, Plan, QuantPlan, resolve
-from amct_ext.config.plan_checks import check_without_model
-from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings, parse_config
+from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import Places, close_matches
 
-_VERSION = 1
+VERSION = 1
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
-_FP16 = "FORCE_FP16_QUANT"
-_TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit")
+FP16 = "FORCEFP16_QUANT"
+TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit")
 _LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
 _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")
 _WEIGHT_KEYS = ("algo", "channel_wise", "dst_type")
@@ -46,72 +43,6 @@ class JsonConfig:
     def source(self) -> str:
         """The file's name, as messages give it."""
         return self.settings.places.source
-
-
-def default_config() -> RetrainConfig:
-    """The configuration that stands in where the user gives none: every layer INT8, ARQ weights."""
-    return RetrainConfig(data=DataQuant(), weight=WeightSettings(), places=Places("the default configuration"))
-
-
-def check_quant_only(config: RetrainConfig) -> None:
-    """Raise ConfigError where a text configuration for the quantisation flow speaks of pruning, overrides included."""
-    found: list[tuple[str | int, ...]] = [("prune_config",)] if config.prune is not None else []
-    found += [(name,) for name in ("regular_prune_skip_layers", "regular_prune_skip_types") if getattr(config, name)]
-    for name in ("override_layer_configs", "override_layer_types"):
-        overrides = enumerate(getattr(config, name))
-        found += [(name, index, "prune_config") for index, item in overrides if item.prune is not None]
-    if found:
-        places = "; ".join(f"{config.places.at(*path)}: {path[-1]}" for path in found)
-        raise ConfigError(
-            f"{places}: this function only quantises; remove the pruning fields, or use "
-            "create_compressed_retrain_model for both"
-        )
-
-
-def dumps(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> str:
-    """The JSON text of a text configuration (or of `default_config()`) for a model with these layers.
-
-    Layers that no field speaks of get the default settings; skipped ones are written with retrain_enable false. Errors:
-    ConfigError (pruning fields, unknown or unsuitable layers, nothing left to quantise).
-    """
-    check_quant_only(config)
-    config = replace(config, data=config.data or DataQuant(), weight=config.weight or WeightSettings())
-    plan = resolve(config, traits)
-    skips = ("skip_layers", "skip_layer_types", "quant_skip_layers", "quant_skip_types")
-    # A skipped layer is written with the settings that it would have.
-    nothing_skipped: dict[str, Any] = dict.fromkeys(skips, ())
-    full = resolve(replace(config, **nothing_skipped), traits) if any(getattr(config, key) for key in skips) else plan
-    content: dict[str, Any] = {"version": _VERSION}
-    if plan.fp16:
-        content["fakequant_precision_mode"] = _FP16
-    content["batch_num"] = plan.batch_num
-    if plan.write_shift_bit:  # a key of our own, and only where it was asked for
-        content["write_shift_bit"] = True
-    for name, layer in full.layers.items():
-        if layer.quant is not None:
-            if name in _TOP_KEYS:
-                raise ConfigError(
-                    f"layer '{name}' is called like a setting of the JSON configuration: rename the layer"
-                )
-            content[name] = {"retrain_enable": plan.layers[name].quant is not None, **_layer_content(layer.quant)}
-    return json.dumps(content, indent=4, separators=(",", ":"))
-
-
-def _layer_content(quant: QuantPlan) -> dict[str, Any]:
-    data: dict[str, Any] = {"algo": "ulq_quantize"}
-    if quant.data.clip_max is not None:
-        data.update(clip_max=quant.data.clip_max, clip_min=quant.data.clip_min)
-    if quant.data.fixed_min is not None:
-        data["fixed_min"] = quant.data.fixed_min
-    data["dst_type"] = f"INT{quant.data.num_bits}"
-    weight = {
-        "algo": quant.weight.algo,
-        "channel_wise": quant.weight.channel_wise,
-        "dst_type": f"INT{quant.weight.num_bits}",
-    }
-    if quant.weight.algo == "ulq_retrain":  # AMCT's order for this one
-        weight["channel_wise"] = weight.pop("channel_wise")
-    return {"retrain_data_config": data, "retrain_weight_config": weight}
 
 
 def read_json(path: str | os.PathLike[str]) -> JsonConfig:
@@ -135,47 +66,6 @@ def read_json(path: str | os.PathLike[str]) -> JsonConfig:
         raise ConfigError(f"{source}: a JSON object is needed, not {type(content).__name__}")
     content.check_unique(source)
     return _Reader(source).config(content)
-
-
-def check_config(path: str | os.PathLike[str]) -> None:
-    """Read a text or a JSON configuration and check all that needs no model. Errors: those of reading; ConfigError."""
-    config = read_config(path)
-    if isinstance(config, JsonConfig):
-        _check_enabled(config)
-    check_without_model(config.settings if isinstance(config, JsonConfig) else config)
-
-
-def read_config(path: str | os.PathLike[str]) -> RetrainConfig | JsonConfig:
-    """Read a text or a JSON configuration, told apart by the brace that only JSON begins with. Errors: of either."""
-    is_json = Path(path).read_bytes().lstrip()[:1] == b"{"
-    return read_json(path) if is_json else parse_config(path)
-
-
-def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
-    """The plan of every layer in `traits`; layers that the file does not name stay float.
-
-    Errors: ConfigError (layers the model does not have or that cannot be quantised, settings that do not go together,
-    everything disabled).
-    """
-    named = [item.target for item in config.settings.override_layer_configs]
-    problems = []
-    for name in (*named, *config.disabled):
-        if name not in traits:
-            problems.append(f"the model has no layer '{name}'{close_matches(name, traits)}")
-        elif name in named and not traits[name].quantizable:
-            problems.append(
-                f"layer '{name}' ({traits[name].type}) cannot be quantised: {traits[name].why_not_quantizable}; "
-                "set retrain_enable to false or remove it"
-            )
-    if problems:
-        raise ConfigError("\n  ".join([f"{config.source}: the file does not fit the model:", *problems]))
-    _check_enabled(config)
-    return resolve(config.settings, traits)
-
-
-def _check_enabled(config: JsonConfig) -> None:
-    if not config.settings.override_layer_configs:
-        raise ConfigError(f"{config.source}: every layer is disabled, nothing is left to quantise")
 
 
 class _Object(dict[str, Any]):
@@ -204,18 +94,18 @@ class _Reader:
             if key not in content:
                 raise ConfigError(f"{self._source}: '{key}' is missing")
         version = self._typed(content, "version", int, "")
-        if version != _VERSION:
-            raise ConfigError(f"{self._source}: version {version} is not known, only {_VERSION} is")
+        if version != VERSION:
+            raise ConfigError(f"{self._source}: version {version} is not known, only {VERSION} is")
         batch_num = self._typed(content, "batch_num", int, "")
         if batch_num < 1:
             raise ConfigError(f"{self._source}: batch_num: {batch_num} batches cannot calibrate anything, must be >= 1")
         if batch_num > _MOST_BATCHES:
             raise ConfigError(f"{self._source}: batch_num: must be at most {_MOST_BATCHES}")
         mode = self._typed(content, "fakequant_precision_mode", str, "", "DEFAULT")
-        self._one_of(mode, ("DEFAULT", _FP16), "fakequant_precision_mode")
+        self._one_of(mode, ("DEFAULT", FP16), "fakequant_precision_mode")
         enabled, disabled = [], []
         for name, layer in content.items():
-            if name in _TOP_KEYS:
+            if name in TOP_KEYS:
                 continue
             override = self._layer(name, layer)
             if override is None:
@@ -225,7 +115,7 @@ class _Reader:
         settings = RetrainConfig(
             batch_num=batch_num,
             override_layer_configs=tuple(enabled),
-            fp16=mode == _FP16,
+            fp16=mode == FP16,
             write_shift_bit=self._typed(content, "write_shift_bit", bool, "", False),
             places=Places(self._source),
         )

@@ -7,23 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from amct_ext.common.layer_kinds import kind_named
-from amct_ext.config.plan_checks import check_against_model, prune_active, quant_active
+from amct_ext.config.json import JsonConfig
+from amct_ext.config.plan_checks import check_against_model, check_enabled, prune_active, quant_active
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
-
-__all__ = [
-    "DataQuant",
-    "FilterPrune",
-    "LayerPlan",
-    "LayerTraits",
-    "Plan",
-    "QuantPlan",
-    "SparsePrune",
-    "WeightQuant",
-    "after_pruning",
-    "resolve",
-]
+from amct_ext.proto.text import close_matches
 
 _log = logging.getLogger("amct_ext")
 
@@ -87,6 +76,28 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
     return Plan(
         config.batch_num, layers, config.fp16, config.write_shift_bit, quant_active(config), prune_active(config)
     )
+
+
+def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
+    """The plan of every layer in `traits`; layers that the file does not name stay float.
+
+    Errors: ConfigError (layers the model does not have or that cannot be quantised, settings that do not go together,
+    everything disabled).
+    """
+    named = [item.target for item in config.settings.override_layer_configs]
+    problems = []
+    for name in (*named, *config.disabled):
+        if name not in traits:
+            problems.append(f"the model has no layer '{name}'{close_matches(name, traits)}")
+        elif name in named and not traits[name].quantizable:
+            problems.append(
+                f"layer '{name}' ({traits[name].type}) cannot be quantised: {traits[name].why_not_quantizable}; "
+                "set retrain_enable to false or remove it"
+            )
+    if problems:
+        raise ConfigError("\n  ".join([f"{config.source}: the file does not fit the model:", *problems]))
+    check_enabled(config)
+    return resolve(config.settings, traits)
 
 
 def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:

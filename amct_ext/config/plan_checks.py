@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 
 from amct_ext.common.layer_kinds import FILTER_PRUNABLE, QUANTIZABLE, SPARSE_PRUNABLE
+from amct_ext.config.json import JsonConfig
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
@@ -61,6 +62,12 @@ def check_against_model(config: RetrainConfig, traits: Mapping[str, LayerTraits]
             f"{config.places.source}: pruning is asked for, but no layer of the model can be pruned that way"
         )
     _raise(problems)
+
+
+def check_enabled(config: JsonConfig) -> None:
+    """Raise ConfigError where a JSON configuration quantises no layer."""
+    if not config.settings.override_layer_configs:
+        raise ConfigError(f"{config.source}: every layer is disabled, nothing is left to quantise")
 
 
 def _raise(problems: list[str]) -> None:

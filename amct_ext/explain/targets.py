@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from amct_ext.common.wrapping import unwrap
-from amct_ext.config.json import JsonConfig, read_config
+from amct_ext.config.files import read_config
+from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
 from amct_ext.model_surgery.session import session_of

@@ -17,8 +17,8 @@ from torch import nn
 from amct_ext.checkpoint.load import load_state, read_state_dict
 from amct_ext.common.references import copy_model
 from amct_ext.common.wrapping import unwrap, wrap_like
-from amct_ext.config.json import JsonConfig, resolve_json
-from amct_ext.config.plan import Plan, after_pruning, resolve
+from amct_ext.config.json import JsonConfig
+from amct_ext.config.plan import Plan, after_pruning, resolve, resolve_json
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import RecordError

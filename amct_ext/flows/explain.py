@@ -9,7 +9,7 @@ from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
 from amct_ext.common.wrapping import unwrap
-from amct_ext.config.json import read_config
+from amct_ext.config.files import read_config
 from amct_ext.explain.report import Explanation, report
 from amct_ext.flows.build import Planner, compress
 

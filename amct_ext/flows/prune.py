@@ -12,8 +12,9 @@ from torch import nn
 from amct_ext.common.inference_mode import outside_inference_mode
 from amct_ext.common.validation import check_record_name, check_types
 from amct_ext.common.wrapping import unwrap
-from amct_ext.config.plan import LayerTraits, Plan, resolve
+from amct_ext.config.plan import Plan, resolve
 from amct_ext.config.text import parse_config
+from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, ModelError
 from amct_ext.flows import build, saving
 from amct_ext.record.text import read_record

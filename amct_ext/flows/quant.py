@@ -11,8 +11,9 @@ from amct_ext.common.files import write_atomic
 from amct_ext.common.inference_mode import outside_inference_mode
 from amct_ext.common.validation import check_record_name, check_types
 from amct_ext.common.wrapping import unwrap
-from amct_ext.config.json import default_config, dumps, read_json, resolve_json
-from amct_ext.config.plan import Plan
+from amct_ext.config.json import read_json
+from amct_ext.config.json_text import default_config, json_text
+from amct_ext.config.plan import Plan, resolve_json
 from amct_ext.config.text import parse_config
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.flows import build, saving
@@ -39,7 +40,7 @@ def create_quant_retrain_config(
     check_record_name(config_file, "config_file")
     config = default_config() if config_defination is None else parse_config(config_defination)
     inner = build.float_copy(model)
-    write_atomic(config_file, dumps(config, trace(inner, input_data).traits(inner)))
+    write_atomic(config_file, json_text(config, trace(inner, input_data).traits(inner)))
 
 
 @outside_inference_mode

@@ -12,7 +12,8 @@ from amct_ext.errors import StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.integer import IntegerForward, unsupported_reason
+from amct_ext.layers.integer import IntegerForward
+from amct_ext.layers.integer_support import unsupported_reason
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.recording import write_record

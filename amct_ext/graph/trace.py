@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
-from amct_ext.config.plan import LayerTraits
+from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
 from amct_ext.graph.recorder import Doubt, record

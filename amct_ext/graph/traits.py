@@ -16,7 +16,7 @@ from amct_ext.common.layer_kinds import (
     kind_of,
     layer_type,
 )
-from amct_ext.config.plan import LayerTraits
+from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.values import Node
 
 Calls = Mapping[str, Sequence[Node]]

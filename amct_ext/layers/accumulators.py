@@ -1,38 +1,44 @@
 """The accumulators of a layer on the device: whole multiples of its dequantisation scale, bias and BatchNorm included.
 
-The shift search asks for round(y / deq_scale), y being the output behind a folded BatchNorm. Floats give that up to
-their rounding. Where the product is one of codes the integers are there: its sums, with the sign of the BatchNorm's
-factor, and what bias and BatchNorm add, rounded to a multiple as the deploy file has it.
+The shift search asks for round(y / deq_scale), y being the output behind a folded BatchNorm. Computed from floats it
+has their rounding errors. The integer product has the exact sums. They take the sign of the BatchNorm's factor; what
+bias and BatchNorm add is rounded to a multiple of the scale, as in the deploy file.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.common.ranks import whole
-from amct_ext.layers.bn_fold import factor_sign, fold_batch_norm
+from amct_ext.layers.bn_fold import affine, factor_sign, fold_batch_norm
 
 
 @torch.no_grad()
-def device_accumulators(layer: Any, sums: Tensor, deq_scale: Tensor, channel_axis: int) -> Tensor:
-    """The accumulators as float64, which holds them exactly, saturated to 32 bits.
+def device_accumulators(
+    sums: Tensor,
+    bias: Tensor | None,
+    norm: _BatchNorm | None,
+    w_scale: Tensor,
+    deq_scale: Tensor,
+    channel_axis: int,
+) -> Tensor:
+    """The accumulators as float64, which holds them exactly, saturated to 32 bits; shape of ``sums``.
 
-    ``sums``: int32, of the layer's product of codes; ``deq_scale``: its `deq_scale()`. A channel whose scale is not
-    positive holds NaN or nothing of meaning.
+    ``sums``: int32, of the layer's product of codes; ``bias`` and ``w_scale``: of the layer; ``norm``: the BatchNorm
+    that follows; ``deq_scale``: the layer's `deq_scale()`. A channel whose scale is not positive holds NaN or undefined
+    values.
     """
     shape = [1] * sums.dim()
     shape[channel_axis] = -1
     total = sums.double()
-    bias = None if layer.bias is None else whole(layer.bias).double()
-    norm = layer.refs.batch_norm
+    added = None if bias is None else whole(bias).double()
     if norm is not None:
-        weight, shift = (p if p is None else whole(p) for p in (norm.weight, norm.bias))
-        factor, bias = fold_batch_norm(bias, weight, shift, norm.running_mean, norm.running_var, norm.eps)
-        total *= factor_sign(layer.weight_quant.last_scale().double(), factor).view(shape)
-    if bias is not None:
-        total += (bias / deq_scale.double()).round_().view(shape)
+        assert norm.running_mean is not None and norm.running_var is not None
+        factor, added = fold_batch_norm(added, *affine(norm), norm.running_mean, norm.running_var, norm.eps)
+        total *= factor_sign(w_scale.double(), factor).view(shape)
+    if added is not None:
+        total += (added / deq_scale.double()).round_().view(shape)
     limits = torch.iinfo(torch.int32)
     return total.clamp_(limits.min, limits.max)

@@ -1,4 +1,4 @@
-"""Noticing that somebody else wrote to a tensor, and a number in a buffer that decides a branch in Python."""
+"""What `.item()` of a buffer gave, cached for branches in Python, and the guard that tells when the buffer changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from amct_ext.layers.forward_context import state_updates_disabled
 
 
 class VersionGuard:
-    """Remembers a tensor as it is; copies and pickles remember nothing.
+    """Remembers the identity and version of a tensor; copies and pickles are empty.
 
     A write through ``.data`` raises no version and is not noticed.
     """
@@ -22,14 +22,14 @@ class VersionGuard:
         self._version = -1
 
     def remember(self, tensor: Tensor) -> None:
-        """Take the tensor's present content as known."""
+        """Remember the tensor at its current version."""
         if tensor.is_inference():  # has no version
             self._tensor = None
         else:
             self._tensor, self._version = weakref.ref(tensor), tensor._version
 
     def unchanged(self, tensor: Tensor) -> bool:
-        """Whether this is the tensor that was remembered, and nobody wrote to it since."""
+        """Whether this is the tensor that was remembered, and at the same version."""
         return self._tensor is not None and self._tensor() is tensor and self._version == tensor._version
 
     def __reduce__(self) -> tuple[type[VersionGuard], tuple[()]]:
@@ -37,28 +37,28 @@ class VersionGuard:
 
 
 class CachedItem:
-    """The number in a buffer of one element, as the host knows it.
+    """The number in a buffer of one element, cached on the host.
 
-    The buffer is the truth: whoever writes to it (a load, an average, a copy value by value) is believed. Once the
-    number is ``settled`` (so high that it decides nothing any more), and on devices other than the CPU, where reading
-    waits, it is read again only where the buffer is another tensor or has another version; else each time. Compiled and
-    traced forwards take the last value; a graph for what has not happened yet asks the device besides, so values copied
-    in before it was made count.
+    The buffer decides: a load, an average or a copy value by value changes what `read` returns. On the CPU `read` reads
+    the buffer each time. On other devices, where a read waits, and once the number is at least ``settled`` (so high
+    that no branch depends on it), it reads only where the buffer is another tensor or has another version. Compiled and
+    traced forwards take the last value; a graph of a forward before that number is reached asks the device besides, so
+    values copied in before it was traced count.
     """
 
     def __init__(self, value: float, settled: float = math.inf) -> None:
         self.value = value
         self.settled = settled
-        self._watch = VersionGuard()
+        self._guard = VersionGuard()
 
     def read(self, buffer: Tensor) -> float:
         """The number in ``buffer``."""
         if torch.compiler.is_compiling():
             return self.value
-        if self._watch.unchanged(buffer) and (self.value >= self.settled or not buffer.is_cpu):
+        if self._guard.unchanged(buffer) and (self.value >= self.settled or not buffer.is_cpu):
             return self.value
         if not (buffer.is_meta or state_updates_disabled()):
-            # On the CPU past torch's dispatcher, which costs a few times as much.
+            # On the CPU through numpy: item() goes through the dispatcher and takes a few times as long.
             self.wrote(buffer, buffer.numpy().item() if buffer.is_cpu else buffer.item())
         return self.value
 
@@ -66,7 +66,7 @@ class CachedItem:
         """Note that ``buffer`` holds ``value`` now."""
         self.value = value
         if not torch.compiler.is_compiling():
-            self._watch.remember(buffer)
+            self._guard.remember(buffer)
 
     def __reduce__(self) -> tuple[type[CachedItem], tuple[float, float]]:
         return CachedItem, (self.value, self.settled)

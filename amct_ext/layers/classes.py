@@ -6,20 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.layers import compressed, rnn
+from amct_ext.common.layer_kinds import LAYER_KINDS
+from amct_ext.layers import conv_linear, rnn
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import derived_class, take_attributes
 
-_CLASSES: dict[type[nn.Module], type[CompressedLayer]] = {
-    nn.Conv1d: compressed.CompressedConv1d,
-    nn.Conv2d: compressed.CompressedConv2d,
-    nn.Conv3d: compressed.CompressedConv3d,
-    nn.Linear: compressed.CompressedLinear,
-    nn.ConvTranspose1d: compressed.CompressedConvTranspose1d,
-    nn.ConvTranspose2d: compressed.CompressedConvTranspose2d,
-    nn.LSTM: rnn.CompressedLSTM,
-    nn.GRU: rnn.CompressedGRU,
+# By the names in common/layer_kinds.py.
+_COMPRESSED: dict[str, type[CompressedLayer]] = {
+    "Conv1d": conv_linear.CompressedConv1d,
+    "Conv2d": conv_linear.CompressedConv2d,
+    "Conv3d": conv_linear.CompressedConv3d,
+    "Linear": conv_linear.CompressedLinear,
+    "ConvTranspose1d": conv_linear.CompressedConvTranspose1d,
+    "ConvTranspose2d": conv_linear.CompressedConvTranspose2d,
+    "LSTM": rnn.CompressedLSTM,
+    "GRU": rnn.CompressedGRU,
 }
+_CLASSES = {kind.cls: _COMPRESSED[kind.name] for kind in LAYER_KINDS if kind.name in _COMPRESSED}
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
 _INSTANCE_NAMES = {"layer_name", "refs", "integer"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
@@ -47,14 +50,14 @@ def compressed_class(layer: nn.Module) -> tuple[type[CompressedLayer] | None, st
 
 
 def standard_class(layer: nn.Module) -> type[nn.Module] | None:
-    """The class of torch that a layer is an instance of, as far as there is a compressed form of it."""
+    """The class of torch that a layer is an instance of, where that has a compressed form; else None."""
     return next((parent for parent in _CLASSES if isinstance(layer, parent)), None)
 
 
 def to_float(layer: CompressedLayer) -> nn.Module:
-    """The float layer again, of its own class, 2:4 mask folded into the weight (the compressed object is used up)."""
-    own = next(base for base in type(layer).__mro__ if not issubclass(base, CompressedLayer))
-    plain: Any = object.__new__(own)
+    """The float layer again, of its own class, 2:4 mask folded into the weight (do not use ``layer`` afterwards)."""
+    own: type[Any] = next(base for base in type(layer).__mro__ if not issubclass(base, CompressedLayer))
+    plain: nn.Module = object.__new__(own)
     take_attributes(plain, layer)
     for name in (*layer.own_children, *_INSTANCE_NAMES):
         plain._modules.pop(name, None)
@@ -62,8 +65,7 @@ def to_float(layer: CompressedLayer) -> nn.Module:
     if layer.sparsity is not None:
         masked = nn.Parameter(layer.masked_weight(), requires_grad=layer.weight.requires_grad)
         plain._parameters = {**plain._parameters, "weight": masked}
-    result: nn.Module = plain
-    return result
+    return plain
 
 
 def _own_names(layer: nn.Module, parent: type[nn.Module]) -> set[str]:
@@ -76,5 +78,6 @@ def _own_names(layer: nn.Module, parent: type[nn.Module]) -> set[str]:
 
 
 def _reserved(base: type[CompressedLayer]) -> set[str]:
+    """The names that a compressed class defines or sets on its instances."""
     names = {name for kind in base.__mro__ if issubclass(kind, CompressedLayer) for name in vars(kind)}
     return (names | {*base.own_children} | _INSTANCE_NAMES | _COPYING) - _INHERITED

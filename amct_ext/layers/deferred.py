@@ -9,92 +9,25 @@ only a second use computes twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_any, tree_map_only
 
-from amct_ext import ops
-from amct_ext.layers.bn_fold import fold_batch_norm
+from amct_ext.layers.deferred_conv import DeferredConv2d
 
 _aten = torch.ops.aten
 _CPU = torch.device("cpu")
-
-
-@dataclass
-class DeferPolicy:
-    """Of one layer: whether its results may wait. They may not once one had to be computed twice."""
-
-    allowed: bool = True
-
-
-@dataclass(frozen=True)
-class DeferredConv2d:
-    """All that the values depend on; nothing that a step of the model could modify."""
-
-    codes: tuple[Tensor, Tensor, Tensor]  # with scale and offset
-    packed: tuple[Tensor, Tensor]  # with sums
-    scale: Tensor  # of the weight, or of weight and normalisation
-    bias: Tensor | None
-    geometry: tuple[Any, Any, Any, Any]  # kernel_size, stride, padding, dilation
-    channels_last: bool
-    clamp_min: float | None = None
-    clamp_max: float | None = None
-    policy: DeferPolicy = field(default_factory=DeferPolicy)
-    evaluations: list[None] = field(
-        default_factory=list
-    )  # one entry for each time; shared with what was derived from it
-
-    def compute(self, addend: Tensor | None = None) -> Tensor:
-        self._count()
-        return ops.integer_conv2d(
-            *self.codes,
-            *self.packed,
-            self.scale,
-            self.bias,
-            *self.geometry,
-            self.channels_last,
-            addend,
-            self.clamp_min,
-            self.clamp_max,
-        )
-
-    def compute_codes(self, *quantizer: Any) -> tuple[Tensor, ...]:
-        self._count()
-        return ops.integer_conv2d_codes(
-            *self.codes, *self.packed, self.scale, self.bias, *self.geometry, self.clamp_min, self.clamp_max, *quantizer
-        )
-
-    def with_batch_norm(
-        self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-    ) -> DeferredConv2d:
-        """With a normalisation by these statistics behind it, in float64."""
-        factor, term = fold_batch_norm(self.bias, weight, bias, mean, variance, eps)
-        return replace(self, scale=factor * self.scale, bias=term)
-
-    def clamp(self, clamp_min: float, clamp_max: float | None) -> DeferredConv2d:
-        """Limited to these bounds; there is no upper one yet."""
-        return replace(
-            self, clamp_min=clamp_min if self.clamp_min is None else max(clamp_min, self.clamp_min), clamp_max=clamp_max
-        )
-
-    @property
-    def unclamped(self) -> bool:
-        """Whether values are not bounded yet."""
-        return self.clamp_min is None and self.clamp_max is None
-
-    def _count(self) -> None:
-        self.evaluations.append(None)
-        if len(self.evaluations) > 1:
-            self.policy.allowed = False
+_T = TypeVar("_T")
 
 
 class DeferredTensor(Tensor):
-    """A tensor whose values are those of ``source``, computed when they are needed (module docstring)."""
+    """A tensor whose values are those of ``source``, computed on the first read (module docstring)."""
 
     source: DeferredConv2d | None  # None once the values are there
     value: Tensor
@@ -109,18 +42,24 @@ class DeferredTensor(Tensor):
         new.source = source
         return new
 
-    # Autograd does not know of what waits; nothing waits where it records.
+    # Autograd has no part in this: nothing is deferred where gradients are recorded.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        handler = None if torch.is_grad_enabled() else _HANDLERS.get(func)
-        result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: torch._ops.OpOverload[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        fold = None if torch.is_grad_enabled() else _FOLDS.get(func)
+        result = NotImplemented if fold is None else fold(*args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
         if torch.Tag.inplace_view in func.tags:
             with no_dispatch():
-                func(*args, **(kwargs or {}))  # what the wrapper says of its shape
+                func(*args, **(kwargs or {}))  # changes the sizes and strides that the wrapper reports
         return func(*materialize(args), **materialize(kwargs or {}))
 
     def materialize(self) -> Tensor:
@@ -129,7 +68,7 @@ class DeferredTensor(Tensor):
             self.value, self.source = self.source.compute(), None
         return self.value
 
-    # What reaches memory without a dispatch.
+    # Reads of memory that do not go through the dispatcher.
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self.materialize().numpy(*args, **kwargs)
@@ -140,38 +79,43 @@ class DeferredTensor(Tensor):
     def data_ptr(self) -> int:
         return self.materialize().data_ptr()
 
-    def untyped_storage(self) -> Any:
+    def untyped_storage(self) -> torch.UntypedStorage:
         return self.materialize().untyped_storage()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self.materialize().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied: Tensor = self.materialize().__deepcopy__(memo)
-        return copied
+        return copy.deepcopy(self.materialize(), memo)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        reduce: Callable[[SupportsIndex], Any] = self.materialize().__reduce_ex__
+        return reduce(protocol)
 
     def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
-        return self.materialize().__repr__(*args, **kwargs)
+        represent: Callable[..., str] = self.materialize().__repr__
+        return represent(*args, **kwargs)
 
 
-def materialize(value: Any) -> Any:
-    """``value`` with every tensor that waits computed, in whatever containers torch looks into."""
+def materialize(value: _T) -> _T:
+    """``value`` with every deferred tensor computed, in all containers that torch's pytrees know."""
     if type(value) is Tensor or not tree_any(lambda leaf: type(leaf) is DeferredTensor, value):
         return value
-    return tree_map_only(DeferredTensor, DeferredTensor.materialize, value)
+    computed: _T = tree_map_only(DeferredTensor, DeferredTensor.materialize, value)
+    return computed
 
 
-def _source_of(x: Any) -> DeferredConv2d | None:
+# -- ops that are folded into a deferred convolution; NotImplemented where one cannot be
+
+
+def _source_of(x: object) -> DeferredConv2d | None:
     return x.source if type(x) is DeferredTensor else None
 
 
 def _batch_norm(
-    x: Any,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     mean: Tensor | None,
     variance: Tensor | None,
     training: bool,
@@ -181,28 +125,29 @@ def _batch_norm(
     source = _source_of(x)
     if source is None or not source.unclamped or training or mean is None or variance is None:
         return NotImplemented
-    if any(type(t) is DeferredTensor for t in (weight, bias, mean, variance)):
+    if any(type(t) is DeferredTensor for t in (gamma, beta, mean, variance)):
         return NotImplemented
     none = torch.empty(0)
-    return DeferredTensor(source.with_batch_norm(weight, bias, mean, variance, eps), x.shape), none, none.clone()
+    return DeferredTensor(source.with_batch_norm(gamma, beta, mean, variance, eps), x.shape), none, none.clone()
 
 
 def _clamp(in_place: bool, clamp_min: float = 0.0, clamp_max: float | None = None) -> Callable[..., Any]:
-    def handler(x: Any, low: Any = clamp_min, high: Any = clamp_max) -> Any:
+    def fold(x: Tensor, low: float = clamp_min, high: float | None = clamp_max) -> Any:
         source = _source_of(x)
-        # Bounds on top of an upper one would have to be applied in turn; a wrong pair is an error of the op.
+        # A second upper bound would have to be applied after the first one; low > high is an error that the op raises.
         if source is None or source.clamp_max is not None or (high is not None and low > high):
             return NotImplemented
-        if in_place:
-            x.source = source.clamp(low, high)
+        clamped = source.clamped(low, high)
+        if in_place and isinstance(x, DeferredTensor):
+            x.source = clamped
             return x
-        return DeferredTensor(source.clamp(low, high), x.shape)
+        return DeferredTensor(clamped, x.shape)
 
-    return handler
+    return fold
 
 
 def _add(in_place: bool) -> Callable[..., Any]:
-    def handler(x: Any, other: Any, *, alpha: Any = 1) -> Any:
+    def fold(x: Tensor, other: Tensor, *, alpha: float = 1) -> Any:
         if not in_place and _source_of(x) is None:
             x, other = other, x
         source = _source_of(x)
@@ -213,26 +158,27 @@ def _add(in_place: bool) -> Callable[..., Any]:
         addend = materialize(other)
         if addend.shape != x.shape or addend.dtype != torch.float32 or addend.stride() != x.stride():
             return NotImplemented
-        # Now, for the addend may be modified next.
+        # Computed at once, for the model may modify the addend next.
         y = source.compute(addend)
-        if not in_place:
-            return y
-        x.value, x.source = y, None
-        return x
+        if in_place and isinstance(x, DeferredTensor):
+            x.value, x.source = y, None
+            return x
+        return y
 
-    return handler
+    return fold
 
 
-def _max_pool(x: Any, *window: Any) -> Any:
+def _max_pool(x: Tensor, *window: Any) -> Any:
     source = _source_of(x)
     if source is None or source.channels_last:
         return NotImplemented
-    # Torch takes many times as long for planes, much longer than writing the smaller result once more.
+    # Torch's max pooling is many times slower on contiguous planes. Pooling channels last and copying the smaller
+    # result costs less.
     results = _aten.max_pool2d_with_indices.default(replace(source, channels_last=True).compute(), *window)
     return tuple(t.contiguous() for t in results)
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+_FOLDS: dict[torch._ops.OpOverload[..., Any], Callable[..., Any]] = {
     _aten.native_batch_norm.default: _batch_norm,
     _aten.relu.default: _clamp(False),
     _aten.relu_.default: _clamp(True),

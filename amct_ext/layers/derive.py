@@ -11,7 +11,7 @@ from amct_ext.common.references import slots_of
 
 
 def derived_class(compressed: type, user: type) -> type:
-    """The class that is ``compressed`` and, behind that, the user's own: its members and isinstance tests stay.
+    """The class with the bases ``compressed`` and the user's own, so that its members and isinstance tests stay.
 
     There is one per pair while anything uses it. Errors: whatever the user's metaclass raises.
     """
@@ -29,7 +29,7 @@ def new_derived(compressed: type, user: type) -> Any:
 
 
 def take_attributes(new: nn.Module, layer: nn.Module) -> None:
-    """Let a new layer hold what ``layer`` holds: the same parameters, hooks and values."""
+    """Give a new layer the attributes of ``layer``: the same parameters, hooks and values."""
     vars(new).update(vars(layer), _modules=dict(layer._modules))
     for descriptor, value in slots_of(layer):
         descriptor.__set__(new, value)

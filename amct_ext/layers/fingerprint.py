@@ -1,18 +1,18 @@
-"""Whether a tensor holds what it held: also after writes that autograd does not count, those through ``.data``."""
+"""Fingerprints of tensors, which also show writes that autograd does not count: those through ``.data``."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+Fingerprint = tuple[int, int, int, int]  # id, address, version, hash of the bits
 
-def fingerprint(tensor: Tensor, pieces: int | None = None) -> tuple[Any, ...]:
-    """What two looks at a CPU tensor have in common where nothing was written between them.
 
-    Writes that raise the version count always. Others show in the bits of the tensor: of all of it, or of so many
-    pieces of 64 bytes, spread evenly. Then an exchange of the tensor shows, that of a few values perhaps not.
+def fingerprint(tensor: Tensor, samples: int | None = None) -> Fingerprint:
+    """A value that stays the same while nothing is written to a CPU tensor.
+
+    A write that raises the version always changes it. Another one changes the hash of the bits: of all of them, or of
+    ``samples`` pieces of 64 bytes, spread evenly. Then replacing the values is found, writing a few perhaps not.
     """
     from amct_ext import _C
 
@@ -21,5 +21,5 @@ def fingerprint(tensor: Tensor, pieces: int | None = None) -> tuple[Any, ...]:
     if not (memory.is_contiguous() or (memory.dim() == 4 and memory.is_contiguous(memory_format=torch.channels_last))):
         memory = memory.contiguous()
     size = memory.numel() * memory.element_size()
-    bits = _C.fingerprint(memory.data_ptr(), size, size if pieces is None else pieces)
+    bits = _C.fingerprint(memory.data_ptr(), size, size if samples is None else samples)
     return id(tensor), tensor.data_ptr(), version, bits

@@ -1,4 +1,4 @@
-"""What kind of forward is under way: one that moves the state on, or one that repeats or only looks on."""
+"""The context of the current forward: whether it may update state, and what separates parts of its graph."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TRACERS = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 
 
 def state_updates_disabled() -> bool:
-    """Whether the present forward must not change any state.
+    """Whether the current forward must not change any state.
 
-    So for one that runs inside a backward (gradient checkpointing computes a part again, which has to give what it gave
-    before), under a transform of torch.func, in a tracer or an exporter.
+    True inside a backward (gradient checkpointing runs a part again, whose results must be those of the first run),
+    under a transform of torch.func, in a tracer or an exporter.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
@@ -28,7 +28,7 @@ def state_updates_disabled() -> bool:
 
 
 def host_can_read(x: torch.Tensor) -> bool:
-    """Whether the host can ask for a value now: not while a graph is made, nor on the meta device."""
+    """Whether the host can read values of ``x`` now: not while a graph is traced, nor on the meta device."""
     return not (torch.compiler.is_compiling() or x.is_meta or _in_tracer())
 
 
@@ -39,15 +39,15 @@ def _in_tracer() -> bool:
 
 
 def in_backward() -> bool:
-    """Whether this thread is computing gradients just now."""
+    """Whether this thread runs a backward."""
     return torch._C._current_graph_task_id() != -1
 
 
 def autograd_context_key() -> tuple[bool, object]:
-    """What tells a part of a forward that is run again by itself from the rest: gradients, hooks on saved tensors.
+    """Equal within one checkpointed part of a forward and different between parts: grad mode, saved-tensor hooks.
 
-    Checkpointed parts have hooks of their own (or no gradients at first). A result made in one must not be used in
-    another: the autograd graph of each has to be the same when it runs again.
+    Checkpointed parts have hooks of their own, or no gradients in the first run. A result of one part must not be used
+    in another: the autograd graph of each must be the same when it runs again.
     """
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled(), None

@@ -16,28 +16,29 @@ logger = logging.getLogger("amct_ext")
 
 
 class ForwardTracker:
-    """The forwards of a whole model, numbered: only within one may a result wait for what follows.
+    """Numbers the forwards of a whole model; results are deferred and inputs shared only within one.
 
-    A forward is under way while the frame that began it is on the stack of the present thread. A count would stay
-    where an interrupt leaves the model, for which torch calls no hook. Copies and pickles know of none.
+    A forward is under way while the frame that began it is on the stack of the current thread. A counter that hooks
+    raise and lower would be wrong after a KeyboardInterrupt, for which torch calls no hook. Copies and pickles start
+    with no forward under way.
     """
 
     def __init__(self, first: int = 1) -> None:
-        self.calibrating = False  # evaluations calibrate, too: `calibrate` asked for it
+        self.calibrating = False  # `calibrate` runs: forwards in eval mode calibrate, too
         self.warned = False
         self._last_training = False
         self._numbers = itertools.count(first)
         self._local = threading.local()
 
     def enter(self, frame: FrameType, training: bool = False) -> None:
-        """Note that ``frame`` runs the model, in training mode or not; one within another belongs to it."""
+        """Note that ``frame`` runs the model, in training mode or not; a nested forward belongs to the outer one."""
         outer = self._current()
         number, training = (next(self._numbers), training) if outer is None else outer[1:]
         self._last_training = training
         self._entries().append((frame, number, training))
 
     def exit(self, frame: FrameType) -> None:
-        """Note that ``frame``, or one that it called, has run the model."""
+        """Note that the forward of ``frame``, or of a frame that it called, has ended."""
         entries = self._entries()
         while entries and (entries[-1][0] is frame or not _on_stack(entries[-1][0])):
             entries.pop()
@@ -60,7 +61,7 @@ class ForwardTracker:
         return current[2]
 
     def warn_uncalibrated(self, layer: str) -> None:
-        """Say, once for a model, that it is evaluated before its calibration."""
+        """Log, once for a model, that it is evaluated before its calibration."""
         if not self.warned:
             self.warned = True
             logger.warning(
@@ -86,7 +87,7 @@ class ForwardTracker:
         return found
 
     def __reduce__(self) -> tuple[type[ForwardTracker], tuple[int]]:
-        return ForwardTracker, (next(self._numbers) + 1,)  # no forward of a copy has the number of one before
+        return ForwardTracker, (next(self._numbers) + 1,)  # numbers of a copy are never those of earlier forwards
 
 
 def _on_stack(wanted: FrameType) -> bool:

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
-from amct_ext.layers.deferred import DeferPolicy, DeferredConv2d, DeferredTensor
-from amct_ext.layers.fingerprint import fingerprint
+from amct_ext.layers.activation_types import QuantizedActivation
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.deferred import DeferredTensor
+from amct_ext.layers.deferred_conv import DeferPolicy, DeferredConv2d
+from amct_ext.layers.fingerprint import Fingerprint, fingerprint
 from amct_ext.layers.forward_tracker import ForwardTracker
-from amct_ext.layers.integer_autograd import (
-    FakeQuantProxy,
-    IntegerProduct,
-    QuantizedActivation,
-    geometry_of,
-    has_channels_last,
+from amct_ext.layers.integer_autograd import apply_integer_product, fake_quant_proxy
+from amct_ext.layers.integer_ops import (
+    PackedWeight,
+    conv_geometry,
     integer_accumulators,
     integer_product,
-    padding_of,
+    output_is_channels_last,
 )
+from amct_ext.layers.integer_support import supports
 from amct_ext.layers.timing import integers_are_faster
 
-_MOST_WEIGHTS = 65793  # per output channel: 255 * 128 * 65793 fits a 32-bit sum
+
+class _CachedWeight(NamedTuple):
+    key: list[Fingerprint]  # of the tensors that it was packed from
+    weight: PackedWeight
 
 
 class IntegerForward:
-    """How one layer multiplies: always on integers, or where that was measured to be faster.
+    """How one layer computes its product: always on integers, or where that was measured to be faster.
 
-    ``choices`` holds what was measured, per shape of the input (without its first axis) and whether gradients were
-    wanted; True stands for integers. Held by a layer whose forward may be integer. While the model ``tracker`` belongs
-    to is evaluated without gradients, results of convolutions wait for what follows them (`DeferredTensor`).
+    ``mode``: "integer" or "auto". ``choices``: what was measured, by shape of the input (without its first axis) and
+    whether gradients were recorded; True stands for integers. Held by a layer whose forward may be integer. While the
+    model of ``tracker`` is evaluated without gradients, results of convolutions are deferred (`DeferredTensor`).
     """
 
     def __init__(self, mode: str, tracker: ForwardTracker | None = None) -> None:
@@ -40,168 +45,133 @@ class IntegerForward:
         self.policy = DeferPolicy()
         self.choices: dict[tuple[tuple[int, ...], bool], bool] = {}
         self.used: bool | None = None  # by the last forward
-        self._packed: tuple[Any, Tensor, Tensor, Tensor] | None = None
-        self._sums: Tensor | None = None
+        self._cached: _CachedWeight | None = None
+        self._accumulators: Tensor | None = None
 
-    def __call__(self, layer: Any, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the float path is to be taken."""
-        self._sums = None
-        begun = layer.training or layer.ready  # before that an evaluation uses ranges of its own
-        self.used = supports(layer, x) and begun and (self.mode == "integer" or self._faster(layer, x))
+        self._accumulators = None
+        ready = layer.training or layer.ready  # before that an evaluation uses ranges of its own
+        self.used = supports(layer, x) and ready and (self.mode == "integer" or self._faster(layer, x))
         if not self.used:
             return None
         if layer.training or torch.is_grad_enabled():
             self.drop_packed_weight()  # it is about to change
-        made = _activation_codes(layer, x)
-        if not torch.is_grad_enabled():
-            present = self._current_weight(layer, x)
-            self._keep_sums(layer, made, *present[:2])
-            return (
-                self._deferred(layer, made, x, *present)
-                if self._may_defer(layer)
-                else integer_product(layer, made, x, *present)
-            )
-        weight = layer._compressed_weight()
-        scale = layer.weight_quant.last_scale()
-        with torch.no_grad():
-            packed, sums = ops.pack_weight(weight, scale, layer.weight_quant.num_bits)
-            self._keep_sums(layer, made, packed, sums)
-        y: Tensor = IntegerProduct.apply(
-            made.proxy, weight, layer.bias, made._replace(x=x.detach()), layer, packed, sums, scale
-        )
-        return y
+        act = _quantize_activation(layer, x)
+        if torch.is_grad_enabled():
+            return self._differentiable(layer, act, x)
+        weight = self._packed_weight(layer, x)
+        self._keep_accumulators(layer, act, weight)
+        if self._may_defer(layer) and isinstance(layer, nn.Conv2d):
+            return self._deferred(layer, act, x, weight)
+        return integer_product(layer, act, x, weight)
 
     def pop_accumulators(self) -> Tensor | None:
-        """The int32 sums of the layer's product in the forward just made, where its shift search wants them; once."""
-        sums, self._sums = self._sums, None
-        return sums
-
-    def _keep_sums(self, layer: Any, made: QuantizedActivation, packed: Tensor, sums: Tensor) -> None:
-        if layer.feeds_shift_search:
-            self._sums = integer_accumulators(layer, made, packed, sums)
+        """The int32 accumulators of the last forward, where the layer's shift search needs them; once."""
+        accumulators, self._accumulators = self._accumulators, None
+        return accumulators
 
     def drop_packed_weight(self) -> None:
-        """Let go of the packed weight: the next evaluation packs it anew."""
-        self._packed = None
+        """Free the packed weight; the next evaluation packs it again."""
+        self._cached = None
 
-    def _current_weight(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed weight, sums and scale; kept between evaluation forwards while nothing behind them changes."""
+    def _differentiable(self, layer: CompressedLayer, act: QuantizedActivation, x: Tensor) -> Tensor:
+        assert layer.weight_quant is not None
+        weight = layer.compressed_weight()
+        scale = layer.weight_quant.last_scale()
+        with torch.no_grad():
+            packed = PackedWeight(*ops.pack_weight(weight, scale, layer.weight_quant.num_bits), scale)
+            self._keep_accumulators(layer, act, packed)
+        return apply_integer_product(act.proxy, weight, layer.bias, act._replace(x=x.detach()), layer, packed)
+
+    def _keep_accumulators(self, layer: CompressedLayer, act: QuantizedActivation, weight: PackedWeight) -> None:
+        if layer.feeds_shift_search:
+            self._accumulators = integer_accumulators(layer, act, weight)
+
+    def _packed_weight(self, layer: CompressedLayer, x: Tensor) -> PackedWeight:
+        """The packed weight, cached between evaluation forwards while none of its sources changes."""
+        assert layer.weight_quant is not None
         sources = [layer.weight, *layer.weight_quant.parameters()]
         if layer.sparsity is not None:
-            layer.sparsity.check(layer.weight)
+            layer.sparsity.repair_mask(layer.weight)
             sources.append(layer.sparsity.mask)
-        pieces = _pieces_to_look_at(layer, x)
-        key = [fingerprint(t, pieces) for t in sources]
-        if self._packed is None or self._packed[0] != key:
-            weight = layer._compressed_weight()
+        samples = _fingerprint_samples(layer, x)
+        key = [fingerprint(t, samples) for t in sources]
+        if self._cached is None or self._cached.key != key:
+            weight = layer.compressed_weight()
             scale = layer.weight_quant.last_scale().clone()
-            self._packed = (key, *ops.pack_weight(weight, scale, layer.weight_quant.num_bits), scale)
-        return self._packed[1:]
+            packed = PackedWeight(*ops.pack_weight(weight, scale, layer.weight_quant.num_bits), scale)
+            self._cached = _CachedWeight(key, packed)
+        return self._cached.weight
 
-    def _may_defer(self, layer: Any) -> bool:
+    def _may_defer(self, layer: CompressedLayer) -> bool:
         if layer.training or not (self.policy.allowed and isinstance(layer, nn.Conv2d)):
             return False
-        return self.tracker.forward_id is not None and not layer.feeds_shift_search  # the search reads the result
+        # The shift search reads the result.
+        return self.tracker.forward_id is not None and not layer.feeds_shift_search
 
-    def _deferred(
-        self, layer: Any, made: QuantizedActivation, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor
-    ) -> Tensor:
-        geometry = geometry_of(layer)
-        sizes = zip(x.shape[2:], *geometry, strict=True)
-        out = [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in sizes]
-        if min(out) < 1:
-            return integer_product(layer, made, x, packed, sums, scale)  # whose error it is
-        convolution = DeferredConv2d(
-            (made.codes, made.scale, made.offset),
-            (packed, sums),
-            scale,
+    def _deferred(self, layer: nn.Conv2d, act: QuantizedActivation, x: Tensor, weight: PackedWeight) -> Tensor:
+        geometry = conv_geometry(layer)
+        size = geometry.output_size(x.shape[2:])
+        conv = DeferredConv2d(
+            (act.codes, act.scale, act.offset),
+            (weight.packed, weight.sums),
+            weight.scale,
             None if layer.bias is None else layer.bias.double(),
             geometry,
-            has_channels_last(layer, x),
+            output_is_channels_last(layer, x),
             policy=self.policy,
         )
-        return DeferredTensor(convolution, torch.Size((x.shape[0], sums.numel(), *out)))
+        if min(size) < 1:
+            return conv.compute()  # raises: the kernel does not fit
+        return DeferredTensor(conv, torch.Size((x.shape[0], weight.sums.numel(), *size)))
 
-    def _faster(self, layer: Any, x: Tensor) -> bool:
+    def _faster(self, layer: CompressedLayer, x: Tensor) -> bool:
         key = (tuple(x.shape[1:]), torch.is_grad_enabled())
         if key not in self.choices:
             self.choices[key] = integers_are_faster(layer, x.detach(), key[1], not key[1] and self._may_defer(layer))
         return self.choices[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_sums": None}
+        return {**self.__dict__, "_cached": None, "_accumulators": None}
 
 
-def _pieces_to_look_at(layer: Any, x: Tensor) -> int | None:
-    """How much of a weight is compared with what was packed, so that it takes a fiftieth of the product's time.
+def _fingerprint_samples(layer: CompressedLayer, x: Tensor) -> int | None:
+    """How many pieces of a weight to compare with the packed one, so that it takes a fiftieth of the product's time.
 
-    None, all of it, where it meets 4096 positions of an input (a picture of 64 x 64) or is small.
+    None, all of it, where the product has 4096 output positions or more (an image of 64 x 64) or the weight is small.
     """
     positions = x.numel() // max(x.shape[1 if x.dim() == 4 else -1], 1)
     if isinstance(layer, nn.Conv2d):
         positions //= layer.stride[0] * layer.stride[1]
-    if positions >= 4096 or layer.weight.numel() <= 4096:
+    size = layer.weight.numel()
+    if positions >= 4096 or size <= 4096:
         return None
-    return max(64, layer.weight.numel() * max(positions, 16) >> 19)
+    return max(64, size * max(positions, 16) >> 19)
 
 
-def unsupported_reason(layer: Any) -> str | None:
-    """Why no input can take the integer forward of ``layer``; None where one can."""
-    linear, conv = isinstance(layer, nn.Linear), isinstance(layer, nn.Conv2d)
-    if not (linear or conv):
-        return "no integer kernel for this type"
-    if layer.weight_quant is None or layer.activation is None:
-        return "not quantised"
-    if max(layer.weight_quant.num_bits, layer.activation.num_bits) > 8:
-        return "more than 8 bits"
-    weight = layer.weight
-    if weight[0].numel() > _MOST_WEIGHTS:
-        return "sums may exceed 32 bits"
-    if linear:
-        return None
-    if layer.groups != 1:
-        return "groups"
-    if layer.padding_mode != "zeros" or padding_of(layer) is None:
-        return "padding"
-    return None
-
-
-def supports(layer: Any, x: Tensor) -> bool:
-    """Whether ``x`` can take the integer forward: plain float32 on the CPU, outside of compilers and autocast."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if type(x) not in (Tensor, nn.Parameter, DeferredTensor) or type(layer.weight) not in (Tensor, nn.Parameter):
-        return False
-    if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
-        return False
-    if torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
-        return False
-    if x.numel() == 0 or (isinstance(layer, nn.Conv2d) and x.dim() != 4):
-        return False
-    return unsupported_reason(layer) is None
-
-
-def _activation_codes(layer: Any, x: Tensor) -> QuantizedActivation:
+def _quantize_activation(layer: CompressedLayer, x: Tensor) -> QuantizedActivation:
+    """The codes of ``x``, those kept by the layer that ran first on it where they are valid here."""
     quantizer = layer.activation
+    assert quantizer is not None
     first = layer.act_quant is not None
     forward = quantizer.tracker.forward_id if quantizer.num_readers > 1 else None
     if not first:
-        made = quantizer.shared_codes.take(x, forward)
-        if made is not None:
-            return made
+        kept = quantizer.shared_codes.take(x, forward)
+        if kept is not None:
+            return kept
     quantizer.calibrate(x)
     clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
-    options = (quantizer.num_bits, quantizer.fixed_min)
     if type(x) is DeferredTensor and x.source is not None and not torch.is_grad_enabled():
-        results = x.source.compute_codes(*clips, *options)
+        results = x.source.compute_codes(clips, quantizer.num_bits, quantizer.fixed_min)
     else:
-        results = ops.ulq_quantize(x.detach(), *clips, *options)
+        results = ops.ulq_quantize(x.detach(), *clips, quantizer.num_bits, quantizer.fixed_min)
     codes, scale, offset, clip_max, clip_min, invalid = results
-    proxy: Tensor = x
+    proxy = x
     if torch.is_grad_enabled():
-        proxy = FakeQuantProxy.apply(x, quantizer.clip_max, quantizer.clip_min, clip_max, clip_min, quantizer.num_bits)
-    made = QuantizedActivation(proxy, x, clip_max, clip_min, codes, scale, offset, quantizer.num_bits)
+        proxy = fake_quant_proxy(x, quantizer.clip_max, quantizer.clip_min, clip_max, clip_min, quantizer.num_bits)
+    act = QuantizedActivation(proxy, x, clip_max, clip_min, codes, scale, offset, quantizer.num_bits)
     quantizer.write_back(scale, offset, clip_max, clip_min, invalid)
     if first or forward is not None:
-        quantizer.shared_codes.keep(made, x, quantizer.num_readers - 1, forward)
-    return made
+        quantizer.shared_codes.put(act, x, quantizer.num_readers - 1, forward)
+    return act

@@ -1,96 +1,41 @@
-"""A layer's product on 8-bit codes, and its gradients: those of the float path, bit for bit, any number of times."""
+"""Autograd of the integer forward: the gradients of the float path, bit for bit, of any order."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amct_ext import ops
+from amct_ext.layers.activation_types import QuantizedActivation
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.integer_ops import PackedWeight, conv_padding, integer_product
 from amct_ext.layers.stash import recompute_fake_quantized
 
-
-class QuantizedActivation(NamedTuple):
-    """An activation as codes, and what its readers need to carry gradients back."""
-
-    proxy: Tensor  # in the autograd graph stands for the quantised activation; its values mean nothing
-    x: Tensor
-    clip_max: Tensor
-    clip_min: Tensor
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor
-    num_bits: int
-
-
-def padding_of(layer: Any) -> tuple[int, int] | None:
-    """(height, width) of a convolution's padding; None where its two sides differ."""
-    if layer.padding == "valid":
-        return 0, 0
-    if layer.padding == "same":
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
-    height, width = layer.padding
-    return height, width
-
-
-def integer_product(
-    layer: Any, made: QuantizedActivation, x: Tensor, packed: Tensor, sums: Tensor, scale: Tensor
-) -> Tensor:
-    """The layer's output from codes; ``x`` decides its memory layout."""
-    if isinstance(layer, nn.Linear):
-        return ops.integer_linear(made.codes, made.scale, made.offset, packed, sums, scale, layer.bias)
-    return ops.integer_conv2d(
-        made.codes,
-        made.scale,
-        made.offset,
-        packed,
-        sums,
-        scale,
-        layer.bias,
-        *geometry_of(layer),
-        has_channels_last(layer, x),
-    )
-
-
-def integer_accumulators(layer: Any, made: QuantizedActivation, packed: Tensor, sums: Tensor) -> Tensor:
-    """The int32 sums behind that output."""
-    if isinstance(layer, nn.Linear):
-        return ops.integer_linear_accumulators(made.codes, made.offset, packed, sums)
-    return ops.integer_conv2d_accumulators(made.codes, made.offset, packed, sums, *geometry_of(layer))
-
-
-def geometry_of(layer: Any) -> tuple[Any, Any, Any, Any]:
-    """kernel_size, stride, padding and dilation of a convolution, as the ops take them."""
-    return layer.kernel_size, layer.stride, padding_of(layer) or (0, 0), layer.dilation
-
-
-def has_channels_last(layer: Any, x: Tensor) -> bool:
-    """Whether the float convolution lays out its result so."""
-    last = torch.channels_last
-    return any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, layer.weight))
+Grads = tuple[Tensor | None, ...]
 
 
 class FakeQuantProxy(torch.autograd.Function):
-    """Stands for the fake-quantised activation in the graph without being computed; its gradient is that of the op."""
+    """A node with the gradient of fake quantisation and no values: nothing but the graph reads its output."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, high: Tensor, low: Tensor, num_bits: int
+        ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, used_max: Tensor, used_min: Tensor, num_bits: int
     ) -> Tensor:
-        ctx.save_for_backward(x, high, low)
+        ctx.save_for_backward(x, used_max, used_min)
         ctx.num_bits = num_bits
         return x.new_empty(()).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, high, low = ctx.saved_tensors
-        return *ops.ulq_fake_quantize_backward(grad, x, high, low, ctx.num_bits), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, used_max, used_min = ctx.saved_tensors
+        return *ops.ulq_fake_quantize_backward(grad, x, used_max, used_min, ctx.num_bits), None, None, None
 
 
 class IntegerProduct(torch.autograd.Function):
-    """The product on codes; backward rounds the float input again, with the bits of the float path."""
+    """The product on codes. Backward fake-quantises the float input again, with the bits of the float path."""
 
     @staticmethod
     def forward(
@@ -98,37 +43,35 @@ class IntegerProduct(torch.autograd.Function):
         proxy: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        made: QuantizedActivation,
-        layer: Any,
-        packed: Tensor,
-        sums: Tensor,
-        scale: Tensor,
+        act: QuantizedActivation,
+        layer: CompressedLayer,
+        packed: PackedWeight,
     ) -> Tensor:
-        y = integer_product(layer, made, made.x, packed, sums, scale)
-        x = made.x  # without its history; the proxy's node holds the same memory
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, made.clip_max, made.clip_min, weight)
-        ctx.proxy = proxy  # an edge of the graph for gradients of gradients; there is nothing to save of it
-        ctx.num_bits, ctx.shape, ctx.bias = made.num_bits, x.shape, None if bias is None else list(bias.shape)
+        y = integer_product(layer, act, act.x, packed)
+        x = act.x  # detached; the proxy's node saves the same memory
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, act.clip_max, act.clip_min, weight)
+        ctx.proxy = proxy  # an edge of the graph for gradients of gradients; it has no values to save
+        ctx.num_bits, ctx.shape, ctx.bias = act.num_bits, x.shape, None if bias is None else list(bias.shape)
         ctx.conv = None
         if isinstance(layer, nn.Conv2d):
-            ctx.conv = (layer.stride, padding_of(layer), layer.dilation)
+            ctx.conv = (layer.stride, conv_padding(layer), layer.dilation)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, high, low, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, used_max, used_min, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         quantised = None
-        if wanted[1]:
-            quantised = recompute_fake_quantized(x, high, low, ctx.num_bits)
+        if needed[1]:
+            quantised = recompute_fake_quantized(x, used_max, used_min, ctx.num_bits)
             if torch.is_grad_enabled():
-                quantised = _ProxyWithValues.apply(ctx.proxy, quantised)
+                quantised = proxy_with_values(ctx.proxy, quantised)
         backward = _linear_backward if ctx.conv is None else _conv_backward
-        return *backward(ctx, grad, quantised, weight, wanted), None, None, None, None, None
+        return *backward(ctx, grad, quantised, weight, needed), None, None, None
 
 
 class _ProxyWithValues(torch.autograd.Function):
-    """A proxy with its values: what the proxy stands for, with its place in the graph."""
+    """The values that a proxy stands for, with the proxy's place in the graph."""
 
     @staticmethod
     def forward(ctx: Any, proxy: Tensor, values: Tensor) -> Tensor:
@@ -139,20 +82,24 @@ class _ProxyWithValues(torch.autograd.Function):
         return grad, None
 
 
-def _conv_backward(ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, wanted: Any) -> tuple[Tensor | None, ...]:
+# Torch publishes no type for apply.
+fake_quant_proxy: Callable[..., Tensor] = FakeQuantProxy.apply
+apply_integer_product: Callable[..., Tensor] = IntegerProduct.apply
+proxy_with_values: Callable[..., Tensor] = _ProxyWithValues.apply
+
+
+def _conv_backward(ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, needed: Sequence[bool]) -> Grads:
     stride, padding, dilation = ctx.conv
-    if x is None:  # only its shape counts
+    if x is None:  # only its shape is read
         x = grad.new_empty(()).expand(ctx.shape)
-    grads: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-        grad, x, weight, ctx.bias, stride, padding, dilation, False, (0, 0), 1, wanted
+    grads: Grads = torch.ops.aten.convolution_backward(
+        grad, x, weight, ctx.bias, stride, padding, dilation, False, (0, 0), 1, needed
     )
     return grads
 
 
-def _linear_backward(
-    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, wanted: Any
-) -> tuple[Tensor | None, ...]:
+def _linear_backward(ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, needed: Sequence[bool]) -> Grads:
     rows = grad.reshape(-1, grad.shape[-1])
-    d_x = rows.mm(weight).view(ctx.shape) if wanted[0] else None
+    d_x = rows.mm(weight).view(ctx.shape) if needed[0] else None
     d_weight = None if x is None else rows.t().mm(x.reshape(-1, x.shape[-1]))
-    return d_x, d_weight, rows.sum(0) if wanted[2] else None
+    return d_x, d_weight, rows.sum(0) if needed[2] else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,12 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 class CompressedRNN(CompressedLayer):
-    """What the compressed LSTM and GRU have in common.
+    """The base of the compressed LSTM and GRU.
 
     The input sequence is quantised in one call and projected by one matrix product: its clips do not change within a
-    sequence, so this gives the numbers of a quantisation step by step. Only the recurrence is a loop. The hidden state
-    has clips of its own; they are calibrated on the states that the recurrence reads in a float run, from the initial
-    one on; the last output is none of them. Outputs and states have the shapes of the float class, and a missing
-    initial state is zeros.
+    sequence, so the numbers are those of a quantisation step by step. Only the recurrence is a loop. The hidden state
+    has clips of its own, calibrated on the states that the recurrence reads in a float run: the initial one and all
+    outputs but the last. Outputs and states have the shapes of the float class; a missing initial state is zeros.
 
     Children: ``act_quant`` and ``weight_quant`` (input side), ``hidden_quant`` and ``hidden_weight_quant`` (recurrent
     side). There is no ``search_n``: the accumulators of the two sides are dequantised by different scales. Source:
@@ -52,7 +50,7 @@ class CompressedRNN(CompressedLayer):
     def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
         if plan.quant is None:
             return
-        # A hidden state takes both signs after one step whatever the initial one was: the graph says nothing on it.
+        # The ReLU that may feed the input says nothing about the hidden state, which takes both signs after one step.
         fixed_hidden = bool(plan.quant.data.fixed_min)
         self.act_quant = self._activation(plan, batch_num, fixed_min)
         self.hidden_quant = self._activation(plan, batch_num, fixed_hidden)
@@ -82,7 +80,9 @@ class CompressedRNN(CompressedLayer):
 
     # -- the forward
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: Tensor | Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | States]:
         """As the float class: output, and the last state(s) of shape (1, batch, hidden). Errors: InvalidDataError."""
         x = input
         hidden = self._initial_state(x, hx)
@@ -101,7 +101,7 @@ class CompressedRNN(CompressedLayer):
         hidden_quant.end_sequence(clips, quantised)
         return output.transpose(0, 1) if self.batch_first else output, last
 
-    def _initial_state(self, x: Tensor, hx: Any) -> States:
+    def _initial_state(self, x: Tensor, hx: Tensor | Sequence[Tensor] | None) -> States:
         """The initial state(s), each (1, batch, hidden)."""
         kind = type(self).__name__.removeprefix("Compressed")
         if not isinstance(x, Tensor):
@@ -127,7 +127,7 @@ class CompressedRNN(CompressedLayer):
 
     def _run(
         self, x: Tensor, state: States, weight_ih: Tensor, weight_hh: Tensor, quantise: Quantise
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Tensor | States]:
         """The outputs in time order, and the last state as the float class returns it."""
         x = x.transpose(0, 1) if self.batch_first else x
         projected = F.linear(x, weight_ih, getattr(self, "bias_ih_l0", None))
@@ -148,19 +148,19 @@ class CompressedRNN(CompressedLayer):
         first = state[0].to(output.dtype)
         if len(output) > 1:
             return torch.cat([first, output[:-1]])
-        # A single step from a zero state: what it ends in is all that is known of the states to come.
+        # A single step from a zero state: the state after it is all there is to calibrate on.
         return torch.where((first == 0).all(), output, first)
 
     def _cell(
         self, inputs: Tensor, recurrent: Tensor, hidden: Tensor, states: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The next state(s) from both projections, the quantised hidden state and the states as they were."""
+        """The next state(s) from both projections, the quantised hidden state and the states before the step."""
         raise NotImplementedError
 
     # -- what is recorded and saved
 
     def gate_scales(self, recurrent: bool = False) -> Tensor:
-        """Present weight scales in torch's gate order: one per output channel, or one per gate (all equal)."""
+        """Current weight scales in torch's gate order: one per output channel, or one per gate (all equal)."""
         quantizer = self.hidden_weight_quant if recurrent else self.weight_quant
         assert quantizer is not None
         scale = quantizer.current_scale(self.weight_hh_l0 if recurrent else self.weight_ih_l0)

@@ -1,48 +1,56 @@
-"""Several layers read one input: what the first makes of it serves the others."""
+"""A cache for several layers that read one input: the quantised input of the first serves the others."""
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from amct_ext.layers.forward_context import autograd_context_key
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-class SharedInputCache(Generic[Made]):
-    """A result and the input that it was made of, kept until the last reader took it; copies and pickles are empty."""
+class _Entry(NamedTuple, Generic[Result]):
+    result: Result
+    x: Tensor
+    readers: int  # that have not taken it yet
+    key: tuple[object, ...]
+
+
+class SharedInputCache(Generic[Result]):
+    """One result and the input it was computed from, kept until its last reader took it; copies and pickles are empty.
+
+    An entry is valid for the very same input tensor at the same version, in the same forward of the model and in the
+    same autograd context (`autograd_context_key`).
+    """
 
     def __init__(self) -> None:
-        self._kept: tuple[Made, Tensor, int, tuple[object, ...]] | None = None
+        self._entry: _Entry[Result] | None = None
 
-    def keep(self, made: Made, x: Tensor, readers: int, forward: int | None) -> None:
-        """Keep what was made of ``x`` for so many further readers in the same part of a forward of the model."""
+    def put(self, result: Result, x: Tensor, readers: int, forward: int | None) -> None:
+        """Keep ``result``, computed from ``x``, for that many further readers in the forward of this number."""
         version = _version(x) if readers > 0 else None
-        self._kept = None if version is None else (made, x, readers, (version, forward, *autograd_context_key()))
+        key = None if version is None else (version, forward, *autograd_context_key())
+        self._entry = None if key is None else _Entry(result, x, readers, key)
 
-    def take(self, x: Tensor, forward: int | None) -> Made | None:
-        """What was made of ``x`` in this part of this forward; None where nothing was, or ``x`` was modified since."""
-        if (
-            self._kept is None
-            or self._kept[1] is not x
-            or self._kept[3] != (_version(x), forward, *autograd_context_key())
-        ):
+    def take(self, x: Tensor, forward: int | None) -> Result | None:
+        """The result for ``x``; None where there is none that is valid here."""
+        entry = self._entry
+        if entry is None or entry.x is not x or entry.key != (_version(x), forward, *autograd_context_key()):
             return None
-        made, _, readers, where = self._kept
-        self._kept = (made, x, readers - 1, where) if readers > 1 else None
-        return made
+        self._entry = entry._replace(readers=entry.readers - 1) if entry.readers > 1 else None
+        return entry.result
 
     @property
     def empty(self) -> bool:
-        return self._kept is None
+        return self._entry is None
 
-    def __reduce__(self) -> tuple[type[SharedInputCache[Made]], tuple[()]]:
+    def __reduce__(self) -> tuple[type[SharedInputCache[Result]], tuple[()]]:
         return type(self), ()
 
 
 def _version(x: Tensor) -> int | None:
-    """How often ``x`` was modified in place; None where nobody counts: inference tensors, a graph being compiled."""
+    """How often ``x`` was modified in place; None where torch does not count: inference tensors, compiled graphs."""
     return None if torch.compiler.is_compiling() or torch.is_inference(x) else x._version

@@ -16,8 +16,8 @@ class Sparsity(nn.Module):
     State: ``mask`` (bool, shape of the weight) and ``step`` (int64, training forwards so far). The mask is made at
     construction; a training forward renews it when ``step == 0`` (``update_freq == 0``) or ``step % update_freq ==
     0``; evaluation never does, nor does a forward that gradient checkpointing runs again. The dense weight is kept, so
-    a renewal can revive a masked element; masked elements get a zero gradient. A mask that somebody else wrote and that
-    keeps more than two of four (an average over every entry of the state gives the union of the masks) is made anew.
+    a renewal can revive a masked element; masked elements get a zero gradient. A mask that was written from elsewhere
+    and keeps more than two of four (averaging models gives the union of their masks) is made again.
     Source: AMCT's L1 selective pruning (M4N2).
     """
 
@@ -30,9 +30,9 @@ class Sparsity(nn.Module):
         self.update_freq = update_freq
         self.register_buffer("mask", ops.mask_2to4(weight.detach(), axis))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=weight.device))
-        # A mask known to be 2:4. Renewing it raises no version, so another one is somebody else's doing.
-        self._known = VersionGuard()
-        self._known.remember(self.mask)
+        # Guards a mask known to be 2:4. A renewal here raises no version, so another version was written elsewhere.
+        self._valid_mask = VersionGuard()
+        self._valid_mask.remember(self.mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the masked weight, renewing the mask first where that is due."""
@@ -41,20 +41,20 @@ class Sparsity(nn.Module):
     def mask_for_forward(self, weight: Tensor) -> Tensor:
         """The mask of this forward: a training forward counts, and renews it where that is due."""
         if not state_updates_disabled():
-            self.check(weight)
+            self.repair_mask(weight)
             if self.training:
                 ops.refresh_mask_(weight.detach(), self.mask, self.step, self.update_freq, self.axis)
         return self.mask
 
     @torch.no_grad()
-    def check(self, weight: Tensor) -> None:
-        """Make the mask anew, from ``weight``, where somebody wrote one that is not 2:4; decided on the device."""
-        if torch.compiler.is_compiling() or self.mask.device.type == "meta" or self._known.unchanged(self.mask):
+    def repair_mask(self, weight: Tensor) -> None:
+        """Make the mask from ``weight`` again where one that is not 2:4 was written; decided on the device."""
+        if torch.compiler.is_compiling() or self.mask.device.type == "meta" or self._valid_mask.unchanged(self.mask):
             return
         kept = ops.mask_2to4(self.mask.to(torch.float32), self.axis)
-        sound = (kept | ~self.mask).all()
-        self.mask.copy_(torch.where(sound, self.mask, ops.mask_2to4(weight.detach(), self.axis)))
-        self._known.remember(self.mask)
+        is_2to4 = (kept | ~self.mask).all()
+        self.mask.copy_(torch.where(is_2to4, self.mask, ops.mask_2to4(weight.detach(), self.axis)))
+        self._valid_mask.remember(self.mask)
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, update_freq={self.update_freq}"

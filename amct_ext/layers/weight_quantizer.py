@@ -1,4 +1,4 @@
-"""The quantiser of a weight: the range of the present weight (adaptive), or a learned scale."""
+"""The quantiser of a weight: the range of the current weight (adaptive), or a learned scale."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NAN = float("nan")
 
 
 class WeightQuantizer(KeepsPrecision):
-    """Fake quantisation of a weight: range of the present weight (ARQ) or a learned scale (weight ULQ).
+    """Fake quantisation of a weight: range of the current weight (ARQ) or a learned scale (weight ULQ).
 
-    ``scale`` (length 1, or one per output channel) is a buffer for ARQ, renewed by every forward (NaN before the
-    first), and a Parameter for learned scales, set from the weight's range by the first training forward, which also
-    sets ``initialised`` to one. That flag is a float, so that an average of the model carries it too; above zero it is
-    set. An average over parameters alone does not: a scale other than the one made at construction (``start``, in no
-    state dict) has begun as well. An evaluation before that uses the range of the present weight. Sources: AMCT's ARQ
-    and weight ULQ; Esser et al. 2020 (learned step size).
+    ``scale`` (length 1, or one per output channel): for ARQ a buffer that every forward renews (NaN before the first);
+    for learned scales a Parameter. The first training forward sets it from the range of the weight, and the flag
+    ``initialised`` to one. The flag is a float and counts as set above zero, so that an average of models over all
+    entries carries it. An average over parameters alone leaves it at zero; there a scale that differs from the one at
+    construction (``start``, in no state dict) counts as set. An evaluation before that uses the range of the current
+    weight. Sources: AMCT's ARQ and weight ULQ; Esser et al. 2020 (learned step size).
     """
 
     scale: Tensor
@@ -62,36 +62,36 @@ class WeightQuantizer(KeepsPrecision):
         if mask is not None:
             weight = ops.apply_mask(weight, mask)
         used = self.scale
-        if not self._marked:
+        if not self._flag_is_set:
             if (self.training or self.tracker.training) and not state_updates_disabled():
                 self.initialise(weight)
             else:
-                used = torch.where(self._begun(), self.scale, self._range_scale(weight))
+                used = torch.where(self._scale_is_set(), self.scale, self._range_scale(weight))
         return ops.lsq_fake_quantize(weight, used, self.num_bits, self.channel_axis, self.grad_factor)
 
     @property
     def ready(self) -> bool:
-        """Whether the scale is that of a forward to come: always so for ARQ, from its start on for a learned one."""
-        return not self.learned or self._marked or bool(self._begun())
+        """Whether the next forward uses ``scale`` as it is: always so for ARQ, once it is set for a learned one."""
+        return not self.learned or self._flag_is_set or bool(self._scale_is_set())
 
     @property
-    def _marked(self) -> bool:
-        """Whether the flag of a learned scale is set, as far as the host can look."""
+    def _flag_is_set(self) -> bool:
+        """Whether the flag of a learned scale is set, as far as the host knows."""
         return self._initialised.read(self.initialised) > 0
 
     @torch.no_grad()
-    def _begun(self) -> Tensor:
-        """Whether a learned scale has begun, on the device."""
+    def _scale_is_set(self) -> Tensor:
+        """Whether a learned scale is set (0-dim bool, on the device)."""
         return (self.initialised > 0) | (self.scale != self.start).any()
 
     @torch.no_grad()
     def last_scale(self) -> Tensor:
-        """The scale that the last forward used; nothing is computed from a weight."""
+        """The scale that the last forward used, at least FLT_EPSILON where it is learned."""
         return self.scale.detach().clamp_min(torch.finfo(torch.float32).eps) if self.learned else self.scale
 
     @torch.no_grad()
     def current_scale(self, weight: Tensor) -> Tensor:
-        """The scale that a forward on ``weight`` would use now; nothing is changed."""
+        """The scale that a forward on ``weight`` would use now; changes no state."""
         if self.learned and self.ready:
             return self.last_scale()
         return self._range_scale(weight)
@@ -101,9 +101,9 @@ class WeightQuantizer(KeepsPrecision):
 
     @torch.no_grad()
     def initialise(self, weight: Tensor) -> None:
-        """Start a learned scale from the range of ``weight``, masked already; does nothing once it has begun."""
-        if self.learned and not self._marked:
-            self.scale.copy_(torch.where(self._begun(), self.scale, self._range_scale(weight)))
+        """Set a learned scale from the range of ``weight``, already masked; does nothing once it is set."""
+        if self.learned and not self._flag_is_set:
+            self.scale.copy_(torch.where(self._scale_is_set(), self.scale, self._range_scale(weight)))
             self.initialised.fill_(1.0)
             self._initialised.wrote(self.initialised, 1.0)
 

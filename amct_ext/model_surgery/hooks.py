@@ -82,7 +82,7 @@ def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
     searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
     own = session.evaluated is not None and all(search.errors_are_own for search, _ in searches)
-    if own or not all(layer.ready and search.used_scale(layer.deq_scale()) for search, layer in searches):
+    if own or not all(layer.ready and search.matches_scale(layer.deq_scale()) for search, layer in searches):
         for search, _ in searches:
             search.reset()
     session.evaluated = state

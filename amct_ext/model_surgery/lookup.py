@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
+from amct_ext.config.plan import LayerPlan, Plan
+from amct_ext.config.text import SparsePrune
 from amct_ext.layers.compressed import CompressedLayer
 
 

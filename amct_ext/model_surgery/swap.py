@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from amct_ext.common.references import replace_modules
-from amct_ext.config.plan import LayerPlan, Plan, SparsePrune
+from amct_ext.config.plan import LayerPlan, Plan
+from amct_ext.config.text import SparsePrune
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import undisturbed

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import (
-    FLT_EPSILON,
-    accumulate_type,
-    check_bits,
-    check_floating,
-    check_scalar,
-    code_range,
-    reference,
-)
+from amct_ext.ops._activation_clips import affine, check_activation, empty_results, used_clips
+from amct_ext.ops._arithmetic import accumulate_type, code_range, empty_scalar
+from amct_ext.ops._checks import check_bits, check_floating, check_same_shape, check_scalar, check_value, require
+from amct_ext.ops._registration import reference
+
+__all__ = ["ulq_fake_quantize", "ulq_fake_quantize_", "ulq_fake_quantize_backward"]
 
 
 def ulq_fake_quantize(
@@ -127,97 +122,28 @@ def ulq_fake_quantize_backward(
     return torch.ops.amct_ext.ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits)
 
 
-def _effective_clips(
-    clip_max: Tensor, clip_min: Tensor, prev_max: Tensor, prev_min: Tensor, fixed_min: bool
-) -> tuple[Tensor, Tensor]:
-    if fixed_min:
-        clip_min = torch.zeros_like(clip_min)
-    collapsed = clip_max - clip_min <= FLT_EPSILON
-    take_max = torch.isfinite(prev_max) & (collapsed | (clip_max < 0))
-    clip_max = torch.where(take_max, prev_max, clip_max)
-    if not fixed_min:
-        take_min = torch.isfinite(prev_min) & (collapsed | (clip_min > 0))
-        clip_min = torch.where(take_min, prev_min, clip_min)
-    return clip_max.clamp_min(0), clip_min.clamp_max(0)
-
-
-def affine(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and integer offset (as a float) of an asymmetric range that contains zero."""
-    lowest, _ = code_range(num_bits)
-    scale = (clip_max - clip_min) / torch.full_like(clip_max, 2**num_bits - 1)
-    offset = torch.round(lowest - clip_min / scale)
-    small = scale < FLT_EPSILON
-    return torch.where(small, torch.ones_like(scale), scale), torch.where(
-        small, torch.full_like(offset, lowest), offset
-    )
-
-
-class UsedClips(NamedTuple):
-    """Effective clips and what follows from them, in the arithmetic of the data."""
-
-    high: Tensor
-    low: Tensor
-    scale: Tensor
-    offset: Tensor
-
-    def results(self, wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What the ops return beside the data: scale, offset, clip_max, clip_min in ``dtype``, and `invalid`."""
-        valid = torch.isfinite(wide).all() & torch.isfinite(self.scale) & (self.scale > 0)
-        # copy=True: an output must never share storage with an input
-        clips = self.high.to(dtype, copy=True), self.low.to(dtype, copy=True)
-        return self.scale.to(dtype), self.offset.to(dtype), *clips, ~valid
-
-
-def check_activation(op: str, x: Tensor, clips: tuple[Tensor, ...], num_bits: int, most_bits: int = 16) -> None:
-    check_floating(op, "x", x)
-    check_bits(op, num_bits, most_bits)
-    for name, value in zip(("clip_max", "clip_min", "prev_clip_max", "prev_clip_min"), clips, strict=True):
-        check_floating(op, name, value)
-        check_scalar(op, name, value)
-
-
-def check_state(op: str, scale: Tensor, offset: Tensor, invalid: Tensor) -> None:
-    for name, value in (("scale", scale), ("offset", offset)):
-        check_floating(op, name, value)
-        check_scalar(op, name, value)
+def _check_state(op: str, scale: Tensor, offset: Tensor, invalid: Tensor) -> None:
+    check_value(op, "scale", scale)
+    check_value(op, "offset", offset)
     check_scalar(op, "invalid", invalid)
-    torch._check_type(invalid.dtype == torch.bool, lambda: f"{op}: invalid must be Bool, not {invalid.dtype}")
+    require(invalid.dtype == torch.bool, TypeError, lambda: f"{op}: invalid must be Bool, not {invalid.dtype}")
 
 
-def check_backward(op: str, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> None:
+def _check_backward(op: str, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> None:
     check_floating(op, "grad", grad)
     check_floating(op, "x", x)
     check_bits(op, num_bits)
     check_scalar(op, "clip_max", clip_max)
     check_scalar(op, "clip_min", clip_min)
-    torch._check_value(
-        grad.shape == x.shape,
-        lambda: f"{op}: grad must have the shape of x, {tuple(x.shape)}, not {tuple(grad.shape)}",
-    )
+    check_same_shape(op, "grad", grad, "x", x)
 
 
-def clipped(
-    op: str,
-    x: Tensor,
-    clip_max: Tensor,
-    clip_min: Tensor,
-    prev_clip_max: Tensor,
-    prev_clip_min: Tensor,
-    num_bits: int,
-    fixed_min: bool,
-    most_bits: int = 16,
-) -> tuple[Tensor, UsedClips]:
-    """Check the arguments of an op on activations: x in its arithmetic, and the clips that it uses."""
-    given = (clip_max, clip_min, prev_clip_max, prev_clip_min)
-    check_activation(op, x, given, num_bits, most_bits)
-    acc = accumulate_type(x)
-    clips = [value.reshape(()).to(acc) for value in given]
-    high, low = _effective_clips(clips[0], clips[1], clips[2], clips[3], fixed_min)
-    return x.to(acc), UsedClips(high, low, *affine(high, low, num_bits))
+def _empty(x: Tensor, clip_max: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *empty_results(x, clip_max.dtype)
 
 
-@reference("ulq_fake_quantize")
-def _reference(
+@reference("ulq_fake_quantize", check=check_activation, empty=_empty)
+def ulq_fake_quantize_reference(
     x: Tensor,
     clip_max: Tensor,
     clip_min: Tensor,
@@ -226,13 +152,32 @@ def _reference(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, used = clipped("ulq_fake_quantize", x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
+    wide = x.to(accumulate_type(x))
+    used = used_clips(clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, wide.dtype)
     code = torch.clamp(torch.round(wide / used.scale + used.offset), *code_range(num_bits))
     return ((code - used.offset) * used.scale).to(x.dtype), *used.results(wide, clip_max.dtype)
 
 
-@reference("ulq_fake_quantize_")
-def _reference_with_state(
+def _empty_with_state(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    invalid: Tensor,
+    num_bits: int,
+    **_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "ulq_fake_quantize_"
+    check_activation(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits)
+    _check_state(op, scale, offset, invalid)
+    return torch.empty_like(x), empty_scalar(x, clip_max.dtype), empty_scalar(x, clip_max.dtype)
+
+
+@reference("ulq_fake_quantize_", empty=_empty_with_state)
+def ulq_fake_quantize_with_state_reference(
     x: Tensor,
     clip_max: Tensor,
     clip_min: Tensor,
@@ -244,11 +189,10 @@ def _reference_with_state(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_state("ulq_fake_quantize_", scale, offset, invalid)
-    made = torch.ops.amct_ext.ulq_fake_quantize(
+    _check_state("ulq_fake_quantize_", scale, offset, invalid)
+    y, used_scale, used_offset, used_max, used_min, bad = torch.ops.amct_ext.ulq_fake_quantize(
         x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min
     )
-    y, used_scale, used_offset, used_max, used_min, bad = made
     state = (clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset)
     for tensor, value in zip(state, (used_max, used_min, used_max, used_min, used_scale, used_offset), strict=True):
         tensor.copy_(value.view_as(tensor))
@@ -256,11 +200,17 @@ def _reference_with_state(
     return y, used_max, used_min
 
 
-@reference("ulq_fake_quantize_backward")
-def _reference_backward(
+def _empty_backward(
+    grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, dtype=grad.dtype)
+    return dx, empty_scalar(x, clip_max.dtype), empty_scalar(x, clip_min.dtype)
+
+
+@reference("ulq_fake_quantize_backward", check=_check_backward, empty=_empty_backward)
+def ulq_fake_quantize_backward_reference(
     grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits)
     acc = accumulate_type(x)
     high, low = clip_max.reshape(()).to(acc), clip_min.reshape(()).to(acc)
     scale, offset = affine(high, low, num_bits)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import check_bits, check_floating, code_range, reference
-from amct_ext.ops.calibration_search import CANDIDATES, PERCENTILE, _symmetric_candidates
+from amct_ext.ops._arithmetic import code_range, empty_scalar
+from amct_ext.ops._checks import check_bits, check_dtype, check_floating, require
+from amct_ext.ops._registration import reference
+from amct_ext.ops.calibration_search import PERCENTILE, first_smallest, symmetric_candidates
 
 # Bins are the upper bits of a float32 magnitude: 1024 to an octave, from 2^-24 (half the smallest scale there is) up to
 # infinity and NaN, which have an octave of their own. Bin 0 holds what is smaller.
@@ -14,6 +16,8 @@ _CUT = 13
 _PER_OCTAVE = 1 << (23 - _CUT)
 _FIRST = (127 - 24) * _PER_OCTAVE - 1
 BINS = 256 * _PER_OCTAVE - _FIRST
+
+__all__ = ["range_histogram_", "search_clip_range_histogram"]
 
 
 def range_histogram_(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
@@ -80,24 +84,28 @@ def search_clip_range_histogram(
     return torch.ops.amct_ext.search_clip_range_histogram(histogram, extremes, num_bits)
 
 
-def check_histogram(op: str, histogram: Tensor, extremes: Tensor) -> None:
-    torch._check_type(histogram.dtype == torch.int64, lambda: f"{op}: histogram must be int64, not {histogram.dtype}")
-    torch._check_type(extremes.dtype == torch.float32, lambda: f"{op}: extremes must be float32, not {extremes.dtype}")
-    torch._check_value(
+def _check_histogram(op: str, histogram: Tensor, extremes: Tensor) -> None:
+    check_dtype(op, "histogram", histogram, torch.int64)
+    check_dtype(op, "extremes", extremes, torch.float32)
+    require(
         histogram.shape == (BINS, 2),
+        ValueError,
         lambda: f"{op}: histogram must have shape ({BINS}, 2), not {tuple(histogram.shape)}",
     )
-    torch._check_value(
+    require(
         extremes.dim() == 2 and extremes.shape[0] == 2 and extremes.shape[1] > 0,
+        ValueError,
         lambda: f"{op}: extremes must have shape (2, k), k at least 1, not {tuple(extremes.shape)}",
     )
 
 
-@reference("range_histogram_")
-def _reference_histogram(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
-    op = "range_histogram_"
+def _check_batch(op: str, x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     check_floating(op, "x", x)
-    check_histogram(op, histogram, extremes)
+    _check_histogram(op, histogram, extremes)
+
+
+@reference("range_histogram_", check=_check_batch, empty=lambda **_: None)
+def range_histogram_reference(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     values = x.reshape(-1).to(torch.float32)
     bits = values.abs().view(torch.int32)
     keys = bits.clamp_min((_FIRST + 1) << _CUT).sub(_FIRST << _CUT)
@@ -109,13 +117,20 @@ def _reference_histogram(x: Tensor, histogram: Tensor, extremes: Tensor) -> None
     extremes.copy_(both.topk(extremes.shape[1], 1).values)
 
 
-@reference("search_clip_range_histogram")
-def _reference_search(
+def _check_search(op: str, histogram: Tensor, extremes: Tensor, num_bits: int) -> None:
+    _check_histogram(op, histogram, extremes)
+    check_bits(op, num_bits)
+
+
+def _empty_range(histogram: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale, offset, clip_max, clip_min = (empty_scalar(histogram, torch.float32) for _ in range(4))
+    return scale, offset, clip_max, clip_min, empty_scalar(histogram, torch.float64)
+
+
+@reference("search_clip_range_histogram", check=_check_search, empty=_empty_range)
+def search_clip_range_histogram_reference(
     histogram: Tensor, extremes: Tensor, num_bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op = "search_clip_range_histogram"
-    check_histogram(op, histogram, extremes)
-    check_bits(op, num_bits)
     lowest, highest = code_range(num_bits)
     counts = histogram[:, 0]
     total = counts.sum().to(torch.float64)
@@ -123,13 +138,12 @@ def _reference_search(
     largest, smallest = extremes.gather(1, rank.expand(2, 1)).reshape(2).unbind()
     broken = (total == 0) | (counts[-_PER_OCTAVE:].sum() > 0)
     largest = torch.where(broken, torch.full_like(largest, torch.nan), largest)
-    scales, offsets, ends = _symmetric_candidates(largest, -smallest, num_bits)
+    scales, offsets, ends = symmetric_candidates(largest, -smallest, num_bits)
 
     low, high, rounding = _loss_bounds(histogram, scales.to(torch.float64), ends.to(torch.float64), int(-lowest))
-    middle = (low + high) / 2
-    first = (middle <= middle.min()).to(torch.int32).cumsum(0).eq(0).sum().clamp_max(CANDIDATES - 1).reshape(1)
-    rivals = low.scatter(0, first, torch.inf)
-    excess = ((high.gather(0, first).reshape(()) - rivals.min()).clamp_min(0) + rounding) / total
+    first = first_smallest((low + high) / 2).reshape(1)
+    others = low.scatter(0, first, torch.inf)
+    excess = ((high.gather(0, first).reshape(()) - others.min()).clamp_min(0) + rounding) / total
     scale = scales.gather(0, first).reshape(())
     offset = offsets.gather(0, first).reshape(()) + (scale - scale)
     return scale, offset, (highest - offset) * scale, (lowest - offset) * scale, excess

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import check_axis, check_floating, reference
+from amct_ext.ops._checks import check_axis, check_dtype, check_floating, require
+from amct_ext.ops._registration import reference
 
 SHIFTS = 16
+
+__all__ = ["best_shift", "shift_error_"]
 
 
 def shift_error_(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int = 1) -> None:
@@ -59,25 +62,26 @@ def best_shift(errors: Tensor) -> Tensor:
     return torch.ops.amct_ext.best_shift(errors)
 
 
-def check_errors(op: str, x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int) -> None:
+def _check_errors(op: str, x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int) -> None:
     check_floating(op, "x", x)
     check_floating(op, "deq_scale", deq_scale)
     check_axis(op, "channel_axis", x, channel_axis)
     channels = x.shape[channel_axis]
-    torch._check_type(errors.dtype == torch.float64, lambda: f"{op}: errors must be float64, not {errors.dtype}")
-    torch._check_value(
+    check_dtype(op, "errors", errors, torch.float64)
+    require(
         deq_scale.numel() in (1, channels),
+        ValueError,
         lambda: f"{op}: deq_scale must hold 1 or {channels} values, not shape {tuple(deq_scale.shape)}",
     )
-    torch._check_value(
+    require(
         errors.dim() == 2 and errors.shape[0] in (1, channels) and errors.shape[1] == SHIFTS,
+        ValueError,
         lambda: f"{op}: errors must have shape ({channels}, {SHIFTS}) or (1, {SHIFTS}), not {tuple(errors.shape)}",
     )
 
 
-@reference("shift_error_")
-def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int = 1) -> None:
-    check_errors("shift_error_", x, deq_scale, errors, channel_axis)
+@reference("shift_error_", check=_check_errors, empty=lambda **_: None)
+def shift_error_reference(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis: int = 1) -> None:
     channels = x.shape[channel_axis]
     rows = x.movedim(channel_axis, 0).reshape(channels, x.numel() // max(channels, 1)).to(torch.float64)
     scale = deq_scale.reshape(-1, 1).to(torch.float64)
@@ -92,17 +96,21 @@ def _reference_error(x: Tensor, deq_scale: Tensor, errors: Tensor, channel_axis:
     errors.add_(batch if errors.shape[0] == channels else batch.sum(0, keepdim=True))
 
 
-def check_rows(op: str, errors: Tensor) -> None:
-    torch._check_type(errors.dtype == torch.float64, lambda: f"{op}: errors must be float64, not {errors.dtype}")
-    torch._check_value(
+def _check_rows(op: str, errors: Tensor) -> None:
+    check_dtype(op, "errors", errors, torch.float64)
+    require(
         errors.dim() == 2 and errors.shape[1] == SHIFTS,
+        ValueError,
         lambda: f"{op}: errors must have shape (channels, {SHIFTS}), not {tuple(errors.shape)}",
     )
 
 
-@reference("best_shift")
-def _reference_best(errors: Tensor) -> Tensor:
-    check_rows("best_shift", errors)
+def _empty_shifts(errors: Tensor) -> Tensor:
+    return errors.new_empty(errors.shape[0], dtype=torch.int32)
+
+
+@reference("best_shift", check=_check_rows, empty=_empty_shifts)
+def best_shift_reference(errors: Tensor) -> Tensor:
     smallest = errors.amin(1, keepdim=True)
     before = (errors <= smallest).to(torch.int32).cumsum(1).eq(0).sum(1)
     return before.clamp_max(SHIFTS - 1).to(torch.int32) + 1

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import (
-    FLT_EPSILON,
-    accumulate_type,
-    along_channels,
-    check_bits,
-    check_floating,
-    code_range,
-    reference,
-)
-from amct_ext.ops.activation_ulq import clipped
+from amct_ext.ops._activation_clips import check_activation, empty_results, used_clips
+from amct_ext.ops._arithmetic import FLT_EPSILON, accumulate_type, along_channels, code_range
+from amct_ext.ops._checks import check_bits, check_floating, require
+from amct_ext.ops._registration import reference
 
 COLUMNS = 16  # output channels of a block of packed weights
+
+__all__ = ["pack_weight", "ulq_quantize"]
 
 
 def ulq_quantize(
@@ -74,8 +71,17 @@ def pack_weight(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Te
     return torch.ops.amct_ext.pack_weight(w, scale, num_bits)
 
 
-@reference("ulq_quantize")
-def reference_codes(
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _empty_codes(x: Tensor, clip_max: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.uint8, memory_format=memory_format(x.dim() == 4))
+    return codes, *empty_results(x, clip_max.dtype)
+
+
+@reference("ulq_quantize", check=partial(check_activation, most_bits=8), empty=_empty_codes)
+def ulq_quantize_reference(
     x: Tensor,
     clip_max: Tensor,
     clip_min: Tensor,
@@ -84,22 +90,23 @@ def reference_codes(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, used = clipped("ulq_quantize", x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, 8)
+    wide = x.to(accumulate_type(x))
+    used = used_clips(clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, wide.dtype)
     lowest, highest = code_range(num_bits)
     rounded = torch.round(wide / used.scale + used.offset)
     code = torch.clamp(torch.where(rounded.isnan(), torch.full_like(rounded, lowest), rounded), lowest, highest)
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    codes = (code + 128).to(torch.uint8).contiguous(memory_format=layout)
+    codes = (code + 128).to(torch.uint8).contiguous(memory_format=memory_format(x.dim() == 4))
     return codes, *used.results(wide, clip_max.dtype)
 
 
-def check_packing(op: str, w: Tensor, scale: Tensor, num_bits: int) -> None:
+def _check_packing(op: str, w: Tensor, scale: Tensor, num_bits: int) -> None:
     check_floating(op, "w", w)
     check_bits(op, num_bits, 8)
     check_floating(op, "scale", scale)
-    torch._check_value(w.dim() >= 2, lambda: f"{op}: w must have at least two dimensions, not {w.dim()}")
-    torch._check_value(
+    require(w.dim() >= 2, ValueError, lambda: f"{op}: w must have at least two dimensions, not {w.dim()}")
+    require(
         scale.numel() in (1, w.shape[0]),
+        ValueError,
         lambda: (
             f"{op}: scale must hold 1 or {w.shape[0]} values for a weight of shape {list(w.shape)}, "
             f"not shape {list(scale.shape)}"
@@ -107,14 +114,29 @@ def check_packing(op: str, w: Tensor, scale: Tensor, num_bits: int) -> None:
     )
 
 
-@reference("pack_weight")
-def _reference_pack(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
-    check_packing("pack_weight", w, scale, num_bits)
+def packed_shape(outputs: int, inputs: int, taps: int) -> list[int]:
+    """Blocks of output channels, positions in the filter, groups of four input channels."""
+    return [-(-outputs // COLUMNS), taps, -(-inputs // 4), COLUMNS, 4]
+
+
+def _empty_packed(w: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    packed = w.new_empty(packed_shape(w.shape[0], w.shape[1], math.prod(w.shape[2:])), dtype=torch.int8)
+    return packed, w.new_empty(w.shape[0], dtype=torch.int32)
+
+
+@reference("pack_weight", check=_check_packing, empty=_empty_packed)
+def pack_weight_reference(w: Tensor, scale: Tensor, num_bits: int = 8) -> tuple[Tensor, Tensor]:
     wide = w.to(accumulate_type(w))
     shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, None if scale.numel() == 1 else 0)
     codes = torch.clamp(torch.round(wide / shaped), *code_range(num_bits)).nan_to_num(0.0).to(torch.int8)
     rows = codes.reshape(*w.shape[:2], math.prod(w.shape[2:])).transpose(1, 2)  # outputs, taps, inputs
-    padding = (0, -w.shape[1] % 4, 0, 0, 0, -w.shape[0] % COLUMNS)
-    padded = torch.nn.functional.pad(rows, padding).unflatten(2, (-(-w.shape[1] // 4), 4))
-    padded = padded.unflatten(0, (-(-w.shape[0] // COLUMNS), COLUMNS))
+    blocks, _, quads, _, _ = packed_shape(w.shape[0], w.shape[1], 1)
+    padded = torch.nn.functional.pad(rows, (0, -w.shape[1] % 4, 0, 0, 0, -w.shape[0] % COLUMNS))
+    padded = torch.unflatten(torch.unflatten(padded, 2, (quads, 4)), 0, (blocks, COLUMNS))
     return padded.permute(0, 2, 3, 1, 4).contiguous(), codes.flatten(1).sum(1, dtype=torch.int32)
+
+
+def unpacked(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """What `pack_weight` packed, as (outputs, inputs, taps), float64."""
+    rows = packed.permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
+    return rows[:outputs, :inputs].to(torch.float64)

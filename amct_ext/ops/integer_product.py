@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import reference
-from amct_ext.ops._integer import centred, check_geometry, check_product, unpacked
-from amct_ext.ops.integer_codes import reference_codes
+from amct_ext.ops._checks import check_dtype, require
+from amct_ext.ops._registration import reference
+from amct_ext.ops.integer_accumulators import (
+    check_conv2d,
+    check_linear,
+    conv2d_sums,
+    empty_conv2d,
+    empty_linear,
+    linear_sums,
+)
+from amct_ext.ops.integer_codes import memory_format, ulq_quantize_reference
+
+__all__ = ["integer_conv2d", "integer_conv2d_codes", "integer_linear"]
 
 
 def integer_conv2d(
@@ -178,16 +189,34 @@ def integer_linear(
     return torch.ops.amct_ext.integer_linear(codes, x_scale, x_offset, packed, sums, w_scale, bias)
 
 
-def check_addend(op: str, addend: Tensor, y: Tensor) -> None:
-    torch._check_type(addend.dtype == torch.float32, lambda: f"{op}: addend must be float32, not {addend.dtype}")
-    torch._check_value(
+def _check_addend(op: str, addend: Tensor, y: Tensor) -> None:
+    check_dtype(op, "addend", addend, torch.float32)
+    require(
         addend.shape == y.shape,
+        ValueError,
         lambda: f"{op}: addend must have the shape of the result, {list(y.shape)}, not {list(addend.shape)}",
     )
 
 
-@reference("integer_conv2d")
-def _reference_conv2d(
+def _empty_conv2d(
+    codes: Tensor,
+    sums: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    addend: Tensor | None,
+    **_: object,
+) -> Tensor:
+    y = empty_conv2d(codes, sums, kernel_size, stride, padding, dilation, torch.float32, channels_last)
+    if addend is not None:
+        _check_addend("integer_conv2d", addend, y)
+    return y
+
+
+@reference("integer_conv2d", check=check_conv2d, empty=_empty_conv2d)
+def integer_conv2d_reference(
     codes: Tensor,
     x_scale: Tensor,
     x_offset: Tensor,
@@ -204,31 +233,28 @@ def _reference_conv2d(
     lowest: float | None = None,
     highest: float | None = None,
 ) -> Tensor:
-    op = "integer_conv2d"
-    check_geometry(op, codes, kernel_size, stride, padding, dilation)
-    taps = kernel_size[0] * kernel_size[1]
-    check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, taps)
-    weight = unpacked(packed, sums.numel(), codes.shape[1]).unflatten(2, tuple(kernel_size))
-    total = torch.nn.functional.conv2d(
-        centred(codes, x_offset), weight, None, tuple(stride), tuple(padding), tuple(dilation)
-    )
+    total = conv2d_sums(codes, x_offset, packed, sums, kernel_size, stride, padding, dilation)
     scale = x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64)
     y = total * scale.view(1, -1, 1, 1)
     if bias is not None:
         y = y + bias.to(torch.float64).view(1, -1, 1, 1)
     y = y.to(torch.float32)
     if addend is not None:
-        check_addend(op, addend, y)
+        _check_addend("integer_conv2d", addend, y)
         y = y + addend
     if lowest is not None:
         y = torch.where(y < lowest, torch.full_like(y, lowest), y)
     if highest is not None:
         y = torch.where(y > highest, torch.full_like(y, highest), y)
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return y.contiguous(memory_format=memory_format(channels_last))
 
 
-@reference("integer_conv2d_codes")
-def _reference_conv2d_codes(
+def _empty_conv2d_codes(**arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return ulq_quantize_reference.fake(x=integer_conv2d_reference.fake(**arguments), **arguments)
+
+
+@reference("integer_conv2d_codes", empty=_empty_conv2d_codes)
+def integer_conv2d_codes_reference(
     codes: Tensor,
     x_scale: Tensor,
     x_offset: Tensor,
@@ -249,15 +275,14 @@ def _reference_conv2d_codes(
     num_bits: int = 8,
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    product = (codes, x_scale, x_offset, packed, sums, w_scale, bias)
     geometry = (kernel_size, stride, padding, dilation)
-    y = _reference_conv2d(
-        codes, x_scale, x_offset, packed, sums, w_scale, bias, *geometry, False, None, lowest, highest
-    )
-    return reference_codes(y, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
+    y = integer_conv2d_reference(*product, *geometry, lowest=lowest, highest=highest)
+    return ulq_quantize_reference(y, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
 
 
-@reference("integer_linear")
-def _reference_linear(
+@reference("integer_linear", check=check_linear, empty=partial(empty_linear, dtype=torch.float32))
+def integer_linear_reference(
     codes: Tensor,
     x_scale: Tensor,
     x_offset: Tensor,
@@ -266,11 +291,7 @@ def _reference_linear(
     w_scale: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    op = "integer_linear"
-    torch._check_value(codes.dim() >= 1, lambda: f"{op}: codes must have at least one dimension")
-    check_product(op, codes, {"x_scale": x_scale, "x_offset": x_offset}, packed, sums, w_scale, bias, 1)
-    weight = unpacked(packed, sums.numel(), codes.shape[-1]).squeeze(2)
-    total = torch.nn.functional.linear(centred(codes, x_offset), weight)
+    total = linear_sums(codes, x_offset, packed, sums)
     y = total * (x_scale.reshape(()).to(torch.float64) * w_scale.reshape(-1).to(torch.float64))
     if bias is not None:
         y = y + bias.to(torch.float64)

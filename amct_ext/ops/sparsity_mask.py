@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import accumulate_type, check_axis, check_floating, reference
+from amct_ext.ops._arithmetic import accumulate_type
+from amct_ext.ops._checks import check_along_axis, check_dtype, check_same_shape, check_scalar, require
+from amct_ext.ops._registration import reference
+
+__all__ = ["mask_2to4", "pack_mask", "refresh_mask_", "unpack_mask"]
 
 
 def mask_2to4(w: Tensor, axis: int = 1) -> Tensor:
@@ -97,7 +102,7 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.amct_ext.unpack_mask(words, list(shape))
 
 
-def kept_of_four(magnitude: Tensor) -> Tensor:
+def _kept_of_four(magnitude: Tensor) -> Tensor:
     """The rule on groups of four along the last axis; magnitudes are ordered numbers, no NaN."""
     a, b, c, d = magnitude.unbind(-1)
     # Position in the order "largest first, earlier before later among equals"; the first two are kept.
@@ -118,49 +123,44 @@ def kept_of_four(magnitude: Tensor) -> Tensor:
     return torch.where(first_smallest.unsqueeze(-1), others, keep)
 
 
-def check_groups(op: str, w: Tensor, axis: int) -> None:
-    check_floating(op, "w", w)
-    check_axis(op, "axis", w, axis)
-
-
-@reference("mask_2to4")
-def _reference_mask(w: Tensor, axis: int = 1) -> Tensor:
-    check_groups("mask_2to4", w, axis)
-    mask = torch.empty_like(w, dtype=torch.bool)
-    count = w.shape[axis]
-    if count <= 2 or w.numel() == 0:
-        return mask.fill_(True)
-    magnitude = w.to(accumulate_type(w)).abs().movedim(axis, -1)
-    # NaN above infinity: two steps away from the finite numbers of the type are not needed, order is all that counts.
-    rank = torch.where(magnitude.isnan(), torch.full_like(magnitude, torch.inf), magnitude)
-    rank = torch.nn.functional.pad(rank, (0, -count % 4))
-    nan = torch.nn.functional.pad(magnitude.isnan(), (0, -count % 4))
-    keep = kept_of_four(_ordinal(rank, nan).unflatten(-1, (-1, 4)))
-    return mask.copy_(keep.flatten(-2)[..., :count].movedim(-1, axis))
-
-
 def _ordinal(magnitude: Tensor, nan: Tensor) -> Tensor:
     """Integers in the order of the magnitudes, NaN last: bit patterns of non-negative floats are ordered."""
     bits = magnitude.view(torch.int64 if magnitude.dtype == torch.float64 else torch.int32)
     return bits + nan.to(bits.dtype)
 
 
-def check_refresh(op: str, w: Tensor, mask: Tensor, step: Tensor, update_freq: int) -> None:
-    torch._check_type(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, not {mask.dtype}")
-    torch._check_type(step.dtype == torch.int64, lambda: f"{op}: step must be int64, not {step.dtype}")
-    torch._check_value(
-        mask.shape == w.shape,
-        lambda: f"{op}: mask must have the shape of w, {tuple(w.shape)}, not {tuple(mask.shape)}",
-    )
-    torch._check_value(step.numel() == 1, lambda: f"{op}: step must hold one value, not shape {tuple(step.shape)}")
-    torch._check_value(update_freq >= 0, lambda: f"{op}: update_freq must be 0 or more, not {update_freq}")
+def _empty_mask(w: Tensor, **_: object) -> Tensor:
+    return torch.empty_like(w, dtype=torch.bool)
 
 
-@reference("refresh_mask_")
-def _reference_refresh(w: Tensor, mask: Tensor, step: Tensor, update_freq: int, axis: int = 1) -> None:
-    check_refresh("refresh_mask_", w, mask, step, update_freq)
+@reference("mask_2to4", check=check_along_axis, empty=_empty_mask)
+def mask_2to4_reference(w: Tensor, axis: int = 1) -> Tensor:
+    mask = torch.empty_like(w, dtype=torch.bool)
+    count = w.shape[axis]
+    if count <= 2 or w.numel() == 0:
+        return mask.fill_(True)
+    magnitude = w.to(accumulate_type(w)).abs().movedim(axis, -1)
+    # Bit patterns of NaN are not ordered: it counts as infinity, plus one.
+    rank = torch.where(magnitude.isnan(), torch.full_like(magnitude, torch.inf), magnitude)
+    rank = torch.nn.functional.pad(rank, (0, -count % 4))
+    nan = torch.nn.functional.pad(magnitude.isnan(), (0, -count % 4))
+    keep = _kept_of_four(torch.unflatten(_ordinal(rank, nan), -1, (-1, 4)))
+    return mask.copy_(keep.flatten(-2)[..., :count].movedim(-1, axis))
+
+
+def _check_refresh(op: str, w: Tensor, mask: Tensor, step: Tensor, update_freq: int, axis: int) -> None:
+    check_dtype(op, "mask", mask, torch.bool)
+    check_dtype(op, "step", step, torch.int64)
+    check_same_shape(op, "mask", mask, "w", w)
+    check_scalar(op, "step", step)
+    require(update_freq >= 0, ValueError, lambda: f"{op}: update_freq must be 0 or more, not {update_freq}")
+    check_along_axis("mask_2to4", w, axis)
+
+
+@reference("refresh_mask_", check=_check_refresh, empty=lambda **_: None)
+def refresh_mask_reference(w: Tensor, mask: Tensor, step: Tensor, update_freq: int, axis: int = 1) -> None:
     renew = (step == 0 if update_freq == 0 else step % update_freq == 0).reshape([1] * w.dim())
-    mask.copy_(torch.where(renew, _reference_mask(w, axis), mask))
+    mask.copy_(torch.where(renew, mask_2to4_reference(w, axis), mask))
     step.add_(1)
 
 
@@ -168,34 +168,47 @@ def _bit_weights(device: torch.device) -> Tensor:
     return torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=device)
 
 
-@reference("pack_mask")
-def _reference_pack(mask: Tensor) -> Tensor:
-    torch._check_type(mask.dtype == torch.bool, lambda: f"pack_mask: mask must be bool, not {mask.dtype}")
+def _words(count: int) -> int:
+    """How many 64-bit words so many values take."""
+    return (count + 63) // 64
+
+
+def _check_packing(op: str, mask: Tensor) -> None:
+    check_dtype(op, "mask", mask, torch.bool)
+
+
+def _empty_words(mask: Tensor) -> Tensor:
+    return mask.new_empty(_words(mask.numel()), dtype=torch.int64)
+
+
+@reference("pack_mask", check=_check_packing, empty=_empty_words)
+def pack_mask_reference(mask: Tensor) -> Tensor:
     flat = mask.reshape(-1)
-    words = (flat.numel() + 63) // 64
+    words = _words(flat.numel())
     bits = torch.nn.functional.pad(flat.to(torch.uint8), (0, words * 64 - flat.numel())).view(words, 8, 8)
     packed = (bits * _bit_weights(mask.device)).sum(-1, dtype=torch.uint8)
     return packed.reshape(-1).view(torch.int64)
 
 
-def check_words(op: str, words: Tensor, shape: Sequence[int]) -> int:
-    """How many values a mask of this shape has."""
-    torch._check_type(words.dtype == torch.int64, lambda: f"{op}: words must be int64, not {words.dtype}")
-    count = 1
-    for size in shape:
-        count *= size
-    torch._check_value(
-        words.dim() == 1 and words.numel() == (count + 63) // 64,
+def _check_unpacking(op: str, words: Tensor, shape: Sequence[int]) -> None:
+    check_dtype(op, "words", words, torch.int64)
+    expected = _words(math.prod(shape))
+    require(
+        words.dim() == 1 and words.numel() == expected,
+        ValueError,
         lambda: (
-            f"{op}: a mask of shape {tuple(shape)} takes {(count + 63) // 64} words in one dimension, "
+            f"{op}: a mask of shape {tuple(shape)} takes {expected} words in one dimension, "
             f"not shape {tuple(words.shape)}"
         ),
     )
-    return count
 
 
-@reference("unpack_mask")
-def _reference_unpack(words: Tensor, shape: Sequence[int]) -> Tensor:
-    count = check_words("unpack_mask", words, shape)
+def _empty_unpacked(words: Tensor, shape: Sequence[int]) -> Tensor:
+    return words.new_empty(shape, dtype=torch.bool)
+
+
+@reference("unpack_mask", check=_check_unpacking, empty=_empty_unpacked)
+def unpack_mask_reference(words: Tensor, shape: Sequence[int]) -> Tensor:
     packed = words.contiguous().view(torch.uint8).unsqueeze(-1)
-    return (packed & _bit_weights(words.device)).ne(0).reshape(-1)[:count].reshape(shape).clone()
+    bits = (packed & _bit_weights(words.device)).ne(0).reshape(-1)
+    return bits[: math.prod(shape)].reshape(shape).clone()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import check_axis, check_bits, check_floating, reference
-from amct_ext.ops.sparsity_mask import _reference_mask
-from amct_ext.ops.weight_arq import _reference_arq
+from amct_ext.ops._arithmetic import empty_scales
+from amct_ext.ops._checks import check_axis, check_bits, check_dtype, check_floating, check_same_shape
+from amct_ext.ops._registration import reference
+from amct_ext.ops.sparsity_mask import mask_2to4_reference
+from amct_ext.ops.weight_arq import arq_fake_quantize_reference
+
+__all__ = ["apply_mask", "sparse_arq_fake_quantize", "sparse_arq_fake_quantize_2to4", "sparsify_2to4"]
 
 
 def apply_mask(w: Tensor, mask: Tensor) -> Tensor:
@@ -88,41 +92,57 @@ def sparse_arq_fake_quantize_2to4(
     return torch.ops.amct_ext.sparse_arq_fake_quantize_2to4(w, axis, num_bits, channel_axis)
 
 
-def check_mask(op: str, w: Tensor, mask: Tensor) -> None:
+def _check_masked(op: str, w: Tensor, mask: Tensor, **_: object) -> None:
     check_floating(op, "w", w)
-    torch._check_type(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, not {mask.dtype}")
-    torch._check_value(
-        mask.shape == w.shape,
-        lambda: f"{op}: mask must have the shape of w, {tuple(w.shape)}, not {tuple(mask.shape)}",
-    )
+    check_dtype(op, "mask", mask, torch.bool)
+    check_same_shape(op, "mask", mask, "w", w)
 
 
-@reference("apply_mask")
-def _reference_apply(w: Tensor, mask: Tensor) -> Tensor:
-    check_mask("apply_mask", w, mask)
+def _empty_masked(w: Tensor, **_: object) -> Tensor:
+    return torch.empty_like(w)
+
+
+@reference("apply_mask", check=_check_masked, empty=_empty_masked)
+def apply_mask_reference(w: Tensor, mask: Tensor) -> Tensor:
     return torch.empty_like(w).copy_(torch.where(mask, w, torch.zeros_like(w)))  # laid out as w, not as mask
 
 
-@reference("sparsify_2to4")
-def _reference_sparsify(w: Tensor, axis: int = 1) -> tuple[Tensor, Tensor]:
-    mask = _reference_mask(w, axis)
-    return _reference_apply(w, mask), mask
+def _empty_sparsified(w: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w), mask_2to4_reference.fake(w, axis)
 
 
-@reference("sparse_arq_fake_quantize")
-def _reference_sparse(
-    w: Tensor, mask: Tensor, num_bits: int = 8, channel_axis: int | None = None
-) -> tuple[Tensor, Tensor]:
-    op = "sparse_arq_fake_quantize"
-    check_mask(op, w, mask)
+@reference("sparsify_2to4", empty=_empty_sparsified)
+def sparsify_2to4_reference(w: Tensor, axis: int = 1) -> tuple[Tensor, Tensor]:
+    mask = mask_2to4_reference(w, axis)
+    return apply_mask_reference(w, mask), mask
+
+
+def _check_sparse_arq(op: str, w: Tensor, mask: Tensor, num_bits: int, channel_axis: int | None) -> None:
+    _check_masked(op, w, mask)
     check_bits(op, num_bits)
     check_axis(op, "channel_axis", w, channel_axis)
-    return _reference_arq(_reference_apply(w, mask), num_bits, channel_axis)
 
 
-@reference("sparse_arq_fake_quantize_2to4")
-def _reference_sparse_2to4(
+def _empty_sparse_arq(w: Tensor, channel_axis: int | None, **_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w), empty_scales(w, channel_axis)
+
+
+@reference("sparse_arq_fake_quantize", check=_check_sparse_arq, empty=_empty_sparse_arq)
+def sparse_arq_fake_quantize_reference(
+    w: Tensor, mask: Tensor, num_bits: int = 8, channel_axis: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return arq_fake_quantize_reference(apply_mask_reference(w, mask), num_bits, channel_axis)
+
+
+def _empty_sparse_arq_2to4(
+    w: Tensor, axis: int, num_bits: int, channel_axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *arq_fake_quantize_reference.fake(w, num_bits, channel_axis), mask_2to4_reference.fake(w, axis)
+
+
+@reference("sparse_arq_fake_quantize_2to4", empty=_empty_sparse_arq_2to4)
+def sparse_arq_fake_quantize_2to4_reference(
     w: Tensor, axis: int = 1, num_bits: int = 8, channel_axis: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mask = _reference_sparsify(w, axis)
-    return (*_reference_arq(y, num_bits, channel_axis), mask)
+    y, mask = sparsify_2to4_reference(w, axis)
+    return (*arq_fake_quantize_reference(y, num_bits, channel_axis), mask)

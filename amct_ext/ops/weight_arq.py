@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import (
+from amct_ext.ops._arithmetic import (
+    FLT_EPSILON,
     accumulate_type,
     along_channels,
-    check_axis,
-    check_bits,
-    check_floating,
     code_range,
+    empty_scales,
     other_axes,
-    reference,
-    symmetric_scale,
 )
+from amct_ext.ops._checks import check_axis, check_bits, check_floating, require
+from amct_ext.ops._registration import reference
+
+__all__ = ["arq_fake_quantize", "arq_fake_quantize_many"]
 
 
 def arq_fake_quantize(w: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -77,19 +79,16 @@ def arq_fake_quantize_many(
     return torch.ops.amct_ext.arq_fake_quantize_many(list(weights), num_bits, axes)
 
 
-def codes(w: Tensor, scale: Tensor, num_bits: int) -> Tensor:
-    return torch.clamp(torch.round(w / scale), *code_range(num_bits))
-
-
 def check_weight(op: str, w: Tensor, num_bits: int, channel_axis: int | None, most: int = 16) -> None:
     check_floating(op, "w", w)
     check_bits(op, num_bits, most)
     check_axis(op, "channel_axis", w, channel_axis)
 
 
-def check_many(op: str, weights: Sequence[Tensor], channel_axes: Sequence[int]) -> None:
-    torch._check_value(
+def _check_many(op: str, weights: Sequence[Tensor], channel_axes: Sequence[int], **_: object) -> None:
+    require(
         len(channel_axes) == len(weights),
+        ValueError,
         lambda: (
             f"{op}: channel_axes must hold one axis (-1 for none) for each of {len(weights)} weights, "
             f"not {len(channel_axes)}"
@@ -97,27 +96,52 @@ def check_many(op: str, weights: Sequence[Tensor], channel_axes: Sequence[int]) 
     )
 
 
-@reference("arq_fake_quantize")
-def _reference_arq(w: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
-    check_weight("arq_fake_quantize", w, num_bits, channel_axis)
+def symmetric_scale(largest: Tensor, smallest: Tensor, num_bits: int) -> Tensor:
+    """Scale without offset; one more level below zero than above, used when the negative extreme is the larger one."""
+    lowest, highest = code_range(num_bits)
+    top, bottom = largest.abs(), smallest.abs()
+    # Tensors, not numbers: dividing by a Python number may be rewritten as a product with the reciprocal.
+    levels = torch.where(top < bottom, torch.full_like(top, -lowest), torch.full_like(top, highest))
+    scale = torch.maximum(top, bottom) / levels
+    return torch.where(scale < FLT_EPSILON, torch.ones_like(scale), scale)
+
+
+def to_codes(w: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+    """Rounded half to even and clamped, as floats; the scale broadcasts against w."""
+    return torch.clamp(torch.round(w / scale), *code_range(num_bits))
+
+
+def _empty(w: Tensor, channel_axis: int | None, **_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w), empty_scales(w, channel_axis)
+
+
+@reference("arq_fake_quantize", check=check_weight, empty=_empty)
+def arq_fake_quantize_reference(w: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> tuple[Tensor, Tensor]:
     wide = w.to(accumulate_type(w))
     if w.numel() == 0:
         count = 1 if channel_axis is None else w.shape[channel_axis]
         return torch.empty_like(w), torch.ones(count, dtype=wide.dtype, device=w.device)
-    axes = list(range(w.dim())) if channel_axis is None else other_axes(w, channel_axis)
+    axes = other_axes(w, channel_axis)
     largest = wide.amax(axes) if axes else wide
     smallest = wide.amin(axes) if axes else wide
     scale = symmetric_scale(largest, smallest, num_bits)
     shaped = along_channels(scale, w, channel_axis)
-    return (codes(wide, shaped, num_bits) * shaped).to(w.dtype), scale.reshape(-1)
+    return (to_codes(wide, shaped, num_bits) * shaped).to(w.dtype), scale.reshape(-1)
 
 
-@reference("arq_fake_quantize_many")
-def _reference_many(
+def _pairs(
+    call: Callable[[Tensor, int, int | None], tuple[Tensor, Tensor]],
+    weights: Sequence[Tensor],
+    num_bits: int,
+    channel_axes: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Every weight by itself; -1 stands for one scale."""
+    pairs = [call(w, num_bits, None if axis < 0 else axis) for w, axis in zip(weights, channel_axes, strict=True)]
+    return [y for y, _ in pairs], [scale for _, scale in pairs]
+
+
+@reference("arq_fake_quantize_many", check=_check_many, empty=partial(_pairs, arq_fake_quantize_reference.fake))
+def arq_fake_quantize_many_reference(
     weights: Sequence[Tensor], num_bits: int = 8, channel_axes: Sequence[int] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
-    check_many("arq_fake_quantize_many", weights, channel_axes)
-    pairs = [
-        _reference_arq(w, num_bits, None if axis < 0 else axis) for w, axis in zip(weights, channel_axes, strict=True)
-    ]
-    return [y for y, _ in pairs], [scale for _, scale in pairs]
+    return _pairs(arq_fake_quantize_reference, weights, num_bits, channel_axes)

@@ -7,17 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import (
-    FLT_EPSILON,
-    accumulate_type,
-    along_channels,
-    check_floating,
-    check_scale,
-    code_range,
-    other_axes,
-    reference,
-)
-from amct_ext.ops.weight_arq import check_weight, codes
+from amct_ext.ops._arithmetic import FLT_EPSILON, accumulate_type, along_channels, code_range, other_axes
+from amct_ext.ops._checks import check_floating, check_same_shape, require
+from amct_ext.ops._registration import reference
+from amct_ext.ops.weight_arq import check_weight, to_codes
+
+__all__ = ["lsq_fake_quantize", "lsq_fake_quantize_backward"]
 
 
 def lsq_fake_quantize(
@@ -91,30 +86,49 @@ def check_scaled(
     channel_axis: int | None,
     grad: Tensor | None = None,
     most: int = 16,
+    **_: object,
 ) -> None:
+    """A weight, its scales and, in a backward, the gradient of the result."""
     check_weight(op, w, num_bits, channel_axis, most)
     if grad is not None:
         check_floating(op, "grad", grad)
     check_floating(op, "scale", scale)
-    check_scale(op, scale, w, channel_axis)
-    torch._check_value(
-        grad is None or grad.shape == w.shape,
-        lambda: f"{op}: grad must have the shape of w, {tuple(w.shape)}, not {tuple(grad.shape)}",  # type: ignore[union-attr]
+    expected = 1 if channel_axis is None else w.shape[channel_axis]
+    require(
+        scale.numel() == expected,
+        ValueError,
+        lambda: (
+            f"{op}: scale must hold {expected} value(s) for channel_axis {channel_axis} of a weight of shape "
+            f"{tuple(w.shape)}, not shape {tuple(scale.shape)}"
+        ),
     )
+    if grad is not None:
+        check_same_shape(op, "grad", grad, "w", w)
 
 
-@reference("lsq_fake_quantize")
-def _reference_lsq(
+def positive_along_channels(scale: Tensor, w: Tensor, channel_axis: int | None) -> Tensor:
+    """Scales of at least FLT_EPSILON, in the arithmetic of w and shaped against it."""
+    return along_channels(scale.to(accumulate_type(w)).clamp_min(FLT_EPSILON), w, channel_axis)
+
+
+def _empty(w: Tensor, **_: object) -> Tensor:
+    return torch.empty_like(w)
+
+
+@reference("lsq_fake_quantize", check=check_scaled, empty=_empty)
+def lsq_fake_quantize_reference(
     w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None, grad_factor: float | None = None
 ) -> Tensor:
-    check_scaled("lsq_fake_quantize", w, scale, num_bits, channel_axis)
-    wide = w.to(accumulate_type(w))
-    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, channel_axis)
-    return (codes(wide, shaped, num_bits) * shaped).to(w.dtype)
+    shaped = positive_along_channels(scale, w, channel_axis)
+    return (to_codes(w.to(shaped.dtype), shaped, num_bits) * shaped).to(w.dtype)
 
 
-@reference("lsq_fake_quantize_backward")
-def _reference_lsq_backward(
+def _empty_backward(scale: Tensor, **_: object) -> Tensor:
+    return torch.empty_like(scale, memory_format=torch.contiguous_format)
+
+
+@reference("lsq_fake_quantize_backward", check=check_scaled, empty=_empty_backward)
+def lsq_fake_quantize_backward_reference(
     grad: Tensor,
     w: Tensor,
     scale: Tensor,
@@ -122,9 +136,8 @@ def _reference_lsq_backward(
     channel_axis: int | None = None,
     grad_factor: float | None = None,
 ) -> Tensor:
-    check_scaled("lsq_fake_quantize_backward", w, scale, num_bits, channel_axis, grad)
-    wide = w.to(accumulate_type(w))
-    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, channel_axis)
+    shaped = positive_along_channels(scale, w, channel_axis)
+    wide = w.to(shaped.dtype)
     lowest, highest = code_range(num_bits)
     z = wide / shaped
     slope = torch.where(
@@ -133,7 +146,7 @@ def _reference_lsq_backward(
         torch.where(wide > highest * shaped, torch.full_like(z, highest), torch.round(z) - z),
     )
     term = (slope * grad.to(wide.dtype)).to(torch.float64)
-    axes = list(range(w.dim())) if channel_axis is None else other_axes(w, channel_axis)
+    axes = other_axes(w, channel_axis)
     total = term.sum(axes) if axes else term
     if grad_factor is None:
         grad_factor = default_grad_factor(w.numel() // max(scale.numel(), 1), num_bits)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import accumulate_type, check_axis, check_floating, other_axes, reference
+from amct_ext.ops._arithmetic import accumulate_type, other_axes
+from amct_ext.ops._checks import check_along_axis
+from amct_ext.ops._registration import reference
+
+__all__ = ["filter_norms"]
 
 
 def filter_norms(w: Tensor, axis: int = 0) -> Tensor:
@@ -27,10 +31,12 @@ def filter_norms(w: Tensor, axis: int = 0) -> Tensor:
     return torch.ops.amct_ext.filter_norms(w, axis)
 
 
-@reference("filter_norms")
-def _reference(w: Tensor, axis: int = 0) -> Tensor:
-    check_floating("filter_norms", "w", w)
-    check_axis("filter_norms", "axis", w, axis)
+def _empty(w: Tensor, axis: int) -> Tensor:
+    return w.new_empty(w.shape[axis], dtype=accumulate_type(w))
+
+
+@reference("filter_norms", check=check_along_axis, empty=_empty)
+def filter_norms_reference(w: Tensor, axis: int = 0) -> Tensor:
     squares = w.to(torch.float64).square()
     axes = other_axes(w, axis)
     return (squares.sum(axes) if axes else squares).sqrt().to(accumulate_type(w))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from amct_ext.ops._common import (
-    FLT_EPSILON,
-    accumulate_type,
-    along_channels,
-    reference,
-)
-from amct_ext.ops.weight_arq import codes
-from amct_ext.ops.weight_lsq import check_scaled
+from amct_ext.ops._registration import reference
+from amct_ext.ops.weight_arq import to_codes
+from amct_ext.ops.weight_lsq import check_scaled, positive_along_channels
+
+__all__ = ["quantize_weight"]
 
 
 def quantize_weight(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> Tensor:
@@ -32,9 +31,11 @@ def quantize_weight(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: i
     return torch.ops.amct_ext.quantize_weight(w, scale, num_bits, channel_axis)
 
 
-@reference("quantize_weight")
-def _reference_quantize(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> Tensor:
-    check_scaled("quantize_weight", w, scale, num_bits, channel_axis, most=8)
-    wide = w.to(accumulate_type(w))
-    shaped = along_channels(scale.to(wide.dtype).clamp_min(FLT_EPSILON), w, channel_axis)
-    return codes(wide, shaped, num_bits).nan_to_num(0.0).to(torch.int8)
+def _empty(w: Tensor, **_: object) -> Tensor:
+    return torch.empty_like(w, dtype=torch.int8)
+
+
+@reference("quantize_weight", check=partial(check_scaled, most=8), empty=_empty)
+def quantize_weight_reference(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> Tensor:
+    shaped = positive_along_channels(scale, w, channel_axis)
+    return to_codes(w.to(shaped.dtype), shaped, num_bits).nan_to_num(0.0).to(torch.int8)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from amct_ext.common.layer_kinds import Family, LayerKind, computed_parameter, is_depthwise, kind_named, kind_of
-from amct_ext.config.plan import FilterPrune, Plan
+from amct_ext.config.plan import Plan
+from amct_ext.config.text import FilterPrune
 from amct_ext.graph.trace import Graph, Node, Value
 from amct_ext.graph.traits import why_not_usable
 from amct_ext.prune.groups import ChannelGroup, Layout, Member, Segment

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from amct_ext.config.plan import FilterPrune, Plan
+from amct_ext.config.plan import Plan
+from amct_ext.config.text import FilterPrune
 from amct_ext.errors import InvalidDataError
 from amct_ext.ops import filter_norms
 from amct_ext.prune.groups import ChannelGroup

@@ -1,4 +1,4 @@
-// What ulq.cu lends to ulq_state.cu.
+// The activation op, for the form of it that also writes a quantiser's state.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@ namespace amct_ext::cuda {
 
 using at::Tensor;
 
-// ulq_fake_quantize: y, scale, offset, effective clips, invalid.
+// The kernel of ulq_fake_quantize; returns y, scale, offset, both effective clips, invalid.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_forward(const Tensor& x, const Tensor& clip_max,
                                                                        const Tensor& clip_min,
                                                                        const Tensor& prev_clip_max,

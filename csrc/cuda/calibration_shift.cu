@@ -1,4 +1,4 @@
-// shift_error_ and best_shift.
+// shift_error_ (a reduction to sixteen sums per channel) and best_shift (an argmin per row).
 #include <torch/library.h>
 
 #include "common/check.h"
@@ -12,20 +12,21 @@ using at::Tensor;
 
 constexpr int kShifts = 16;
 
+// Sums, for each shift, of the squared error that the shift makes on the accumulator x / scale.
 template <typename T>
 struct ShiftErrors {
   struct State {
     double sums[kShifts];
   };
 
-  struct Local {
+  struct Constants {
     double scale;
   };
 
   const T* x;
-  Value scales;
+  ConstScalars scales;
   bool one_scale;
-  double* errors;  // a row per channel is added to
+  double* errors;  // += a row per channel
   int64_t row_stride, shift_stride;
 
   AMCT_INLINE static State identity() {
@@ -33,56 +34,55 @@ struct ShiftErrors {
     for (int s = 0; s < kShifts; ++s) state.sums[s] = 0;
     return state;
   }
-  AMCT_INLINE static void join(State& into, const State& other) {
+  AMCT_INLINE static void combine(State& into, const State& other) {
 #pragma unroll
     for (int s = 0; s < kShifts; ++s) into.sums[s] += other.sums[s];
   }
 
-  __device__ Local prepare(int64_t channel) const {
-    const double scale = read(scales, one_scale ? 0 : channel);
+  __device__ Constants prepare(int64_t channel) const {
+    const double scale = fetch_and_cast(scales, one_scale ? 0 : channel);
     return {math::is_finite(scale) && scale > 0 ? scale : static_cast<double>(NAN)};
   }
 
   template <int V>
-  __device__ void add(const Local& local, State& state, int64_t i) const {
+  __device__ void accumulate(const Constants& constants, State& state, int64_t i) const {
     static_assert(V == 1);
-    const double value = static_cast<double>(static_cast<Acc<T>>(load<1>(x + i).v[0]));
-    const double total = math::clamp(math::round_even(value / local.scale), -2147483648.0, 2147483647.0);
-    if (total != total) {
+    const double value = static_cast<double>(static_cast<Acc<T>>(load_scalar(x + i)));
+    const double rounded = math::clamp(math::round_even(value / constants.scale), -2147483648.0, 2147483647.0);
+    if (rounded != rounded) {
 #pragma unroll
-      for (int s = 0; s < kShifts; ++s) state.sums[s] = total;
+      for (int s = 0; s < kShifts; ++s) state.sums[s] = rounded;
       return;
     }
-    // Whole numbers: shifted as such; the square of the difference is rounded once, as that of float64 is.
-    const int64_t whole = static_cast<int64_t>(total);
+    // Differences are exact in int64, so each square is rounded once, as in the float64 reference.
+    const int64_t accumulator = static_cast<int64_t>(rounded);
 #pragma unroll
     for (int s = 0; s < kShifts; ++s) {
-      const int64_t floored = whole >> (s + 1);
-      const int64_t kept = floored < -32768 ? -32768 : floored > 32767 ? 32767 : floored;
-      const double difference = static_cast<double>(kept * (int64_t{2} << s) - whole);
+      const int64_t shifted = accumulator >> (s + 1);
+      const int64_t saturated = shifted < -32768 ? -32768 : shifted > 32767 ? 32767 : shifted;
+      const double difference = static_cast<double>(saturated * (int64_t{2} << s) - accumulator);
       state.sums[s] += difference * difference;
     }
   }
 
-  __device__ void finish(const State& state, int64_t channel) const {
+  __device__ void finalize(const State& state, int64_t channel) const {
 #pragma unroll
     for (int s = 0; s < kShifts; ++s) errors[channel * row_stride + s * shift_stride] += state.sums[s];
   }
 };
 
-// Adds the rows of `batch` to a single one.
-struct AddRows {
-  const double* batch;
+// errors += the sum of the rows.
+struct SumRows {
+  const double* per_channel;
   int64_t rows;
   double* errors;
   int64_t shift_stride;
 
   __device__ int prepare() const { return 0; }
-  __device__ bool wanted(int) const { return true; }
   template <int V>
   __device__ void run(int, int64_t s) const {
     double sum = 0;
-    for (int64_t row = 0; row < rows; ++row) sum += batch[row * kShifts + s];
+    for (int64_t row = 0; row < rows; ++row) sum += per_channel[row * kShifts + s];
     errors[s * shift_stride] += sum;
   }
 };
@@ -104,44 +104,45 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
   if (x.numel() == 0) return;
   const c10::DeviceGuard guard(x.device());
   const Tensor source = dense(x), scales = deq_scale.contiguous();
-  const bool shared = errors.size(0) == 1 && channels > 1, one_scale = scales.numel() == 1;
-  // One row and one scale: the channels do not matter.
-  const AxisView view = shared && one_scale ? AxisView{1, 1, x.numel()} : axis_view(source, channel_axis);
-  const bool rows = shared && !one_scale;
-  Tensor batch;
-  if (rows) batch = at::empty({channels, kShifts}, errors.options()).zero_();
+  const bool one_row = errors.size(0) == 1 && channels > 1, one_scale = scales.numel() == 1;
+  // One row and one scale: a single reduction over the whole tensor.
+  const AxisView view = one_row && one_scale ? AxisView{1, 1, x.numel()} : axis_view(source, channel_axis);
+  // One row of sums over channels of different scales: the channels are reduced first, then added up.
+  const bool sum_rows = one_row && !one_scale;
+  Tensor per_channel;
+  if (sum_rows) per_channel = at::empty({channels, kShifts}, errors.options()).zero_();
   double* out = static_cast<double*>(errors.mutable_data_ptr());
-  by_type(x.scalar_type(), [&]<typename T>() {
+  dispatch_floating(x.scalar_type(), [&]<typename T>() {
     const ShiftErrors<T> job{static_cast<const T*>(source.const_data_ptr()),
-                             value_of(scales),
+                             const_scalars(scales),
                              one_scale,
-                             rows ? static_cast<double*>(batch.mutable_data_ptr()) : out,
-                             rows ? kShifts : errors.stride(0),
-                             rows ? 1 : errors.stride(1)};
-    reduce<1>(job, view, false, x.options());  // sixteen sums a value: memory is not what takes the time
+                             sum_rows ? static_cast<double*>(per_channel.mutable_data_ptr()) : out,
+                             sum_rows ? kShifts : errors.stride(0),
+                             sum_rows ? 1 : errors.stride(1)};
+    reduce<1>(job, view, false, x.options());  // bound by the sixteen sums per value, not by memory: no vectors
   });
-  if (rows) {
-    const AddRows job{static_cast<const double*>(batch.const_data_ptr()), channels, out, errors.stride(1)};
-    launch(map_kernel<1, 1, AddRows>, 1, kWarp, job, int64_t{kShifts});
+  if (sum_rows) {
+    const SumRows job{static_cast<const double*>(per_channel.const_data_ptr()), channels, out, errors.stride(1)};
+    map_in_one_warp(job, int64_t{kShifts});
   }
 }
 
-struct Best {
+// The first shift with the smallest error, 1 to 16; 16 where an error is NaN.
+struct ArgminShift {
   const double* errors;
   int32_t* best;
 
   __device__ int prepare() const { return 0; }
-  __device__ bool wanted(int) const { return true; }
   template <int V>
   __device__ void run(int, int64_t row) const {
-    const double* of = errors + row * kShifts;
-    int32_t winner = 0;
-    bool nan = of[0] != of[0];
+    const double* losses = errors + row * kShifts;
+    int32_t argmin = 0;
+    bool nan = losses[0] != losses[0];
     for (int32_t s = 1; s < kShifts; ++s) {
-      nan = nan || of[s] != of[s];
-      if (of[s] < of[winner]) winner = s;
+      nan = nan || losses[s] != losses[s];
+      if (losses[s] < losses[argmin]) argmin = s;
     }
-    best[row] = nan ? kShifts : winner + 1;
+    best[row] = nan ? kShifts : argmin + 1;
   }
 };
 
@@ -153,8 +154,9 @@ Tensor best_shift(const Tensor& errors) {
   const c10::DeviceGuard guard(errors.device());
   const Tensor rows = errors.contiguous();
   Tensor best = at::empty({rows.size(0)}, rows.options().dtype(at::kInt));
-  const Best job{static_cast<const double*>(rows.const_data_ptr()), static_cast<int32_t*>(best.mutable_data_ptr())};
-  map_packets<1, 1>(job, rows.size(0));
+  const ArgminShift job{static_cast<const double*>(rows.const_data_ptr()),
+                        static_cast<int32_t*>(best.mutable_data_ptr())};
+  launch_map<1, 1>(job, rows.size(0));
   return best;
 }
 

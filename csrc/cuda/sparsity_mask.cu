@@ -2,6 +2,7 @@
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "common/check.h"
@@ -14,46 +15,46 @@ namespace {
 
 using at::Tensor;
 
-// Whether it is time for a new mask; always, without a counter.
-struct Due {
+// Whether a refresh is due at the present step; always, without a step counter.
+struct RefreshIfDue {
   const int64_t* step;
   int64_t update_freq;
 
   __device__ bool prepare() const {
     return step == nullptr || (update_freq == 0 ? *step == 0 : *step % update_freq == 0);
   }
-  __device__ bool wanted(bool due) const { return due; }
+  __device__ bool enabled(bool due) const { return due; }
 };
 
-// Groups that lie together and are all full: whole packets of them.
+// Groups of four contiguous elements: vectors of whole groups.
 template <typename T>
-struct FlatGroups : Due {
+struct ContiguousGroups : RefreshIfDue {
   const T* w;
   bool* mask;
   T* y;
 
   template <int V>
   __device__ void run(bool, int64_t i) const {
-    auto values = load<V>(w + i);
-    Packet<bool, V> keep;
+    auto values = load_vector<V>(w + i);
+    AlignedVector<bool, V> keep;
 #pragma unroll
     for (int g = 0; g < V; g += 4) {
-      Packet<T, 4> four{{values.v[g], values.v[g + 1], values.v[g + 2], values.v[g + 3]}};
-      const auto kept = keep_two(four);
+      AlignedVector<T, 4> four{{values.val[g], values.val[g + 1], values.val[g + 2], values.val[g + 3]}};
+      const auto four_keep = keep_2of4(four);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        values.v[g + k] = four.v[k];
-        keep.v[g + k] = kept.v[k];
+        values.val[g + k] = four.val[k];
+        keep.val[g + k] = four_keep.val[k];
       }
     }
-    store(mask + i, keep);
-    if (y != nullptr) store(y + i, values);
+    store_vector(mask + i, keep);
+    if (y != nullptr) store_vector(y + i, values);
   }
 };
 
-// A group per thread, neighbouring threads on neighbouring elements.
+// Groups of any stride, one per thread. Neighbouring threads take neighbouring elements, so that accesses coalesce.
 template <typename T>
-struct AnyGroups : Due {
+struct StridedGroups : RefreshIfDue {
   const T* w;
   bool* mask;
   T* y;
@@ -63,18 +64,17 @@ struct AnyGroups : Due {
   __device__ void run(bool, int64_t i) const {
     static_assert(V == 1);
     const Group group = group_at(view, i);
-    Packet<bool, 4> keep;
+    AlignedVector<bool, 4> keep;
     const auto values = load_group(w, group, keep);
     store_group(mask, group, keep);
     if (y != nullptr) store_group(y, group, values);
   }
 };
 
-struct CountUp {
+struct IncrementStep {
   int64_t* step;
 
   __device__ int prepare() const { return 0; }
-  __device__ bool wanted(int) const { return true; }
   template <int V>
   __device__ void run(int, int64_t) const {
     *step += 1;
@@ -114,20 +114,20 @@ void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64
   TORCH_CHECK_VALUE(update_freq >= 0, op, ": update_freq must be 0 or more, not ", update_freq);
   axis = check_axis(op, "axis", w, axis);
   const c10::DeviceGuard guard(w.device());
-  const Tensor source = dense(w), mine = match_mask_layout(mask, source);
-  make_mask(source, axis, mine, {}, step, update_freq);
-  if (!mine.is_same(mask)) mask.copy_(mine);
-  // Every block above has read the counter before this launch begins.
-  launch(map_kernel<1, 1, CountUp>, 1, kWarp, CountUp{static_cast<int64_t*>(step.mutable_data_ptr())}, int64_t{1});
+  const Tensor source = dense(w), dense_mask = match_mask_layout(mask, source);
+  make_mask(source, axis, dense_mask, {}, step, update_freq);
+  if (!dense_mask.is_same(mask)) mask.copy_(dense_mask);
+  // A launch of its own: in stream order after all blocks above have read the counter.
+  map_in_one_warp(IncrementStep{static_cast<int64_t*>(step.mutable_data_ptr())}, int64_t{1});
 }
 
-struct Pack {
+// A byte per thread, the first element in its highest bit.
+struct PackBits {
   const bool* mask;
   uint8_t* bytes;
   int64_t count;
 
   __device__ int prepare() const { return 0; }
-  __device__ bool wanted(int) const { return true; }
   template <int V>
   __device__ void run(int, int64_t i) const {
     unsigned bits = 0;
@@ -136,12 +136,11 @@ struct Pack {
   }
 };
 
-struct Unpack {
+struct UnpackBits {
   const uint8_t* bytes;
   bool* mask;
 
   __device__ int prepare() const { return 0; }
-  __device__ bool wanted(int) const { return true; }
   template <int V>
   __device__ void run(int, int64_t i) const {
     mask[i] = (bytes[i >> 3] >> (7 - (i & 7)) & 1) != 0;
@@ -154,9 +153,9 @@ Tensor pack_mask(const Tensor& mask) {
   const Tensor flat = mask.contiguous();
   const int64_t words = ceil_div(flat.numel(), 64);
   Tensor packed = at::empty({words}, mask.options().dtype(at::kLong));
-  const Pack job{static_cast<const bool*>(flat.const_data_ptr()), static_cast<uint8_t*>(packed.mutable_data_ptr()),
-                 flat.numel()};
-  map_packets<1, 1>(job, words * 8);
+  const PackBits job{static_cast<const bool*>(flat.const_data_ptr()), static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                     flat.numel()};
+  launch_map<1, 1>(job, words * 8);
   return packed;
 }
 
@@ -169,8 +168,9 @@ Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
   const c10::DeviceGuard guard(words.device());
   Tensor mask = at::empty(shape, words.options().dtype(at::kBool));
   const Tensor packed = words.contiguous();
-  const Unpack job{static_cast<const uint8_t*>(packed.const_data_ptr()), static_cast<bool*>(mask.mutable_data_ptr())};
-  map_packets<1, 1>(job, n);
+  const UnpackBits job{static_cast<const uint8_t*>(packed.const_data_ptr()),
+                       static_cast<bool*>(mask.mutable_data_ptr())};
+  launch_map<1, 1>(job, n);
   return mask;
 }
 
@@ -179,22 +179,23 @@ Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
 void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const Tensor& y, const Tensor& step,
                int64_t update_freq) {
   if (source.numel() == 0) return;
-  const Due due{step.defined() ? static_cast<const int64_t*>(step.const_data_ptr()) : nullptr, update_freq};
+  const RefreshIfDue due{step.defined() ? static_cast<const int64_t*>(step.const_data_ptr()) : nullptr, update_freq};
   const AxisView view = axis_view(source, axis);
-  by_type(source.scalar_type(), [&]<typename T>() {
+  dispatch_floating(source.scalar_type(), [&]<typename T>() {
     const T* w = static_cast<const T*>(source.const_data_ptr());
     bool* keep = static_cast<bool*>(mask.mutable_data_ptr());
     T* out = y.defined() ? static_cast<T*>(y.mutable_data_ptr()) : nullptr;
-    if (view.inner == 1 && view.size % 4 == 0 && aligned(w, keep, out)) {
-      FlatGroups<T> job;
-      static_cast<Due&>(job) = due;
+    if (view.inner == 1 && view.size % 4 == 0 && vector_aligned(w, keep, out)) {
+      constexpr int kVectorOfGroups = std::max(kVecSize<T>, 4);
+      ContiguousGroups<T> job;
+      static_cast<RefreshIfDue&>(job) = due;
       job.w = w, job.mask = keep, job.y = out;
-      map_packets < kPacket<T><4 ? 4 : kPacket<T>, 4>(job, source.numel());
+      launch_map<kVectorOfGroups, 4>(job, source.numel());
     } else {
-      AnyGroups<T> job;
-      static_cast<Due&>(job) = due;
+      StridedGroups<T> job;
+      static_cast<RefreshIfDue&>(job) = due;
       job.w = w, job.mask = keep, job.y = out, job.view = view;
-      map_packets<1, 1>(job, group_count(view));
+      launch_map<1, 1>(job, group_count(view));
     }
   });
 }

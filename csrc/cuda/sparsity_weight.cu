@@ -1,4 +1,4 @@
-// apply_mask and sparse_arq_fake_quantize_2to4.
+// apply_mask, sparse_arq_fake_quantize and sparse_arq_fake_quantize_2to4.
 #include <torch/library.h>
 
 #include <tuple>
@@ -15,16 +15,15 @@ namespace {
 using at::Tensor;
 
 template <typename T>
-struct Apply {
+struct ApplyMask {
   const T* w;
   const bool* mask;
   T* y;
 
   __device__ int prepare() const { return 0; }
-  __device__ bool wanted(int) const { return true; }
   template <int V>
   __device__ void run(int, int64_t i) const {
-    store(y + i, load_kept<V>(w, mask, i));
+    store_vector(y + i, load_masked<V>(w, mask, i));
   }
 };
 
@@ -38,61 +37,80 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   const Tensor source = dense(w), keep = match_mask_layout(mask, source);
   Tensor y = at::empty_like(source);
   if (w.numel() == 0) return y;
-  by_type(w.scalar_type(), [&]<typename T>() {
-    const Apply<T> job{static_cast<const T*>(source.const_data_ptr()), static_cast<const bool*>(keep.const_data_ptr()),
-                       static_cast<T*>(y.mutable_data_ptr())};
-    map<kPacket<T>>(job, w.numel(), aligned(job.w, job.mask, job.y));
+  dispatch_floating(w.scalar_type(), [&]<typename T>() {
+    const ApplyMask<T> job{static_cast<const T*>(source.const_data_ptr()),
+                           static_cast<const bool*>(keep.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr())};
+    map<kVecSize<T>>(job, w.numel(), vector_aligned(job.w, job.mask, job.y));
   });
   return y;
 }
 
-// A block takes a row of the weight: mask, range and codes. Choosing twice costs less than keeping the choice.
+std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                      std::optional<int64_t> channel_axis) {
+  const char* op = "sparse_arq_fake_quantize";
+  check_floating(op, "w", w);
+  check_bits(op, num_bits);
+  check_type(op, "mask", mask, at::kBool);
+  check_same_shape(op, "mask", mask, "w", w);
+  check_device(op, "mask", mask, "w", w);
+  if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
+  const c10::DeviceGuard guard(w.device());
+  const Tensor source = dense(w), keep = match_mask_layout(mask, source);
+  Tensor y = at::empty_like(source), scale = empty_scales(w, channel_axis);
+  if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
+  arq_quantize(source, keep, y, scale, static_cast<int>(num_bits), channel_axis);
+  return {std::move(y), std::move(scale)};
+}
+
+// A block per row of the weight: mask and range in one pass, codes in a second one. The second pass computes the mask
+// again, which costs less than to read it back.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sparse_rows(const T* all_w, bool* all_mask, T* all_y, Acc<T>* scale, AxisView view, int64_t length, int num_bits) {
+__global__ void __launch_bounds__(kBlockThreads)
+    sparse_quantize_rows(const T* all_w, bool* all_mask, T* all_y, Acc<T>* scale, AxisView view, int64_t length,
+                         int num_bits) {
   using A = Acc<T>;
   AMCT_SHARED(row_scale, A row_scale);
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * length, groups = group_count(view);
   const T* w = all_w + begin;
   bool* mask = all_mask + begin;
   T* y = all_y + begin;
-  const Range<T> range{w, nullptr, scale, num_bits};
-  typename Range<T>::State state = Range<T>::identity();
+  const RangeScale<T> range{w, nullptr, scale, num_bits};
+  typename RangeScale<T>::State state = RangeScale<T>::identity();
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < groups; i += blockDim.x) {
     const Group group = group_at(view, i);
-    Packet<bool, 4> keep;
+    AlignedVector<bool, 4> keep;
     const auto values = load_group(w, group, keep);
     store_group(mask, group, keep);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (k < group.present) Range<T>::include(state, static_cast<A>(values.v[k]));
+      if (k < group.valid) RangeScale<T>::accumulate_value(state, static_cast<A>(values.val[k]));
     }
   }
-  join_block<Range<T>>(state);
+  block_reduce<RangeScale<T>>(state);
   if (threadIdx.x == 0) {
-    range.finish(state, blockIdx.x);
+    range.finalize(state, blockIdx.x);
     row_scale = scale[blockIdx.x];
   }
   __syncthreads();
-  const auto nearest = Nearest<A, false>::of(row_scale, A(0), num_bits);
+  const auto quotient = RoundedQuotient<A, false>::of(row_scale, A(0), num_bits);
   const auto codes = math::code_range(num_bits);
   const A lowest = static_cast<A>(codes.lowest), highest = static_cast<A>(codes.highest);
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < groups; i += blockDim.x) {
     const Group group = group_at(view, i);
-    Packet<bool, 4> keep;
+    AlignedVector<bool, 4> keep;
     auto values = load_group(w, group, keep);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      put<T>(values.v[k], math::clamp(nearest(static_cast<A>(values.v[k])), lowest, highest), row_scale);
+      store_code(values.val[k], math::clamp(quotient(static_cast<A>(values.val[k])), lowest, highest), row_scale);
     }
     store_group(y, group, values);
   }
 }
 
-// Rows along axis 0 that lie one after the other and hold whole groups.
-bool by_rows(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
+// Whether the channels are contiguous rows that hold whole groups, and a block per row fills the GPU.
+bool use_block_per_row(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
   if (channel_axis != 0 || mask_axis == 0) return false;
   const AxisView view = axis_view(source, 0);
   return view.outer == 1 && view.size > 1 && (view.inner <= 16384 || view.size >= 128);
@@ -109,11 +127,11 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w);
   Tensor y = at::empty_like(source), mask = at::empty_like(source, source.options().dtype(at::kBool));
-  Tensor scale = at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w)));
+  Tensor scale = empty_scales(w, channel_axis);
   if (w.numel() == 0) return {std::move(y), scale.fill_(1), std::move(mask)};
-  if (!by_rows(source, channel_axis, axis)) {
+  if (!use_block_per_row(source, channel_axis, axis)) {
     make_mask(source, axis, mask, {});
-    range_and_quantize(source, mask, y, scale, bits, channel_axis);
+    arq_quantize(source, mask, y, scale, bits, channel_axis);
     return {std::move(y), std::move(scale), std::move(mask)};
   }
   const int64_t rows = w.size(0), length = w.numel() / rows;
@@ -123,10 +141,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   } else {
     view.outer = length / (view.size * view.inner);
   }
-  by_type(w.scalar_type(), [&]<typename T>() {
-    launch(sparse_rows<T>, rows, threads_for(group_count(view)), static_cast<const T*>(source.const_data_ptr()),
-           static_cast<bool*>(mask.mutable_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
-           static_cast<Acc<T>*>(scale.mutable_data_ptr()), view, length, bits);
+  dispatch_floating(w.scalar_type(), [&]<typename T>() {
+    launch(sparse_quantize_rows<T>, rows, block_threads(group_count(view)),
+           static_cast<const T*>(source.const_data_ptr()), static_cast<bool*>(mask.mutable_data_ptr()),
+           static_cast<T*>(y.mutable_data_ptr()), static_cast<Acc<T>*>(scale.mutable_data_ptr()), view, length, bits);
   });
   return {std::move(y), std::move(scale), std::move(mask)};
 }
@@ -135,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
   m.impl("apply_mask", apply_mask);
+  m.impl("sparse_arq_fake_quantize", sparse_arq);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
 }
 

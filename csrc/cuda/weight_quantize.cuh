@@ -1,132 +1,90 @@
-// What the weight kernels share: the range of a channel, symmetric quantisation of every element.
+// Symmetric quantisation with one scale per channel, or one for all.
 #pragma once
 
 #include "cuda/engine/map.cuh"
-#include "cuda/engine/reduce.cuh"
 #include "cuda/engine/round.cuh"
+#include "cuda/weight_range.cuh"
 
 namespace amct_ext::cuda {
 
-// Elements with those that a mask drops made zero; without a mask, all of them.
-template <int V, typename T>
-__device__ __forceinline__ Packet<T, V> load_kept(const T* w, const bool* mask, int64_t i) {
-  auto packet = load<V>(w + i);
-  if (mask != nullptr) {
-    const auto keep = load<V>(mask + i);
-#pragma unroll
-    for (int k = 0; k < V; ++k) packet.v[k] = keep.v[k] ? packet.v[k] : T(0);
+// The code itself as int8, a NaN as 0; any other type stores code times scale.
+template <typename Out, typename A>
+AMCT_INLINE void store_code(Out& y, A code, A scale) {
+  if constexpr (std::is_same_v<Out, int8_t>) {
+    y = static_cast<int8_t>(static_cast<int>(code == code ? code : A(0)));
+  } else {
+    y = static_cast<Out>(code * scale);
   }
-  return packet;
 }
 
-// A reduction to the largest and the smallest value; both NaN where one value is NaN.
-template <typename T>
-struct Range {
-  using A = Acc<T>;
-
-  struct State {
-    A largest, smallest;
-  };
-
-  struct Local {};
-
-  const T* w;
-  const bool* mask;
-  A* scale;
-  int num_bits;
-
-  AMCT_INLINE static State identity() { return {-static_cast<A>(INFINITY), static_cast<A>(INFINITY)}; }
-
-  AMCT_INLINE static void join(State& into, const State& other) {
-    into.largest = other.largest > into.largest || other.largest != other.largest ? other.largest : into.largest;
-    into.smallest = other.smallest < into.smallest || other.smallest != other.smallest ? other.smallest : into.smallest;
-  }
-
-  AMCT_INLINE static void include(State& state, A v) { join(state, {v, v}); }
-
-  __device__ Local prepare(int64_t) const { return {}; }
-
-  template <int V>
-  __device__ void add(const Local&, State& state, int64_t i) const {
-    const auto in = load_kept<V>(w, mask, i);
-#pragma unroll
-    for (int k = 0; k < V; ++k) include(state, static_cast<A>(in.v[k]));
-  }
-
-  __device__ void finish(const State& state, int64_t channel) const {
-    scale[channel] = math::symmetric_scale(state.largest, state.smallest, num_bits);
-  }
-};
-
-template <typename T>
-AMCT_INLINE void put(T& y, Acc<T> code, Acc<T> scale) {
-  y = static_cast<T>(code * scale);
-}
-template <typename A>
-AMCT_INLINE void put(int8_t& y, A code, A) {
-  y = static_cast<int8_t>(static_cast<int>(code == code ? code : A(0)));
-}
-
-// An elementwise job: codes times scale, or the codes themselves as int8.
+// An elementwise job: fake-quantised weights where Out is T, codes where it is int8_t.
 template <typename T, typename Out>
-struct Symmetric {
+struct SymmetricQuantize {
   using A = Acc<T>;
 
-  struct Local {
-    Nearest<A, false> nearest;
+  struct Constants {
+    RoundedQuotient<A, false> quotient;
     A lowest, highest;
   };
 
   const T* w;
   const bool* mask;
   Out* y;
-  Value scale;
+  ConstScalars scale;
   AxisView view;
-  A least;  // scales below count as this
+  A min_scale;  // smaller scales are raised to it
   int num_bits;
 
-  __device__ Nearest<A, false> nearest(int64_t channel) const {
-    const A value = math::at_least(static_cast<A>(read(scale, channel)), least);
-    return Nearest<A, false>::of(value, A(0), num_bits);
+  __device__ RoundedQuotient<A, false> channel_quotient(int64_t channel) const {
+    const A value = math::at_least(static_cast<A>(fetch_and_cast(scale, channel)), min_scale);
+    return RoundedQuotient<A, false>::of(value, A(0), num_bits);
   }
 
-  __device__ Local prepare() const {
+  __device__ Constants prepare() const {
     const auto range = math::code_range(num_bits);
-    const auto single = view.size == 1 ? nearest(0) : Nearest<A, false>{};
+    const auto single = view.size == 1 ? channel_quotient(0) : RoundedQuotient<A, false>{};
     return {single, static_cast<A>(range.lowest), static_cast<A>(range.highest)};
   }
 
-  __device__ bool wanted(const Local&) const { return true; }
-
   template <int V>
-  __device__ void run(const Local& local, int64_t i) const {
-    const auto in = load_kept<V>(w, mask, i);
-    Packet<Out, V> out;
-    auto current = local.nearest;
+  __device__ void run(const Constants& constants, int64_t i) const {
+    const auto in = load_masked<V>(w, mask, i);
+    AlignedVector<Out, V> out;
+    auto current = constants.quotient;
     int64_t channel = 0, left = V;
     if (view.size > 1) {
       const int64_t segment = i / view.inner;
       channel = segment % view.size;
       left = (segment + 1) * view.inner - i;
-      current = nearest(channel);
+      current = channel_quotient(channel);
     }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if (left == 0) {  // a run ends inside the packet
+      if (left == 0) {  // a run ends inside the vector
         channel = channel + 1 == view.size ? 0 : channel + 1;
         left = view.inner;
-        current = nearest(channel);
+        current = channel_quotient(channel);
       }
       --left;
-      const A code = math::clamp(current(static_cast<A>(in.v[k])), local.lowest, local.highest);
-      if constexpr (std::is_same_v<Out, int8_t>) {
-        put<A>(out.v[k], code, current.scale);
-      } else {
-        put<Out>(out.v[k], code, current.scale);
-      }
+      const A code = math::clamp(current(static_cast<A>(in.val[k])), constants.lowest, constants.highest);
+      store_code(out.val[k], code, current.scale);
     }
-    store(y + i, out);
+    store_vector(y + i, out);
   }
 };
+
+// Quantises the dense `w`, not empty, into `y` of the same layout.
+template <typename T, typename Out>
+void launch_quantize(const at::Tensor& w, const bool* mask, const at::Tensor& y, const at::Tensor& scale,
+                     const AxisView& view, Acc<T> min_scale, int num_bits) {
+  const SymmetricQuantize<T, Out> job{static_cast<const T*>(w.const_data_ptr()),
+                                      mask,
+                                      static_cast<Out*>(y.mutable_data_ptr()),
+                                      const_scalars(scale),
+                                      view,
+                                      min_scale,
+                                      num_bits};
+  map<kVecSize<T>>(job, w.numel(), vector_aligned(job.w, job.mask, job.y));
+}
 
 }  // namespace amct_ext::cuda

@@ -15,9 +15,11 @@ from support.rejection import rejected
 from torch import nn
 
 import amct_ext
-from amct_ext.config.json import dumps, read_json, resolve_json
-from amct_ext.config.plan import LayerTraits, WeightQuant, resolve
+from amct_ext.config.json import read_json
+from amct_ext.config.json_text import json_text
+from amct_ext.config.plan import WeightQuant, resolve, resolve_json
 from amct_ext.config.text import DataQuant, parse_config
+from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 
 TRAITS = {
@@ -99,7 +101,7 @@ def read(tmp_path: Path, content: Any) -> Any:
 
 
 def test_layout(text: Path) -> None:
-    assert dumps(parse_config(text), TRAITS) == WRITTEN
+    assert json_text(parse_config(text), TRAITS) == WRITTEN
 
 
 def test_json_resolves_like_the_text_it_was_made_from(text: Path, tmp_path: Path) -> None:

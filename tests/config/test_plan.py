@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amct_ext.config.plan import (
-    DataQuant,
-    FilterPrune,
-    LayerPlan,
-    LayerTraits,
-    Plan,
-    QuantPlan,
-    SparsePrune,
-    WeightQuant,
-    resolve,
-)
-from amct_ext.config.text import RetrainConfig, parse_config
+from amct_ext.config.plan import LayerPlan, Plan, QuantPlan, WeightQuant, resolve
+from amct_ext.config.text import DataQuant, FilterPrune, RetrainConfig, SparsePrune, parse_config
+from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 
 CONV = LayerTraits("Conv2d", True, True, True, True)

@@ -1,17 +1,14 @@
-"""What a device beside the CPU and CUDA must show: every op and whole jobs give what the CPU gives, nothing waits.
+"""Every op and whole jobs on a device other than CPU and CUDA: the results of the CPU, no host syncs.
 
     AMCT_TEST_DEVICE=npu python -m pytest tests/devices/device_cases.py
 
-`test_plugin_device.py` runs it on the stand-in device, in a process of its own. There all arithmetic comes to the CPU's
-kernels in the end, so results are compared bit for bit; other devices have their own rounding.
+`test_plugin_device.py` runs this file on the stand-in device, in a child process. The stand-in computes with the CPU's
+kernels, so its results are compared bit for bit; those of another device within a tolerance.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +16,25 @@ import pytest
 import torch
 from support import rnn_job, standin
 from support import small_models as small
+from support.device_job import (
+    CPU,
+    DEVICE,
+    EXACT,
+    NAME,
+    Job,
+    agree,
+    host_syncs_in_training,
+    optimizer_of,
+    references_on_the_cpu,
+    run,
+)
 from support.op_arguments import arguments
-from support.op_samples import same_bits
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 import amct_ext
 from amct_ext import backends, ops
 
-NAME = os.environ.get("AMCT_TEST_DEVICE", "")
-EXACT = NAME == standin.NAME
-DEVICE = torch.device(NAME or "cpu")
-CPU = torch.device("cpu")
 JOBS = ("quant", "learned", "two_batches", "filter_quant", "sparse_quant", "sparse_learned", "mixed_quant")
 differentiable = pytest.mark.parametrize("op", [
     "ulq_fake_quantize", "arq_fake_quantize", "lsq_fake_quantize", "arq_fake_quantize_many", "apply_mask",
@@ -41,16 +45,6 @@ if not NAME:
     pytest.skip("AMCT_TEST_DEVICE names no device", allow_module_level=True)
 
 
-def agree(actual: Any, expected: Any) -> None:
-    for a, b in zip(tree_flatten(actual)[0], tree_flatten(expected)[0], strict=True):
-        if not isinstance(b, Tensor):
-            assert a == b
-        elif EXACT:
-            assert same_bits(a.detach().cpu(), b.detach())
-        else:
-            torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
 def moved(values: Any, device: torch.device) -> Any:
     """A copy on a device; what requires a gradient is a leaf again."""
     return tree_map(
@@ -59,22 +53,10 @@ def moved(values: Any, device: torch.device) -> Any:
     )
 
 
-def filled(op: str, sample: tuple[Any, ...]) -> list[Any]:
+def with_defaults(op: str, sample: tuple[Any, ...]) -> list[Any]:
     """The sample with the defaults of the schema."""
     schema = getattr(torch.ops.amct_ext, op).default._schema
     return [*sample, *(argument.default_value for argument in schema.arguments[len(sample) :])]
-
-
-@contextmanager
-def references_on_the_cpu() -> Iterator[None]:
-    """The CPU's kernels set aside: they sum in another order than the references."""
-    library = torch.library.Library("amct_ext", "IMPL")
-    for op in ops.__all__:
-        library.impl(op, backends.reference(op), "CPU", allow_override=True)
-    try:
-        yield
-    finally:
-        library._destroy()
 
 
 def test_the_device_has_no_kernels() -> None:
@@ -87,7 +69,7 @@ def test_every_op_runs_through_its_reference(op: str) -> None:
         there = moved(sample, DEVICE)
         with torch.no_grad():
             result = getattr(torch.ops.amct_ext, op)(*there)
-            expected = backends.reference(op)(*filled(op, sample))
+            expected = backends.reference(op)(*with_defaults(op, sample))
         agree((result, there), (expected, sample))  # the arguments too: some are written to
         assert all(t.device.type == DEVICE.type for t in tree_flatten(result)[0] if isinstance(t, Tensor))
 
@@ -112,7 +94,7 @@ def test_a_kernel_of_the_device_wins_and_keeps_the_autograd_rule(op: str) -> Non
 
     def kernel(*sample: Any) -> Any:
         calls.append(op)
-        y, *rest = backends.reference(op)(*filled(op, sample))
+        y, *rest = backends.reference(op)(*with_defaults(op, sample))
         return (y + 1, *rest)
 
     sample = arguments(op, CPU)[0]
@@ -132,87 +114,6 @@ def test_a_kernel_of_the_device_wins_and_keeps_the_autograd_rule(op: str) -> Non
     finally:
         library._destroy()
     assert backends.kernels(NAME) == before
-
-
-class Net(nn.Module):
-    """Convolutions, BatchNorm, a shared input, a Linear; no dropout, whose random numbers belong to the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.left, self.right = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Conv2d(16, 16, 1)
-        self.norm, self.fc = nn.BatchNorm2d(16), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn(self.stem(x)))
-        x = torch.relu(self.norm(self.left(x)) + self.right(x))
-        return self.fc(x.mean((2, 3)))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net()
-
-
-class Job:
-    """A retraining job on a device, with files of its own."""
-
-    def __init__(self, folder: Path, config: str, device: torch.device) -> None:
-        folder.mkdir(exist_ok=True)
-        self.device, self.folder, self.record = device, folder, folder / "record.txt"
-        self.config = folder / "compress.cfg"
-        self.config.write_text(small.CONFIGS[config])
-        self.sample = small.SAMPLE.to(device)
-
-    def create(self) -> nn.Module:
-        model = net().to(self.device)
-        return amct_ext.create_compressed_retrain_model(model, self.sample, str(self.config), str(self.record))
-
-    def restore(self, checkpoint: Path) -> nn.Module:
-        return amct_ext.restore_compressed_retrain_model(
-            net().to(self.device), self.sample, str(self.config), str(self.record), str(checkpoint), "model"
-        )
-
-    def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[Tensor]:
-        losses = []
-        model.train()
-        for i in steps:
-            x, y = (t.to(self.device) for t in small.batch(i))
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        return losses
-
-    def evaluate(self, model: nn.Module) -> Tensor:
-        model.eval()
-        with torch.no_grad():
-            return model(small.batch(50)[0].to(self.device))
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-
-
-def run(job: Job) -> tuple[nn.Module, list[Tensor], Tensor]:
-    model = job.create()
-    losses = job.train(model, optimizer_of(model), range(5))
-    return model, losses, job.evaluate(model)
-
-
-def waits_in_training(job: Job) -> list[str]:
-    """What makes the host wait for the device in three training steps, once calibration is over."""
-    model = job.create()
-    optimizer = optimizer_of(model)
-    job.train(model, optimizer, range(2))
-    batches = [tuple(t.to(DEVICE) for t in small.batch(i)) for i in range(3)]
-    standin.waits()
-    for x, y in batches:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return standin.waits()
 
 
 @pytest.mark.parametrize("config", JOBS)
@@ -274,12 +175,12 @@ def test_a_compressed_model_moves_and_is_copied(tmp_path: Path) -> None:
     agree(model.to(CPU).state_dict()["fc.sparsity.mask"].cpu(), model.state_dict()["fc.sparsity.mask"])
 
 
-@pytest.mark.skipif(not EXACT, reason="only the stand-in device counts what makes the host wait")
+@pytest.mark.skipif(not EXACT, reason="only the stand-in device records host syncs")
 @pytest.mark.parametrize("config", [*JOBS, "filter", "sparse", "sparse_refreshed"])
-def test_a_training_step_makes_nothing_wait(config: str, tmp_path: Path) -> None:
-    assert waits_in_training(Job(tmp_path / "files", config, DEVICE)) == []
+def test_a_training_step_has_no_host_sync(config: str, tmp_path: Path) -> None:
+    assert host_syncs_in_training(Job(tmp_path / "files", config, DEVICE)) == []
     float(torch.ones(2, device=DEVICE).sum())
-    assert standin.waits() == ["item"]  # it does count
+    assert standin.host_syncs() == ["item"]  # it does record
 
 
 @pytest.mark.parametrize("setting", ["quant", "learned"])
@@ -294,12 +195,12 @@ def test_recurrent_layers(kind: str, setting: str, tmp_path: Path) -> None:
         losses[device] = []
         for i in range(4):
             x, y = (t.to(device) for t in rnn_job.batch(i))
-            standin.waits() if EXACT else None
+            standin.host_syncs() if EXACT else None
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
-            assert not EXACT or i == 0 or standin.waits() == []
+            assert not EXACT or i == 0 or standin.host_syncs() == []
             losses[device].append(loss.detach().cpu())
     torch.testing.assert_close(losses[DEVICE], losses[CPU], rtol=1e-4, atol=1e-5)
 

@@ -1,6 +1,6 @@
-"""The NPU adapter on the stand-in device, above vendor operators that do what the vendor's documentation says.
+"""The NPU adapter on the stand-in device, with vendor operators written after the vendor's documentation.
 
-What this cannot show is whether the vendor's own kernels keep to it: `docs/npu.md` says how to find out on an NPU.
+Whether the vendor's own kernels match that documentation only an NPU can show: `docs/npu.md` says how.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from device_cases import CPU, DEVICE, EXACT, Job, run, waits_in_training
 from support import standin
+from support.device_job import CPU, DEVICE, EXACT, Job, host_syncs_in_training, run
 from support.op_samples import DTYPES, inputs, layout, same_bits
 
 from amct_ext import backends, ops
@@ -26,9 +26,9 @@ if not EXACT:
 
 @pytest.fixture(scope="session", autouse=True)
 def adapter() -> None:
-    """Built as the project builds it, but for the vendor's header."""
+    """csrc/npu compiled with a stand-in for the vendor's header."""
     csrc = HERE.parents[1] / "csrc"
-    # The vendor's header brings all of ATen; without it the operators of tensors need the headers one by one.
+    # The vendor's own header includes all of ATen, the stand-in for it single headers.
     options = ("-DAT_PER_OPERATOR_HEADERS", f"-I{csrc}", f"-I{HERE.parent / 'native' / 'vendor'}")
     library = standin.library(csrc / "npu" / "activation_ulq.cpp", *options)
     torch.ops.load_library(str(library))
@@ -73,9 +73,9 @@ def test_backward_is_that_of_the_reference(dtype: torch.dtype) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=slack)
 
 
-def test_a_model_trains_with_it_without_waiting(tmp_path: Path, vendor_calls: Callable[[], int]) -> None:
+def test_a_model_trains_with_it_without_host_syncs(tmp_path: Path, vendor_calls: Callable[[], int]) -> None:
     expected = run(Job(tmp_path / "cpu", "sparse_quant", CPU))[1]
     losses = run(Job(tmp_path / "device", "sparse_quant", DEVICE))[1]
     assert vendor_calls() > 0
-    assert waits_in_training(Job(tmp_path / "waits", "sparse_quant", DEVICE)) == []
+    assert host_syncs_in_training(Job(tmp_path / "syncs", "sparse_quant", DEVICE)) == []
     torch.testing.assert_close([loss.cpu() for loss in losses], expected, rtol=1e-4, atol=1e-5)

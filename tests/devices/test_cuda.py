@@ -1,4 +1,4 @@
-"""What a card asks for beyond right numbers: no host sync in a step, capture into a graph, streams, bits."""
+"""The CUDA ops beyond their results: no host sync, capture into a CUDA graph, streams, reproducible bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def test_the_kernels_are_there() -> None:
 
 
 @pytest.mark.parametrize("op", WITH_CUDA_KERNEL)
-def test_no_op_waits_for_the_card(op: str) -> None:
+def test_no_op_syncs_with_the_host(op: str) -> None:
     for sample in arguments(op, torch.device("cuda")):
         with no_host_sync():
             getattr(torch.ops.amct_ext, op).default(*detached(sample))
@@ -132,7 +132,7 @@ STEPS = ("quant", "learned", "sparse_refreshed", "sparse_quant")
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_training_step_does_not_wait_for_the_card(name: str, tmp_path: Path) -> None:
+def test_a_training_step_has_no_host_sync(name: str, tmp_path: Path) -> None:
     model, x = compressed(tmp_path, name)
     step = train_step(model, x, torch.optim.SGD(model.parameters(), lr=0.01))
     for _ in range(3):

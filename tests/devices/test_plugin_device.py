@@ -1,6 +1,6 @@
 """Devices that torch knows only by a plug-in (PrivateUse1: NPUs): references, kernels of others, whole jobs.
 
-A process has one such device for good, so everything runs in child processes, on a stand-in that needs no hardware.
+They run on a stand-in that needs no hardware. A process cannot change its PrivateUse1 device, hence child processes.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ import doctest
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import reference_cost
 from support import standin
+from support.child_pytest import ROOT, Report, pytest_in_child
 
 from amct_ext import backends, ops
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+OP_TESTS = (
+    "sparsity_mask",
+    "sparsity_weight",
+    "activation_ulq",
+    "weight_arq",
+    "weight_lsq",
+    "weight_norms",
+    "weight_quantize",
+)
 needs_compiler = pytest.mark.skipif(
     standin.compiler() is None, reason="the stand-in device is compiled: no C++ compiler (c++ or $CXX) was found"
 )
@@ -29,44 +36,45 @@ def child(*arguments: object, **environment: str) -> subprocess.CompletedProcess
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": paths, **environment}, cwd=HERE, check=False, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths, **environment}, cwd=ROOT, check=False, capture_output=True, text=True,
     )  # fmt: skip
 
 
-def run_cases(folder: Path, *selection: str) -> int:
-    """Run tests on the stand-in device in a process of their own; how many passed. AssertionError where one did not."""
-    report = folder / "report.xml"
-    done = child(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *selection,
-        AMCT_TEST_DEVICE=standin.NAME,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    suite = ET.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    return int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
+def on_the_standin(folder: Path, *arguments: object) -> Report:
+    return pytest_in_child(folder, *arguments, AMCT_TEST_DEVICE=standin.NAME)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Jobs and op tests with the plain-torch references, in one child process."""
+    files = [f"tests/ops/test_{family}.py" for family in OP_TESTS]
+    which = ("-k", f"device_cases or {standin.NAME}")
+    return on_the_standin(tmp_path_factory.mktemp("report"), "tests/devices/device_cases.py", *files, *which)
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_references_kernels_and_jobs(tmp_path: Path) -> None:
-    assert run_cases(tmp_path, "device_cases.py") > 40
+def test_references_kernels_and_jobs(report: Report) -> None:
+    report.check("device_cases", at_least=41)
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_tests_of_the_ops_run_on_it(tmp_path: Path) -> None:
-    files = [
-        f"../ops/test_{name}.py" for name in ("sparsity_mask", "sparsity_weight", "activation_ulq", "weight_quantize")
-    ]
-    assert run_cases(tmp_path, *files, "-k", standin.NAME) > 60
+def test_the_tests_of_the_ops_run_on_it(report: Report) -> None:
+    for family in OP_TESTS:
+        report.check(f"test_{family}")
+    assert sum(report.passed[f"test_{family}"] for family in OP_TESTS) > 60
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_the_npu_adapter(tmp_path: Path) -> None:
-    # Codes are integers, which have no -0: docs/npu.md.
-    which = f"(adapter or {standin.NAME}) and not signs_of_zero"
-    assert run_cases(tmp_path, "npu_adapter_cases.py", "../ops/test_activation_ulq.py", "-k", which) > 60
+    # The adapter's codes are integers, which have no -0: docs/npu.md.
+    which = ("-k", f"(adapter or {standin.NAME}) and not signs_of_zero")
+    report = on_the_standin(tmp_path, "tests/devices/npu_adapter_cases.py", "tests/ops/test_activation_ulq.py", *which)
+    for file in ("npu_adapter_cases", "test_activation_ulq"):
+        report.check(file)
+    assert sum(report.passed.values()) > 60
 
 
 BACKENDS = """

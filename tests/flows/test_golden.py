@@ -17,9 +17,9 @@ from support.agreement import CLOSE, compare
 from support.devices import DEVICES
 from support.golden_deviations import (
     ACCEPTED,
-    BROKEN_RECORD,
     COUNTERS,
     NEGATIVE_SCALES,
+    NOT_RESTORABLE,
     PRUNED_FURTHER,
     RECURRENT,
     REJECTED,
@@ -31,7 +31,6 @@ from support.golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
-from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.record.text import parse_record
@@ -240,11 +239,9 @@ def test_record_after_eval(case: Case) -> None:
         )
 
 
-@every(RUNNABLE)
+@every([name for name in RUNNABLE if name not in NOT_RESTORABLE])
 def test_restore_from_the_references_files(case: Case) -> None:
     """AMCT's files restore here, and the learned clips stay (deviation: the reference searches them anew)."""
-    if "X" in case.unbound or not case.stored("checkpoint.pth") or case.name in BROKEN_RECORD:
-        pytest.skip("the reference left no restorable files for this case (a defect of its own)")
     model = case.reference_restored
     ours, theirs = case.state(model), case.load.trained_state(case.name)
     assert list(ours) == list(theirs)
@@ -263,13 +260,11 @@ def test_restore_from_the_references_files(case: Case) -> None:
         torch.testing.assert_close(out, case.golden_results["eval_out"], rtol=1e-3, atol=2e-4)
 
 
-@every(RUNNABLE)
+# The file of a recurrent layer keeps its states in float: test_rnn_files.
+@every([name for name in RUNNABLE if name not in (*RECURRENT, "lstm_ulqw")])
 def test_saved_file_agrees_with_evaluation(case: Case) -> None:
     """The fake-quant file in onnxruntime against torch, layer by layer; values on rounding ties are told apart."""
     _ = case.eval_out
-    layers = [layer for _, layer in compressed_layers(case.trained) if layer.weight_quant is not None]
-    if not layers or any(isinstance(layer, CompressedRNN) for layer in layers):
-        pytest.skip("no quantised layer, or a recurrent one, whose file keeps states in float (see test_rnn_files)")
     prefix = str(case.folder / "saved")
     amct_ext.save_compressed_retrain_model(case.trained, case.record, prefix, case.data["sample_x"])
     (data,) = case.data["eval_x"]

@@ -72,7 +72,7 @@ def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:
     both = quantiser.clip_max.grad.clone()
     quantiser.clip_max.grad = None
     y = quantiser._quantize(x)[0]
-    weights = (model.conv1._compressed_weight(), model.down._compressed_weight())
+    weights = (model.conv1.compressed_weight(), model.down.compressed_weight())
     one = nn.functional.conv2d(y, weights[0], None, 2, 1).sum()
     (one + nn.functional.conv2d(y, weights[1], model.down.bias, 2).sum() * 2).backward()
     torch.testing.assert_close(both, quantiser.clip_max.grad)

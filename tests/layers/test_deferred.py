@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext.layers import deferred
-from amct_ext.layers.deferred import DeferPolicy, DeferredConv2d, DeferredTensor
+from amct_ext.layers.deferred import DeferredTensor
+from amct_ext.layers.deferred_conv import DeferPolicy, DeferredConv2d
 from amct_ext.layers.forward_tracker import ForwardTracker
 
 

@@ -1,6 +1,6 @@
-// A stand-in for an accelerator without hardware: PrivateUse1 tensors in host memory, their few own kernels, and
-// everything else sent to the CPU as a vendor's back end does with what it lacks. It notes each time the host has to
-// wait for the device, so that a test can show that a training step never does.
+// A stand-in for an accelerator: PrivateUse1 tensors in host memory, a few kernels of its own, and the CPU fallback for
+// all other ops, as in a vendor's back end. It records every host sync, so that tests can show that a training step has
+// none.
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
@@ -33,23 +33,23 @@ using std::optional;
 
 constexpr auto kDevice = c10::DeviceType::PrivateUse1;
 
-// What made the host wait since the last reset, in order. Backward runs on a thread of its own.
-struct Waits {
+// The host syncs since the last reset, in order. Locked because the backward pass runs on another thread.
+struct HostSyncs {
   std::mutex mutex;
   std::vector<std::string> names;
 };
 
-Waits& waits() {
-  static Waits instance;
+HostSyncs& host_syncs() {
+  static HostSyncs instance;
   return instance;
 }
 
-void note(const std::string& name) {
-  const std::lock_guard lock(waits().mutex);
-  waits().names.push_back(name);
+void record_sync(const std::string& name) {
+  const std::lock_guard lock(host_syncs().mutex);
+  host_syncs().names.push_back(name);
 }
 
-// The fallback's own copies are no waits of the program: on a device with that kernel they would not be there.
+// Copies made by the fallback are not recorded: a device with a kernel for the op would not make them.
 thread_local bool in_fallback = false;
 
 struct Allocator final : c10::Allocator {
@@ -111,7 +111,7 @@ Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<at::ScalarTy
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
-  if (!in_fallback && from.device() != to.device()) note(to.is_cpu() ? "copy to host" : "copy to device");
+  if (!in_fallback && from.device() != to.device()) record_sync(to.is_cpu() ? "copy to host" : "copy to device");
   on_host(to).copy_(on_host(from));
   return to;
 }
@@ -122,7 +122,7 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 at::Scalar local_scalar_dense(const Tensor& x) {
-  note("item");
+  record_sync("item");
   return at::cpu::_local_scalar_dense(on_host(x));
 }
 
@@ -143,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
   return {on_device(dx), on_device(dw), on_device(db)};
 }
 
-// Not by the fallback: the schema does not say that the running statistics are written to.
+// A kernel of its own, because the schema does not say that the running statistics are written to: the fallback would
+// not copy them back.
 std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const optional<Tensor>& weight,
                                               const optional<Tensor>& bias, const optional<Tensor>& mean,
                                               const optional<Tensor>& variance, bool training, double momentum,
@@ -156,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const optional<Te
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (op.hasTag(at::Tag::data_dependent_output) || op.hasTag(at::Tag::dynamic_output_shape)) {
-    note(c10::toString(op.operator_name()));
+    record_sync(c10::toString(op.operator_name()));
   }
   const bool before = in_fallback;
   in_fallback = true;
@@ -169,9 +170,9 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   in_fallback = before;
 }
 
-std::vector<std::string> take_waits() {
-  const std::lock_guard lock(waits().mutex);
-  return std::exchange(waits().names, {});
+std::vector<std::string> take_host_syncs() {
+  const std::lock_guard lock(host_syncs().mutex);
+  return std::exchange(host_syncs().names, {});
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -197,7 +198,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
-TORCH_LIBRARY(standin, m) { m.def("take_waits", take_waits); }
+TORCH_LIBRARY(standin, m) { m.def("take_host_syncs", take_host_syncs); }
 
 const bool registered = [] {
   static Hooks hooks;

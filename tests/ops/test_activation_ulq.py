@@ -1,4 +1,4 @@
-"""ulq_fake_quantize: kernel against reference, gradients against the formula, data of the reference toolkit."""
+"""ulq_fake_quantize: kernel against reference, gradients against the formula, data of AMCT."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, inputs, layout, same_bits
+from support.op_samples import DTYPES, inputs, layout, same_bits, scalars
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.ops import activation_ulq as reference
+from amct_ext.ops import activation_ulq as ulq
+from amct_ext.ops._activation_clips import affine
 
 OUTPUTS = ("y", "scale", "offset", "clip_max", "clip_min", "invalid")
 CLIPS = ((1.7, -0.9), (0.0, -1.0), (2.0, 0.0), (30.0, -20.0), (1e-9, 0.0))
-
-
-def scalars(*values: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.tensor(v, dtype=dtype, device=device) for v in values]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,7 +25,7 @@ def test_forward_has_the_bits_of_the_reference(dtype: torch.dtype, num_bits: int
     for i, x in enumerate(inputs(dtype, device)):
         high, low = CLIPS[i % len(CLIPS)]
         arguments = (x, *scalars(high, low, math.nan, math.nan, device=device), num_bits, i % 2 == 1)
-        expected, actual = reference._reference(*arguments), ops.ulq_fake_quantize(*arguments)
+        expected, actual = ulq.ulq_fake_quantize_reference(*arguments), ops.ulq_fake_quantize(*arguments)
         for name, a, b in zip(OUTPUTS, expected, actual, strict=True):
             assert same_bits(a, b), (name, x.shape, x.stride())
         assert layout(expected[0]) == layout(actual[0])
@@ -39,7 +36,7 @@ def test_backward_has_the_bits_of_the_reference(dtype: torch.dtype, device: torc
     for i, x in enumerate(inputs(dtype, device)):
         grad = torch.randn_like(x)
         clips = scalars(*CLIPS[i % len(CLIPS)], device=device)
-        expected = reference._reference_backward(grad, x, *clips)
+        expected = ulq.ulq_fake_quantize_backward_reference(grad, x, *clips)
         actual = ops.ulq_fake_quantize_backward(grad, x, *clips)
         assert same_bits(expected[0], actual[0])
         for a, b in zip(expected[1:], actual[1:], strict=True):
@@ -56,14 +53,14 @@ def test_a_gradient_of_another_type_keeps_its_bits(
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-30, -7e4, 1e300], dtype=torch.float64)
     for x in inputs(dtype, device):
         grad = torch.randn(x.shape, dtype=torch.float64).to(device, upstream)
-        expected = reference._reference_backward(grad, x, *clips)
+        expected = ulq.ulq_fake_quantize_backward_reference(grad, x, *clips)
         actual = ops.ulq_fake_quantize_backward(grad, x, *clips)
         assert same_bits(expected[0], actual[0]), (x.shape, x.stride())
         for a, b in zip(expected[1:], actual[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
         if grad.numel() >= len(special):
             grad.view(-1)[: len(special)] = special.to(device, upstream)
-            expected = reference._reference_backward(grad, x, *clips)
+            expected = ulq.ulq_fake_quantize_backward_reference(grad, x, *clips)
             assert same_bits(expected[0], ops.ulq_fake_quantize_backward(grad, x, *clips)[0])
 
 
@@ -97,7 +94,7 @@ def sliced(name: str, dtype: torch.dtype) -> Tensor:
 def test_slices_are_read_in_place(name: str, dtype: torch.dtype) -> None:
     x = sliced(name, dtype)
     clips, none = scalars(1.7, -0.9), scalars(math.nan, math.nan)
-    expected = reference._reference(x, *clips, *none)
+    expected = ulq.ulq_fake_quantize_reference(x, *clips, *none)
     grad = torch.randn(x.shape).to(dtype).as_strided_(x.shape, expected[0].stride())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y, *_, invalid = ops.ulq_fake_quantize(x, *clips, *none)
@@ -106,7 +103,7 @@ def test_slices_are_read_in_place(name: str, dtype: torch.dtype) -> None:
     assert same_bits(expected[0], y)
     assert layout(expected[0]) == layout(y)
     assert not invalid
-    again = reference._reference_backward(grad, x, *clips)
+    again = ulq.ulq_fake_quantize_backward_reference(grad, x, *clips)
     assert same_bits(again[0], gradients[0])
     for a, b in zip(again[1:], gradients[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -166,7 +163,7 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
 def test_collapsed_clips_fall_back(
     given: tuple[float, ...], fixed_min: bool, effective: tuple[float, float], device: torch.device
 ) -> None:
-    for function in (ops.ulq_fake_quantize, reference._reference):
+    for function in (ops.ulq_fake_quantize, ulq.ulq_fake_quantize_reference):
         result = function(torch.randn(10, device=device), *scalars(*given, device=device), 8, fixed_min)
         assert result[3].item() == pytest.approx(effective[0])
         assert result[4].item() == pytest.approx(effective[1])
@@ -219,7 +216,7 @@ def test_ties_and_signs_of_zero(dtype: torch.dtype, high: float, low: float, dev
     x = torch.cat([codes * scale, torch.nextafter(codes * scale, torch.tensor(9.0)), tiny * scale, tiny])
     x = x.to(device=device, dtype=dtype)
     arguments = (x, *scalars(high, low, math.nan, math.nan, device=device))
-    assert same_bits(reference._reference(*arguments)[0], ops.ulq_fake_quantize(*arguments)[0])
+    assert same_bits(ulq.ulq_fake_quantize_reference(*arguments)[0], ops.ulq_fake_quantize(*arguments)[0])
 
 
 # What ours does where the reference lets crossed clips through or moves a minimum that is fixed.
@@ -231,7 +228,7 @@ DEVIATIONS: dict[tuple[str, bool], tuple[float, float]] = {
 }
 
 
-def test_agrees_with_the_reference_toolkit(golden: Path) -> None:
+def test_agrees_with_amct(golden: Path) -> None:
     checked = 0
     for item in torch.load(golden / "ops" / "act_ulq.pt", weights_only=True):
         if item["name"] in ("dtype", "invalid_input") or not item["asymmetric"]:
@@ -262,7 +259,7 @@ def _equal_to_golden(item: dict[str, Any], y: Tensor, scale: Tensor, offset: Ten
     torch.testing.assert_close(d_min, item["grad_clip_min"], rtol=1e-5, atol=1e-6)
 
 
-def test_dtypes_that_the_reference_toolkit_rejects_work(golden: Path) -> None:
+def test_dtypes_that_amct_rejects_work(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "act_ulq.pt", weights_only=True):
         if item["name"] == "dtype":
             none = torch.tensor(math.nan)
@@ -272,15 +269,15 @@ def test_dtypes_that_the_reference_toolkit_rejects_work(golden: Path) -> None:
                 torch.testing.assert_close(y, item["out"])
 
 
-def test_scale_and_offset_of_the_reference_toolkit(golden: Path) -> None:
+def test_scale_and_offset_of_amct(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "scale_offset.pt", weights_only=True):
         if item["asymmetric"]:
             high, low = max(item["data_max"], 0.0), min(item["data_min"], 0.0)
-            scale, offset = reference.affine(*scalars(high, low), item["num_bits"])
+            scale, offset = affine(*scalars(high, low), item["num_bits"])
             assert (scale, offset) == (item["scale"], item["offset"]), item
 
 
-@pytest.mark.parametrize("function", [ops.ulq_fake_quantize, reference._reference])
+@pytest.mark.parametrize("function", [ops.ulq_fake_quantize, ulq.ulq_fake_quantize_reference])
 def test_bad_input_is_refused(function: Any) -> None:
     x, clips = torch.zeros(3), scalars(1.0, -1.0, 1.0, -1.0)
     with pytest.raises(TypeError, match="x must be float32"):
@@ -293,7 +290,7 @@ def test_bad_input_is_refused(function: Any) -> None:
         function(x, clips[0], torch.zeros(2), *clips[2:])
 
 
-@pytest.mark.parametrize("function", [ops.ulq_fake_quantize_backward, reference._reference_backward])
+@pytest.mark.parametrize("function", [ops.ulq_fake_quantize_backward, ulq.ulq_fake_quantize_backward_reference])
 def test_a_gradient_of_another_shape_is_refused(function: Any) -> None:
     with pytest.raises(ValueError, match="grad must have the shape of x"):
         function(torch.zeros(3), torch.zeros(4), *scalars(1.0, -1.0))
@@ -309,7 +306,7 @@ def test_state_is_written_in_the_same_call(start: tuple[float, ...], dtype: torc
     plain = [torch.tensor(v, device=device, requires_grad=i < 2) for i, v in enumerate(start)]
     y, *used, bad = ops.ulq_fake_quantize(x, *plain)
     y.float().sum().backward()
-    for function in (ops.ulq_fake_quantize_, reference._reference_with_state):
+    for function in (ops.ulq_fake_quantize_, ulq.ulq_fake_quantize_with_state_reference):
         clips = [torch.tensor(v, device=device, requires_grad=i < 2) for i, v in enumerate(start)]
         state = [torch.zeros((), device=device), torch.zeros((), device=device), torch.tensor(False, device=device)]
         versions = [v._version for v in (*clips, *state)]

@@ -50,7 +50,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 def errors(x: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     """The scales of all ranges and their mean squared errors, in float64."""
     x = x.reshape(-1).float()
-    scales, _, ends = search._symmetric_candidates(*search._extremes(x), num_bits)
+    scales, _, ends = search.symmetric_candidates(*search._extremes(x), num_bits)
     wide, found = x.double(), []
     for scale, end in zip(scales.double(), ends.double(), strict=True):
         found.append((torch.round(torch.clamp(wide, -end, end) / scale) * scale - wide).square().mean())
@@ -63,7 +63,7 @@ def test_the_histogram_is_exact_in_any_order(dtype: torch.dtype, device: torch.d
         x = values(shape, 3_000) * torch.tensor([1.0, 1e-8, 1e30]).repeat(1_000)
         x = x.to(device, dtype)
         x = torch.where(x.isfinite(), x, torch.ones_like(x))
-        expected = gathered([x], histogram._reference_histogram)
+        expected = gathered([x], histogram.range_histogram_reference)
         assert same(expected, gathered([x])), shape
         assert same(expected, gathered([x[1::2], x[:0], x[::2]])), shape
         assert int(expected[0][:, 0].sum()) == x.numel()
@@ -78,7 +78,7 @@ def test_the_histogram_is_exact_in_any_order(dtype: torch.dtype, device: torch.d
 
 def test_every_layout(device: torch.device) -> None:
     for x in layouts(torch.randn(4, 5, 7, 9, device=device)):
-        assert same(gathered([x]), gathered([x], histogram._reference_histogram))
+        assert same(gathered([x]), gathered([x], histogram.range_histogram_reference))
 
 
 def test_the_histogram_is_the_same_for_any_number_of_threads() -> None:
@@ -151,7 +151,7 @@ def test_the_percentile_is_that_of_all_batches(device: torch.device) -> None:
     x[[5, 700_000]] = torch.tensor([1e3, -1e3])
     state = gathered(list(x.to(device).split(300_000)))
     scale = ops.search_clip_range_histogram(*state)[0]
-    candidates = search._symmetric_candidates(*search._extremes(x.to(device)), 8)[0]
+    candidates = search.symmetric_candidates(*search._extremes(x.to(device)), 8)[0]
     assert (candidates == scale).any()
     # One value kept a side is not enough for that many: the largest stands for the percentile.
     assert ops.search_clip_range_histogram(state[0], state[1][:, :1])[0] > candidates.max()
@@ -181,7 +181,7 @@ def test_more_than_two_to_the_31_values() -> None:
     full, one = gathered([x])
     full = torch.where(full > 0, full + 2**40, full)
     expected = full + gathered([x])[0]
-    for function in (ops.range_histogram_, histogram._reference_histogram):
+    for function in (ops.range_histogram_, histogram.range_histogram_reference):
         state = full.clone(), one.clone()
         function(x, *state)
         assert torch.equal(state[0], expected)
@@ -196,7 +196,7 @@ def test_bad_arguments() -> None:
         (ValueError, (counts, extremes[0])),
         (ValueError, (counts, extremes[:, :0])),
     ):
-        for function in (ops.range_histogram_, histogram._reference_histogram):
+        for function in (ops.range_histogram_, histogram.range_histogram_reference):
             with pytest.raises(error, match="range_histogram_: "):
                 function(torch.ones(3), *state)
         with pytest.raises(error, match="search_clip_range_histogram: "):

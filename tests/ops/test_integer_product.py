@@ -1,126 +1,30 @@
-"""Integer products: codes and packing against the references, sums against exact arithmetic on the codes."""
+"""Integer products: scaled and rounded once, against exact arithmetic on the codes and the references."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.op_samples import DTYPES, inputs, layout, same_bits
-from torch import Tensor
+from support.integer_products import RANGES, convolutions, exact, matrices, weight
+from support.op_samples import layout, same_bits, scalars
 
 from amct_ext import ops
-from amct_ext.ops import integer_accumulators as accumulators
-from amct_ext.ops import integer_codes as coding
 from amct_ext.ops import integer_product as reference
-
-CLIPS = ((1.7, -0.9), (0.0, -1.0), (2.0, 0.0), (30.0, -20.0), (1e-9, 0.0))
-
-
-def scalars(*values: float, device: torch.device | str = "cpu") -> list[Tensor]:
-    return [torch.tensor(v, device=device) for v in values]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_bits", [2, 8])
-def test_codes_have_the_bits_of_the_reference(dtype: torch.dtype, num_bits: int, device: torch.device) -> None:
-    wide = [torch.randn(2, 33, 17, 19, device=device).to(dtype), torch.randn(3, 64, 7, 7, device=device).to(dtype)]
-    for i, x in enumerate([*inputs(dtype, device), *wide]):
-        arguments = (x, *scalars(*CLIPS[i % len(CLIPS)], math.nan, math.nan, device=device), num_bits, i % 2 == 1)
-        expected, actual = coding.reference_codes(*arguments), ops.ulq_quantize(*arguments)
-        for a, b in zip(expected, actual, strict=True):
-            assert same_bits(a, b), (x.shape, x.stride())
-        assert layout(expected[0]) == layout(actual[0])
-
-
-@pytest.mark.parametrize("clips", CLIPS)
-def test_codes_are_those_of_the_fake_quantisation(clips: tuple[float, float], device: torch.device) -> None:
-    x = torch.randn(3, 20, 9, 11, device=device) * 3
-    # Many values in the middle between two codes.
-    x[0] = (torch.randint(-600, 600, x[0].shape, device=device) / 2) * ((clips[0] - clips[1]) / 255)
-    arguments = (x, *scalars(*clips, math.nan, math.nan, device=device))
-    y, *rest = ops.ulq_fake_quantize(*arguments)
-    codes, *others = ops.ulq_quantize(*arguments)
-    assert all(same_bits(a, b) for a, b in zip(rest, others, strict=True))
-    assert torch.equal((codes.float() - 128 - rest[1]) * rest[0], y)
-
-
-def test_values_that_are_no_numbers(device: torch.device) -> None:
-    x = torch.tensor([math.nan, math.inf, -math.inf, 0.0], device=device)
-    codes, *_, invalid = ops.ulq_quantize(x, *scalars(1.0, -1.0, math.nan, math.nan, device=device))
-    assert codes.tolist() == [0, 255, 0, 127] and bool(invalid)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packing_has_the_bits_of_the_reference(dtype: torch.dtype, device: torch.device) -> None:
-    for shape in ((1, 1), (16, 4), (17, 5), (40, 64), (3, 3, 7, 7), (33, 18, 3, 2), (0, 4), (4, 0, 3, 3)):
-        w = torch.randn(shape, device=device).to(dtype)
-        for scale in (torch.rand(shape[0], device=device) * 0.05, torch.full((1,), 0.02, device=device)):
-            for value in (w, w.transpose(0, 1).contiguous().transpose(0, 1)):
-                expected, actual = coding._reference_pack(value, scale, 6), ops.pack_weight(value, scale, 6)
-                assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)), shape
-
-
-def test_a_fake_quantised_weight_gives_its_own_codes(device: torch.device) -> None:
-    w = torch.randn(40, 30, 3, 3, device=device) * torch.logspace(-6, 3, 40, device=device).view(-1, 1, 1, 1)
-    y, scale = ops.arq_fake_quantize(w, 8, 0)
-    packed, sums = ops.pack_weight(y, scale)
-    codes = ops.quantize_weight(w, scale, 8, 0)
-    assert torch.equal(reference.unpacked(packed, 40, 30), codes.double().flatten(2))
-    assert torch.equal(sums.long(), codes.long().sum((1, 2, 3)))
-
-
-def exact(total: Tensor, scale: Tensor, w_scale: Tensor, bias: Tensor | None, axis: int) -> Tensor:
-    """Integer sums (as float64, which holds them) times scales plus bias, rounded to float32 once."""
-    shape = [1] * total.dim()
-    shape[axis] = -1
-    y = total * (scale.double() * w_scale.double()).view(shape)
-    return (y if bias is None else y + bias.double().view(shape)).float()
-
-
-def weight(outputs: int, inputs: int, size: tuple[int, ...], extreme: bool, device: torch.device) -> Tensor:
-    if extreme:
-        return torch.where(torch.rand(outputs, 1, *[1] * len(size), device=device) < 0.5, -128.0, 127.0).expand(
-            outputs, inputs, *size
-        )
-    return torch.randint(-128, 128, (outputs, inputs, *size), device=device).float()
-
-
-GEOMETRIES = list(
-    itertools.product(((1, 1), (3, 3), (5, 2)), ((1, 1), (2, 1), (3, 2)), ((0, 0), (1, 1), (2, 3)), ((1, 1), (2, 3)))
-)
-# Offsets at both ends and between them.
-RANGES = ((1.0, 0.0), (0.0, -1.0), (0.9, -1.3))
 
 
 @pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
 @pytest.mark.parametrize("clips", RANGES)
 def test_convolutions_are_exact(clips: tuple[float, float], extreme: bool, device: torch.device) -> None:
-    channels = itertools.cycle(((3, 5), (1, 1), (4, 16), (17, 70), (64, 33), (6, 129)))
-    for kernel, stride, padding, dilation in GEOMETRIES:
-        inputs_, outputs = next(channels)
-        x = torch.randn(2, inputs_, 11, 13, device=device)
-        if extreme:
-            x = torch.where(torch.rand(2, 1, 1, 1, device=device) < 0.5, 9.0, -9.0).expand_as(x)
-        codes, scale, offset, *_ = ops.ulq_quantize(x, *scalars(*clips, math.nan, math.nan, device=device))
-        w = weight(outputs, inputs_, kernel, extreme, device)
-        w_scale = torch.rand(outputs, device=device) + 0.001
-        bias = torch.randn(outputs, device=device) if stride[0] != 2 else None
-        packed, sums = ops.pack_weight(w * w_scale.view(-1, 1, 1, 1), w_scale)
-        total = F.conv2d(codes.double() - 128 - offset.double(), w.double(), None, stride, padding, dilation)
-        assert total.abs().max() < 2**31
-        expected = exact(total, scale, w_scale, bias, 1)
+    for product in convolutions(clips, extreme, device):
+        expected = exact(product.total, product.scale, product.w_scale, product.bias, 1)
         for last in (False, True):
-            arguments = (codes, scale, offset, packed, sums, w_scale, bias, kernel, stride, padding, dilation, last)
+            arguments = (*product.operands, *product.geometry, last)
             y = ops.integer_conv2d(*arguments)
-            assert torch.equal(y, expected), (kernel, stride, padding, dilation)
-            again = reference._reference_conv2d(*arguments)
+            assert torch.equal(y, expected), product.geometry
+            again = reference.integer_conv2d_reference(*arguments)
             assert torch.equal(y, again) and layout(y) == layout(again)
-        arguments = (codes, offset, packed, sums, kernel, stride, padding, dilation)
-        sums_, again = ops.integer_conv2d_accumulators(*arguments), accumulators._reference_conv2d(*arguments)
-        assert torch.equal(sums_.double(), total) and same_bits(sums_, again) and layout(sums_) == layout(again)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
@@ -146,7 +50,7 @@ def test_what_follows_a_convolution(last: bool, device: torch.device) -> None:
             arguments = (*product, *geometry, last, other, low, high)
             made = ops.integer_conv2d(*arguments)
             assert torch.equal(made, expected) and layout(made) == layout(y)
-            again = reference._reference_conv2d(*arguments)
+            again = reference.integer_conv2d_reference(*arguments)
             assert torch.equal(made, again) and layout(made) == layout(again)
         for low, high, bits, fixed in ((0.0, None, 8, False), (None, 0.2, 4, True)):
             once = ops.integer_conv2d_codes(*product, *geometry, low, high, *clips, bits, fixed)
@@ -178,28 +82,15 @@ def test_bounds_and_codes_of_what_is_no_number(device: torch.device) -> None:
 
 @pytest.mark.parametrize("extreme", [False, True], ids=["random", "extreme"])
 def test_products_are_exact(extreme: bool, device: torch.device) -> None:
-    shapes = (((1,), 1, 1), ((5,), 7, 3), ((2, 3), 64, 65), ((97,), 130, 200), ((8,), 20000, 20), ((7, 1), 65793, 2))
-    for (rows, inputs_, outputs), clips in itertools.product(shapes, RANGES):
-        x = torch.randn(*rows, inputs_, device=device)
-        if extreme:
-            x = torch.where(torch.rand(*rows, 1, device=device) < 0.5, 9.0, -9.0).expand_as(x)
-        codes, scale, offset, *_ = ops.ulq_quantize(x, *scalars(*clips, math.nan, math.nan, device=device))
-        w, w_scale = weight(outputs, inputs_, (), extreme, device), torch.full((1,), 0.0173, device=device)
-        packed, sums = ops.pack_weight(w * w_scale, w_scale)
-        total = F.linear(codes.double() - 128 - offset.double(), w.double())
-        assert total.abs().max() < 2**31
-        bias = torch.randn(outputs, device=device) if outputs % 2 else None
-        arguments = (codes, scale, offset, packed, sums, w_scale, bias)
-        y = ops.integer_linear(*arguments)
-        assert torch.equal(y, exact(total, scale, w_scale.expand(outputs), bias, -1))
-        assert torch.equal(y, reference._reference_linear(*arguments))
-        arguments_ = (codes, offset, packed, sums)
-        sums_ = ops.integer_linear_accumulators(*arguments_)
-        assert torch.equal(sums_.double(), total)
-        assert same_bits(sums_, accumulators._reference_linear(*arguments_))
+    for product in matrices(extreme, device):
+        codes, *others = product.operands
+        y = ops.integer_linear(codes, *others)
+        w_scale = product.w_scale.expand(len(product.sums))
+        assert torch.equal(y, exact(product.total, product.scale, w_scale, product.bias, -1))
+        assert torch.equal(y, reference.integer_linear_reference(codes, *others))
         views = (codes.expand_as(codes).clone(), codes.unsqueeze(0).expand(2, *codes.shape))
-        assert torch.equal(ops.integer_linear(views[0], *arguments[1:]), y)
-        assert torch.equal(ops.integer_linear(views[1], *arguments[1:]), y.expand(2, *y.shape))
+        assert torch.equal(ops.integer_linear(views[0], *others), y)
+        assert torch.equal(ops.integer_linear(views[1], *others), y.expand(2, *y.shape))
 
 
 def test_threads_do_not_matter() -> None:
@@ -226,16 +117,8 @@ def test_a_scale_that_is_no_number_spoils_its_channel(device: torch.device) -> N
     assert none.isnan().all()
 
 
-def test_errors(device: torch.device) -> None:
+def test_bad_input_is_refused(device: torch.device) -> None:
     x, (high, low) = torch.randn(2, 8, device=device), scalars(1.0, -1.0, device=device)
-    with pytest.raises(ValueError, match="num_bits"):
-        ops.ulq_quantize(x, high, low, high, low, 9)
-    with pytest.raises(TypeError, match="float32"):
-        ops.ulq_quantize(x.int(), high, low, high, low)
-    with pytest.raises(ValueError, match="1 or 2"):
-        ops.pack_weight(x, torch.ones(3, device=device))
-    with pytest.raises(ValueError, match="two dimensions"):
-        ops.pack_weight(x[0], torch.ones(1, device=device))
     codes, scale, offset, *_ = ops.ulq_quantize(x, high, low, high, low)
     packed, sums = ops.pack_weight(torch.randn(3, 8, device=device), scale.reshape(1))
     arguments = [codes, scale, offset, packed, sums, torch.ones(3, device=device)]
@@ -257,7 +140,3 @@ def test_errors(device: torch.device) -> None:
         ops.integer_conv2d(image, scale, offset, packed, sums, arguments[5], None, (3, 3))
     with pytest.raises(ValueError, match="positive"):
         ops.integer_conv2d(image, scale, offset, packed, sums, arguments[5], None, (3, 3), (0, 1), (1, 1))
-    with pytest.raises(ValueError, match="integer_conv2d_accumulators: the filter is larger"):
-        ops.integer_conv2d_accumulators(image, offset, packed, sums, (3, 3))
-    with pytest.raises(TypeError, match="integer_linear_accumulators: codes must"):
-        ops.integer_linear_accumulators(image.int(), offset, packed, sums)

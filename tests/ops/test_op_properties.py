@@ -65,21 +65,23 @@ bits = st.sampled_from([2, 4, 7, 8, 12, 16])
 @given(x=tensors(), values=st.tuples(clips, clips, clips, clips), num_bits=bits, fixed_min=st.booleans())
 def test_ulq(x: Tensor, values: tuple[float, float, float, float], num_bits: int, fixed_min: bool) -> None:
     arguments = (x, *(torch.tensor(v) for v in values), num_bits, fixed_min)
-    expected, actual = ulq._reference(*arguments), ops.ulq_fake_quantize(*arguments)
+    expected, actual = ulq.ulq_fake_quantize_reference(*arguments), ops.ulq_fake_quantize(*arguments)
     assert same_bits(expected[0], actual[0])
     assert expected[5].item() == actual[5].item()
     for a, b in zip(expected[1:5], actual[1:5], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     grad = torch.randn(x.shape).to(x.dtype)
     dx = ops.ulq_fake_quantize_backward(grad, x, *actual[3:5], num_bits)[0]
-    assert same_bits(ulq._reference_backward(grad, x, *actual[3:5], num_bits)[0], dx)
+    assert same_bits(ulq.ulq_fake_quantize_backward_reference(grad, x, *actual[3:5], num_bits)[0], dx)
 
 
 @quick
 @given(w=tensors(), num_bits=bits, data=st.data())
 def test_arq(w: Tensor, num_bits: int, data: st.DataObject) -> None:
     axis = data.draw(st.sampled_from([None, *range(w.dim())]))
-    for a, b in zip(arq._reference_arq(w, num_bits, axis), ops.arq_fake_quantize(w, num_bits, axis), strict=True):
+    for a, b in zip(
+        arq.arq_fake_quantize_reference(w, num_bits, axis), ops.arq_fake_quantize(w, num_bits, axis), strict=True
+    ):
         assert same_bits(a, b)
 
 
@@ -89,17 +91,20 @@ def test_lsq_and_codes(w: Tensor, scale: float, num_bits: int, data: st.DataObje
     axis = data.draw(st.sampled_from([None, *range(w.dim())]))
     values = torch.full((1 if axis is None else w.shape[axis],), scale)
     arguments = (w, values, num_bits, axis)
-    assert same_bits(lsq._reference_lsq(*arguments), ops.lsq_fake_quantize(*arguments))
+    assert same_bits(lsq.lsq_fake_quantize_reference(*arguments), ops.lsq_fake_quantize(*arguments))
     if num_bits <= 8:
-        assert same_bits(quantize._reference_quantize(*arguments), ops.quantize_weight(*arguments))
+        assert same_bits(quantize.quantize_weight_reference(*arguments), ops.quantize_weight(*arguments))
 
 
 @quick
 @given(w=tensors(), data=st.data())
 def test_masks(w: Tensor, data: st.DataObject) -> None:
     axis = data.draw(st.integers(0, w.dim() - 1))
-    assert same_bits(masks._reference_mask(w, axis), ops.mask_2to4(w, axis))
-    expected, actual = sparse._reference_sparse_2to4(w, axis, 8, 0), ops.sparse_arq_fake_quantize_2to4(w, axis, 8, 0)
+    assert same_bits(masks.mask_2to4_reference(w, axis), ops.mask_2to4(w, axis))
+    expected, actual = (
+        sparse.sparse_arq_fake_quantize_2to4_reference(w, axis, 8, 0),
+        ops.sparse_arq_fake_quantize_2to4(w, axis, 8, 0),
+    )
     assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True))
 
 
@@ -110,4 +115,4 @@ def test_values_beside_the_middle_between_two_codes(near: int, scale: float, num
     middle = torch.tensor((near % 256 - 128 + 0.5) * scale, dtype=torch.float32)
     x = torch.stack([middle.view(torch.int32) + i for i in range(-3, 4)]).view(torch.float32)
     values = torch.tensor([scale])
-    assert same_bits(lsq._reference_lsq(x, values, num_bits), ops.lsq_fake_quantize(x, values, num_bits))
+    assert same_bits(lsq.lsq_fake_quantize_reference(x, values, num_bits), ops.lsq_fake_quantize(x, values, num_bits))

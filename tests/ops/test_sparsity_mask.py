@@ -1,4 +1,4 @@
-"""2:4 masks: the rule and its ties, refreshing, packing; data of the reference toolkit."""
+"""2:4 masks: the rule and its ties, refreshing, packing; data of AMCT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_mask_has_the_bits_of_the_reference(dtype: torch.dtype, device: torch.de
         ties = (w * 2).round()
         for axis in range(w.dim()):
             for values in (w, ties):
-                expected, actual = masks._reference_mask(values, axis), ops.mask_2to4(values, axis)
+                expected, actual = masks.mask_2to4_reference(values, axis), ops.mask_2to4(values, axis)
                 assert same_bits(expected, actual), (w.shape, axis)
                 assert layout(expected) == layout(actual)
 
@@ -43,7 +43,7 @@ def test_ties_fall_as_in_the_selection_of_the_reference(device: torch.device) ->
     dropped = groups.topk(2, largest=False).indices
     expected = torch.ones_like(groups, dtype=torch.bool).scatter_(1, dropped, False)
     assert torch.equal(ops.mask_2to4(groups.to(device)).cpu(), expected)
-    assert torch.equal(masks._reference_mask(groups), expected)
+    assert torch.equal(masks.mask_2to4_reference(groups), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,7 +55,7 @@ def test_groups_that_are_not_clear_beside_groups_that_are(dtype: torch.dtype, de
             w = torch.randn(2, count, inner)
             odd = torch.rand(w.shape) < 0.03
             w = torch.where(odd, values[torch.randint(len(values), w.shape)], w).to(device, dtype)
-            assert same_bits(masks._reference_mask(w, 1), ops.mask_2to4(w, 1)), (inner, count)
+            assert same_bits(masks.mask_2to4_reference(w, 1), ops.mask_2to4(w, 1)), (inner, count)
 
 
 def test_special_values(device: torch.device) -> None:
@@ -88,7 +88,7 @@ def test_refresh_does_what_the_reference_does(device: torch.device) -> None:
             continue
         for start in (0, 1):
             state = [(torch.ones_like(w, dtype=torch.bool), torch.tensor([start], device=device)) for _ in range(2)]
-            masks._reference_refresh(w, *state[0], 0)
+            masks.refresh_mask_reference(w, *state[0], 0)
             ops.refresh_mask_(w, *state[1], 0)
             assert all(torch.equal(a, b) for a, b in zip(*state, strict=True))
 
@@ -97,12 +97,12 @@ def test_packing_round_trip(device: torch.device) -> None:
     for x in inputs(torch.float32, device):
         mask = x > 0
         words = ops.pack_mask(mask)
-        assert same_bits(masks._reference_pack(mask), words)
+        assert same_bits(masks.pack_mask_reference(mask), words)
         assert torch.equal(ops.unpack_mask(words, mask.shape), mask)
-        assert torch.equal(masks._reference_unpack(words, mask.shape), mask)
+        assert torch.equal(masks.unpack_mask_reference(words, mask.shape), mask)
 
 
-def test_masks_of_the_reference_toolkit(golden: Path) -> None:
+def test_masks_of_amct(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "selective_mask.pt", weights_only=True):
         if "error" in item:
             with pytest.raises(IndexError, match="out of range"):
@@ -111,14 +111,14 @@ def test_masks_of_the_reference_toolkit(golden: Path) -> None:
         assert torch.equal(ops.mask_2to4(item["weight"], item["prune_axis"]), item["mask"].bool()), item["name"]
 
 
-def test_packing_of_the_reference_toolkit(golden: Path) -> None:
+def test_packing_of_amct(golden: Path) -> None:
     for item in torch.load(golden / "ops" / "mask_packing.pt", weights_only=True):
         mask = item["mask"].bool()
         assert ops.pack_mask(mask).tolist() == item["ints"]
         assert torch.equal(ops.unpack_mask(torch.tensor(item["ints"]), mask.shape), mask)
 
 
-@pytest.mark.parametrize("function", [ops.mask_2to4, masks._reference_mask])
+@pytest.mark.parametrize("function", [ops.mask_2to4, masks.mask_2to4_reference])
 def test_bad_weights_are_refused(function: Any) -> None:
     with pytest.raises(TypeError, match="w must be float32"):
         function(torch.zeros(4, 4, dtype=torch.int64))
@@ -126,7 +126,7 @@ def test_bad_weights_are_refused(function: Any) -> None:
         function(torch.zeros(4, 4), 2)
 
 
-@pytest.mark.parametrize("function", [ops.refresh_mask_, masks._reference_refresh])
+@pytest.mark.parametrize("function", [ops.refresh_mask_, masks.refresh_mask_reference])
 def test_bad_state_is_refused(function: Any) -> None:
     w, mask, step = torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool), torch.tensor(0)
     with pytest.raises(TypeError, match="mask must be"):
@@ -140,7 +140,7 @@ def test_bad_state_is_refused(function: Any) -> None:
     assert step.item() == 0
 
 
-@pytest.mark.parametrize("function", [ops.unpack_mask, masks._reference_unpack])
+@pytest.mark.parametrize("function", [ops.unpack_mask, masks.unpack_mask_reference])
 def test_bad_words_are_refused(function: Any) -> None:
     with pytest.raises(ValueError, match="takes 2 words"):
         function(torch.zeros(1, dtype=torch.int64), (65,))

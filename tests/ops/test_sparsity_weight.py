@@ -1,4 +1,4 @@
-"""Sparse weights: fused ops against the ops they fuse, gradients, many weights in one call."""
+"""Sparse weights: fused ops against the ops they fuse, gradients."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import math
 
 import pytest
 import torch
-from support.op_samples import DTYPES, axes_of, inputs, layout, same_bits
+from support.op_samples import DTYPES, axes_of, inputs, layout, same_bits, special_rows
 
 from amct_ext import ops
 from amct_ext.ops import sparsity_weight as sparse
-from amct_ext.ops import weight_arq as arq
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_have_the_bits_of_the_references(dtype: torch.dtype, device: torch.device) -> None:
     for w in inputs(dtype, device):
         mask = torch.rand(w.shape, device=device) > 0.5
-        assert same_bits(sparse._reference_apply(w, mask), ops.apply_mask(w, mask))
+        assert same_bits(sparse.apply_mask_reference(w, mask), ops.apply_mask(w, mask))
         if w.dim() < 2:
             continue
         for channel_axis in axes_of(w):
             calls = [
-                (sparse._reference_sparse, ops.sparse_arq_fake_quantize, (w, mask, 8, channel_axis)),
-                (sparse._reference_sparse_2to4, ops.sparse_arq_fake_quantize_2to4, (w, 1, 8, channel_axis)),
-                (sparse._reference_sparse_2to4, ops.sparse_arq_fake_quantize_2to4, (w, 0, 4, channel_axis)),
-                (sparse._reference_sparsify, ops.sparsify_2to4, (w, 1)),
+                (sparse.sparse_arq_fake_quantize_reference, ops.sparse_arq_fake_quantize, (w, mask, 8, channel_axis)),
+                (
+                    sparse.sparse_arq_fake_quantize_2to4_reference,
+                    ops.sparse_arq_fake_quantize_2to4,
+                    (w, 1, 8, channel_axis),
+                ),
+                (
+                    sparse.sparse_arq_fake_quantize_2to4_reference,
+                    ops.sparse_arq_fake_quantize_2to4,
+                    (w, 0, 4, channel_axis),
+                ),
+                (sparse.sparsify_2to4_reference, ops.sparsify_2to4, (w, 1)),
             ]
             for reference, op, arguments in calls:
                 for a, b in zip(reference(*arguments), op(*arguments), strict=True):
@@ -38,7 +45,7 @@ def test_rows_of_every_length(device: torch.device) -> None:
     for inner in (*range(1, 19), 25, 49, 63, 64, 65, 257):
         for channels in (3, 4, 8, 17, 64):
             w = torch.randn(3, channels, inner, device=device)
-            expected, actual = sparse._reference_sparsify(w, 1), ops.sparsify_2to4(w, 1)
+            expected, actual = sparse.sparsify_2to4_reference(w, 1), ops.sparsify_2to4(w, 1)
             assert all(same_bits(a, b) for a, b in zip(expected, actual, strict=True)), (inner, channels)
 
 
@@ -53,9 +60,19 @@ def test_masked_rows_of_every_length(dtype: torch.dtype, device: torch.device) -
         w[4, 0] = math.nan
         mask[4, 0] = False
         for a, b in zip(
-            sparse._reference_sparse(w, mask, 8, 0), ops.sparse_arq_fake_quantize(w, mask, 8, 0), strict=True
+            sparse.sparse_arq_fake_quantize_reference(w, mask, 8, 0),
+            ops.sparse_arq_fake_quantize(w, mask, 8, 0),
+            strict=True,
         ):
             assert same_bits(a, b), length
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_in_rows_of_every_length(dtype: torch.dtype, device: torch.device) -> None:
+    for w, mask, _ in special_rows(dtype, device):
+        kept = torch.where(mask, w, torch.zeros_like(w))
+        for a, b in zip(ops.arq_fake_quantize(kept, 8, 0), ops.sparse_arq_fake_quantize(w, mask, 8, 0), strict=True):
+            assert same_bits(a, b), w.shape
 
 
 def test_gradients_are_masked(device: torch.device) -> None:
@@ -83,35 +100,6 @@ def test_what_is_dropped_does_not_matter(device: torch.device) -> None:
     assert y[0, 1:3].tolist() == [0.0, 0.0]
 
 
-def test_many_weights_at_once(device: torch.device) -> None:
-    weights = [torch.randn(s, device=device, requires_grad=True) for s in ((4, 3), (6,), (2, 5, 3, 3), (0, 3))]
-    axes = [0, None, -3, 0]
-    ys, scales = ops.arq_fake_quantize_many(weights, 4, axes)
-    for w, axis, y, scale in zip(weights, axes, ys, scales, strict=True):
-        expected = ops.arq_fake_quantize(w, 4, axis)
-        assert same_bits(expected[0], y)
-        assert same_bits(expected[1], scale)
-        assert not scale.requires_grad
-    (ys[0].sum() * 2 + ys[2].sum()).backward()
-    assert torch.equal(weights[0].grad, torch.full_like(weights[0], 2))
-    assert torch.equal(weights[2].grad, torch.ones_like(weights[2]))
-    assert weights[1].grad is None or not weights[1].grad.any()
-
-
-def test_many_weights_have_the_same_bits_for_any_number_of_threads() -> None:
-    weights = [torch.randn(s) for s in ((300, 700), (3, 5), (64, 64, 3, 3), (1, 9000), (2, 40000))]
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for w, y, scale in zip(weights, *ops.arq_fake_quantize_many(weights), strict=True):
-                expected = arq._reference_arq(w, 8, 0)
-                assert same_bits(expected[0], y)
-                assert same_bits(expected[1], scale)
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_bad_input_is_refused() -> None:
     w, mask = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
     for op in (ops.apply_mask, ops.sparse_arq_fake_quantize):
@@ -119,7 +107,3 @@ def test_bad_input_is_refused() -> None:
             op(w, mask[:1])
         with pytest.raises(TypeError, match="mask must be"):
             op(w, w)
-    with pytest.raises(ValueError, match="one axis"):
-        ops.arq_fake_quantize_many([w], 8, [0, 0])
-    with pytest.raises(IndexError, match="out of range"):
-        ops.arq_fake_quantize_many([w], 8, [2])

@@ -21,8 +21,11 @@ RECURRENT = ("gru_cwfalse", "gru_quant", "lstm_quant")
 # We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution; a
 # convolution with one input channel is not taken for depthwise.
 PRUNED_FURTHER = ("group_filter_asc", "group_filter_noasc", "odd_filter_quant", "deconv_filter")
-# AMCT loses the filter records in the first training forward, so its record cannot be restored.
-BROKEN_RECORD = ("cnn_mixed_prune_quant",)
+# AMCT left nothing that restores: it raises before the end of the training, or loses filter records in it.
+NOT_RESTORABLE = (
+    "cnn_mixed_prune_quant", "conv1d_ulqw", "conv3d_ulqw", "deconv_ulqw", "deconv_ulqw_cwfalse", "lstm_ulqw",
+    "reused_filter", "shared_rev_pool_quant",
+)  # fmt: skip
 # Counters that AMCT only compares with zero; ours are written as 0 or 1, and only training forwards count.
 COUNTERS = ("cur_batch", "prune_cur_batch", "quant_layer_num")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +58,31 @@ def layout(x: Tensor) -> tuple[int, ...]:
 
 def axes_of(x: Tensor) -> list[int | None]:
     return [None, *range(x.dim())]
+
+
+def scalars(*values: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """0-dim tensors."""
+    return [torch.tensor(v, device=device, dtype=dtype) for v in values]
+
+
+def special_rows(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Weights of 40 rows of every length with special values, a mask and a scale per row.
+
+    Kernels go by registers: a value that needs care may lie in a whole one, in the last one, or in a short row.
+    """
+    tiny = torch.finfo(dtype).smallest_normal
+    special = torch.tensor([-0.0, 0.0, tiny, -tiny, tiny / 4, -tiny / 4, math.inf, -math.inf, math.nan], dtype=dtype)
+    for length in (1, 3, 9, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200):
+        w = torch.randn(40, length, dtype=torch.float64).to(dtype)
+        for row in range(1, 40):
+            w[row, torch.randint(0, length, (1 + row // 8,))] = special[torch.randint(0, 9, (1 + row // 8,))]
+        w[30:] = special[torch.randint(0, 6, (10, length))]
+        mask = torch.rand(w.shape) > 0.3
+        yield w.to(device), mask.to(device), torch.rand(40).add(0.01).to(device)
+
+
+def output_axis(item: dict[str, Any]) -> int | None:
+    """The channel axis of a weight in AMCT's data, None where it has one scale."""
+    if not item["channel_wise"]:
+        return None
+    return 1 if "Transpose" in item["module_type"] else 0

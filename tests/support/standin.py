@@ -59,9 +59,9 @@ def load(name: str = NAME) -> torch.device:
     return torch.device(name, 0)
 
 
-def waits() -> list[str]:
-    """What made the host wait for the device since the last call."""
-    return torch.ops.standin.take_waits()
+def host_syncs() -> list[str]:
+    """The host syncs (copies, reads of a value) since the last call."""
+    return torch.ops.standin.take_host_syncs()
 
 
 def _device_module(name: str) -> types.ModuleType:

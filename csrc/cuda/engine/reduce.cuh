@@ -1,22 +1,23 @@
-// Reductions over the elements of each channel in two stages: every block leaves one partial result, the partial
-// results of a channel are joined in a fixed order. How the work is cut depends on the shape alone, so the bits do not
-// depend on the device or on which block runs first.
+// Reductions over the elements of each channel, in two stages: every block writes one partial state, then the partial
+// states of a channel are combined in a fixed order. The partition depends on the shape alone, so the bits depend
+// neither on the device nor on the order in which blocks run.
 //
-// A job is a small struct that is copied to the device:
-//   State                               plain data; State identity(), void join(State& into, const State& other)
-//   Local prepare(channel) const        what a thread needs for the elements of a channel
-//   void add<V>(const Local&, State&, i)    elements i .. i+V-1 in memory, all of that channel
-//   void finish(const State&, channel)  writes the results of a channel; one thread
+// A job is a small struct that is passed to the kernel by value:
+//   State                                       plain data of whole 32-bit words
+//   static State identity(), static void combine(State& into, const State& other)
+//   auto prepare(channel) const                 constants of a channel, computed once per thread
+//   void accumulate<V>(constants, State&, i) const  elements i .. i+V-1 in memory, all of that channel
+//   void finalize(const State&, channel) const  writes the results of a channel; called by one thread
 #pragma once
 
 #include <algorithm>
 
-#include "cuda/engine/launch.cuh"
+#include "cuda/engine/memory.cuh"
 
 namespace amct_ext::cuda {
 
 template <typename State>
-__device__ State shuffled_down(const State& state, int lanes) {
+__device__ State warp_shuffle_down(const State& state, int lanes) {
   constexpr int kWords = sizeof(State) / sizeof(unsigned);
   static_assert(sizeof(State) % sizeof(unsigned) == 0 && std::is_trivially_copyable_v<State>);
   unsigned words[kWords];
@@ -28,158 +29,183 @@ __device__ State shuffled_down(const State& state, int lanes) {
   return result;
 }
 
-// The states of all threads of the block, in the first thread. Once in a kernel, by all threads.
+// Combines the states of all threads; the first thread gets the result. All threads of the block must call it, and only
+// once in a kernel: its shared memory is not synchronised for another use.
 template <typename Job>
-__device__ void join_block(typename Job::State& state) {
+__device__ void block_reduce(typename Job::State& state) {
   using State = typename Job::State;
-  AMCT_SHARED(parts, State parts[kWarp]);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) Job::join(state, shuffled_down(state, lanes));
-  if (blockDim.x == kWarp) return;
-  if (lane == 0) parts[warp] = state;
+  AMCT_SHARED(warp_states, State warp_states[kWarpSize]);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) Job::combine(state, warp_shuffle_down(state, lanes));
+  if (blockDim.x == kWarpSize) return;
+  if (lane == 0) warp_states[warp] = state;
   __syncthreads();
   if (warp != 0) return;
-  state = lane < static_cast<int>(blockDim.x) / kWarp ? parts[lane] : Job::identity();
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) Job::join(state, shuffled_down(state, lanes));
+  state = lane < static_cast<int>(blockDim.x) / kWarpSize ? warp_states[lane] : Job::identity();
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) Job::combine(state, warp_shuffle_down(state, lanes));
 }
 
-// Where the partial results of channel c lie: `groups` times `per` of them, group g at g * stride + c * per.
-struct Partials {
-  int64_t groups, per, stride;
+// State of the jobs that sum in float64.
+struct SumReduction {
+  struct State {
+    double sum;
+  };
+  AMCT_INLINE static State identity() { return {0}; }
+  AMCT_INLINE static void combine(State& into, const State& other) { into.sum += other.sum; }
 };
 
-// One channel after the other: block c * splits + s takes elements s * chunk .. of channel c.
+// Element e of a channel, counted in memory order, as an index into the tensor.
+AMCT_INLINE int64_t element_index(const AxisView& view, int64_t channel, int64_t e) {
+  const int64_t o = view.outer == 1 ? 0 : e / view.inner;
+  return (o * view.size + channel) * view.inner + e - o * view.inner;
+}
+
+// First stage where each channel is long or contiguous. Block c * splits + s reduces elements s * chunk .. of channel
+// c.
 template <int V, typename Job>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     reduce_rows(Job job, AxisView view, int64_t chunk, int64_t splits, typename Job::State* partial) {
   const int64_t channel = blockIdx.x / splits, split = blockIdx.x % splits;
   const int64_t size = view.outer * view.inner, begin = split * chunk;
   const int64_t end = begin + chunk < size ? begin + chunk : size;
-  const auto local = job.prepare(channel);
+  const auto constants = job.prepare(channel);
   typename Job::State state = Job::identity();
-  const auto at = [&](int64_t e) {
-    const int64_t o = view.outer == 1 ? 0 : e / view.inner;
-    return (o * view.size + channel) * view.inner + e - o * view.inner;
-  };
   int64_t e = begin + static_cast<int64_t>(threadIdx.x) * V;
 #pragma unroll 4
-  for (; e + V <= end; e += static_cast<int64_t>(blockDim.x) * V) job.template add<V>(local, state, at(e));
-  if constexpr (V > 1) {
-    for (; e < end; ++e) job.template add<1>(local, state, at(e));
+  for (; e + V <= end; e += static_cast<int64_t>(blockDim.x) * V) {
+    job.template accumulate<V>(constants, state, element_index(view, channel, e));
   }
-  join_block<Job>(state);
+  if constexpr (V > 1) {
+    for (; e < end; ++e) job.template accumulate<1>(constants, state, element_index(view, channel, e));
+  }
+  block_reduce<Job>(state);
   if (threadIdx.x != 0) return;
   if (splits == 1) {
-    job.finish(state, channel);
+    job.finalize(state, channel);
   } else {
     partial[blockIdx.x] = state;
   }
 }
 
-// Short runs: neighbouring threads take neighbouring elements, whichever channels those belong to, and go along
-// `outer`.
-constexpr int kRowsAtOnce = kThreads / kWarp;
+// First stage where the runs of a channel are short: the tensor is a matrix [outer, size * inner] of which each thread
+// reduces one column, so that the accesses of a warp coalesce across channels.
+constexpr int kRowsPerTile = kBlockThreads / kWarpSize;
 
 template <typename Job>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     reduce_columns(Job job, AxisView view, int64_t chunk, int64_t tiles, typename Job::State* partial) {
   using State = typename Job::State;
-  AMCT_SHARED(parts, State parts[kRowsAtOnce][kWarp]);
+  AMCT_SHARED(row_states, State row_states[kRowsPerTile][kWarpSize]);
   const int64_t width = view.size * view.inner, split = blockIdx.x / tiles;
-  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp;
-  const int64_t column = blockIdx.x % tiles * kWarp + lane;
+  const int lane = threadIdx.x % kWarpSize, row = threadIdx.x / kWarpSize;
+  const int64_t column = blockIdx.x % tiles * kWarpSize + lane;
   State state = Job::identity();
   if (column < width) {
     const int64_t last = (split + 1) * chunk, end = last < view.outer ? last : view.outer;
-    const auto local = job.prepare(column / view.inner);
+    const auto constants = job.prepare(column / view.inner);
 #pragma unroll 4
-    for (int64_t o = split * chunk + row; o < end; o += kRowsAtOnce) {
-      job.template add<1>(local, state, o * width + column);
+    for (int64_t o = split * chunk + row; o < end; o += kRowsPerTile) {
+      job.template accumulate<1>(constants, state, o * width + column);
     }
   }
-  parts[row][lane] = state;
+  row_states[row][lane] = state;
   __syncthreads();
   if (row != 0 || column >= width) return;
-  for (int r = 1; r < kRowsAtOnce; ++r) Job::join(state, parts[r][lane]);
+  for (int r = 1; r < kRowsPerTile; ++r) Job::combine(state, row_states[r][lane]);
   if (partial == nullptr) {
-    job.finish(state, column);
+    job.finalize(state, column);
   } else {
     partial[split * width + column] = state;
   }
 }
 
+// The partial states of a channel: `groups` times `per_group`, those of group g from g * group_stride + channel *
+// per_group on.
+struct PartialLayout {
+  int64_t groups, per_group, group_stride;
+};
+
+// Second stage, a block per channel.
 template <typename Job>
-__global__ void __launch_bounds__(kThreads)
-    reduce_partials(Job job, Partials partials, const typename Job::State* partial) {
+__global__ void __launch_bounds__(kBlockThreads)
+    reduce_partials(Job job, PartialLayout layout, const typename Job::State* partial) {
   typename Job::State state = Job::identity();
-  const int64_t n = partials.groups * partials.per, channel = blockIdx.x;
+  const int64_t n = layout.groups * layout.per_group, channel = blockIdx.x;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const int64_t group = i / partials.per;
-    Job::join(state, partial[group * partials.stride + channel * partials.per + i - group * partials.per]);
+    const int64_t group = i / layout.per_group;
+    Job::combine(state,
+                 partial[group * layout.group_stride + channel * layout.per_group + i - group * layout.per_group]);
   }
-  join_block<Job>(state);
-  if (threadIdx.x == 0) job.finish(state, channel);
+  block_reduce<Job>(state);
+  if (threadIdx.x == 0) job.finalize(state, channel);
 }
 
-// Elements of a channel for one block.
-inline int64_t chunk_of(int64_t size) {
-  constexpr int64_t kLeast = 2048, kMost = 16384, kBlocks = 1024;
-  return std::clamp(ceil_div(ceil_div(size, kBlocks), kLeast) * kLeast, kLeast, kMost);
+// Elements of a channel that one block reduces.
+inline int64_t chunk_size(int64_t size) {
+  constexpr int64_t kMin = 2048, kMax = 16384, kTargetBlocks = 1024;
+  return std::clamp(ceil_div(ceil_div(size, kTargetBlocks), kMin) * kMin, kMin, kMax);
 }
 
-inline int threads_for(int64_t packets) { return packets <= kWarp ? kWarp : packets <= 128 ? 128 : kThreads; }
+inline int block_threads(int64_t vectors) {
+  return vectors <= kWarpSize ? kWarpSize : vectors <= 128 ? 128 : kBlockThreads;
+}
 
-// Whether every run consists of whole packets of V elements.
-inline bool whole_packets(const AxisView& view, int64_t v) {
+// Whether every run consists of whole vectors of V elements.
+inline bool vectors_divide_runs(const AxisView& view, int64_t v) {
   return view.inner % v == 0 || (view.outer == 1 && view.size == 1);
 }
 
-// Short runs that lie apart would waste most of every memory access where a block takes one channel.
-inline bool by_columns(const AxisView& view) { return view.inner < kWarp && view.size > 1 && view.outer > 0; }
+// With a block per channel, runs shorter than a warp would waste most of each memory transaction.
+inline bool use_columns(const AxisView& view) { return view.inner < kWarpSize && view.size > 1 && view.outer > 0; }
 
-// `vector`: the job's addresses allow packets of V. `kChannels` is false where there is always one channel.
+template <typename Job>
+void launch_second_stage(const Job& job, int64_t channels, const PartialLayout& layout,
+                         const typename Job::State* partial) {
+  const int block_size = layout.groups * layout.per_group <= 64 ? kWarpSize : kBlockThreads;
+  launch(reduce_partials<Job>, channels, block_size, job, layout, partial);
+}
+
+// `vectorized`: the job's addresses allow vectors of V elements. `kChannels` is false where there is always one
+// channel, which saves the instances of the column kernel.
 template <int V, bool kChannels = true, typename Job>
-void reduce(const Job& job, const AxisView& view, bool vector, const at::TensorOptions& options) {
+void reduce(const Job& job, const AxisView& view, bool vectorized, const at::TensorOptions& options) {
   using State = typename Job::State;
-  const auto room = [&](int64_t states) {
+  const auto allocate = [&](int64_t states) {
     return at::empty({states * static_cast<int64_t>(sizeof(State))}, options.dtype(at::kByte));
   };
-  const auto second = [&](const Partials& partials, const State* partial) {
-    const int threads = partials.groups * partials.per <= 64 ? kWarp : kThreads;
-    launch(reduce_partials<Job>, view.size, threads, job, partials, partial);
-  };
   if constexpr (kChannels) {
-    if (by_columns(view)) {
-      const int64_t width = view.size * view.inner, tiles = ceil_div(width, kWarp);
-      const int64_t chunk = std::max<int64_t>(kWarp, ceil_div(view.outer, 64)), splits = ceil_div(view.outer, chunk);
+    if (use_columns(view)) {
+      const int64_t width = view.size * view.inner, tiles = ceil_div(width, kWarpSize);
+      const int64_t chunk = std::max<int64_t>(kWarpSize, ceil_div(view.outer, 64)),
+                    splits = ceil_div(view.outer, chunk);
       if (splits == 1 && view.inner == 1) {
         State* none = nullptr;
-        launch(reduce_columns<Job>, tiles, kThreads, job, view, chunk, tiles, none);
+        launch(reduce_columns<Job>, tiles, kBlockThreads, job, view, chunk, tiles, none);
         return;
       }
-      const at::Tensor memory = room(splits * width);
+      const at::Tensor memory = allocate(splits * width);
       State* partial = static_cast<State*>(memory.mutable_data_ptr());
-      launch(reduce_columns<Job>, splits * tiles, kThreads, job, view, chunk, tiles, partial);
-      second({splits, view.inner, width}, partial);
+      launch(reduce_columns<Job>, splits * tiles, kBlockThreads, job, view, chunk, tiles, partial);
+      launch_second_stage(job, view.size, {splits, view.inner, width}, partial);
       return;
     }
   }
-  const int64_t size = view.outer * view.inner, chunk = chunk_of(size);
+  const int64_t size = view.outer * view.inner, chunk = chunk_size(size);
   const int64_t splits = std::max<int64_t>(1, ceil_div(size, chunk));  // an empty channel has a result too
   at::Tensor memory;
   State* partial = nullptr;
   if (splits > 1) {
-    memory = room(view.size * splits);
+    memory = allocate(view.size * splits);
     partial = static_cast<State*>(memory.mutable_data_ptr());
   }
-  const bool packets = vector && whole_packets(view, V);
-  const int threads = threads_for(ceil_div(std::min(size, chunk), packets ? V : 1));
-  if (packets) {
-    launch(reduce_rows<V, Job>, view.size * splits, threads, job, view, chunk, splits, partial);
+  const bool whole_vectors = vectorized && vectors_divide_runs(view, V);
+  const int block_size = block_threads(ceil_div(std::min(size, chunk), whole_vectors ? V : 1));
+  if (whole_vectors) {
+    launch(reduce_rows<V, Job>, view.size * splits, block_size, job, view, chunk, splits, partial);
   } else {
-    launch(reduce_rows<1, Job>, view.size * splits, threads, job, view, chunk, splits, partial);
+    launch(reduce_rows<1, Job>, view.size * splits, block_size, job, view, chunk, splits, partial);
   }
-  if (splits > 1) second({1, splits, 0}, partial);
+  if (splits > 1) launch_second_stage(job, view.size, {1, splits, 0}, partial);
 }
 
 }  // namespace amct_ext::cuda

@@ -1,22 +1,23 @@
-// round_even(v / scale + offset) without a division for most v.
+// round_even(v / scale + offset), bit for bit, by a multiplication instead of a division for most v.
 #pragma once
 
-#include "cuda/engine/launch.cuh"
+#include "cuda/engine/memory.cuh"
 
 namespace amct_ext::cuda {
 
-// The product with the reciprocal is off by less than `near` on the codes that count, so it rounds to the same integer
-// unless it lies that close to the middle between two. There the division decides: the bits are always its own.
+// v * (1 / scale) differs from v / scale by less than `error` for all quotients within the code range. Both round to
+// the same integer unless the product lies within `error` of a tie; only then is the division computed.
 template <typename A, bool kOffset>
-struct Nearest {
-  A scale, offset, inverse, limit;
+struct RoundedQuotient {
+  A scale, offset, inverse;
+  A limit;  // products closer than this to their integer are safe: 0.5 - error
 
-  AMCT_INLINE static Nearest of(A scale, A offset, int num_bits) {
+  AMCT_INLINE static RoundedQuotient of(A scale, A offset, int num_bits) {
     constexpr A kUlp = std::is_same_v<A, double> ? A(2.220446049250313e-16) : A(1.1920928955078125e-07);
-    const A near = 4 * kUlp * static_cast<A>((1LL << num_bits) + 1);
-    // Far from overflow and underflow, for which the bound does not hold; a limit of zero always divides.
-    const bool usable = scale > A(1e-30) && scale < A(1e30) && near < A(0.01);
-    return {scale, offset, A(1) / scale, usable ? A(0.5) - near : A(0)};
+    const A error = 4 * kUlp * static_cast<A>((1LL << num_bits) + 1);
+    // The bound does not hold near overflow and underflow. With a limit of zero every value is divided.
+    const bool usable = scale > A(1e-30) && scale < A(1e30) && error < A(0.01);
+    return {scale, offset, A(1) / scale, usable ? A(0.5) - error : A(0)};
   }
 
   AMCT_INLINE A operator()(A v) const {

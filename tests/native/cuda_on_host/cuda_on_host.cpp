@@ -19,7 +19,7 @@
 Index threadIdx, blockIdx, blockDim, gridDim;
 
 #if defined(__x86_64__)
-// Saves the registers that a call keeps on the stack of the caller and goes on where the other stack left off.
+// Pushes the callee-saved registers, stores the stack pointer in *from and continues on the stack `to`.
 extern "C" void amct_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -52,17 +52,18 @@ constexpr int kLanes = 32;
 
 enum class State { kReady, kAtBarrier, kInShuffle, kDone };
 
-// A race detector takes fibers for threads that run at the same time; only barriers and shuffles order them.
-class Order {
+// Tells ThreadSanitizer that fibers are threads which run at the same time, ordered only by barriers and shuffles.
+// Without it (AMCT_FIND_RACES) all of this is empty.
+class TsanFiber {
  public:
 #if defined(AMCT_FIND_RACES)
-  Order() : fiber_(__tsan_create_fiber(0)) {}
-  ~Order() { __tsan_destroy_fiber(fiber_); }
+  TsanFiber() : fiber_(__tsan_create_fiber(0)) {}
+  ~TsanFiber() { __tsan_destroy_fiber(fiber_); }
   void enter() { __tsan_switch_to_fiber(fiber_, __tsan_switch_to_fiber_no_sync); }
   static void* current() { return __tsan_get_current_fiber(); }
   static void leave(void* to) { __tsan_switch_to_fiber(to, __tsan_switch_to_fiber_no_sync); }
-  static void arrive(void* at) { __tsan_release(at); }
-  static void depart(void* at) { __tsan_acquire(at); }
+  static void release(void* at) { __tsan_release(at); }
+  static void acquire(void* at) { __tsan_acquire(at); }
 
  private:
   void* fiber_;
@@ -70,8 +71,8 @@ class Order {
   void enter() {}
   static void* current() { return nullptr; }
   static void leave(void*) {}
-  static void arrive(void*) {}
-  static void depart(void*) {}
+  static void release(void*) {}
+  static void acquire(void*) {}
 #endif
 };
 
@@ -79,7 +80,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kDone;
   int shuffles = 0;
-  Order order;
+  TsanFiber tsan;
 #if defined(__x86_64__)
   void* pointer = nullptr;
 #else
@@ -102,40 +103,40 @@ class Device {
     blockDim.x = static_cast<unsigned>(threads);
     threads_ = threads;
     warps_.assign((threads + kLanes - 1) / kLanes, {});
-    order_.resize(threads);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::vector<int64_t> sequence(blocks);
-    std::iota(sequence.begin(), sequence.end(), int64_t{0});
-    std::shuffle(sequence.begin(), sequence.end(), random_);
-    home_ = Order::current();
-    Order::arrive(this);
-    for (int64_t block : sequence) run_block(block);
-    Order::depart(this);
+    thread_order_.resize(threads);
+    std::iota(thread_order_.begin(), thread_order_.end(), 0);
+    std::vector<int64_t> block_order(blocks);
+    std::iota(block_order.begin(), block_order.end(), int64_t{0});
+    std::shuffle(block_order.begin(), block_order.end(), random_);
+    scheduler_ = TsanFiber::current();
+    TsanFiber::release(this);
+    for (int64_t block : block_order) run_block(block);
+    TsanFiber::acquire(this);
   }
 
-  void share(void* memory, size_t bytes) {
+  void declare_shared(void* memory, size_t bytes) {
     if (std::find(shared_.begin(), shared_.end(), memory) != shared_.end()) return;
     shared_.push_back(memory);
-    // By hand: a race detector watches memset, and this is no access of a thread's.
+    // A loop, because ThreadSanitizer would count a memset as an access by this thread.
     for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(memory)[i] = static_cast<char>(0xff);
   }
 
-  void wait_for_block() {
-    Order::arrive(&barrier_);
+  void sync_threads() {
+    TsanFiber::release(&barrier_);
     fibers_[current_]->state = State::kAtBarrier;
     ++arrived_;
     release_barrier();
     suspend();
-    Order::depart(&barrier_);
+    TsanFiber::acquire(&barrier_);
   }
 
-  uint64_t exchange(uint64_t word, int from) {
+  uint64_t shuffle(uint64_t word, int from) {
     Fiber& fiber = *fibers_[current_];
     Warp& warp = warps_[current_ / kLanes];
-    // Two sets in turn: a lane fills a set again only after all have read the one in between.
+    // Two buffers in turn: a lane writes to one again only after all lanes have read the other.
     uint64_t* words = warp.words[fiber.shuffles++ % 2];
     words[current_ % kLanes] = word;
-    Order::arrive(&warp);
+    TsanFiber::release(&warp);
     fiber.state = State::kInShuffle;
     if (++warp.arrived == kLanes) {
       warp.arrived = 0;
@@ -143,18 +144,18 @@ class Device {
       for (int i = first; i < first + kLanes; ++i) fibers_[i]->state = State::kReady;
     }
     suspend();
-    Order::depart(&warp);
+    TsanFiber::acquire(&warp);
     return words[from];
   }
 
-  void body() {
-    Order::depart(this);
+  void run_thread() {
+    TsanFiber::acquire(this);
     (*kernel_)();
-    Order::arrive(this);
+    TsanFiber::release(this);
     fibers_[current_]->state = State::kDone;
     ++done_;
     release_barrier();
-    leave();
+    switch_to_scheduler();
   }
 
  private:
@@ -163,14 +164,14 @@ class Device {
     shared_.clear();
     done_ = arrived_ = 0;
     for (Warp& warp : warps_) warp.arrived = 0;
-    std::shuffle(order_.begin(), order_.end(), random_);
+    std::shuffle(thread_order_.begin(), thread_order_.end(), random_);
     for (int i = 0; i < threads_; ++i) start(*fibers_[i]);
     while (done_ < threads_) {
       bool ran = false;
-      for (int i : order_) {
+      for (int i : thread_order_) {
         if (fibers_[i]->state != State::kReady) continue;
         ran = true;
-        resume(i);
+        switch_to(i);
       }
       if (!ran) {
         throw std::runtime_error("block " + std::to_string(block) + ": of " + std::to_string(threads_) + " threads " +
@@ -180,7 +181,7 @@ class Device {
     }
   }
 
-  // A thread that has left counts as arrived.
+  // As on a GPU, a thread that has returned does not hold up a barrier.
   void release_barrier() {
     if (arrived_ == 0 || arrived_ + done_ < threads_) return;
     arrived_ = 0;
@@ -190,33 +191,33 @@ class Device {
   }
 
   void suspend() {
-    leave();
+    switch_to_scheduler();
     threadIdx.x = static_cast<unsigned>(current_);
   }
 
 #if defined(__x86_64__)
   void start(Fiber& fiber);
-  void resume(int i) {
+  void switch_to(int i) {
     current_ = i;
     threadIdx.x = static_cast<unsigned>(i);
-    fibers_[i]->order.enter();
+    fibers_[i]->tsan.enter();
     amct_switch_stack(&main_, fibers_[i]->pointer);
   }
-  void leave() {
-    Order::leave(home_);
+  void switch_to_scheduler() {
+    TsanFiber::leave(scheduler_);
     amct_switch_stack(&fibers_[current_]->pointer, main_);
   }
   void* main_ = nullptr;
 #else
   void start(Fiber& fiber);
-  void resume(int i) {
+  void switch_to(int i) {
     current_ = i;
     threadIdx.x = static_cast<unsigned>(i);
-    fibers_[i]->order.enter();
+    fibers_[i]->tsan.enter();
     swapcontext(&main_, &fibers_[i]->context);
   }
-  void leave() {
-    Order::leave(home_);
+  void switch_to_scheduler() {
+    TsanFiber::leave(scheduler_);
     swapcontext(&fibers_[current_]->context, &main_);
   }
   ucontext_t main_;
@@ -227,11 +228,11 @@ class Device {
   const std::function<void()>* kernel_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
-  std::vector<int> order_;
+  std::vector<int> thread_order_;
   std::vector<void*> shared_;
   int threads_ = 0, current_ = 0, done_ = 0, arrived_ = 0;
   char barrier_ = 0;
-  void* home_ = nullptr;
+  void* scheduler_ = nullptr;
 };
 
 Device& device() {
@@ -239,17 +240,17 @@ Device& device() {
   return instance;
 }
 
-// Never returns: the scheduler does not resume a fiber that is done.
-void enter() { device().body(); }
+// The entry of every fiber. It never returns: the scheduler does not resume a fiber that is done.
+void fiber_main() { device().run_thread(); }
 
 void Device::start(Fiber& fiber) {
   fiber.state = State::kReady;
   fiber.shuffles = 0;
 #if defined(__x86_64__)
-  // The registers that the switch restores, then where it returns to, aligned as at the start of a function.
+  // What amct_switch_stack pops: six registers, then its return address, with the stack aligned as at a function entry.
   const uintptr_t top = (reinterpret_cast<uintptr_t>(fiber.stack.get()) + kStack) & ~uintptr_t{15};
   void** stack = reinterpret_cast<void**>(top) - 2;
-  *stack = reinterpret_cast<void*>(&enter);
+  *stack = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; ++i) *--stack = nullptr;
   fiber.pointer = stack;
 #else
@@ -257,15 +258,15 @@ void Device::start(Fiber& fiber) {
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, enter, 0);
+  makecontext(&fiber.context, fiber_main, 0);
 #endif
 }
 
 }  // namespace
 
 void run(int64_t blocks, int threads, const std::function<void()>& kernel) { device().run(blocks, threads, kernel); }
-void share(void* memory, size_t bytes) { device().share(memory, bytes); }
-void wait_for_block() { device().wait_for_block(); }
-uint64_t exchange(uint64_t word, int from) { return device().exchange(word, from); }
+void declare_shared(void* memory, size_t bytes) { device().declare_shared(memory, bytes); }
+void sync_threads() { device().sync_threads(); }
+uint64_t shuffle(uint64_t word, int from) { return device().shuffle(word, from); }
 
 }  // namespace amct_ext::on_host

@@ -1,8 +1,8 @@
-// What csrc/cuda needs of CUDA, for an ordinary C++ compiler: every thread of a block is a fiber of its own, so that
-// __syncthreads and shuffles have their real meaning. For tests on machines without a card.
+// The part of CUDA that csrc/cuda uses, for an ordinary C++ compiler: an emulation for tests on machines without a GPU.
+// Each thread of a block is a fiber, so __syncthreads and shuffles really switch between threads.
 //
-// Harsher than a card where that finds mistakes: shared memory is filled with NaN before each block, blocks and threads
-// run in another order every time, and threads that wait for each other for ever are an error.
+// It checks more than a GPU does: shared memory starts as NaN in every block, blocks and threads run in random order,
+// and a deadlock is an error.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@
 #define __launch_bounds__(threads)
 #define AMCT_SHARED(name, ...) \
   static __VA_ARGS__;          \
-  amct_ext::on_host::share(&name, sizeof(name))
+  amct_ext::on_host::declare_shared(&name, sizeof(name))
 
 struct uint2 {
   unsigned x, y;
@@ -35,18 +35,18 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace amct_ext::on_host {
 
-// Runs `kernel` once for every thread of every block.
+// Calls `kernel` once for every thread of every block.
 void run(int64_t blocks, int threads, const std::function<void()>& kernel);
 
-// Shared memory: filled with NaN by the first thread of a block that comes to it.
-void share(void* memory, size_t bytes);
-void wait_for_block();
-// Hands `word` to the other lanes of the warp and returns what lane `from` handed over.
-uint64_t exchange(uint64_t word, int from);
+// Declares shared memory. The first thread of a block that gets here fills it with NaN.
+void declare_shared(void* memory, size_t bytes);
+void sync_threads();
+// Gives `word` to the other lanes of the warp and returns that of lane `from`.
+uint64_t shuffle(uint64_t word, int from);
 
 }  // namespace amct_ext::on_host
 
-inline void __syncthreads() { amct_ext::on_host::wait_for_block(); }
+inline void __syncthreads() { amct_ext::on_host::sync_threads(); }
 
 template <typename T>
 T __shfl_down_sync(unsigned, T v, int lanes) {
@@ -54,7 +54,7 @@ T __shfl_down_sync(unsigned, T v, int lanes) {
   uint64_t word = 0;
   std::memcpy(&word, &v, sizeof(T));
   const int lane = static_cast<int>(threadIdx.x % 32);
-  word = amct_ext::on_host::exchange(word, lane + lanes < 32 ? lane + lanes : lane);
+  word = amct_ext::on_host::shuffle(word, lane + lanes < 32 ? lane + lanes : lane);
   std::memcpy(&v, &word, sizeof(T));
   return v;
 }

@@ -1,4 +1,4 @@
-"""A pytest plugin: the kernels of csrc/cuda, compiled for the host, take the place of the CPU kernels.
+"""A pytest plugin that replaces the CPU kernels by those of csrc/cuda, compiled for the host.
 
 AMCT_ON_HOST names the library that tests/native/cuda_on_host/CMakeLists.txt builds.
 """
@@ -15,7 +15,7 @@ def pytest_configure() -> None:
     torch.ops.load_library(os.environ["AMCT_ON_HOST"])
     missing = [name for name in op_samples.WITH_CUDA_KERNEL if not served(name)]
     assert not missing, f"not served by csrc/cuda: {missing}"
-    # A fiber per thread takes its time; three blocks show what thirty do.
+    # Fibers are slow. 4099 elements already take several blocks and a remainder.
     op_samples.SHAPES = tuple((4099,) if shape == (65537,) else shape for shape in op_samples.SHAPES)
 
 

@@ -1,5 +1,5 @@
-// In place of torch_npu's header of this name, so that the NPU adapter runs on the stand-in device: the vendor's
-// operators as their documentation describes them, with the limits it states, in ATen.
+// Replaces torch_npu's header of this name, so that csrc/npu runs on the stand-in device. Each vendor operator is
+// written in ATen after its documentation, and checks the limits stated there.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,0 +1,45 @@
+"""Which layers and inputs can take the integer forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.deferred import DeferredTensor
+from amct_ext.layers.integer_ops import conv_padding
+
+_MAX_REDUCTION = 65793  # weights per output channel: 255 * 128 * 65793 fits a 32-bit sum
+
+
+def unsupported_reason(layer: CompressedLayer) -> str | None:
+    """Why no input can take the integer forward of ``layer``; None where one can."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        return "no integer kernel for this type"
+    if layer.weight_quant is None or layer.activation is None:
+        return "not quantised"
+    if max(layer.weight_quant.num_bits, layer.activation.num_bits) > 8:
+        return "more than 8 bits"
+    if layer.weight[0].numel() > _MAX_REDUCTION:
+        return "sums may exceed 32 bits"
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            return "groups"
+        if layer.padding_mode != "zeros" or conv_padding(layer) is None:
+            return "padding"
+    return None
+
+
+def supports(layer: CompressedLayer, x: Tensor) -> bool:
+    """Whether ``x`` can take the integer forward: plain float32 on the CPU, outside of compilers and autocast."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(x) not in (Tensor, nn.Parameter, DeferredTensor) or type(layer.weight) not in (Tensor, nn.Parameter):
+        return False
+    if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
+        return False
+    if x.numel() == 0 or (isinstance(layer, nn.Conv2d) and x.dim() != 4):
+        return False
+    return unsupported_reason(layer) is None
