@@ -20,7 +20,7 @@ class ConfigError(AmctError, ValueError):
     """The configuration asks for something impossible or contradictory (AMCT: ValueError)."""
 
 
-class ConfigParseError(ConfigError, text_format.ParseError):
+class ConfigParseError(ConfigError, text_format.ParseError):  # type: ignore[misc]  # protobuf has no types
     """The configuration is not valid protobuf text (AMCT: protobuf's text_format.ParseError)."""
 
     def __init__(self, message: str, line: int | None = None, column: int | None = None) -> None:

@@ -29,7 +29,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([x.reshape(-1) for x in tensors])
     sum_(flat)
-    parts = (flat / torch.distributed.get_world_size()).split([x.numel() for x in tensors])
+    parts = torch.split(flat / torch.distributed.get_world_size(), [x.numel() for x in tensors])
     for x, mean in zip(tensors, parts, strict=True):
         x.copy_(mean.view_as(x))
 

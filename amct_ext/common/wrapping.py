@@ -24,7 +24,7 @@ def wrap_like(original: nn.Module, model: nn.Module) -> nn.Module:
     """
     if not isinstance(original, DistributedDataParallel):
         return model
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=original.device_ids,
         output_device=original.output_device,
@@ -34,4 +34,6 @@ def wrap_like(original: nn.Module, model: nn.Module) -> nn.Module:
         find_unused_parameters=original.find_unused_parameters,
         gradient_as_bucket_view=original.gradient_as_bucket_view,
         static_graph=original.static_graph,
-    ).train(original.training)
+    )
+    wrapped.train(original.training)
+    return wrapped

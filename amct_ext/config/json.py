@@ -21,7 +21,7 @@ from amct_ext.proto.text import Places, close_matches
 
 VERSION = 1
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
-FP16 = "FORCEFP16_QUANT"
+FP16 = "FORCE_FP16_QUANT"
 TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit")
 _LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
 _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")

@@ -1,4 +1,4 @@
-"""Configuration of a retraining job: protobuf text -> frozen dataclasses. Nothing else in the project sees protobuf."""
+"""Configuration of a retraining job: protobuf text -> frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-
 from amct_ext.errors import ConfigError, ConfigParseError
-from amct_ext.proto import message_class
-from amct_ext.proto.text import Places, explain
+from amct_ext.proto.text import MessageSyntaxError, Places, parse_message
 
 _MESSAGE = "amct_ext.config.RetrainConfig"
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
@@ -114,11 +111,10 @@ def parse_config(path: str | os.PathLike[str]) -> RetrainConfig:
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigParseError(f"{source}: not a configuration text (byte {error.start} is not UTF-8)") from None
-    message = message_class(_MESSAGE)()
     try:
-        text_format.Merge(text, message)  # unlike Parse it takes a scalar given twice: the last one counts, as for AMCT
-    except text_format.ParseError as error:
-        raise ConfigParseError(*explain(error, text, source, message)) from None
+        message = parse_message(_MESSAGE, text, source, repeated_scalars=True)  # as for AMCT
+    except MessageSyntaxError as error:
+        raise ConfigParseError(*error.args) from None
     return _Reader(Places(source, text)).config(message)
 
 

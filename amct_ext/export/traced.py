@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from amct_ext.export.axes import Axes
 from amct_ext.export.markers import SCOPES
-from amct_ext.graph.recorder import scope_name
+from amct_ext.graph.onnx_names import scope_name
 from amct_ext.graph.run import tensors_in
 
 Calls = Iterator[Sequence[torch.Tensor]]

@@ -4,47 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
+from amct_ext.graph.doubts import Doubt, export_problem
 from amct_ext.graph.inputs import Inputs, parse_inputs
+from amct_ext.graph.onnx_names import NodeNames
 from amct_ext.graph.reads import HostReads, caller
 from amct_ext.graph.run import tensors_in, undisturbed
-from amct_ext.graph.values import Node, Value
+from amct_ext.graph.tensor_values import TensorValues
+from amct_ext.graph.values import Node, Value, value_of
 
 # Ops that hand on the same numbers in the same shape: their result is the value they were given.
 _SAME_VALUE = {"detach", "alias", "clone", "lift", "lift_fresh", "lift_fresh_copy", "contiguous"}
-# ONNX names where the op's own name in camel case is not it.
-_ONNX_NAMES = {"cat": "Concat", "stack": "Concat"}
-
-
-_OPERATOR = "operator "
-
-
-@dataclasses.dataclass(frozen=True)
-class Doubt:
-    """A place in a forward: what stands there, `file:line`, and the module that runs."""
-
-    what: str
-    place: str
-    module: str
-
-    @property
-    def fixes(self) -> bool:
-        """Whether a trace would keep what it saw; an unknown operator is followed or not."""
-        return not self.what.startswith(_OPERATOR)
-
-    def __str__(self) -> str:
-        return " ".join(
-            filter(None, (self.what, self.place and f"at {self.place}", self.module and f"in '{self.module}'"))
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,52 +61,79 @@ def record(model: nn.Module, input_data: Any) -> Recording:
         return recorder.recording(output)
 
 
+class _NodeLog:
+    """The nodes so far, and the modules that are running (qualified names, outermost first)."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.scopes: list[str] = []
+        self._names = NodeNames()
+
+    def add_op(
+        self,
+        op: str,
+        inputs: tuple[Value, ...],
+        outputs: tuple[Value, ...],
+        args: Mapping[str, Any] = MappingProxyType({}),
+        pointwise: bool = False,
+    ) -> None:
+        self.nodes.append(Node(op, self._names.unique(op, self.scopes), None, inputs, outputs, args, pointwise))
+
+    def relate(self, op: str, sources: tuple[Value, ...], tensor: torch.Tensor) -> Value:
+        """A value that depends on others through shared memory, in a way that no op describes."""
+        value = value_of(tensor)
+        self.add_op(op, sources, (value,))
+        return value
+
+
 class _Recorder(TorchDispatchMode):
-    """Values by tensor object. Every tensor seen is kept alive until the end: neither ids nor storages are reused."""
+    """Nodes of ops from the dispatcher, of layers from hooks; inside of a layer ops are not recorded."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.nodes: list[Node] = []
+        super().__init__()  # type: ignore[no-untyped-call]
         self.doubts: dict[Doubt, None] = {}
         self.calls: dict[str, list[Node]] = {}
-        self.foreign: list[nn.Parameter] = []
         self._model = model
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._values: dict[int, Value] = {}
-        self._aliases: dict[Any, list[torch.Tensor]] = {}
-        self._scopes: list[str] = []
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._log = _NodeLog()
+        self._values = TensorValues(self._log.relate)
         self._layers: list[tuple[nn.Module, tuple[Value | None, ...]]] = []
-        self._used_names: dict[str, int] = {}
         self._parameters = dict(model.named_parameters())
         for kind, named in (("parameter", self._parameters.items()), ("buffer", model.named_buffers())):
             for name, tensor in named:
-                self._bind(tensor, _value_of(tensor, kind, name))
+                self._values.bind(tensor, value_of(tensor, kind, name))
         self.inputs = tuple(
-            self._bind(tensor, _value_of(tensor, "input")) for tensor in tensors_in((inputs.args, inputs.kwargs))
+            self._values.bind(tensor, value_of(tensor, "input")) for tensor in tensors_in((inputs.args, inputs.kwargs))
         )
 
     def recording(self, output: Any) -> Recording:
         """What was recorded; `output` is what the model returned."""
-        outputs = tuple(self._lookup(tensor) for tensor in tensors_in(output))
+        outputs = tuple(self._values.lookup(tensor) for tensor in tensors_in(output))
         present = dict(self._model.named_parameters())
         exchanged = {name for name, parameter in self._parameters.items() if present.get(name) is not parameter}
         for name in sorted(exchanged):
             self.doubts[Doubt(f"another parameter put in the place of '{name}'", "", "")] = None
-        written = {name for name, value in self._parameters.items() if self._values[id(value)].kind == "computed"}
+        written = {name for name, value in self._parameters.items() if self._values.lookup(value).kind == "computed"}
         doubts = tuple(self.doubts)
         return Recording(
-            self.nodes, self.inputs, outputs, self.calls, self.foreign, doubts, frozenset(written | exchanged)
+            self._log.nodes,
+            self.inputs,
+            outputs,
+            self.calls,
+            self._values.foreign,
+            doubts,
+            frozenset(written | exchanged),
         )
 
     def note_read(self, tensor: torch.Tensor, how: str) -> None:
         """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
-        if not self._layers and self._lookup(tensor).follows_input():
+        if not self._layers and self._values.lookup(tensor).depends_on_input():
             self._doubt(f"{how.strip('_')}() of a tensor")
             if how in ("numpy", "__array__"):  # its memory is handed out, and no op tells of what is written there
-                self._overwrite(tensor, self._related("host_memory", (self._lookup(tensor),), tensor))
+                self._values.overwrite(tensor, self._log.relate("host_memory", (self._values.lookup(tensor),), tensor))
 
     def _doubt(self, what: str) -> None:
-        module = next((scope for scope in reversed(self._scopes) if scope), "")
+        module = next((scope for scope in reversed(self._log.scopes) if scope), "")
         self.doubts[Doubt(what, caller(), module)] = None
 
     # Modules
@@ -149,32 +156,32 @@ class _Recorder(TorchDispatchMode):
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._scopes.append(self._names[id(module)])
+        self._log.scopes.append(self._modules[id(module)])
         if not self._layers and (keeps_forward(module) or isinstance(module, torch.jit.ScriptModule)):
             first = {"input": kwargs["input"]} if "input" in kwargs else {}  # all layers have it in front
-            inputs = tuple(self._lookup(tensor) for tensor in tensors_in((args, first | kwargs)))
+            inputs = tuple(self._values.lookup(tensor) for tensor in tensors_in((args, first | kwargs)))
             self._layers.append((module, inputs))  # from here on ops belong to the layer
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._scopes.pop()
+        self._log.scopes.pop()
         if self._layers and self._layers[-1][0] is module:
             _, inputs = self._layers.pop()
-            name = self._names[id(module)]
+            name = self._modules[id(module)]
             results = list(tensors_in(output))
             if not results:  # the call failed, and the model caught that
                 return
             if isinstance(module, torch.jit.ScriptModule):  # what happens inside is not ours to know
-                node = Node("scripted", name, None, inputs, tuple(_value_of(tensor) for tensor in results))
+                node = Node("scripted", name, None, inputs, tuple(value_of(tensor) for tensor in results))
             else:
-                node = Node(str(layer_type(module)), name, name, inputs, tuple(_value_of(tensor) for tensor in results))
+                node = Node(str(layer_type(module)), name, name, inputs, tuple(value_of(tensor) for tensor in results))
                 self.calls.setdefault(name, []).append(node)
             for tensor, value in zip(results, node.outputs, strict=True):
-                self._bind(tensor, value)
-            self.nodes.append(node)
+                self._values.bind(tensor, value)
+            self._log.nodes.append(node)
 
     # Ops
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._layers:
             return func(*args, **kwargs)
@@ -187,14 +194,14 @@ class _Recorder(TorchDispatchMode):
             named[argument.name] = self._replaced(given)
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written.extend(tensors_in(given))
-        inputs = tuple(self._lookup(tensor) for tensor in tensors)
+        inputs = tuple(self._values.lookup(tensor) for tensor in tensors)
         output = func(*args, **kwargs)
         self._record_op(func, named, inputs, list(tensors_in(output)), written)
         return output
 
     def _record_op(
         self,
-        func: Any,
+        func: OpOverload,
         named: dict[str, Any],
         inputs: tuple[Value, ...],
         results: list[torch.Tensor],
@@ -202,105 +209,30 @@ class _Recorder(TorchDispatchMode):
     ) -> None:
         op = _op_name(func)
         if not written and len(inputs) == 1 and len(results) == 1 and _same_value(op, inputs[0], results[0]):
-            self._bind(results[0], inputs[0])
+            self._values.bind(results[0], inputs[0])
             return
         # An op that writes may return nothing (foreach ops) or what it wrote; either way that is its result.
         results = results + [tensor for tensor in written if not any(tensor is result for result in results)]
-        outputs = tuple(_value_of(tensor) for tensor in results)
-        if any(value.follows_input() for value in inputs):
-            problem = _export_problem(func, inputs)
+        outputs = tuple(value_of(tensor) for tensor in results)
+        if any(value.depends_on_input() for value in inputs):
+            problem = export_problem(func, inputs)
             if problem:
                 self._doubt(problem)
         pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
-        self.nodes.append(Node(op, self._unique_name(op), None, inputs, outputs, named, pointwise))
+        self._log.add_op(op, inputs, outputs, named, pointwise)
         for tensor, value in zip(results, outputs, strict=True):
             if any(tensor is target for target in written):
-                self._overwrite(tensor, value)
+                self._values.overwrite(tensor, value)
             else:
-                self._bind(tensor, value)
-
-    def _overwrite(self, tensor: torch.Tensor, value: Value) -> None:
-        """New content of `tensor`: the same for every alias of the same elements, partly new for those that overlap."""
-        for alias in list(self._aliases.get(_storage(tensor), [])):
-            if alias is tensor or _geometry(alias) == _geometry(tensor):
-                self._values[id(alias)] = value
-            else:
-                self._values[id(alias)] = self._related("overwritten_part", (self._values[id(alias)], value), alias)
-        self._bind(tensor, value)
-
-    # Values
-
-    def _bind(self, tensor: torch.Tensor, value: Value) -> Value:
-        known = id(tensor) in self._values
-        self._values[id(tensor)] = value
-        if not known:
-            self._aliases.setdefault(_storage(tensor), []).append(tensor)
-        return value
-
-    def _lookup(self, tensor: torch.Tensor) -> Value:
-        value = self._values.get(id(tensor))
-        if value is not None:
-            return value
-        aliases = self._aliases.get(_storage(tensor), [])
-        for alias in aliases:
-            if _geometry(alias) == _geometry(tensor):
-                return self._bind(tensor, self._values[id(alias)])
-        sources = [self._values[id(alias)] for alias in aliases]
-        if any(source.kind in ("computed", "input") for source in sources):
-            # A view that was made where ops are not seen: related to what is known, in an unknown way.
-            return self._bind(tensor, self._related("unseen_view", tuple(sources), tensor))
-        if isinstance(tensor, nn.Parameter):
-            self.foreign.append(tensor)
-        return self._bind(tensor, _value_of(tensor, "constant"))
-
-    def _related(self, op: str, sources: tuple[Value, ...], tensor: torch.Tensor) -> Value:
-        """A value that depends on others through shared memory, in a way that no op describes."""
-        value = _value_of(tensor)
-        self.nodes.append(Node(op, self._unique_name(op), None, sources, (value,)))
-        return value
+                self._values.bind(tensor, value)
 
     def _replaced(self, given: Any) -> Any:
         """An argument with values in place of tensors."""
         if isinstance(given, torch.Tensor):
-            return self._lookup(given)
+            return self._values.lookup(given)
         if isinstance(given, (list, tuple)):
             return [self._replaced(item) for item in given]
         return given
-
-    def _unique_name(self, op: str) -> str:
-        """The node name that the TorchScript ONNX exporter derives from the modules on the stack and the operator."""
-        kind = _ONNX_NAMES.get(op) or "".join(part.capitalize() for part in op.rsplit("::", 1)[-1].split("_"))
-        name = "/".join(["", *(scope_name(scope) for scope in self._scopes if scope), kind])
-        count = self._used_names.get(name, 0)
-        self._used_names[name] = count + 1
-        return f"{name}_{count}" if count else name
-
-
-def _export_problem(func: Any, inputs: tuple[Value, ...]) -> str:
-    """Why an exporter may stop at an op: sizes that depend on values, or an op that it may not know; '' otherwise."""
-    namespace, name = func._schema.name.split("::")
-    if torch.Tag.dynamic_output_shape in func.tags and (
-        name != "index" or any(value.dtype in (torch.bool, torch.uint8) for value in inputs)
-    ):
-        return f"sizes that depend on values ({name})"
-    if namespace == "aten" and _is_common(name):
-        return ""
-    return f"{_OPERATOR}{namespace}::{name}"
-
-
-@functools.cache
-def _is_common(name: str) -> bool:
-    """Whether an op of torch belongs to its core, or is decomposed into that."""
-    packet = getattr(torch.ops.aten, name.rstrip("_") if not name.endswith("__") else name, None)
-    if packet is None:
-        return False
-    known = torch.export.default_decompositions()
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    return any(torch.Tag.core in overload.tags or overload in known for overload in overloads)
-
-
-def _value_of(tensor: torch.Tensor, kind: str = "computed", name: str = "") -> Value:
-    return Value(tuple(tensor.shape), tensor.dtype, kind, name)
 
 
 def _same_value(op: str, source: Value, result: torch.Tensor) -> bool:
@@ -308,31 +240,8 @@ def _same_value(op: str, source: Value, result: torch.Tensor) -> bool:
     return op in _SAME_VALUE or (op in ("_to_copy", "expand", "view", "_unsafe_view") and same_kind)
 
 
-def _op_name(func: Any) -> str:
-    namespace, name = func._schema.name.split("::")
+def _op_name(func: OpOverload) -> str:
+    namespace, name = str(func._schema.name).split("::")
     if namespace != "aten":
         return f"{namespace}::{name}"
     return name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name
-
-
-def _storage(tensor: torch.Tensor) -> Any:
-    """Identity of the memory behind a tensor; tensors without any (sparse layouts) stand for themselves."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return ("object", id(tensor))
-
-
-def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
-    if tensor.layout is not torch.strided:
-        return (id(tensor),)
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
-
-
-def scope_name(qualified: str) -> str:
-    """The exporter shows the last part of a module's name, with the parts before it as far as it is a mere number."""
-    parts = qualified.split(".")
-    start = len(parts) - 1
-    while start > 0 and parts[start].isnumeric():
-        start -= 1
-    return ".".join(parts[start:])

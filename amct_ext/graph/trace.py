@@ -10,9 +10,10 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
+from amct_ext.graph.doubts import Doubt
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
-from amct_ext.graph.recorder import Doubt, record
+from amct_ext.graph.recorder import record
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
 
@@ -22,8 +23,6 @@ _EVALUATED_ONLY = (
 )
 _LEFT_OUT = "model.eval() takes it out of the forward (a train() of its own that merges it into another layer?)"
 _WRITTEN = "forward writes its weight or bias itself"
-
-__all__ = ["Graph", "Node", "Value", "trace"]
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ class Value:
     consumers: list[Node] = field(default_factory=list, repr=False)
     dependent: bool = field(default=False, repr=False)
 
-    def follows_input(self) -> bool:
+    def depends_on_input(self) -> bool:
         """Whether the value depends on what the model was given."""
         return self.kind == "input" or self.dependent
 
@@ -54,6 +54,11 @@ class Node:
         for value in self.inputs:
             if value is not None and not any(node is self for node in value.consumers):
                 value.consumers.append(self)
-        dependent = any(value is not None and value.follows_input() for value in self.inputs)
+        dependent = any(value is not None and value.depends_on_input() for value in self.inputs)
         for value in self.outputs:
             value.producer, value.dependent = self, dependent
+
+
+def value_of(tensor: torch.Tensor, kind: str = "computed", name: str = "") -> Value:
+    """A new value with the shape and type of a tensor."""
+    return Value(tuple(tensor.shape), tensor.dtype, kind, name)

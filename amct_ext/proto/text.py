@@ -15,6 +15,8 @@ from typing import Any
 
 from google.protobuf import text_format
 
+from amct_ext.proto import message_class
+
 _TOKEN = re.compile(
     r"(?P<newline>\n)|(?P<blank>[ \t\r\f\v]+|\#[^\n]*)"
     r"|(?P<string>\"(?:\\.|[^\"\\\n])*\"?|'(?:\\.|[^'\\\n])*'?)"
@@ -128,12 +130,33 @@ def close_matches(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(repr(item) for item in near)}?" if near else ""
 
 
-def explain(error: text_format.ParseError, text: str, source: str, message: Any) -> tuple[str, int | None, int | None]:
-    """(message, line, column) for a syntax error that protobuf found in `text` while it filled `message`."""
-    reason, line, column = _explain(error, text, source, message)
-    if len(reason) > _LONGEST:
-        reason = f"{reason[: _LONGEST - 60]} ... {reason[-50:]}"
-    return reason, line, column
+class MessageSyntaxError(Exception):
+    """A text is no text of a message: what is wrong with its place, line and column (None where unknown)."""
+
+    def __init__(self, reason: str, line: int | None, column: int | None) -> None:
+        super().__init__(reason, line, column)
+        self.reason = reason
+
+
+def parse_message(name: str, text: str, source: str, repeated_scalars: bool = False) -> Any:
+    """The message with this full name that `text` describes; `source` is the file's name as messages give it.
+
+    `repeated_scalars`: a scalar may be given twice, the last one counts. Errors: MessageSyntaxError.
+    """
+    message = message_class(name)()
+    try:
+        (text_format.Merge if repeated_scalars else text_format.Parse)(text, message)
+    except text_format.ParseError as error:
+        reason, line, column = _explain(error, text, source, message)
+        if len(reason) > _LONGEST:
+            reason = f"{reason[: _LONGEST - 60]} ... {reason[-50:]}"
+        raise MessageSyntaxError(reason, line, column) from None
+    return message
+
+
+def format_message(message: Any) -> str:
+    """The text of a message, as protobuf prints it."""
+    return str(text_format.MessageToString(message, as_utf8=True))
 
 
 def _explain(error: text_format.ParseError, text: str, source: str, message: Any) -> tuple[str, int | None, int | None]:

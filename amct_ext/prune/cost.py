@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
-from amct_ext.graph.trace import Graph, Node
+from amct_ext.graph.trace import Graph
+from amct_ext.graph.values import Node
 from amct_ext.prune.groups import ChannelGroup
 
 

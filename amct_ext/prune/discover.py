@@ -10,8 +10,9 @@ from torch import nn
 from amct_ext.common.layer_kinds import Family, LayerKind, computed_parameter, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
-from amct_ext.graph.trace import Graph, Node, Value
+from amct_ext.graph.trace import Graph
 from amct_ext.graph.traits import why_not_usable
+from amct_ext.graph.values import Node, Value
 from amct_ext.prune.groups import ChannelGroup, Layout, Member, Segment
 from amct_ext.prune.op_rules import CannotFollow, op_rule
 

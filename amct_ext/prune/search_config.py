@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-
 from amct_ext.config.text import FilterPrune, Override, RetrainConfig, parse_config, shortest_decimal
 from amct_ext.errors import ConfigError, ConfigParseError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import Places, explain
+from amct_ext.proto.text import MessageSyntaxError, Places, format_message, parse_message
 
 _SEARCH = "amct_ext.config.AutoChannelPruneConfig"
 _RETRAIN = "amct_ext.config.RetrainConfig"
@@ -104,7 +102,7 @@ def dumps(config: SearchConfig, ratios: Mapping[str, FilterPrune], untouched: Se
         _fill(message.override_layer_configs.add(layer_name=name).prune_config, prune)
     named = set(message.regular_prune_skip_layers)
     message.regular_prune_skip_layers.extend(name for name in untouched if name not in named)
-    return "".join(text_format.MessageToString(part, as_utf8=True) for part in (whole_model, message))
+    return "".join(format_message(part) for part in (whole_model, message))
 
 
 def _fill(prune_config: Any, prune: FilterPrune) -> None:
@@ -118,9 +116,8 @@ def _parse(path: str | os.PathLike[str], kind: str) -> tuple[Any, Places]:
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise SearchConfigError(f"{source}: not a configuration text (byte {error.start} is not UTF-8)") from None
-    message = message_class(kind)()
     try:
-        text_format.Merge(text, message)
-    except text_format.ParseError as error:
-        raise SearchConfigError(*explain(error, text, source, message)) from None
+        message = parse_message(kind, text, source, repeated_scalars=True)
+    except MessageSyntaxError as error:
+        raise SearchConfigError(*error.args) from None
     return message, Places(source, text)

@@ -7,11 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
-
 from amct_ext.errors import RecordError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import Places, Where, explain
+from amct_ext.proto.text import MessageSyntaxError, Places, Where, format_message, parse_message
 from amct_ext.record.attributes import read_attribute, write_attribute
 from amct_ext.record.checks import check_channel, check_quant, check_sparse, check_unique
 from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
@@ -40,12 +38,12 @@ def parse_record(text: str, source: str = "<record>") -> Record:
 
     Errors: RecordError (RecordRangeError for factors out of range), with file and line.
     """
-    message = message_class(_MESSAGE)()
     try:
-        text_format.Parse(text, message)
-    except text_format.ParseError as error:
-        reason = explain(error, text, source, message)[0]
-        raise RecordError(f"{reason} (restore the record file from a copy, or make it again with create_*)") from None
+        message = parse_message(_MESSAGE, text, source)
+    except MessageSyntaxError as error:
+        raise RecordError(
+            f"{error.reason} (restore the record file from a copy, or make it again with create_*)"
+        ) from None
     places = Places(source, text)
     quant = []
     for index, item in enumerate(message.record):
@@ -76,7 +74,7 @@ def format_record(record: Record) -> str:
     for sparse in record.sparse:
         check_sparse(sparse, _nowhere)
         _write_sparse(message.prune_record.add().selective_prune, sparse)
-    return str(text_format.MessageToString(message, as_utf8=True))
+    return format_message(message)
 
 
 def channel_messages(records: Iterable[ChannelRecord]) -> Any:
