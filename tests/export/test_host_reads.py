@@ -175,7 +175,7 @@ def test_what_cannot_be_saved_is_told_at_create(config: str, tmp_path: Path, cap
 
 
 def test_what_can_be_exported_is_not_tried_at_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amct_ext.flows.build.rehearse", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr("amct_ext.flows.diagnosis.try_capture", lambda *_: pytest.fail("tried"))
     (tmp_path / "c.cfg").write_text(small.QUANT)
     assert amct_ext.explain(small.build(), small.SAMPLE, tmp_path / "c.cfg").export == ""
 

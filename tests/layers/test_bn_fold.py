@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext.layers.bn_fold import fold_scale
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.record.text import read_record
 
 CONVS = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}

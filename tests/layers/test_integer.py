@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext import ops
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 
 
 def test_settings(tmp_path: Path) -> None:

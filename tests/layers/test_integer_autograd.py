@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import amct_ext
 from amct_ext.layers.integer import IntegerForward
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(5, 20, 3, stride=2, padding=1), (3, 5, 7, 9)),

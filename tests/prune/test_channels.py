@@ -33,7 +33,8 @@ def plain():
 
 def planned(model, data, **settings):
     graph = trace(model, data)
-    return graph, plan_channels(graph, plan_for(graph, model, **settings), model)
+    plan = plan_for(graph, model, **settings)
+    return graph, plan_channels(discover(graph, plan, model), plan, model)
 
 
 def why_not(model, data):
@@ -80,7 +81,8 @@ def test_coupled_layers_take_the_smallest_ratio_and_any_rounding():
     graph = trace(net, image())
     prune = {"a": FilterPrune(0.5, False), "b": FilterPrune(0.25, True)}
     layers = {name: LayerPlan(name, trait.type, None, prune.get(name)) for name, trait in graph.traits(net).items()}
-    (record,) = plan_channels(graph, Plan(1, layers, False, False, False, True), net)
+    plan = Plan(1, layers, False, False, False, True)
+    (record,) = plan_channels(discover(graph, plan, net), plan, net)
     assert [node.name for node in record.producers] == ["a", "b"]
     assert len(record.producers[0].prune_index) == 8  # 30 remain, rounded up to 32
 
