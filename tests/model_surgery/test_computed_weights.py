@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.utils as utils
 from support import small_models as small
-from support.any_job import AnyJob, off, run
+from support.any_job import AnyJob, off
 from support.linear_job import Change, Job, X, build, close, train
+from support.onnx_run import run_onnx
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -121,4 +122,4 @@ def test_a_computed_batch_norm_keeps_its_channels(tmp_path: Path, parameter: str
     assert f"its {parameter} is computed" in report["0"].not_pruned
     assert model[3].out_channels < 8
     seen = model.eval()(x)
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from support.any_job import AnyJob, off, run
+from support.any_job import AnyJob, off
+from support.onnx_run import run_onnx
 from support.written import SPARSE_QUANT, Written, linear
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def test_an_unread_result(tmp_path: Path, config: str, unread: Any, caplog: pyte
     report = amct_ext.explain(model)["pooler"]
     assert "reaches no tensor" in report.not_quantised or config == small.FILTER
     seen = model.eval()(x).detach()
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02
 
 
 def test_what_is_read_in_a_way_that_leaves_no_trace() -> None:
@@ -151,7 +152,7 @@ def test_weights_that_the_model_changes_itself(
     assert amct_ext.explain(model)["0"].quantised
     model.train()(x).mean().backward()
     seen = model.eval()(x)
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02
 
 
 def test_layers_skipped_at_random_do_run_in_training() -> None:
@@ -207,7 +208,7 @@ def test_a_weight_that_an_op_reads_too(tmp_path: Path, config: str, kind: str) -
     job = AnyJob(tmp_path, config)
     model = job.calibrated(net, x)
     seen = model.eval()(x).detach()
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02
     report = amct_ext.explain(model)["0.a"]
     assert not report.pruned
     if config != small.QUANT:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support import small_models as small
-from support.any_job import AnyJob, off, run
+from support.any_job import AnyJob, off
+from support.onnx_run import run_onnx
 from support.written import SPARSE_QUANT, Written, linear
 from torch import nn
 
@@ -27,7 +28,7 @@ def test_encoder_layers_run_in_every_evaluation(tmp_path: Path, norm_first: bool
     with mode():
         plain = model.eval()(x)
     assert off(plain, model(x).detach()) < 1e-5
-    assert off(run(job.save(model, x)[0], x), plain.clone()) < 0.05
+    assert off(run_onnx(job.save(model, x)[0], x), plain.clone()) < 0.05
     assert layer.activation_relu_or_gelu == 1  # the caller's
 
 
@@ -58,4 +59,4 @@ def test_encoder_with_a_padding_mask(tmp_path: Path, caplog: pytest.LogCaptureFi
         seen, expected = model.eval()(x, pad), net.eval()(x, pad)
     assert off(seen[~pad], expected[~pad]) < 0.1
     assert encoder.enable_nested_tensor
-    assert off(run(job.save(model, (x, pad))[0], x, pad)[~pad], seen[~pad]) < 0.05
+    assert off(run_onnx(job.save(model, (x, pad))[0], x, pad)[~pad], seen[~pad]) < 0.05

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
+from support.onnx_run import onnx_outputs
 from torch import Tensor, nn
 
 import amct_ext
@@ -38,5 +37,4 @@ def trained(folder: Path, net: nn.Module, config: str, x: Any = X) -> tuple[nn.M
 
 
 def outputs(folder: Path, x: Tensor = X) -> list[Tensor]:
-    session = onnxruntime.InferenceSession(f"{folder}/m_fake_quant_model.onnx")
-    return [torch.from_numpy(np.asarray(v)) for v in session.run(None, {session.get_inputs()[0].name: x.numpy()})]
+    return onnx_outputs(folder / "m_fake_quant_model.onnx", x)

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from support import small_models as small
+from support.onnx_run import run_onnx
 from torch import Tensor, nn
 
 import amct_ext
@@ -30,10 +29,8 @@ class Job:
 
     def save(self, model: nn.Module) -> Tensor:
         """Save, and what the fake-quant file computes."""
-        onnxruntime = pytest.importorskip("onnxruntime")
         amct_ext.save_compressed_retrain_model(model, self.record, self.out, X)
-        session = onnxruntime.InferenceSession(f"{self.out}_fake_quant_model.onnx")
-        return torch.from_numpy(np.asarray(session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]))
+        return run_onnx(Path(f"{self.out}_fake_quant_model.onnx"), X)
 
 
 def build() -> nn.Sequential:
