@@ -37,7 +37,7 @@ def as_amct(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) 
 
 
 @pytest.mark.parametrize("name", [name for name in case_names() if name not in WITHOUT_MODEL])
-def test_parameters_are_those_of_the_reference_in_its_order(golden: Path, tmp_path: Path, name: str) -> None:
+def test_parameters_are_those_of_amct_in_its_order(golden: Path, tmp_path: Path, name: str) -> None:
     case = Case(golden, name, tmp_path)
     assert list(amct_parameters(case.created)) == case.facts["named_parameters"]
 

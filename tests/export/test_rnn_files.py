@@ -140,7 +140,7 @@ def test_compiled_model_agrees(tmp_path: Path, kind: str, setting: str) -> None:
 
 @pytest.mark.parametrize("name", ["gru_quant", "gru_cwfalse", "lstm_quant"])
 def test_whole_golden_run_while_the_weights_stand_still(golden: Path, tmp_path: Path, name: str) -> None:
-    """With frozen weights, as the reference leaves them, all its numbers bind: losses, clips, evaluation, record."""
+    """With frozen weights, as AMCT leaves them, all its numbers bind: losses, clips, evaluation, record."""
     case = Case(golden, name, tmp_path)
     for weight in (case.created.rnn.weight_ih_l0, case.created.rnn.weight_hh_l0):
         weight.requires_grad_(False)

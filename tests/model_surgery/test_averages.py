@@ -47,7 +47,7 @@ def test_an_average_made_before_the_calibration_keeps_its_clips(job: Job, name: 
     for key, value in clips(average).items():  # a forward writes the effective clips back: none has the wrong sign
         right = max(before[key], 0.0) if key.endswith("max") else min(before[key], 0.0)
         assert value == right, key
-    # The reference: the same values, loaded into a model that is told that its calibration is over.
+    # To compare with: the same values, loaded into a model that is told that its calibration is over.
     told = job.create()
     state = {key: value.clone() for key, value in average.state_dict().items()}
     for key, value in state.items():
@@ -97,7 +97,7 @@ def test_an_average_over_parameters_alone_keeps_learned_scales(job: Job, name: s
             mine.data.lerp_(new.data, 0.5)
 
     steps(model, average=lerp)
-    with torch.no_grad():  # the reference has the flags, too
+    with torch.no_grad():  # what it is compared with has the flags, too
         told = copied(model, job.create()).eval()
         for mine, new in zip(told.parameters(), average.parameters(), strict=True):
             mine.copy_(new)
