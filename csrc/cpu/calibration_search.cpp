@@ -118,8 +118,9 @@ std::vector<Candidate> make_candidates(double largest_, double smallest_, int nu
   const Acc bound = std::max(largest, -smallest);
   const Acc limit = static_cast<Acc>(largest < -smallest ? -codes.lowest : codes.highest);
   std::vector<Candidate> result;
-  for (int i = 0; i < kCandidates; ++i) {
-    const Acc ratio = static_cast<Acc>(math::kRatios[i]);
+  result.reserve(kCandidates);
+  for (const float r : math::kRatios) {
+    const Acc ratio = static_cast<Acc>(r);
     if (with_offset) {
       const Acc end = ratio * largest;
       const auto affine = math::affine(end, smallest, num_bits);
@@ -154,6 +155,7 @@ int first_best(const Tensor& x, const std::vector<Candidate>& candidates, const 
                bool with_offset) {
   if (possible.size() == 1) return possible[0];
   std::vector<Candidate> tried;
+  tried.reserve(possible.size());
   for (int i : possible) tried.push_back(candidates[i]);
   const int count = static_cast<int>(tried.size());
   const auto loop = with_offset ? kernels().offset_losses[element_of(x)] : kernels().losses[element_of(x)];

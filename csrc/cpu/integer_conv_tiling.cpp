@@ -101,7 +101,7 @@ PackedWeights packed_weights(const char* op, const ConvShape& s, const Tensor& p
 }
 
 Tensor with_read_padding(const Tensor& codes, at::MemoryFormat format) {
-  const Tensor source = codes.contiguous(format);
+  Tensor source = codes.contiguous(format);
   const int64_t past = (static_cast<int64_t>(source.storage().nbytes()) - source.storage_offset()) - source.numel();
   if (past >= 4) return source;
   const Tensor padded = at::empty({source.numel() + 4}, source.options());

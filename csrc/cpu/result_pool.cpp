@@ -44,7 +44,7 @@ class Pool final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t size) override {
     std::unique_ptr<Block> block = take(size);
-    if (block == nullptr) block.reset(new Block{c10::GetCPUAllocator()->allocate(size), size, this});
+    if (block == nullptr) block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(size), size, this});
     void* data = block->memory.get();
     return {data, block.release(), &free_block, at::kCPU};
   }
@@ -100,8 +100,8 @@ class Pool final : public c10::Allocator {
     if (!lock) return block;
     if (block) {
       bytes_ += block->size;
-      idle_.push_back({block->size, block.get()});
-      block.release();
+      const size_t size = block->size;
+      idle_.push_back({size, block.release()});
     }
     if (idle_.size() <= policy_.max_blocks && bytes_ <= policy_.max_bytes) return nullptr;
     if (policy_.exact) return remove(idle_.begin());

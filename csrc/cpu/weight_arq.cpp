@@ -204,7 +204,7 @@ void run_arq(const std::vector<ArqJob>& jobs, int num_bits) {
     for (int64_t i = begin; i < end;) {
       const WorkItem& item = work[i];
       int64_t last = item.last;
-      while (++i < end && work[i].weight == item.weight) last = work[i].last;
+      for (++i; i < end && work[i].weight == item.weight; ++i) last = work[i].last;
       item.weight->quantize_channels(item.first, last);
     }
   });

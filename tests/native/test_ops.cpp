@@ -10,7 +10,8 @@
 
 namespace {
 
-const at::Tensor none = at::full({}, NAN);  // no previous clips
+// A value for the previous clips of a first forward.
+at::Tensor none() { return at::full({}, NAN); }
 
 TEST(Ops, BuildInfoNamesTheInstructionSet) {
   EXPECT_NE(amct_ext::build_info().simd_levels.find(amct_ext::build_info().simd), std::string::npos);
@@ -19,7 +20,7 @@ TEST(Ops, BuildInfoNamesTheInstructionSet) {
 TEST(Ops, ActivationHasGradientsOfInputAndClips) {
   const at::Tensor x = at::randn({4, 8}).requires_grad_(), high = at::full({}, 1.5).requires_grad_(),
                    low = at::full({}, -1.0).requires_grad_();
-  const at::Tensor y = std::get<0>(amct_ext::ulq_fake_quantize(x, high, low, none, none));
+  const at::Tensor y = std::get<0>(amct_ext::ulq_fake_quantize(x, high, low, none(), none()));
   torch::autograd::backward({y.sum()}, {});
   const at::Tensor inside = (x.detach() <= 1.5) & (x.detach() >= -1.0);
   EXPECT_LE((y.detach() - x.detach()).masked_select(inside).abs().max().item<float>(), 2.5f / 255);
@@ -28,8 +29,8 @@ TEST(Ops, ActivationHasGradientsOfInputAndClips) {
 
 TEST(Ops, ErrorsHaveTheTypesOfPython) {
   const at::Tensor x = at::randn({4}), clip = at::ones({});
-  EXPECT_THROW(amct_ext::ulq_fake_quantize(x.to(at::kInt), clip, -clip, none, none), c10::TypeError);
-  EXPECT_THROW(amct_ext::ulq_fake_quantize(x, clip, -clip, none, none, 17), c10::ValueError);
+  EXPECT_THROW(amct_ext::ulq_fake_quantize(x.to(at::kInt), clip, -clip, none(), none()), c10::TypeError);
+  EXPECT_THROW(amct_ext::ulq_fake_quantize(x, clip, -clip, none(), none(), 17), c10::ValueError);
   EXPECT_THROW(amct_ext::arq_fake_quantize(x, 8, 1), c10::IndexError);
 }
 
@@ -63,7 +64,7 @@ TEST(Ops, TwoShiftsMake100000FitInto16Bits) {
 
 TEST(Ops, IntegerLinearEqualsItsSums) {
   const at::Tensor x = at::randn({5, 12}), w = at::randn({7, 12}), clip = at::ones({});
-  const auto [codes, x_scale, x_offset, high, low, invalid] = amct_ext::ulq_quantize(x, clip, -clip, none, none);
+  const auto [codes, x_scale, x_offset, high, low, invalid] = amct_ext::ulq_quantize(x, clip, -clip, none(), none());
   const at::Tensor w_scale = std::get<1>(amct_ext::arq_fake_quantize(w, 8, 0));
   const auto [packed, sums] = amct_ext::pack_weight(w, w_scale);
   const at::Tensor y = amct_ext::integer_linear(codes, x_scale, x_offset, packed, sums, w_scale);

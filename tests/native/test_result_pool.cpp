@@ -81,6 +81,7 @@ TEST_F(ResultPool, LayersKeepTheTwoLargestBlocks) {
 
 TEST_F(ResultPool, StepsEvictTheOldestBlocks) {
   std::vector<at::Tensor> results;
+  results.reserve(5);
   for (int i = 0; i < 5; ++i) results.push_back(result(64, Lifetime::kStep));
   const void* const first = results.front().const_data_ptr();
   for (at::Tensor& y : results) y.reset();
@@ -105,6 +106,7 @@ TEST_F(ResultPool, NorAreThoseOfTensorsWithGaps) {
 
 TEST_F(ResultPool, ThreadsMayTakeAndFreeAtOnce) {
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([t] {
       for (int i = 0; i < 200; ++i) {

@@ -101,6 +101,7 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
 
 // One function, longer than most: its lambdas share the constants and sums, which so stay in registers.
 template <typename T>
+// NOLINTNEXTLINE(readability-function-size)
 void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
   using A = Acc<T>;
   constexpr int kWidth = CascadeSum<A>::kWidth, kStep = kWidth * CascadeSum<A>::kSteps;
