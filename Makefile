@@ -90,7 +90,7 @@ format: venv ## rewrite the sources in the house style
 sanitize: venv ## the op tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize.sh $(ARGS)
 
-sanitize-cuda: venv ## the op tests on the card under compute-sanitizer: memcheck, racecheck, initcheck
+sanitize-cuda: venv ## the op tests on the GPU under compute-sanitizer: memcheck, racecheck, initcheck
 	tools/sanitize_cuda.sh $(ARGS)
 
 proto: venv ## compile proto/ after a change of a .proto file; the result is carried in git

@@ -2,7 +2,7 @@
 
 `lib/libamct_ext.so` carries every schema, the CPU kernels and the autograd rules, and no Python; loading it registers
 `torch.ops.amct_ext`. `lib/libamct_ext_cuda.so`, where it was built, adds the CUDA kernels and is loaded where torch has
-CUDA; it registers kernels and touches no card. `_C` (pybind11) has what no schema carries: how the library was built,
+CUDA; it registers kernels and touches no GPU. `_C` (pybind11) has what no schema carries: how the library was built,
 and the idle memory of its kernels.
 """
 

@@ -42,7 +42,7 @@ def _keep_onnx_translations() -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder with data of real runs of the reference: `AMCT_GOLDEN`, or `shared/golden` beside the repository."""
+    """The folder with data of real runs of AMCT: `AMCT_GOLDEN`, or `shared/golden` beside the repository."""
     folder = Path(os.environ.get("AMCT_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
     if not (folder / "load.py").is_file():
         pytest.skip(f"no golden data at {folder}: set AMCT_GOLDEN to the folder that holds load.py")
@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         differ = sum("deviation" in p for p in passed)
         unbound = sum("unbound" in p and "deviation" not in p for p in passed)
         line = f"golden: {len(passed) - differ} passed, {differ} documented deviations, {len(failed)} failed"
-        terminalreporter.write_line(line + f" (in {unbound} of those passed, noise decides the reference's numbers)")
+        terminalreporter.write_line(line + f" (in {unbound} of those passed, noise decides AMCT's numbers)")
 
 
 @pytest.fixture(params=DEVICES)

@@ -15,5 +15,5 @@ cmake -S tests/native/cuda_on_host -B build/tidy-cuda -G Ninja -DCMAKE_EXPORT_CO
 # clang-tidy brings the headers of clang, but not omp.h.
 headers=$("${CXX:-c++}" -print-file-name=include)
 for folder in "$build" build/tidy-cuda; do
-  run-clang-tidy.py -quiet -j "$(nproc)" -p "$folder" "-extra-arg=-idirafter$headers" "${1:-$PWD/(csrc|tests/native)/}"
+  run-clang-tidy.py -quiet -j "$(nproc)" -p "$folder" "-extra-arg=-idirafter$headers" "${1:-$PWD/(csrc|tests/native/[a-z_]+\.cpp)}"
 done

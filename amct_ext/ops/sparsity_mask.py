@@ -26,7 +26,7 @@ def mask_2to4(w: Tensor, axis: int = 1) -> Tensor:
     with zeros that take part in the choice; an axis of one or two weights is kept whole; NaN counts as the largest.
 
     Equal magnitudes: earlier ones are kept, except in a group whose first weight is the smallest alone. There, of three
-    equal others the middle one goes, of two the earlier. It is the order in which the reference's CPU selection falls,
+    equal others the middle one goes, of two the earlier. It is the order in which AMCT's CPU selection falls,
     made a rule here so that every device agrees.
 
     Errors: TypeError for a dtype that is not floating, IndexError for the axis.

@@ -40,7 +40,7 @@ inline void check_same_shape(const char* op, const char* name, const at::Tensor&
                     other.sizes(), ", not ", x.sizes());
 }
 
-// For kernels that take pointers into more than one tensor: a CPU value would be an address that the card cannot read.
+// For kernels that take pointers into more than one tensor: a CPU value would be an address that the GPU cannot read.
 inline void check_device(const char* op, const char* name, const at::Tensor& x, const char* other_name,
                          const at::Tensor& other) {
   TORCH_CHECK_VALUE(x.device() == other.device(), op, ": ", name, " must be on the device of ", other_name, ", ",

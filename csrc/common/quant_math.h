@@ -19,7 +19,7 @@
 namespace amct_ext::math {
 
 // The ratios of the range search: torch.arange(0.7, 1.3, 0.01, dtype=float32), whose last bits depend on how it is
-// vectorised, fixed to what the reference toolkit gets on a CPU.
+// vectorised, fixed to what AMCT gets on a CPU.
 constexpr int kCandidates = 61;
 AMCT_TABLE float kRatios[kCandidates] = {
     0.699999988f, 0.709999979f, 0.719999969f, 0.729999959f, 0.74000001f,  0.75f,        0.75999999f,  0.769999981f,

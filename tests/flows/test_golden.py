@@ -1,6 +1,6 @@
 """Every golden case of the compressed flow: create, record, losses, parameters, evaluation, restore.
 
-``quirks.json`` of the golden data says which numbers do not bind (a bug of the reference, or a trajectory that one ulp
+``quirks.json`` of the golden data says which numbers do not bind (a bug of AMCT, or a trajectory that one ulp
 of noise sends elsewhere); there the test runs the stage and checks that it is sound, or asserts our documented
 deviation.
 """
@@ -151,7 +151,7 @@ def test_losses(case: Case) -> None:
 
 @every(list(RECURRENT))
 def test_first_loss_of_recurrent_layers(case: Case) -> None:
-    """The first step is the reference's, whose gradients of weights are missing."""
+    """The first step is AMCT's, whose gradients of weights are missing."""
     _ = case.trained
     case.deviates("recurrent weights are trained")
     assert case.losses[0] == pytest.approx(case.golden_results["losses"][0], rel=1e-6)
@@ -283,7 +283,7 @@ def test_own_round_trip(case: Case) -> None:
     record = case.folder / "record_after_train.txt"
     record.write_text(case.record_after_train)
     assert torch.equal(case.evaluate(case.restore(str(record), case.checkpoint)), expected)
-    # ... and through the reference's names
+    # ... and through AMCT's names
     dialect = case.folder / "dialect.pth"
     torch.save(case.per_step[-1], dialect)
     assert torch.equal(case.evaluate(case.restore(str(record), str(dialect), None)), expected)

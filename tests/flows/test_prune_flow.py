@@ -77,7 +77,7 @@ def test_golden_created_state_and_record(golden: Path, tmp_path: Path, name: str
     assert list(ours) == list(theirs)
     for key, value in theirs.items():
         assert ours[key].shape == value.shape and ours[key].dtype == value.dtype, key
-        if not key.endswith("wts_mask"):  # ours are made at create, the reference's at the first forward
+        if not key.endswith("wts_mask"):  # ours are made at create, AMCT's at the first forward
             assert torch.equal(ours[key].nan_to_num(7), value.nan_to_num(7)), key
     written, expected = read_record(case.record), parse_record(case.load.record(name, "after_create"))
     assert written.channel == expected.channel

@@ -1,4 +1,4 @@
-"""Channel pruning against real runs of the reference: counts, records, weights; documented deviations one by one."""
+"""Channel pruning against real runs of AMCT: counts, records, weights; documented deviations one by one."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from support import standin
 
 
 def devices() -> list[str]:
-    """The CPU, CUDA where there is a card, and the device that `AMCT_TEST_DEVICE` names (`npu`, `standin`, ...)."""
+    """The CPU, CUDA where there is a GPU, and the device that `AMCT_TEST_DEVICE` names (`npu`, `standin`, ...)."""
     found = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     extra = os.environ.get("AMCT_TEST_DEVICE", "")
     if extra == standin.NAME:

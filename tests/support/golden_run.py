@@ -230,7 +230,7 @@ class Case:
 
     @functools.cached_property
     def reference_restored(self) -> nn.Module:
-        """Our restore from the reference's own checkpoint and record."""
+        """Our restore from AMCT's own checkpoint and record."""
         record = self.folder / "reference_record.txt"
         record.write_text(self.load.record(self.name, "after_train"))
         return self.restore(str(record), str(self.golden / self.name / "checkpoint.pth"))

@@ -44,7 +44,7 @@ def saved_bytes(held: list[int]) -> Iterator[None]:
 
 
 class Watch:
-    """Whether the memory of a tensor has been let go."""
+    """Whether the memory of a tensor has been freed."""
 
     def __init__(self, x: Tensor) -> None:
         self.ref = torch.multiprocessing.reductions.StorageWeakRef(x.untyped_storage())
