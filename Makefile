@@ -25,7 +25,7 @@ CLANG_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -n
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format sanitize sanitize-cuda proto clean clean-venv
+.PHONY: help venv demo test bench lint tidy format sanitize sanitize-cuda proto clean clean-venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -68,8 +68,8 @@ test: venv ## all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: venv ## fused against eager: every op, then one whole training step
-	$(BIN)/python benchmarks/report.py --write $(ARGS)
-	$(BIN)/python benchmarks/bench_retrain_step.py
+	$(BIN)/python -m benchmarks.ops.report --write $(ARGS)
+	$(BIN)/python -m benchmarks.step.bench_retrain_step
 
 lint: venv ## ruff, clang-format, mypy, who imports whom, generated files up to date; changes nothing
 	$(BIN)/ruff check .
@@ -78,6 +78,9 @@ lint: venv ## ruff, clang-format, mypy, who imports whom, generated files up to 
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/generate_proto.py --check
+
+tidy: venv ## clang-tidy over the C++ and CUDA sources
+	tools/tidy.sh $(ARGS)
 
 format: venv ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix-only .

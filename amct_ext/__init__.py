@@ -12,7 +12,7 @@ from amct_ext.checkpoint.amct_names import from_amct_state_dict, to_amct_state_d
 from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
 from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError
-from amct_ext.explain.report import Explanation, LayerReport, explain
+from amct_ext.explain.report import Explanation, LayerReport
 from amct_ext.explain.targets import TARGETS, Target, check_target
 from amct_ext.flows.batchnorm import reestimate_batchnorm
 from amct_ext.flows.calibrate import calibrate
@@ -21,6 +21,7 @@ from amct_ext.flows.compressed import (
     restore_compressed_retrain_model,
     save_compressed_retrain_model,
 )
+from amct_ext.flows.explain import explain
 from amct_ext.flows.prune import (
     create_prune_retrain_model,
     restore_prune_retrain_model,

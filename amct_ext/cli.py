@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amct_ext._library import build_info
-from amct_ext.checkpoint.amct_names import is_amct
+from amct_ext.checkpoint.amct_names import has_amct_names
 from amct_ext.checkpoint.load import read_state_dict
 from amct_ext.config.files import check_config
 from amct_ext.errors import AmctError
@@ -53,7 +53,7 @@ def validate(
     A text without settings is refused, as by the create functions; create_quant_retrain_config alone takes it, for the
     defaults.
     """
-    with _told():
+    with _errors_reported():
         check_config(config)
         warnings = targets.check_target(config, target) if target else []
     for warning in warnings:
@@ -64,7 +64,7 @@ def validate(
 @app.command()
 def inspect(record: ExistingFile) -> None:
     """Show a record file: quantisation factors, removed channels, 2:4 masks."""
-    with _told():
+    with _errors_reported():
         content = read_record(str(record))
     console = Console()
     if content.quant:
@@ -99,10 +99,10 @@ def checkpoint(
     state_dict_name: Annotated[str | None, typer.Option(help="the entry that holds the state dict")] = None,
 ) -> None:
     """Show whose names a checkpoint uses (ours or AMCT's) and what it holds; the file is never executed."""
-    with _told():
+    with _errors_reported():
         state = read_state_dict(str(file), state_dict_name)
     table = Table(
-        "entry", "shape", "dtype", title=f"{'AMCT' if is_amct(state) else 'native'} names, {len(state)} tensors"
+        "entry", "shape", "dtype", title=f"{'AMCT' if has_amct_names(state) else 'native'} names, {len(state)} tensors"
     )
     for key, value in state.items():
         shape, dtype = " x ".join(map(str, value.shape)) or "scalar", str(value.dtype).removeprefix("torch.")
@@ -111,7 +111,7 @@ def checkpoint(
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _errors_reported() -> Iterator[None]:
     """What is wrong with a file, or with reading it, ends the command with one message and status 1."""
     try:
         yield

@@ -6,8 +6,8 @@ from torch import nn
 
 from amct_ext.common.ranks import average_
 from amct_ext.common.wrapping import unwrap
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 
 def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import onnx_translations
 from support.devices import DEVICES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,6 +33,11 @@ def _forget_compiled() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _keep_onnx_translations() -> None:
+    onnx_translations.keep()
 
 
 @pytest.fixture(scope="session")

@@ -54,13 +54,17 @@ def test_no_test_imports_from_another() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_an_op_has_tests_and_kernels_under_its_own_name(op: str) -> None:
+def test_ops_are_tested_in_a_file_of_their_name(op: str) -> None:
     assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file()
-    assert (ROOT / "csrc" / "cpu" / f"{op}.cpp").is_file()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
-def test_kernels_are_registered_in_files_of_a_family(device: str) -> None:
-    for path in sources(f"csrc/{device}", suffixes=(".cpp", ".cu")):
-        if "TORCH_LIBRARY_IMPL" in path.read_text():
-            assert path.name.startswith(FAMILIES), path
+def test_kernels_lie_in_a_file_named_like_their_reference(device: str) -> None:
+    """`activation_ulq_state.cpp` counts: a kernel file may hold a part of what `ops/activation_ulq.py` has."""
+    kernels = [
+        path
+        for path in sources(f"csrc/{device}", suffixes=(".cpp", ".cu"))
+        if "TORCH_LIBRARY_IMPL(amct_ext" in path.read_text()
+    ]
+    assert kernels
+    assert not [path.name for path in kernels if not path.stem.startswith(tuple(OPS))]

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, own_members, read_rnn, write_rnn
+from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, read_rnn, subclass_entries, write_rnn
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import present_pairs, session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
-_MARKS = (".replaced_module.",)
+_MARK = ".replaced_module."
 # AMCT's name -> ours, for the activation quantiser.
 _ACT_PARAMS = {"acts_clip_max": "clip_max", "acts_clip_min": "clip_min"}
 _ACT_BUFFERS = {
@@ -32,9 +32,9 @@ _ACT_BUFFERS = {
 }
 
 
-def is_amct(state: Mapping[str, Tensor]) -> bool:
+def has_amct_names(state: Mapping[str, Tensor]) -> bool:
     """Whether the keys are those of AMCT."""
-    return any(mark in key for key in state for mark in _MARKS)
+    return any(_MARK in key for key in state)
 
 
 def to_amct_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -117,7 +117,7 @@ def _holder(key: str, layers: Mapping[str, CompressedLayer], norms: Mapping[str,
 def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mapping[str, str]) -> dict[str, Tensor]:
     layer = layers[name]
     if layer.weight_quant is None:
-        return {f"{name}.{key}": value for key, value in _write_comp(layer, False).items()}
+        return {f"{name}.{key}": value for key, value in _write_wrapper(layer, False).items()}
     quantised = sum(other.weight_quant is not None for other in layers.values())
     if isinstance(layer, CompressedRNN):
         return write_rnn(name, layer, quantised)
@@ -127,22 +127,18 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
     recorded = present if ran else torch.ones_like(present)
     out = {f"{name}.scale_w": recorded.clone(), f"{name}.offset_w": torch.zeros_like(recorded)}
     owner = owners.get(name, name)
-    out.update({f"{name}.quant_module.{key}": value for key, value in _write_comp(layer, owner == name).items()})
+    out.update({f"{name}.quant_module.{key}": value for key, value in _write_wrapper(layer, owner == name).items()})
     if owner != name:
-        reuse = _write_comp(layers[owner], True)
+        reuse = _write_wrapper(layers[owner], True)
         out.update({f"{name}.quant_module.acts_comp_reuse.{key}": value for key, value in reuse.items()})
     count = quantised if calibrated and ran else 0
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(count), device=layer.weight.device)
     return out
 
 
-def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tensor]:
+def _write_wrapper(layer: CompressedLayer, with_activation: bool) -> dict[str, Tensor]:
     """The keys of AMCT's layer wrapper: parameters first, then buffers, then the layer itself."""
     device = layer.weight.device
-
-    def scalar(value: float) -> Tensor:
-        return torch.tensor(float(value), device=device)
-
     act, wts, sparsity = layer.activation, layer.weight_quant, layer.sparsity
     scales = torch.full((1,), float("nan"), device=device) if wts is None else wts.scale.detach().clone()
     if wts is not None and not _ran(layer):
@@ -153,18 +149,22 @@ def _write_comp(layer: CompressedLayer, with_activation: bool) -> dict[str, Tens
     out["wts_scales"] = scales
     out["wts_offsets"] = torch.where(scales.isnan(), scales, torch.zeros_like(scales))
     ran = _ran(layer) if wts is not None else sparsity is not None and int(sparsity.step) > 0
-    out["cur_batch"] = scalar(ran)
+    out["cur_batch"] = _scalar(ran, device)
     if with_activation:
         out.update((theirs, getattr(act, ours).detach().clone()) for theirs, ours in _ACT_BUFFERS.items())
-    out["prune_cur_batch"] = scalar(0 if sparsity is None else int(sparsity.step))
+    out["prune_cur_batch"] = _scalar(0 if sparsity is None else int(sparsity.step), device)
     dense = torch.full_like(layer.weight, float("nan"), requires_grad=False)
     out["wts_mask"] = dense if sparsity is None else sparsity.mask.to(layer.weight.dtype)
-    out["s_rec_flag"] = scalar(0)
+    out["s_rec_flag"] = _scalar(0, device)
     out["replaced_module.weight"] = layer.weight.detach().clone()
     if layer.bias is not None:
         out["replaced_module.bias"] = layer.bias.detach().clone()
-    out.update((f"replaced_module.{key}", value) for key, value in own_members(layer).items())
+    out.update((f"replaced_module.{key}", value) for key, value in subclass_entries(layer).items())
     return out
+
+
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(float(value), device=device)
 
 
 def _ran(layer: CompressedLayer) -> bool:

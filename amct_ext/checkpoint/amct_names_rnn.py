@@ -7,7 +7,6 @@ hold the one trained layer here; on the way in the trained biases count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +49,12 @@ def write_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Te
     out[f"{comp}s_rec_flag"] = torch.tensor(0.0, device=device)
     for part in ("replaced_module", "comp_module"):
         out |= {f"{comp}{part}.{key}": getattr(layer, key).detach().clone() for key in _present(layer)}
-    out |= {f"{comp}replaced_module.{key}": value for key, value in own_members(layer).items()}
+    out |= {f"{comp}replaced_module.{key}": value for key, value in subclass_entries(layer).items()}
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(layer_count if ran else 0), device=device)
     return out
 
 
-def own_members(layer: CompressedLayer) -> dict[str, Any]:
+def subclass_entries(layer: CompressedLayer) -> dict[str, Tensor]:
     """State that a user's subclass adds to its layer: parameters, buffers, children, extra state; detached clones."""
     standard = {"weight", "bias", *_NAMES}
     return {

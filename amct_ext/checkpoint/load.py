@@ -60,7 +60,9 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}': '{bare[0]}' is no tensor; if the state dict is an entry of the file, name it as "
             "state_dict_name"
         )
-    unusual = [(key, what) for key, value in state.items() if isinstance(value, Tensor) and (what := _unusual(value))]
+    unusual = [
+        (key, what) for key, value in state.items() if isinstance(value, Tensor) and (what := _why_not_loadable(value))
+    ]
     if unusual:
         key, what = unusual[0]
         more = f" (and {len(unusual) - 1} more)" if len(unusual) > 1 else ""
@@ -79,7 +81,7 @@ def _is_extra(key: str) -> bool:
     return key.rpartition(".")[2] == "_extra_state"
 
 
-def _unusual(value: Tensor) -> str:
+def _why_not_loadable(value: Tensor) -> str:
     """What keeps a tensor from being copied into a parameter, '' for nothing."""
     if value.is_meta:
         return "on the meta device, without values"
@@ -102,7 +104,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
     Errors: CheckpointError listing all missing, unexpected and misshapen entries, or what torch or a module of the
     user's says while it loads. The model is as it was then, bit for bit.
     """
-    if amct_names.is_amct(state):
+    if amct_names.has_amct_names(state):
         state = amct_names.from_amct_state_dict(model, state)
     problems = mismatches(model, state)
     if problems:
@@ -122,7 +124,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Give the model back its tensors, their values and its attributes where the block raises."""
     tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    held: list[tuple[Any, dict[str, Any]]] = [
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (holder, dict(holder))
         for module in model.modules()
         for holder in (vars(module), module._parameters, module._buffers)
@@ -168,9 +170,9 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def _complex(value: Any) -> bool:
+def _complex(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def _shape(value: object) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()

@@ -14,12 +14,15 @@ from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import CheckpointError
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 _REUSED = ".acts_comp_reuse."  # AMCT's second name of a shared quantiser; its parameters() leaves it out
 _NOT_OPTIONS = ("params", "param_names")
+
+Group = Mapping[str, Any]  # an entry of param_groups: parameters by number, and the optimizer's options
+Entry = Mapping[str, object]  # the state of one parameter: tensors and numbers
 
 
 def amct_parameters(model: nn.Module) -> dict[str, str | None]:
@@ -94,10 +97,10 @@ def from_amct_optimizer_state_dict(
     inner = unwrap(model)
     ours = amct_parameters(inner)
     if not _is_optimizer_state(state):
-        held: Any = type(state).__name__
+        given = type(state).__name__
         if isinstance(state, Mapping):
-            held = f"a dict of {', '.join(map(str, state))[:200] or 'nothing'}"
-        raise CheckpointError(f"state must be what an optimizer's state_dict() returned in AMCT's job, not {held}")
+            given = f"a dict of {', '.join(map(str, state))[:200] or 'nothing'}"
+        raise CheckpointError(f"state must be what an optimizer's state_dict() returned in AMCT's job, not {given}")
     groups = list(state["param_groups"])
     listed = _names(groups, names, list(ours))
     entries, origin = _by_our_names(listed, groups, state["state"], ours)
@@ -117,11 +120,11 @@ def from_amct_optimizer_state_dict(
             elif name not in origin:
                 fresh.append(str(name))
     if fresh:
-        _log.warning("the optimizer's state has nothing for %s: they start without a past", ", ".join(fresh))
+        logger.warning("the optimizer's state has nothing for %s: they start without a past", ", ".join(fresh))
     return result
 
 
-def _is_optimizer_state(state: Any) -> bool:
+def _is_optimizer_state(state: object) -> bool:
     if not isinstance(state, Mapping):
         return False
     groups, entries = state.get("param_groups"), state.get("state")
@@ -131,7 +134,7 @@ def _is_optimizer_state(state: Any) -> bool:
     return listed and all(isinstance(entry, Mapping) for entry in entries.values())
 
 
-def _names(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, order: list[str]) -> dict[Any, str]:
+def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str]) -> dict[int, str]:
     """Index in the optimizer -> AMCT's name."""
     places = [place for group in groups for place in group["params"]]
     kept = [name for group in groups for name in group.get("param_names", ())]
@@ -156,13 +159,13 @@ def _names(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None, ord
 
 
 def _by_our_names(
-    listed: Mapping[Any, str],
-    groups: Sequence[Mapping[str, Any]],
-    states: Mapping[Any, Any],
+    listed: Mapping[int, str],
+    groups: Sequence[Group],
+    states: Mapping[int, Entry],
     ours: Mapping[str, str | None],
-) -> tuple[dict[str | None, Mapping[str, Any]], dict[str | None, int]]:
+) -> tuple[dict[str | None, Entry], dict[str | None, int]]:
     """Our parameter -> its state, and -> the number of its group."""
-    entries: dict[str | None, Mapping[str, Any]] = {}
+    entries: dict[str | None, Entry] = {}
     origin: dict[str | None, int] = {}
     dropped: list[str] = []
     trained: list[str] = []
@@ -176,15 +179,13 @@ def _by_our_names(
             if states.get(place):
                 entries[name] = states[place]
     if dropped:
-        _log.info("no parameters here, and without a state in AMCT: %s", ", ".join(dropped))
+        logger.info("no parameters here, and without a state in AMCT: %s", ", ".join(dropped))
     if trained:
-        _log.warning("no parameters here, their optimizer state is left out: %s", ", ".join(trained))
+        logger.warning("no parameters here, their optimizer state is left out: %s", ", ".join(trained))
     return entries, origin
 
 
-def _options(
-    number: int, group: Mapping[str, Any], origins: set[int], groups: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _options(number: int, group: Group, origins: set[int], groups: Sequence[Group]) -> dict[str, Any]:
     """The options of one of our groups: those of AMCT's group that its parameters come from."""
     own = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
     if "param_names" in group:
@@ -202,7 +203,7 @@ def _options(
     return own | theirs
 
 
-def _checked(name: str, parameter: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(name: str, parameter: Tensor, entry: Entry) -> dict[str, object]:
     for key, value in entry.items():
         if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
             raise CheckpointError(

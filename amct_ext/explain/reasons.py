@@ -1,19 +1,16 @@
-"""Why a layer is left float, or whole: asked for nothing, not eligible, or held by what reads its channels."""
+"""Why a layer is left float, or unpruned: nothing asks for it, it is not eligible, or its channels are needed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
 from amct_ext.common.layer_kinds import FILTER_PRUNABLE, SPARSE_PRUNABLE
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import LayerPlan, Plan
-from amct_ext.config.text import FilterPrune, RetrainConfig
+from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
 from amct_ext.config.traits import LayerTraits
-from amct_ext.graph.trace import Graph
-from amct_ext.prune.channels import discover
+from amct_ext.model_surgery.session import Session
 
 _NOT_REACHED = "no settings of the configuration reach it"
 _QUANT_SKIPS = (("skip_layers", "skip_layer_types"), ("quant_skip_layers", "quant_skip_types"))
@@ -28,29 +25,29 @@ class LayerReasons:
     not_pruned: str = ""
 
 
-def reasons(
-    graph: Graph,
-    traits: Mapping[str, LayerTraits],
-    plan: Plan,
-    model: nn.Module,
-    config: RetrainConfig | JsonConfig | None = None,
-) -> dict[str, LayerReasons]:
-    """The reasons for every layer of the traits; `graph` is the trace of the unpruned float `model`.
+def layer_reasons(session: Session, name: str) -> LayerReasons:
+    """The reasons for one layer of a compressed model, by its name at create.
 
-    `config`, where given, is the one the plan was made of: then a skipped layer's reason names the list. Channel groups
-    that only the trial forward rejects are not known here.
+    Derived from what create or restore found in the unpruned float model; a skipped layer's reason names the list of
+    the configuration. Channel groups that only the trial forward rejects are not known here.
     """
-    held = discover(graph, plan, model).why_not() if plan.prune_active else {}
-    return {
-        name: LayerReasons(
-            _not_quantised(plan, plan.layers[name], trait, config),
-            _not_pruned(plan, plan.layers[name], trait, config, held),
+    plan, found = session.plan, session.findings
+    layer = plan.layers[name]
+    if name in found.uncalled:
+        why = LayerReasons(found.uncalled[name], found.uncalled[name])
+    else:
+        trait = found.traits[name]
+        why = LayerReasons(
+            _not_quantised(plan, layer, trait, found.config),
+            _not_pruned(plan, layer, trait, found.config, found.channels_kept),
         )
-        for name, trait in traits.items()
-    }
+    stayed = session.left_float.get(name)
+    if stayed is None:
+        return why
+    return LayerReasons(stayed, stayed if isinstance(layer.prune, SparsePrune) else why.not_pruned)
 
 
-def _not_quantised(plan: Plan, layer: LayerPlan, trait: LayerTraits, config: RetrainConfig | JsonConfig | None) -> str:
+def _not_quantised(plan: Plan, layer: LayerPlan, trait: LayerTraits, config: RetrainConfig | JsonConfig) -> str:
     if layer.quant is not None:
         return ""
     if not trait.quantizable:
@@ -67,11 +64,11 @@ def _not_pruned(
     plan: Plan,
     layer: LayerPlan,
     trait: LayerTraits,
-    config: RetrainConfig | JsonConfig | None,
-    held: Mapping[str, str],
+    config: RetrainConfig | JsonConfig,
+    kept: Mapping[str, str],
 ) -> str:
     if isinstance(layer.prune, FilterPrune):
-        return held.get(layer.name, "")
+        return kept.get(layer.name, "")
     if layer.prune is not None:
         return ""
     if not plan.prune_active:
@@ -89,9 +86,8 @@ def _not_pruned(
     return skipped or _NOT_REACHED
 
 
-def _skipped(layer: LayerPlan, config: RetrainConfig | None, lists: tuple[tuple[str, str], ...]) -> str:
-    if config is None:
-        return ""
+def _skipped(layer: LayerPlan, config: RetrainConfig, lists: tuple[tuple[str, str], ...]) -> str:
+    """Which skip list of the configuration names the layer or its type, '' where none does."""
     for by_name, by_type in lists:
         if layer.name in getattr(config, by_name):
             return f"named in {by_name}"

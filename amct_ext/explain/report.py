@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.wrapping import unwrap
-from amct_ext.config.files import read_config
-from amct_ext.config.json import JsonConfig
-from amct_ext.config.plan import LayerPlan, QuantPlan, resolve, resolve_json
+from amct_ext.config.plan import LayerPlan, QuantPlan
 from amct_ext.config.text import FilterPrune
-from amct_ext.explain.reasons import LayerReasons
-from amct_ext.flows import build
+from amct_ext.explain.reasons import layer_reasons
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import Session, session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 _COLUMNS = ("layer", "type", "quantised", "pruned")
 
@@ -69,27 +62,10 @@ class Explanation(dict[str, LayerReport]):
         return f"{table}\n\nSaving: {self.export}" if self.export else table
 
 
-@outside_inference_mode
-def explain(
-    model: nn.Module, input_data: Any = None, config_defination: str | os.PathLike[str] | None = None
-) -> Explanation:
-    """Report for each layer whether it is quantised, pruned, 2:4 sparse or left alone, and the reason.
-
-    ``model``: what a create or restore function returned. Or a float model, together with the ``input_data`` and the
-    configuration (text or JSON) that create would get: then it is tried on a copy, and nothing is written. Layers that
-    lose input channels because another layer lost outputs say so; `.export` says what is to be known of saving. Errors:
-    ModelError (not a compressed model and no input_data and configuration), and those of the create functions.
-    """
-    inner = unwrap(model)
-    if input_data is not None and config_defination is not None:
-        config = read_config(config_defination)
-        planner = build.Planner(
-            lambda traits: resolve_json(config, traits) if isinstance(config, JsonConfig) else resolve(config, traits),
-            config,
-        )
-        inner = build.compress(inner, input_data, planner, record_file="")
-    session = session_of(inner)
-    present = {layer.layer_name for _, layer in compressed_layers(inner)}
+def report(model: nn.Module) -> Explanation:
+    """Report on each layer of a compressed model. Errors: ModelError (any other model)."""
+    session = session_of(model)
+    present = {layer.layer_name for _, layer in compressed_layers(model)}
     lost_inputs: dict[str, int] = {}
     for node in (node for record in session.channel for node in record.consumers):
         lost_inputs[node.name] = lost_inputs.get(node.name, 0) + len(node.prune_index)
@@ -102,7 +78,7 @@ def explain(
 
 
 def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: int) -> LayerReport:
-    why = session.reasons.get(layer.name, LayerReasons())
+    why = layer_reasons(session, layer.name)
     quantised, not_quantised = "", why.not_quantised
     if layer.quant is not None:
         if compressed:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -44,7 +43,7 @@ def _numbered(name: str) -> Iterator[str]:
     yield from (f"{name}_{number}" for number in count(1))
 
 
-def check_names(names: Any, what: str) -> tuple[str, ...] | None:
+def check_names(names: object, what: str) -> tuple[str, ...] | None:
     """A list of distinct non-empty strings as a tuple, or None where nothing was given. ExportError otherwise."""
     if not names:
         return None
@@ -55,8 +54,8 @@ def check_names(names: Any, what: str) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def check_axes(input_names: Any, output_names: Any, dynamic_axes: Any) -> Axes:
-    """Check the three arguments against each other (amct-behaviour 1.12); ExportError says which entry is wrong.
+def check_axes(input_names: object, output_names: object, dynamic_axes: object) -> Axes:
+    """Check the three arguments against each other, by AMCT's rules. Errors: ExportError naming the wrong entry.
 
     `dynamic_axes` maps a tensor name to a list of axes or to {axis: name of the size}; empty or None means none.
     """
@@ -88,7 +87,7 @@ def check_axes(input_names: Any, output_names: Any, dynamic_axes: Any) -> Axes:
 
 def apply_axes(
     tensors: Sequence[torch.Tensor], names: Sequence[str], axes: Axes
-) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...] | None]:
+) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, object] | None, ...] | None]:
     """The tensors to capture with, and torch.export's `dynamic_shapes` for them.
 
     A size of one cannot be captured as dynamic (torch specialises it), so such an axis is doubled in the example.

@@ -17,7 +17,7 @@ from amct_ext.errors import ExportError
 from amct_ext.export.axes import Axes, apply_axes, rename_sizes
 from amct_ext.export.flat_call import flat_call
 from amct_ext.export.precision import widen
-from amct_ext.export.safe_names import give_names_back, give_plain_names
+from amct_ext.export.safe_names import make_names_safe, restore_names
 from amct_ext.export.traced import LayerValues, trace_to_onnx
 from amct_ext.graph.doubts import Doubt
 from amct_ext.graph.inputs import Inputs
@@ -98,16 +98,16 @@ def capture(
             program = trace_to_onnx(model, inputs.tensors(), names, axes, OPSET, values())
     except Exception as error:
         if cause is not None:
-            raise ExportError(f"{cause}\nnor be traced: {_head(error)}") from error
-        raise ExportError(f"the model cannot be traced for ONNX: {_head(error)}") from error
+            raise ExportError(f"{cause}\nnor be traced: {_summary(error)}") from error
+        raise ExportError(f"the model cannot be traced for ONNX: {_summary(error)}") from error
     return _finished(Captured(program, traced), axes)
 
 
-def told(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequence[str]) -> str:
+def trace_note(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequence[str]) -> str:
     """For the user: what a trace fixed and where, '' where there was none. `names`: those of the inputs."""
     if not captured.why_traced:
         return ""
-    places = shown(trace(model, inputs).doubts)
+    places = list_places(trace(model, inputs).doubts)
     where, reason = f" ({places})" if places else "", captured.why_traced.splitlines()[0]
     left = {value.name for value in captured.model.graph.inputs}
     lost = [name for name in names if name not in left]
@@ -120,7 +120,7 @@ def told(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequ
     )
 
 
-def shown(doubts: Sequence[Doubt]) -> str:
+def list_places(doubts: Sequence[Doubt]) -> str:
     """The first of them, for a message."""
     places = list(dict.fromkeys(map(str, doubts)))
     more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
@@ -165,8 +165,8 @@ def _export(model: torch.nn.Module, inputs: Inputs, names: list[str], axes: Axes
         try:
             exported = torch.export.export(model, tensors, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise ExportError(f"the model cannot be captured for ONNX: {_head(error)}") from error
-        given_names = give_plain_names(exported)
+            raise ExportError(f"the model cannot be captured for ONNX: {_summary(error)}") from error
+        given_names = make_names_safe(exported)
         try:
             _normalise_means(exported)
             program = torch.onnx.export(
@@ -180,9 +180,9 @@ def _export(model: torch.nn.Module, inputs: Inputs, names: list[str], axes: Axes
                 output_names=axes.output_names,
             )
         except Exception as error:
-            raise ExportError(f"the model cannot be translated to ONNX: {_head(error)}") from error
+            raise ExportError(f"the model cannot be translated to ONNX: {_summary(error)}") from error
     program = cast(torch.onnx.ONNXProgram, program)
-    give_names_back(program.model, given_names)
+    restore_names(program.model, given_names)
     return program
 
 
@@ -194,7 +194,7 @@ def _normalise_means(exported: torch.export.ExportedProgram) -> None:
             node.update_arg(1, sorted(axis % rank for axis in node.args[1]) if rank else node.args[1])
 
 
-def _head(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     """What went wrong, without the pages of advice that torch wraps around it: the operator and the innermost cause."""
     chain = [error]
     while chain[-1].__cause__ is not None:

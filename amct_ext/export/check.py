@@ -7,7 +7,6 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +15,7 @@ import torch
 from amct_ext.errors import ExportError
 
 _DEVICE_DOMAIN = "amct_ext.device"  # stands for the device's operators while a file is checked
-_FAR = 0.1  # of the outputs' norm; ties that fall to the other side stay below it by far
+_TOLERANCE = 0.1  # of the outputs' norm; ties that fall to the other side stay below it by far
 logger = logging.getLogger("amct_ext")
 
 
@@ -38,7 +37,7 @@ def check_files(
             try:
                 onnx.checker.check_model(source)
             except Exception as error:
-                raise ExportError(f"{path} would not be valid ONNX and is not written: {_first(error)}") from error
+                raise ExportError(f"{path} would not be valid ONNX and is not written: {_first_line(error)}") from error
     with _loadable(files, fake_quant) as source:
         outputs = _run(source, fake_quant, tensors)
     if outputs is None or expected is None:
@@ -56,9 +55,9 @@ def check_files(
 
 
 @contextlib.contextmanager
-def _loadable(files: Mapping[Path, bytes], path: Path, device: bool = False) -> Iterator[Any]:
+def _loadable(files: Mapping[Path, bytes], path: Path, device: bool = False) -> Iterator[bytes | str]:
     """What the checker and onnxruntime load: the bytes, or where tensors lie beside it, the path of a copy."""
-    data = _standard(files[path]) if device else files[path]
+    data = _with_device_domain(files[path]) if device else files[path]
     beside = {other: content for other, content in files.items() if other.suffix == ".external"}
     if not beside:
         yield data
@@ -69,7 +68,7 @@ def _loadable(files: Mapping[Path, bytes], path: Path, device: bool = False) -> 
         yield str(Path(folder) / path.name)
 
 
-def _standard(data: bytes) -> bytes:
+def _with_device_domain(data: bytes) -> bytes:
     """The model with the device's operators in a domain of their own, where the checker asks for no schema."""
     model = onnx.load_from_string(data)
     known = {schema.name for schema in onnx.defs.get_all_schemas()}
@@ -81,7 +80,7 @@ def _standard(data: bytes) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _run(source: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[np.ndarray] | None:
+def _run(source: bytes | str, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[np.ndarray] | None:
     """The outputs for the tensors; None where there is no runtime, or one without a kernel for an operator."""
     try:
         import onnxruntime
@@ -97,9 +96,9 @@ def _run(source: Any, path: Path, tensors: Mapping[str, torch.Tensor]) -> list[n
         return [np.asarray(output) for output in session.run(None, feeds)]
     except Exception as error:
         if type(error).__name__ == "NotImplemented":
-            logger.warning("%s could not be tried, onnxruntime has no kernel for it: %s", path, _first(error))
+            logger.warning("%s could not be tried, onnxruntime has no kernel for it: %s", path, _first_line(error))
             return None
-        raise ExportError(f"{path} would not run in onnxruntime and is not written: {_first(error)}") from error
+        raise ExportError(f"{path} would not run in onnxruntime and is not written: {_first_line(error)}") from error
 
 
 def _difference(seen: np.ndarray, wanted: torch.Tensor) -> str:
@@ -112,8 +111,8 @@ def _difference(seen: np.ndarray, wanted: torch.Tensor) -> str:
     a, b = np.where(finite, np.nan_to_num(a), 0), np.where(finite, b, 0)
     norm = float(np.linalg.norm(b))
     off = float(np.linalg.norm(a - b)) / norm if norm else float(np.abs(a).max(initial=0) > 1e-6)
-    return f"it differs by {off:.0%} of the norm" if off > _FAR else ""
+    return f"it differs by {off:.0%} of the norm" if off > _TOLERANCE else ""
 
 
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

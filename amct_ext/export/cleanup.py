@@ -39,7 +39,7 @@ def drop_unused(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def tidy(model: ir.Model, layers: Collection[str]) -> None:
+def clean_up(model: ir.Model, layers: Collection[str]) -> None:
     """Use GlobalAveragePool and Flatten where they mean the same, name the nodes, drop the exporter's notes. In place.
 
     Nodes of `layers` have their names already; the single node of a leaf module takes the module's path, every other

@@ -1,4 +1,7 @@
-"""The deploy model: AscendQuant and AscendDequant around layers of INT8 weights and INT32 biases (8.4, 8.5)."""
+"""The deploy model: AscendQuant and AscendDequant around layers of INT8 weights and INT32 biases.
+
+Operators, attributes and the layout of the dequantisation words are AMCT's (docs/differences.md, "The same").
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import onnx_ir as ir
 
 from amct_ext.errors import ExportError
 from amct_ext.export.factors import LayerFactors
-from amct_ext.export.markers import FencedLayer, like, markers, put_tensors, set_constant, take_over
+from amct_ext.export.markers import MarkedLayer, float_like, markers, replace_uses, set_constant, set_weights
 
 
-def lower_deploy(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
+def lower_deploy(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None:
     """Replace the markers of `model` in place. Layers that read one tensor with equal factors share one AscendQuant.
 
-    ExportError for INT4 weights with an odd number of input channels.
+    Errors: ExportError (INT4 weights with an odd number of input channels).
     """
     graph = model.graph
     shared: dict[tuple[int, tuple[float, int, str]], ir.Value] = {}
@@ -32,12 +35,15 @@ def lower_deploy(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
             if key not in shared:
                 shared[key] = _ascend_quant(graph, marker, source, layer.factors).outputs[0]
             result = shared[key]
-        take_over(graph, marker.outputs[0], result)
+        replace_uses(graph, marker.outputs[0], result)
         graph.remove(marker, safe=True)
 
 
 def dequant_words(factors: LayerFactors) -> np.ndarray:
-    """One uint64 per scale: float32 bits of scale_d * scale_w in 31:0, the shift N in 39:32, offset_w = 0 in 47:40."""
+    """One uint64 per scale: float32 bits of scale_d * scale_w in 31:0, the shift N in 39:32, offset_w = 0 in 47:40.
+
+    Shape (scales,), one scale or one per output channel. Source: the input of AscendDequant.
+    """
     words = np.ascontiguousarray(factors.deq).view(np.uint32).astype(np.uint64)
     if factors.shift:
         words |= np.asarray(factors.shift, dtype=np.uint64) << np.uint64(32)
@@ -45,14 +51,17 @@ def dequant_words(factors: LayerFactors) -> np.ndarray:
 
 
 def pack_int4(integers: np.ndarray, axis: int) -> np.ndarray:
-    """Two 4-bit integers per byte along `axis`: the even index in the low nibble. The axis must have even length."""
+    """Two 4-bit integers per byte along `axis`, the even index in the low nibble: int8, half as long there.
+
+    `integers`: int8 within -8..7, of even length along `axis`.
+    """
     pairs = np.moveaxis(integers, axis, -1)
     low, high = pairs[..., 0::2].astype(np.uint8) & 0x0F, pairs[..., 1::2].astype(np.uint8) & 0x0F
     packed = (low | (high << 4)).astype(np.uint8).view(np.int8)
     return np.ascontiguousarray(np.moveaxis(packed, -1, axis))
 
 
-def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None:
+def _put_integers(graph: ir.Graph, result: ir.Value, layer: MarkedLayer) -> None:
     """Give the layer's node its INT8 weight (INT4 packed) and INT32 bias."""
     node, factors = result.producer(), layer.factors
     assert node is not None
@@ -66,7 +75,7 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
                 "record INT8 weights for this layer"
             )
         weight = pack_int4(weight, layer.input_axis)
-    put_tensors(graph, node, layer, weight, layer.bias)
+    set_weights(graph, node, layer, weight, layer.bias)
     if layer.bias is not None and factors.act_type == "INT4":  # the device's 4-bit kernels take the bias as float
         bias = node.inputs[2]
         assert bias is not None
@@ -74,7 +83,7 @@ def _put_integers(graph: ir.Graph, result: ir.Value, layer: FencedLayer) -> None
             "Cast",
             [bias],
             {"to": int(ir.DataType.FLOAT)},
-            outputs=[like(bias, f"{factors.name}.bias_quant.output0")],
+            outputs=[float_like(bias, f"{factors.name}.bias_quant.output0")],
             name=f"{factors.name}.bias_quant",
         )
         graph.insert_before(node, cast)
@@ -102,7 +111,9 @@ def _ascend_quant(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: L
 def _ascend_dequant(graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: LayerFactors) -> ir.Node:
     name = f"{factors.name}.dequant"
     marker_output = marker.outputs[0]
-    node = ir.node("AscendDequant", [source], {"dtype": 0}, outputs=[like(marker_output, f"{name}.output0")], name=name)
+    node = ir.node(
+        "AscendDequant", [source], {"dtype": 0}, outputs=[float_like(marker_output, f"{name}.output0")], name=name
+    )
     graph.insert_before(marker, node)
     set_constant(graph, node, 1, f"{name}.param", dequant_words(factors))
     return node

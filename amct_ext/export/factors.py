@@ -27,10 +27,12 @@ DEAD = 128 * float(np.finfo(np.float32).eps)
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
-    """Everything the two ONNX files say about one layer. `weight` is in torch's layout.
+    """Everything the two ONNX files say about one layer.
 
-    `deq` = scale_d * scale_w; negative for channels whose mirrored weight has no codes, and free for those without a
-    weight.
+    `weight`: int8 codes in torch's layout. `bias`: float32, `bias_integers`: float in steps of `deq`, both of shape
+    (output channels,). `deq`: float32 of shape (1,) or (output channels,), scale_d * scale_w; negative for channels
+    whose mirrored weight has no codes, and free for those without a weight. `shift`: right shifts N, one per value of
+    `deq`, empty where none are written.
     """
 
     name: str
@@ -59,13 +61,12 @@ class LayerFactors:
 def layer_factors(
     record: QuantRecord, module: nn.Module, write_shift: bool, mirrored: np.ndarray | None = None
 ) -> LayerFactors:
-    """Quantise `module` (BatchNorm already folded in) with the factors of `record` (amct-behaviour 3.7, 6.10, 8.4).
+    """Quantise `module` (BatchNorm already folded in) with the factors of `record`.
 
     `mirrored`: output channels whose weight the folded BatchNorm gave the other sign. An evaluation quantises before
     the BatchNorm: its codes are taken, mirrored where they have a mirror image within -128..127, else with a negative
-    dequantisation scale.
-    RecordRangeError for a factor out of range; RecordError for a length that does not fit the layer; ExportError for a
-    layer type that cannot be exported or a non-finite weight.
+    dequantisation scale (docs/differences.md, "Export"). Errors: RecordRangeError (a factor out of range), RecordError
+    (a length that does not fit the layer), ExportError (a layer type that cannot be exported, a non-finite weight).
     """
     name = record.key
     if record.scale_h is not None:
@@ -85,7 +86,7 @@ def layer_factors(
     deq = dequantisation_scales(name, scale_d, scale_w)
     shift = _shift(record, len(deq)) if write_shift else ()
     if bias is not None and len(bias) == len(deq):
-        deq = _with_room(deq, bias, shift)
+        deq = _fit_bias(deq, bias, shift)
         scale_w = np.where(deq == scale_w * scale_d, scale_w, deq / scale_d)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
     signs = np.ones_like(deq)
@@ -96,7 +97,7 @@ def layer_factors(
     kept = (signs < 0) & _any(integers == -half, module, len(deq))
     integers = (integers * _per_channel(np.where(kept, np.float32(1), signs), module)).astype(np.int8)
     deq = np.where(kept, -deq, deq)
-    deq = free_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
+    deq = dead_channel_scales(deq, ~_any(abs(steps) > DEAD, module, len(deq)), bias, shift)
     return LayerFactors(
         name=name,
         scale_d=scale_d,
@@ -112,7 +113,7 @@ def layer_factors(
 
 
 def int32_bias(factors: LayerFactors) -> np.ndarray | None:
-    """round(bias / deq) as INT32; ExportError naming the layer and channel when it does not fit (6.10)."""
+    """round(bias / deq) as INT32; ExportError naming the layer and channel when it does not fit."""
     if factors.bias_integers is None:
         return None
     limits = np.iinfo(np.int32)
@@ -168,7 +169,9 @@ def dequantisation_scales(layer: str, scale_d: np.float32, scale_w: np.ndarray) 
     return deq
 
 
-def free_scales(deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shift: Sequence[int] = ()) -> np.ndarray:
+def dead_channel_scales(
+    deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shift: Sequence[int] = ()
+) -> np.ndarray:
     """`deq` with other scales where all weights are zero (`dead`): only the bias meets them, and stays as it is.
 
     `bias`: as many values per scale as there are channels to it. A power of two gives its largest 24 bits, which hold
@@ -177,21 +180,21 @@ def free_scales(deq: np.ndarray, dead: np.ndarray, bias: np.ndarray | None, shif
     if bias is None or not dead.any():
         return deq
     largest = np.abs(bias.reshape(len(deq), -1)).max(axis=1)
-    own = _step_of(largest, np.asarray(shift) + 15 if shift else 24)
+    own = _power_of_two_step(largest, np.asarray(shift) + 15 if shift else 24)
     return np.where(dead & (largest > 0) & (own >= np.finfo(np.float32).tiny), own, deq)
 
 
-def _with_room(deq: np.ndarray, bias: np.ndarray, shift: Sequence[int]) -> np.ndarray:
+def _fit_bias(deq: np.ndarray, bias: np.ndarray, shift: Sequence[int]) -> np.ndarray:
     """`deq` with larger scales where the bias (one value to a scale) has too many steps for INT32.
 
     A BatchNorm with a small factor does that: what the weights add to such a bias is little, and less precise.
     """
     with np.errstate(over="ignore"):
         crowded = np.abs(bias / deq) > np.iinfo(np.int32).max
-    return np.where(crowded, _step_of(bias, np.asarray(shift) + 15 if shift else 30), deq)
+    return np.where(crowded, _power_of_two_step(bias, np.asarray(shift) + 15 if shift else 30), deq)
 
 
-def _step_of(value: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
+def _power_of_two_step(value: np.ndarray, bits: int | np.ndarray) -> np.ndarray:
     """The power of two in steps of which `value` has so many bits."""
     step: np.ndarray = np.ldexp(np.float32(1), np.frexp(value)[1] - bits).astype(np.float32)
     return step
@@ -233,5 +236,5 @@ def _shift(record: QuantRecord, channels: int) -> tuple[int, ...]:
 
 
 def truncate(deq: np.ndarray) -> np.ndarray:
-    """Keep sign, exponent and the upper 10 bits of the mantissa (FORCE_FP16_QUANT, amct-behaviour 2.10)."""
+    """Keep sign, exponent and the upper 10 bits of the mantissa (FORCE_FP16_QUANT)."""
     return (deq.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

@@ -1,6 +1,6 @@
 """The fake-quant model: quantisation in standard ONNX operators, so that any runtime shows what the device computes.
 
-Per layer (amct-behaviour 8.6): Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset), the layer on integers
+Per layer: Mul(1/scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset), the layer on integers
 held as float32, Mul(scale_d * scale_w). With a shift N (searchN) the accumulator is floored to steps of 2^N and clipped
 to INT16 before that Mul.
 """
@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from amct_ext.export.factors import LayerFactors
-from amct_ext.export.markers import FencedLayer, like, markers, put_tensors, take_over
+from amct_ext.export.markers import MarkedLayer, float_like, markers, replace_uses, set_weights
 
 INT16 = np.iinfo(np.int16)
 
 
-def lower_fake_quant(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None:
+def lower_fake_quant(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None:
     """Replace the markers of `model` in place. Layers that read one tensor with equal factors share one chain."""
     graph = model.graph
     chains: dict[tuple[int, tuple[float, int, str]], ir.Value] = {}
@@ -31,32 +31,33 @@ def lower_fake_quant(model: ir.Model, layers: Mapping[str, FencedLayer]) -> None
             assert node is not None
             # anew, because the optimiser lets layers share tensors that look alike
             bias = None if layer.bias is None else layer.bias.astype(np.float32)
-            put_tensors(graph, node, layer, layer.weight.astype(np.float32), bias)
+            set_weights(graph, node, layer, layer.weight.astype(np.float32), bias)
             result = _dequantise(graph, marker, source, layer)
         else:
             key = (id(source), layer.factors.input_key)
             if key not in chains:
                 chains[key] = quantise(graph, marker, source, layer.factors)
             result = chains[key]
-        take_over(graph, marker.outputs[0], result)
+        replace_uses(graph, marker.outputs[0], result)
         graph.remove(marker, safe=True)
 
 
-class Chain:
+class NodeChain:
     """Appends nodes in front of a marker, each reading the one before."""
 
     def __init__(self, graph: ir.Graph, marker: ir.Node, source: ir.Value) -> None:
         self.graph, self.marker, self.value = graph, marker, source
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """A Constant node, as the reference writes them: they show up as values, not as parameters."""
+        """A Constant node, as AMCT writes them: they show up as values, not as parameters."""
         value = ir.Value(name=f"{name}.output0", shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
         node = ir.node("Constant", [], {"value": ir.Tensor(array, name=name)}, outputs=[value], name=name)
         self.graph.insert_before(self.marker, node)
         return value
 
     def then(self, op: str, name: str, *operands: ir.Value) -> None:
-        node = ir.node(op, [self.value, *operands], outputs=[like(self.value, f"{name}.output0")], name=name)
+        """Append a node that reads the value so far first, then `operands`."""
+        node = ir.node(op, [self.value, *operands], outputs=[float_like(self.value, f"{name}.output0")], name=name)
         self.graph.insert_before(self.marker, node)
         self.value = node.outputs[0]
 
@@ -67,7 +68,7 @@ def quantise(
     """Put the chain that rounds `source` to integers (held as float32) in front of `marker`."""
     prefix = f"{factors.name}.{stem}.fakequant"
     low, high = factors.range
-    chain = Chain(graph, marker, source)
+    chain = NodeChain(graph, marker, source)
     scale = chain.constant(f"{prefix}.scale", np.asarray(np.float32(1) / factors.scale_d))
     offset = chain.constant(f"{prefix}.offset", np.asarray(factors.offset_d, np.float32))
     minimum = chain.constant(f"{prefix}.min_val", np.asarray(low, np.float32))
@@ -80,10 +81,10 @@ def quantise(
     return chain.value
 
 
-def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: FencedLayer) -> ir.Value:
+def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: MarkedLayer) -> ir.Value:
     factors = layer.factors
     prefix = f"{factors.name}.fakedequant"
-    chain = Chain(graph, marker, source)
+    chain = NodeChain(graph, marker, source)
     scale = factors.deq
     if factors.shift:
         step = np.ldexp(np.float32(1), np.asarray(factors.shift)).astype(np.float32)
@@ -98,7 +99,7 @@ def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: Fence
     return chain.value
 
 
-def per_channel(vector: np.ndarray, layer: FencedLayer, result: ir.Value) -> np.ndarray:
+def per_channel(vector: np.ndarray, layer: MarkedLayer, result: ir.Value) -> np.ndarray:
     """`vector` shaped to multiply the layer's output: [1, C, 1, ...] for convolutions, [1, C] for Linear."""
     if layer.op in ("Gemm", "MatMul"):
         flat = result.shape is not None and len(result.shape) < 2

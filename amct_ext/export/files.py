@@ -19,9 +19,9 @@ logger = logging.getLogger("amct_ext")
 
 
 def onnx_paths(save_path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The fake-quant and the deploy file of `save_path` = [folder/][prefix] (amct-behaviour 8.1).
+    """The fake-quant and the deploy file of `save_path` = [folder/][prefix].
 
-    ValueError for a prefix of more than 241 characters.
+    Errors: ValueError (a prefix of more than 241 characters, a file name that is a folder).
     """
     folder, prefix = os.path.split(os.fspath(save_path))
     if len(prefix) > LONGEST_PREFIX:

@@ -27,7 +27,7 @@ def flat_call(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Iterato
     forward, own = model.forward, "forward" in vars(model)
     given: list[torch.Tensor] = []
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         return forward(*args, **kwargs)
 
     def unflatten(
@@ -37,7 +37,7 @@ def flat_call(model: nn.Module, inputs: Inputs, names: Sequence[str]) -> Iterato
         call = inputs.with_tensors(given)
         return call.args, call.kwargs
 
-    def flatten(_: nn.Module, __: Any, output: Any) -> tuple[torch.Tensor, ...]:
+    def flatten(_: nn.Module, __: object, output: object) -> tuple[torch.Tensor, ...]:
         tensors = tuple(tensors_in(output))
         if not tensors:
             raise ExportError(f"the model returns no tensor, but {type(output).__name__}")

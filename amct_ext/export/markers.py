@@ -1,8 +1,8 @@
-"""Find the recorded layers in a captured graph and fence each one off, before anything is optimised.
+"""Find the recorded layers in a captured graph and put markers around each one, before anything is optimised.
 
-Every recorded layer becomes `Quant -> layer -> Dequant` with two markers of a domain of our own. The optimiser knows
-nothing of that domain, so it cannot fold a BatchNorm, a Pad or a neighbour into a layer whose integers are fixed, nor
-merge two layers that look alike; the two lowerings then replace the markers by what each file needs.
+Every recorded layer becomes `Quant -> layer -> Dequant` with two marker nodes of a domain of our own. The optimiser
+knows nothing of that domain, so it cannot fold a BatchNorm, a Pad or a neighbour into a layer whose integers are fixed,
+nor merge two layers that look alike; the two lowerings then replace the markers by what each file needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import nn
 
 from amct_ext.common.layer_kinds import PRODUCT_OPERATORS
@@ -26,7 +25,7 @@ _VIEWS = frozenset({"Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsq
 
 
 @dataclass(frozen=True, eq=False)
-class FencedLayer:
+class MarkedLayer:
     """A located layer: `weight` and `bias` as its node reads them (integers), `bias` None where the node has none."""
 
     factors: LayerFactors
@@ -40,29 +39,29 @@ class FencedLayer:
         return 1 if self.op == "Conv" else 0
 
 
-def fence(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, FencedLayer]:
-    """Put the markers around every layer and give its node the integers (held as float32).
+def mark_layers(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, MarkedLayer]:
+    """Put the markers around every layer and give its node the integers (held as float32), in place.
 
-    Changes `model` in place. ExportError names a layer that the graph does not hold, or holds more than once.
+    Errors: ExportError naming a layer that the graph does not hold, or holds more than once.
     """
-    aliases = _aliases(torch_model)
+    aliases = parameter_aliases(torch_model)
     found = {factors.name: _find(model.graph, factors.name, aliases[f"{factors.name}.weight"]) for factors in layers}
     model.opset_imports[DOMAIN] = 1
-    fenced = {}
+    marked = {}
     for factors in layers:
         node = found[factors.name]
         layer = _with_integers(factors, node)
-        _put_markers(model.graph, factors.name, node)
+        _add_markers(model.graph, factors.name, node)
         if node.op_type == "Gemm":
             node.attributes["transB"] = ir.AttrInt64("transB", 0)
         bias = None if layer.bias is None else layer.bias.astype(np.float32)
-        put_tensors(model.graph, node, layer, layer.weight.astype(np.float32), bias)
-        fenced[factors.name] = layer
-    return fenced
+        set_weights(model.graph, node, layer, layer.weight.astype(np.float32), bias)
+        marked[factors.name] = layer
+    return marked
 
 
 def name_layers(graph: ir.Graph) -> None:
-    """Name the node of every fenced layer after the layer; the optimiser may have replaced it by an equal one."""
+    """Name the node of every marked layer after the layer; the optimiser may have replaced it by an equal one."""
     for layer, marker in markers(graph):
         source = marker.inputs[0]
         node = source.producer() if marker.op_type == "Dequant" and source is not None else None
@@ -77,8 +76,8 @@ def markers(graph: ir.Graph) -> Iterator[tuple[str, ir.Node]]:
             yield node.attributes["layer"].as_string(), node
 
 
-def put_tensors(
-    graph: ir.Graph, node: ir.Node, layer: FencedLayer, weight: np.ndarray, bias: np.ndarray | None
+def set_weights(
+    graph: ir.Graph, node: ir.Node, layer: MarkedLayer, weight: np.ndarray, bias: np.ndarray | None
 ) -> None:
     """Give the node of `layer` its weight and bias under the layer's own names."""
     set_constant(graph, node, 1, f"{layer.factors.name}.weight", weight)
@@ -104,12 +103,20 @@ def set_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, array: n
     graph.register_initializer(value)
 
 
-def like(value: ir.Value, name: str) -> ir.Value:
+def parameter_aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter name -> all names of the same tensor: of a tied parameter the exporter keeps one name."""
+    by_tensor: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_tensor.setdefault(parameter, []).append(name)
+    return {name: names for names in by_tensor.values() for name in names}
+
+
+def float_like(value: ir.Value, name: str) -> ir.Value:
     """A new float value with the shape of `value`."""
     return ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
 
 
-def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | None = None) -> None:
+def replace_uses(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | None = None) -> None:
     """Let every reader of `old` (but `keep`) read `new`; a graph output keeps its name."""
     for use in tuple(old.uses()):
         if use.node is not keep:
@@ -120,14 +127,6 @@ def take_over(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | Non
         new.name = name
     for place in places:
         graph.outputs[place] = new
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter name -> all names of the same tensor: the exporter keeps one name of a tied parameter."""
-    by_tensor: dict[torch.Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(parameter, []).append(name)
-    return {name: names for names in by_tensor.values() for name in names}
 
 
 def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
@@ -161,7 +160,7 @@ def module_scopes(node: ir.Node) -> list[str]:
     return [str(scope) for scope in scopes]
 
 
-def _with_integers(factors: LayerFactors, node: ir.Node) -> FencedLayer:
+def _with_integers(factors: LayerFactors, node: ir.Node) -> MarkedLayer:
     weight = factors.weight
     if node.op_type in ("Gemm", "MatMul"):
         weight = np.ascontiguousarray(weight.T)
@@ -171,17 +170,17 @@ def _with_integers(factors: LayerFactors, node: ir.Node) -> FencedLayer:
         if any(value != neutral[key] for key, value in other.items()):
             raise ExportError(f"layer {factors.name!r}: its Gemm has {other}, which cannot be deployed in integers")
     bias = None if node.op_type == "MatMul" else int32_bias(factors)
-    return FencedLayer(factors, node.op_type, weight, bias)
+    return MarkedLayer(factors, node.op_type, weight, bias)
 
 
-def _put_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:
+def _add_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:
     source, result = node.inputs[0], node.outputs[0]
     assert source is not None
     quant, dequant = (
-        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[like(value, f"{layer}.{op}")])
+        ir.node(op, [value], {"layer": layer}, domain=DOMAIN, outputs=[float_like(value, f"{layer}.{op}")])
         for op, value in (("Quant", source), ("Dequant", result))
     )
     node.replace_input_with(0, quant.outputs[0])
     graph.insert_before(node, quant)
     graph.insert_after(node, dequant)
-    take_over(graph, result, dequant.outputs[0], keep=dequant)
+    replace_uses(graph, result, dequant.outputs[0], keep=dequant)

@@ -1,8 +1,8 @@
-"""Recurrent layers in the two ONNX files: found in the captured graph, fenced off, and written in either form.
+"""Recurrent layers in the two ONNX files: found in the captured graph, marked, and written in either form.
 
 Fake-quant: the standard LSTM / GRU on a rounded input, a rounded initial state and rounded weights. The states between
 the steps stay float, as in AMCT's files: the standard operators keep them inside. Deploy: the device's own operators,
-which take INT8 weights, INT32 biases and all factors, and round every state (amct-behaviour 8.4).
+which take INT8 weights, INT32 biases and all factors, and round every state (docs/differences.md, "Quantisation").
 """
 
 from __future__ import annotations
@@ -16,24 +16,32 @@ from torch import nn
 from amct_ext.errors import ExportError
 from amct_ext.export.deploy import dequant_words, pack_int4
 from amct_ext.export.factors import LayerFactors, int32_bias
-from amct_ext.export.fake_quant import Chain, quantise
-from amct_ext.export.markers import DOMAIN, like, markers, module_scopes, set_constant, take_over
+from amct_ext.export.fake_quant import NodeChain, quantise
+from amct_ext.export.markers import (
+    DOMAIN,
+    float_like,
+    markers,
+    module_scopes,
+    parameter_aliases,
+    replace_uses,
+    set_constant,
+)
 from amct_ext.export.rnn_factors import RnnFactors
 
 _SLOT_H, _SLOT_C = 5, 6  # inputs of the standard operators: X, W, R, B, sequence lengths, initial h, initial c
 _DTYPES = {"INT8": 2, "INT16": 6}  # the device's numbers of the types
-_ALONG_FIRST = frozenset({"Slice", "Unsqueeze", "Identity", "Reshape", "Transpose", "Cast"})
+_FIRST_INPUT_OPS = frozenset({"Slice", "Unsqueeze", "Identity", "Reshape", "Transpose", "Cast"})
 
 
-def fence_rnns(model: ir.Model, torch_model: nn.Module, layers: Sequence[RnnFactors]) -> dict[str, RnnFactors]:
-    """Put one marker in place of each recorded recurrent node. Changes `model`. ExportError: not exactly one node."""
-    names = _aliases(torch_model)
+def mark_rnns(model: ir.Model, torch_model: nn.Module, layers: Sequence[RnnFactors]) -> dict[str, RnnFactors]:
+    """Put one marker in place of each recorded recurrent node, in place. Errors: ExportError (not exactly one node)."""
+    names = parameter_aliases(torch_model)
     found = {factors.name: _find(model.graph, factors, names[f"{factors.name}.weight_ih_l0"]) for factors in layers}
     if found:
         model.opset_imports[DOMAIN] = 1
     for factors in layers:
         _squeeze_output(model.graph, factors.name, found[factors.name])
-        _put_marker(model.graph, factors, found[factors.name])
+        _add_marker(model.graph, factors, found[factors.name])
     return {factors.name: factors for factors in layers}
 
 
@@ -59,7 +67,10 @@ def lower_rnn_fake_quant(model: ir.Model, layers: Mapping[str, RnnFactors]) -> N
 
 
 def lower_rnn_deploy(model: ir.Model, layers: Mapping[str, RnnFactors]) -> None:
-    """Replace the markers of recurrent layers by the device's operators, in place. ExportError: odd INT4 widths."""
+    """Replace the markers of recurrent layers by the device's operators, in place.
+
+    Errors: ExportError (INT4 weights with an odd number of columns).
+    """
     graph = model.graph
     for name, marker in tuple(markers(graph)):
         if name not in layers:
@@ -107,17 +118,9 @@ def _reads(value: ir.Value | None, names: Sequence[str]) -> bool:
         node = value.producer()
         if node is not None and node.op_type == "Concat":
             pending.extend(node.inputs)
-        elif node is not None and node.op_type in _ALONG_FIRST:
+        elif node is not None and node.op_type in _FIRST_INPUT_OPS:
             pending.append(node.inputs[0])
     return False
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter name -> all names of the same tensor: the exporter keeps one name of a tied parameter."""
-    by_tensor: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(name)
-    return {name: names for names in by_tensor.values() for name in names}
 
 
 def _squeeze_output(graph: ir.Graph, layer: str, node: ir.Node) -> None:
@@ -129,14 +132,14 @@ def _squeeze_output(graph: ir.Graph, layer: str, node: ir.Node) -> None:
         if transpose.op_type != "Transpose" or len(readers) != 1:
             continue
         old = readers[0].outputs[0]
-        squeeze = ir.node("Squeeze", [sequence], outputs=[like(old, f"{layer}.squeeze.output0")])
+        squeeze = ir.node("Squeeze", [sequence], outputs=[float_like(old, f"{layer}.squeeze.output0")])
         squeeze.metadata_props.update(node.metadata_props)
         graph.insert_after(node, squeeze)
         set_constant(graph, squeeze, 1, f"{layer}.squeeze.axes", np.asarray([1], np.int64))
-        take_over(graph, old, squeeze.outputs[0])
+        replace_uses(graph, old, squeeze.outputs[0])
 
 
-def _put_marker(graph: ir.Graph, factors: RnnFactors, node: ir.Node) -> None:
+def _add_marker(graph: ir.Graph, factors: RnnFactors, node: ir.Node) -> None:
     states = [node.inputs[slot] for slot in (_SLOT_H, _SLOT_C)[: factors.state_count]]
     marker = ir.node(
         factors.kind, [node.inputs[0], *map(_unsliced, states)], {"layer": factors.name}, domain=DOMAIN,
@@ -159,13 +162,13 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node, outputs: int) -> None:
     for place, (before, after) in enumerate(zip(old.outputs, new.outputs, strict=True)):
         after.name, after.shape = f"{new.name or before.name}.{new.op_type}.output{place}", before.shape
         after.type = ir.TensorType(ir.DataType.FLOAT)
-        take_over(graph, before, after)
+        replace_uses(graph, before, after)
     graph.remove(old, safe=True)
 
 
 def _rounded(graph: ir.Graph, marker: ir.Node, source: ir.Value, side: LayerFactors, number: str) -> ir.Value:
     """`source` rounded to integers and scaled back."""
-    chain = Chain(graph, marker, quantise(graph, marker, source, side, f"quant{number}"))
+    chain = NodeChain(graph, marker, quantise(graph, marker, source, side, f"quant{number}"))
     prefix = f"{side.name}.anti_quant{number}.fake_antiquant"
     chain.then("Mul", f"{prefix}.mul", chain.constant(f"{prefix}.scale", np.asarray(side.scale_d)))
     return chain.value

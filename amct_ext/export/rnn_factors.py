@@ -15,8 +15,8 @@ from amct_ext.export.factors import (
     DEAD,
     WEIGHT_BITS,
     LayerFactors,
+    dead_channel_scales,
     dequantisation_scales,
-    free_scales,
     scales_of,
     truncate,
     types_of,
@@ -28,7 +28,8 @@ from amct_ext.record.types import QuantRecord
 class RnnFactors:
     """Both sides of a recurrent layer, gates in ONNX order: `inputs` (x and W) and `hidden` (h and R).
 
-    `deq` of a side holds one value per row of the weight, or one per gate.
+    Weights of a side have the shape (gates * hidden_size, columns); its `deq` holds one value per row, or one per gate.
+    `scale_w` and `scale_r` are float32 of shape (rows,) or (gates,), in torch's order.
     """
 
     name: str
@@ -57,10 +58,10 @@ class RnnFactors:
 
 
 def rnn_factors(record: QuantRecord, module: nn.RNNBase) -> RnnFactors:
-    """Quantise both weights of `module` with the factors of `record` (amct-behaviour 3.7, 6.11, 8.4).
+    """Quantise both weights of `module` with the factors of `record`.
 
-    RecordRangeError for a factor out of range; RecordError for a missing factor or a length that does not fit;
-    ExportError for a layer with several layers, two directions or a projection, and for a non-finite weight.
+    Errors: RecordRangeError (a factor out of range), RecordError (a missing factor, a length that does not fit),
+    ExportError (several layers, two directions or a projection; a non-finite weight).
     """
     name = record.key
     if module.num_layers != 1 or module.bidirectional or module.proj_size:
@@ -93,7 +94,7 @@ def _side(record: QuantRecord, gates: Sequence[int], weight: np.ndarray, bias: n
     steps = rows / _per_row(scale_w, len(rows))[:, None]
     integers = np.clip(np.rint(steps), -half, half - 1).astype(np.int8)
     ordered = None if bias is None else _onnx_order(gates, bias)
-    deq = free_scales(deq, (abs(steps).reshape(len(deq), -1) <= DEAD).all(axis=1), ordered)
+    deq = dead_channel_scales(deq, (abs(steps).reshape(len(deq), -1) <= DEAD).all(axis=1), ordered)
     return LayerFactors(
         name=record.key,
         scale_d=scale_d,

@@ -8,14 +8,14 @@ import onnx_ir as ir
 import torch
 
 
-def give_plain_names(program: torch.export.ExportedProgram) -> dict[str, str]:
+def make_names_safe(program: torch.export.ExportedProgram) -> dict[str, str]:
     """Rename what could not be translated, in place; returns plain name -> the name as it was."""
     specs = [spec for spec in program.graph_signature.input_specs if spec.target is not None]
     taken = {str(spec.target) for spec in specs}
     given: dict[str, str] = {}
     for spec in specs:
         old = str(spec.target)
-        if all(_is_plain(part) for part in old.split(".")):
+        if all(_is_safe(part) for part in old.split(".")):
             continue
         new = f"renamed.t{len(given)}"
         while new in taken:
@@ -30,8 +30,8 @@ def give_plain_names(program: torch.export.ExportedProgram) -> dict[str, str]:
     return given
 
 
-def give_names_back(model: ir.Model, given: dict[str, str]) -> None:
-    """Undo ``give_plain_names`` in the graph made of that program."""
+def restore_names(model: ir.Model, given: dict[str, str]) -> None:
+    """Undo ``make_names_safe`` in the graph made of that program."""
     initializers = model.graph.initializers
     for new, old in given.items():
         value = initializers.pop(new, None)
@@ -40,6 +40,6 @@ def give_names_back(model: ir.Model, given: dict[str, str]) -> None:
             initializers.add(value)
 
 
-def _is_plain(part: str) -> bool:
+def _is_safe(part: str) -> bool:
     """Whether torch writes the name right: it takes anything between quotes that is no identifier, unescaped."""
     return not keyword.iskeyword(part) and part.isprintable() and not set(part) & {'"', "\\"}

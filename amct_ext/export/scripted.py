@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from amct_ext.common.references import replace_modules
 
 
-class _Scripted(nn.Module):
+class _ScriptedWrapper(nn.Module):
     """Calls a scripted module without showing its parameters, which torch.export does not accept."""
 
     def __init__(self, module: torch.jit.ScriptModule) -> None:
@@ -18,16 +16,16 @@ class _Scripted(nn.Module):
         # The compiled method itself: on the module, torch.export puts a function of its own in the way.
         self.compiled = module._c._get_method("forward")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.compiled(*args, **kwargs)
 
 
-def open_scripted(model: nn.Module) -> nn.Module:
+def wrap_scripted(model: nn.Module) -> nn.Module:
     """Put a module that can be captured in the place of each scripted one, in place; returns the model."""
     scripted: dict[nn.Module, nn.Module] = {}
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule) and module not in inside:
             inside.update(module.modules())
-            scripted[module] = _Scripted(module)
+            scripted[module] = _ScriptedWrapper(module)
     return replace_modules(model, scripted)

@@ -7,7 +7,7 @@ constant, branches are taken as they were. Its graph is brought into the form of
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from amct_ext.export.markers import SCOPES
 from amct_ext.graph.onnx_names import scope_name
 from amct_ext.graph.run import tensors_in
 
+Calls = Iterator[Sequence[torch.Tensor]]
 LayerValues = Mapping[str, Sequence[Sequence[torch.Tensor]]]  # by layer and call, the tensors that it returned
 
 
@@ -41,7 +42,12 @@ def trace_to_onnx(
     """
     known = {*names, *(axes.output_names or ())}
     # by way of a file, because the bytes of a message are limited
-    with tempfile.TemporaryDirectory() as folder, _substituted(model, values or {}), _unlogged(model), _SpeltOut():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _substituted(model, values or {}),
+        _without_graph_prints(model),
+        _Decompose(),
+    ):
         path = Path(folder) / "traced.onnx"
         torch.onnx.export(
             model,
@@ -56,16 +62,22 @@ def trace_to_onnx(
         )
         graph = ir.load(path)
         ir.external_data.load_to_model(graph)
-    _own_initialisers(graph.graph)
+    _split_initialisers(graph.graph)
     _positive_axes(graph.graph)
-    _note_modules(graph.graph, model)
+    _add_module_scopes(graph.graph, model)
     return torch.onnx.ONNXProgram(graph, None)  # nothing of it but the graph is used
 
 
-class _SpeltOut(TorchFunctionMode):
+class _Decompose(TorchFunctionMode):
     """Says in operators that the older exporter knows what it has no translation of."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func in (torch.Tensor.mT.__get__, torch.Tensor.mH.__get__):  # type: ignore[attr-defined]
             return args[0].transpose(-2, -1)
@@ -87,7 +99,7 @@ def _rms_norm(
 
 
 @contextmanager
-def _unlogged(model: nn.Module) -> Iterator[None]:
+def _without_graph_prints(model: nn.Module) -> Iterator[None]:
     """While this lasts, a failure prints no graph past Python's streams; torch switches that on before the forward."""
     handle = model.register_forward_pre_hook(lambda *_: torch._C._jit_set_onnx_log_enabled(False))
     try:
@@ -103,8 +115,8 @@ def _substituted(model: nn.Module, values: LayerValues) -> Iterator[None]:
     for name, calls in values.items():
         waiting = iter(calls)
 
-        def substitute(_: nn.Module, __: Any, output: Any, waiting: Iterator[Any] = waiting) -> None:
-            state: Any = torch._C._get_tracing_state()
+        def substitute(_: nn.Module, __: object, output: object, waiting: Calls = waiting) -> None:
+            state: object = torch._C._get_tracing_state()
             if state is None:  # a run that is not traced
                 return
             torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -123,7 +135,7 @@ def _substituted(model: nn.Module, values: LayerValues) -> Iterator[None]:
             handle.remove()
 
 
-def _own_initialisers(graph: ir.Graph) -> None:
+def _split_initialisers(graph: ir.Graph) -> None:
     """Tensors that look alike are one in the traced graph, with an Identity for each further name: undo that."""
     for node in tuple(graph):
         source = node.inputs[0] if node.op_type == "Identity" else None
@@ -142,7 +154,7 @@ def _own_initialisers(graph: ir.Graph) -> None:
 
 
 def _positive_axes(graph: ir.Graph) -> None:
-    """Means stay means: poolings are single operators here already (see tidy)."""
+    """Means stay means: poolings are single operators here already (see cleanup)."""
     for node in tuple(graph):
         if node.op_type != "ReduceMean" or len(node.inputs) < 2:
             continue
@@ -157,7 +169,7 @@ def _positive_axes(graph: ir.Graph) -> None:
         node.replace_input_with(1, value)
 
 
-def _note_modules(graph: ir.Graph, model: nn.Module) -> None:
+def _add_module_scopes(graph: ir.Graph, model: nn.Module) -> None:
     """Tell each node the path of its module, as far as its name ('/blocks.0/conv/Conv') says which one that is."""
     paths: dict[str, list[str]] = {}
     for qualified, _ in model.named_modules():
@@ -165,14 +177,14 @@ def _note_modules(graph: ir.Graph, model: nn.Module) -> None:
     for node in graph:
         *scopes, operator = (node.name or "").split("/")
         scopes = [scope for scope in scopes if scope]
-        found = [name for name in paths.get(scopes[-1], []) if _runs_in(scopes, name)] if scopes else []
+        found = [name for name in paths.get(scopes[-1], []) if _scopes_lead_to(scopes, name)] if scopes else []
         if len(found) == 1:
             parts = found[0].split(".")
             prefixes = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
             node.metadata_props[SCOPES] = str(["", *prefixes, operator])
 
 
-def _runs_in(scopes: Sequence[str], qualified: str) -> bool:
+def _scopes_lead_to(scopes: Sequence[str], qualified: str) -> bool:
     """Whether the scopes are names of modules on the way to `qualified`; lists of modules do not show up."""
     parts = qualified.split(".")
     way = iter([scope_name(".".join(parts[: depth + 1])) for depth in range(len(parts))])

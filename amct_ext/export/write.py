@@ -15,25 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from amct_ext.common.layer_kinds import CONVS, ONNX_GATES, layer_type
+from amct_ext.common.layer_kinds import ONNX_GATES, layer_type
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
-from amct_ext.export.capture import Captured, capture, logger, optimise, told
+from amct_ext.export.capture import Captured, capture, logger, optimise, trace_note
 from amct_ext.export.check import check_files
-from amct_ext.export.cleanup import drop_unused, tidy, use_matmul
+from amct_ext.export.cleanup import clean_up, drop_unused, use_matmul
 from amct_ext.export.deploy import lower_deploy
 from amct_ext.export.factors import LayerFactors, layer_factors
 from amct_ext.export.fake_quant import lower_fake_quant
 from amct_ext.export.files import encode, onnx_paths, write_files
-from amct_ext.export.markers import DOMAIN, fence, name_layers
+from amct_ext.export.fold_batchnorm import fold_batchnorms
+from amct_ext.export.markers import DOMAIN, mark_layers, name_layers
 from amct_ext.export.precision import precision_of, widened
-from amct_ext.export.rnn import fence_rnns, lower_rnn_deploy, lower_rnn_fake_quant
+from amct_ext.export.rnn import lower_rnn_deploy, lower_rnn_fake_quant, mark_rnns
 from amct_ext.export.rnn_factors import RnnFactors, rnn_factors
-from amct_ext.export.scripted import open_scripted
+from amct_ext.export.scripted import wrap_scripted
 from amct_ext.export.traced import LayerValues
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.record.types import QuantRecord
@@ -71,33 +70,21 @@ def export_quantized(
     if not records:
         raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
     float_model, inputs = _prepare(model, input_data)
-    mirrored = _fuse(float_model, conv_bn, {record.key for record in records})
-    modules = dict(float_model.named_modules())
-    layers: list[LayerFactors] = []
-    recurrent: list[RnnFactors] = []
-    for record in records:
-        if record.key not in modules:
-            raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
-        if record.key in {layer.name for layer in layers} | {layer.name for layer in recurrent}:
-            raise RecordError(f"the record holds two entries for layer {record.key!r}")
-        module = modules[record.key]
-        if isinstance(module, nn.RNNBase) and layer_type(module) in ONNX_GATES:
-            recurrent.append(rnn_factors(record, module))
-        else:
-            layers.append(layer_factors(record, module, write_shift, mirrored.get(record.key)))
+    mirrored = fold_batchnorms(float_model, conv_bn, {record.key for record in records})
+    layers, recurrent = _factors(float_model, records, mirrored, write_shift)
 
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
-        fenced = fence(captured.model, float_model, layers)
-        rnns = fence_rnns(captured.model, float_model, recurrent)
+        marked = mark_layers(captured.model, float_model, layers)
+        rnns = mark_rnns(captured.model, float_model, recurrent)
         fake_quant = optimise(captured)
         name_layers(fake_quant.graph)
-        tidy(fake_quant, {*fenced, *rnns})
+        clean_up(fake_quant, {*marked, *rnns})
         deploy = fake_quant.clone()
         lower_rnn_fake_quant(fake_quant, rnns)
         lower_rnn_deploy(deploy, rnns)
-        lower_fake_quant(fake_quant, fenced)
-        lower_deploy(deploy, fenced)
+        lower_fake_quant(fake_quant, marked)
+        lower_deploy(deploy, marked)
         for lowered in (fake_quant, deploy):
             drop_unused(lowered)
             lowered.opset_imports.pop(DOMAIN, None)
@@ -120,7 +107,7 @@ def export_plain(
     dynamic_axes: Mapping[str, Any] | None = None,
     expected: Sequence[torch.Tensor] | None = None,
 ) -> tuple[Path, Path]:
-    """Write the float graph under both names (a pruned model without quantisation, 8.7); return both paths.
+    """Write the float graph under both names, for a model that is pruned only; return both paths.
 
     `expected`: the tensors that the model returns for `input_data`. Errors: RuntimeError (model that cannot be
     captured, names or axes that do not fit, files that would not load), ValueError (save_path).
@@ -132,7 +119,7 @@ def export_plain(
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
         plain = optimise(captured)
-        tidy(plain, ())
+        clean_up(plain, ())
         files = encode(plain.clone(), paths[0], "fakequant")
         return {**files, **encode(plain, paths[1], "deploy")}
 
@@ -140,7 +127,7 @@ def export_plain(
     return paths
 
 
-def rehearse(model: nn.Module, input_data: Any) -> None:
+def try_capture(model: nn.Module, input_data: Any) -> None:
     """Try to capture the float `model` as a save would, and write nothing. Errors: ExportError where neither way works.
 
     The trace comes first: a forward that torch.export cannot follow may keep it busy for a minute.
@@ -152,6 +139,26 @@ def rehearse(model: nn.Module, input_data: Any) -> None:
             capture(float_model, inputs, axes, traced="not tried")
         except ExportError:
             capture(float_model, inputs, axes)
+
+
+def _factors(
+    model: nn.Module, records: Sequence[QuantRecord], mirrored: Mapping[str, np.ndarray], write_shift: bool
+) -> tuple[list[LayerFactors], list[RnnFactors]]:
+    """The integers and scales of each recorded layer. Errors: RecordError (no such layer, two entries)."""
+    modules = dict(model.named_modules())
+    layers: dict[str, LayerFactors] = {}
+    recurrent: dict[str, RnnFactors] = {}
+    for record in records:
+        if record.key not in modules:
+            raise RecordError(f"the record names layer {record.key!r}, but the model has no such module")
+        if record.key in layers or record.key in recurrent:
+            raise RecordError(f"the record holds two entries for layer {record.key!r}")
+        module = modules[record.key]
+        if isinstance(module, nn.RNNBase) and layer_type(module) in ONNX_GATES:
+            recurrent[record.key] = rnn_factors(record, module)
+        else:
+            layers[record.key] = layer_factors(record, module, write_shift, mirrored.get(record.key))
+    return list(layers.values()), list(recurrent.values())
 
 
 def _write(
@@ -179,7 +186,7 @@ def _write(
                 check_files(files, *paths, tensors, expected)
             except ExportError:
                 raise error from None
-        note = told(captured, model, inputs, list(tensors))
+        note = trace_note(captured, model, inputs, list(tensors))
     if note:
         logger.warning("%s: %s", paths[0], note)
     write_files(files)
@@ -197,57 +204,4 @@ def _prepare(model: nn.Module, input_data: Any) -> tuple[nn.Module, Inputs]:
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         duplicate.float()
         inputs = inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    return open_scripted(duplicate), widened(inputs)
-
-
-def _fuse(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[str]) -> dict[str, np.ndarray]:
-    """Fold each BatchNorm into its convolution, in place (amct-behaviour 8.3 step 4).
-
-    Returns for each convolution the output channels whose factor is negative.
-
-    Where that is impossible the pair stays as it is, unless the convolution is recorded: its scales contain the
-    BatchNorm factor, so nothing right could be written (ExportError). SyncBatchNorm folds like any other; where one
-    stays it computes what BatchNorm does, since the model is in eval mode.
-    """
-    modules = dict(model.named_modules())
-    mirrored = {}
-    for conv_name, bn_name in conv_bn.items():
-        conv, bn = modules.get(conv_name), modules.get(bn_name)
-        if not isinstance(conv, _ConvNd) or layer_type(conv) not in CONVS or not isinstance(bn, _BatchNorm):
-            raise ExportError(f"{conv_name!r} and {bn_name!r} are no convolution and BatchNorm of this model")
-        problem = _fold(conv, bn)
-        if problem is None:
-            for norm in [bn, *_other_names(bn, modules, conv_bn)]:
-                vars(norm)["forward"] = _identity  # the object, for it may be reached by several names
-            if bn.weight is not None:
-                mirrored[conv_name] = (bn.weight < 0).cpu().numpy()
-        elif conv_name in recorded:
-            raise ExportError(f"{bn_name!r} cannot be folded into the quantised layer {conv_name!r}: {problem}")
-    return mirrored
-
-
-def _identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def _other_names(bn: _BatchNorm, modules: Mapping[str, nn.Module], conv_bn: Mapping[str, str]) -> list[nn.Module]:
-    """Modules with the very statistics of `bn`: a conversion (to SyncBatchNorm) makes one for each name it has."""
-    paired = set(conv_bn.values())
-    return [
-        module
-        for name, module in modules.items()
-        if isinstance(module, _BatchNorm) and module.running_var is bn.running_var and name not in paired
-    ]
-
-
-def _fold(conv: _ConvNd, bn: _BatchNorm) -> str | None:
-    """Put `bn` into `conv`; the reason where that is impossible."""
-    if bn.running_mean is None or bn.running_var is None:
-        return "it keeps no running statistics"
-    weight, bias = nn.utils.fuse_conv_bn_weights(
-        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-    )
-    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-        return "the folded weight or bias would hold NaN or Inf"
-    conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
-    return None
+    return wrap_scripted(duplicate), widened(inputs)

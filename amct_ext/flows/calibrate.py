@@ -12,8 +12,9 @@ from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import in_mode
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import compressed_layers
 
 
 @torch.no_grad()
@@ -53,12 +54,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         layer.initialise_scales()
 
 
-def _waiting(layers: Any) -> list[str]:
+def _waiting(layers: Mapping[str, CompressedLayer]) -> list[str]:
     """Layers whose calibration is not finished."""
     return [name for name, layer in layers.items() if not all(q.calibrated for q in layer.own_quantizers)]
 
 
-def check_batches(batches: Any) -> None:
+def check_batches(batches: object) -> None:
     """Raise TypeError where one batch is given instead of several: it would be taken apart."""
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise TypeError(f"batches is one {type(batches).__name__}; give several batches, or [batch]")

@@ -1,15 +1,12 @@
-"""Search for pruning ratios: which layers can lose how many channels so that the model gets so many times cheaper.
-
-The file has the name of its function, as AMCT's has: sample jobs import the search's classes from it.
-"""
+"""The verb `auto_channel_prune_search`: how many channels each layer can lose so that the model gets cheaper."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsFloat, TypeVar
 
 from torch import nn
 
@@ -20,7 +17,7 @@ from amct_ext.common.validation import check_record_name, check_types
 from amct_ext.config.plan import Plan, resolve
 from amct_ext.config.text import FilterPrune
 from amct_ext.errors import ConfigError
-from amct_ext.flows.build import own_copy
+from amct_ext.flows.build import float_copy
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.proto.text import close_matches
@@ -45,7 +42,8 @@ __all__ = [
     "TaylorLossSensitivity",
     "auto_channel_prune_search",
 ]
-_log = logging.getLogger("amct_ext")
+Method = TypeVar("Method", SensitivityBase, SearchChannelBase)
+logger = logging.getLogger("amct_ext")
 
 
 @outside_inference_mode
@@ -80,7 +78,7 @@ def auto_channel_prune_search(
     measure = _built_in(sensitivity, {"TaylorLossSensitivity": TaylorLossSensitivity}, "sensitivity")
     algorithm = _built_in(search_alg, {"GreedySearch": GreedySearch}, "search_alg")
     settings = read_search_config(config)
-    inner = own_copy(model).eval()
+    inner = float_copy(model).eval()
     search_space.split_samples(inner, input_data, settings.test_iteration)
     traced = search_space.cut(parse_inputs(inner, input_data[0]), slice(2))
     graph = trace(inner, traced)
@@ -100,9 +98,19 @@ def auto_channel_prune_search(
     search_space.write_costs(info, records)
     prune_config = (settings.compress_ratio, settings.ascend_optimized, settings.max_prune_ratio)
     removed = _removed(algorithm.channel_prune_search(info, records, prune_config), groups, settings.ascend_optimized)
+    write_atomic(output_cfg, _output(settings, plan, dict(zip(groups, removed, strict=True)), given))
+
+
+def _output(
+    settings: SearchConfig,
+    plan: Plan,
+    removed: Mapping[ChannelGroup, int],
+    given: Sequence[tuple[ChannelGroup, FilterPrune]],
+) -> str:
+    """The text of the configuration: found ratios by layer, given ones, and the layers that stay whole."""
     ratios = {
         member.name: FilterPrune(count / group.count, settings.ascend_optimized)
-        for group, count in zip(groups, removed, strict=True)
+        for group, count in removed.items()
         for member in group.producers
         if count
     }
@@ -114,10 +122,11 @@ def auto_channel_prune_search(
         name for name, layer in plan.layers.items() if layer.prune and name not in ratios and name not in fixed
     ]
     ordered = {name: ratios[name] for name in plan.layers if name in ratios}
-    write_atomic(output_cfg, dumps(settings, ordered, untouched))
+    return dumps(settings, ordered, untouched)
 
 
-def _built_in(chosen: Any, known: dict[str, Any], argument: str) -> Any:
+def _built_in(chosen: str | Method, known: Mapping[str, type[Method]], argument: str) -> Method:
+    """The object given, or one of the built-in class of that name. Errors: ValueError (no such class)."""
     if not isinstance(chosen, str):
         return chosen
     if chosen not in known:
@@ -125,7 +134,12 @@ def _built_in(chosen: Any, known: dict[str, Any], argument: str) -> Any:
     return known[chosen]()
 
 
-def _set_up(measure: SensitivityBase, graph_tuple: Any, input_data: list[Any], test_iteration: int) -> None:
+def _set_up(
+    measure: SensitivityBase,
+    graph_tuple: tuple[search_space.SearchGraph, dict[str, dict[str, Any]]],
+    input_data: list[Any],
+    test_iteration: int,
+) -> None:
     """AMCT's guide shows the method with `output_nodes` and, for PyTorch, without."""
     given = (graph_tuple, input_data, test_iteration)
     try:
@@ -175,7 +189,7 @@ def _viable(
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
 
-def _flags(given: Any) -> list[int]:
+def _flags(given: Iterable[SupportsFloat]) -> list[int]:
     """Ones and zeros, whatever holds them; empty where there is anything else."""
     try:
         values = [] if isinstance(given, (str, bytes)) else [float(flag) for flag in given]
@@ -184,7 +198,7 @@ def _flags(given: Any) -> list[int]:
     return [int(value) for value in values] if all(value in (0, 1) for value in values) else []
 
 
-def _removed(chosen: Any, groups: Sequence[ChannelGroup], ascend_optimized: bool) -> list[int]:
+def _removed(chosen: object, groups: Sequence[ChannelGroup], ascend_optimized: bool) -> list[int]:
     """How many channels each group loses: of coupled producers the one that loses fewest counts, as for create."""
     if not isinstance(chosen, Mapping):
         raise ValueError(
@@ -209,7 +223,7 @@ def _removed(chosen: Any, groups: Sequence[ChannelGroup], ascend_optimized: bool
         counts.append(asked)
         arrives = max(0, removal_count(group.count, asked / group.count, ascend_optimized, group.blocks or 1))
         if arrives != asked:
-            _log.warning(
+            logger.warning(
                 "%s: of the %d channels that the search removes, create will remove %d (ascend_optimized and grouped "
                 "convolutions round)", group.producers[0].name, asked, arrives,
             )  # fmt: skip

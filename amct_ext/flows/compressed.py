@@ -9,7 +9,6 @@ from torch import nn
 from amct_ext.common.inference_mode import outside_inference_mode
 from amct_ext.common.validation import check_record_name, check_types
 from amct_ext.common.wrapping import unwrap
-from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
 from amct_ext.flows import build, saving
 from amct_ext.model_surgery.session import session_of
@@ -32,7 +31,7 @@ def create_compressed_retrain_model(
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
-    return build.create(model, input_data, _planner(config_defination), record_file)
+    return build.create(model, input_data, build.Planner.of(parse_config(config_defination)), record_file)
 
 
 @outside_inference_mode
@@ -49,8 +48,8 @@ def restore_compressed_retrain_model(
     Arguments as for ``create_compressed_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT,
     ``state_dict_name`` the entry that holds the state dict. Nothing is written. The result equals the saved model bit
     for bit; learned clips are not searched anew. Errors: those of create; FileNotFoundError; RecordError (a
-    RuntimeError) where the record is damaged or of another model; those of ``amct_ext.checkpoint.load_checkpoint``.
-    Source: AMCT's function of the same name.
+    RuntimeError) where the record is damaged or of another model; those of
+    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
     """
     check_types(
         model=(model, nn.Module),
@@ -60,7 +59,7 @@ def restore_compressed_retrain_model(
         state_dict_name=(state_dict_name, str, type(None)),
     )
     check_record_name(record_file)
-    planner = _planner(config_defination)
+    planner = build.Planner.of(parse_config(config_defination))
     record = read_record(record_file)
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
@@ -92,8 +91,3 @@ def save_compressed_retrain_model(
     else:
         read_record(record_file)
         saving.save_plain(inner, save_path, input_data, names)
-
-
-def _planner(config_defination: str) -> build.Planner:
-    config = parse_config(config_defination)
-    return build.Planner(lambda traits: resolve(config, traits), config)

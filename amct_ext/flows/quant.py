@@ -18,8 +18,8 @@ from amct_ext.config.text import parse_config
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.flows import build, saving
 from amct_ext.graph.trace import trace
+from amct_ext.model_surgery.lookup import placed_layers
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import placed_layers
 from amct_ext.record.types import Record
 
 
@@ -39,7 +39,7 @@ def create_quant_retrain_config(
     )
     check_record_name(config_file, "config_file")
     config = default_config() if config_defination is None else parse_config(config_defination)
-    inner = build.own_copy(model)
+    inner = build.float_copy(model)
     write_atomic(config_file, json_text(config, trace(inner, input_data).traits(inner)))
 
 
@@ -55,7 +55,7 @@ def create_quant_retrain_model(config_file: str, model: nn.Module, record_file: 
     """
     check_types(config_file=(config_file, str), model=(model, nn.Module), record_file=(record_file, str))
     check_record_name(record_file)
-    return build.create(model, input_data, _planner(config_file), record_file)
+    return build.create(model, input_data, build.Planner.of(read_json(config_file)), record_file)
 
 
 @outside_inference_mode
@@ -72,7 +72,7 @@ def restore_quant_retrain_model(
     Arguments as for ``create_quant_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT,
     ``state_dict_name`` the entry that holds the state dict. The record file is neither read nor changed; the next eval
     phase writes the factors. The result equals the saved model bit for bit. Errors: those of create and of
-    ``amct_ext.checkpoint.load_checkpoint``. Source: AMCT's function of the same name.
+    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
     """
     check_types(
         config_file=(config_file, str),
@@ -82,7 +82,7 @@ def restore_quant_retrain_model(
         state_dict_name=(state_dict_name, str, type(None)),
     )
     check_record_name(record_file)
-    planner = _planner(config_file)
+    planner = build.Planner.of(read_json(config_file))
     return build.restore(model, input_data, planner, Record(), record_file, pth_file, state_dict_name)
 
 
@@ -123,16 +123,16 @@ def save_quant_retrain_model(
             "save_compressed_retrain_model"
         )
     config = read_json(config_file)
-    plain = saving.to_plain(inner, input_data)
+    plain = saving.to_plain_model(inner, input_data)
     # The file names layers as they were called at create.
     names_then = {present: name for name, (present, _) in placed_layers(inner).items()}
     traits = trace(plain.model, plain.inputs).traits(plain.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
-    check_same(plan, asked, config_file)
+    check_same_plan(plan, asked, config_file)
     saving.save_quantised(inner, record_file, save_path, input_data, names, plain)
 
 
-def check_same(made: Plan, asked: Plan, source: str) -> None:
+def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
     """Raise StaleStateError (a RuntimeError) where the plan a model was made by is not the one its file asks for."""
     differences = [
         f"{name} is {getattr(asked, name)} in the file and {getattr(made, name)} in the model"
@@ -161,8 +161,3 @@ def check_same(made: Plan, asked: Plan, source: str) -> None:
         raise StaleStateError(
             f"{source}: not the configuration that this model was made with; give that one:\n  " + "\n  ".join(shown)
         )
-
-
-def _planner(config_file: str) -> build.Planner:
-    config = read_json(config_file)
-    return build.Planner(lambda traits: resolve_json(config, traits), config)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -21,16 +21,27 @@ from amct_ext.export.precision import precision_of, widened
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.model_surgery.hooks import detach
+from amct_ext.model_surgery.lookup import compressed_layers, placed_layers
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, session_of
-from amct_ext.model_surgery.swap import compressed_layers, fold_layers, placed_layers
+from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
 
 _log = logging.getLogger(__name__)
 
 
-def export_names(input_names: Any, output_names: Any, dynamic_axes: Any) -> dict[str, Any]:
-    """The naming arguments that all save functions share, for the exporter. Errors: TypeError, ExportError."""
+class ExportNames(TypedDict):
+    """The naming arguments that all save functions share."""
+
+    input_names: list[str] | None
+    output_names: list[str] | None
+    dynamic_axes: dict[str, Any] | None
+
+
+def export_names(
+    input_names: list[str] | None, output_names: list[str] | None, dynamic_axes: dict[str, Any] | None
+) -> ExportNames:
+    """The naming arguments, checked. Errors: TypeError, ExportError."""
     check_types(
         input_names=(input_names, list, type(None)),
         output_names=(output_names, list, type(None)),
@@ -57,7 +68,7 @@ class Plain:
     expected: list[torch.Tensor]
 
 
-def to_plain(model: nn.Module, input_data: Any) -> Plain:
+def to_plain_model(model: nn.Module, input_data: Any) -> Plain:
     """The plain form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
     for name, layer in compressed_layers(model):
         computed = computed_parameter(layer)
@@ -91,7 +102,7 @@ def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
     found: dict[str, list[list[torch.Tensor]]] = {name: [] for name in names}
     for name in names:
 
-        def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+        def keep(_: nn.Module, __: object, output: object, name: str = name) -> None:
             found[name].append([tensor.detach().clone() for tensor in tensors_in(output)])
 
         duplicate.get_submodule(name).register_forward_hook(keep)
@@ -99,7 +110,7 @@ def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
     return found
 
 
-def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
+def _evaluation(model: nn.Module, inputs: Inputs) -> object:
     """What the model returns in eval mode and its own precision, whatever is switched on around it."""
     with undisturbed(model), torch.no_grad(), precision_of(model):
         try:
@@ -112,9 +123,9 @@ def _evaluation(model: nn.Module, inputs: Inputs) -> Any:
             raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
 
 
-def save_plain(model: nn.Module, save_path: str, input_data: Any, names: dict[str, Any]) -> None:
+def save_plain(model: nn.Module, save_path: str, input_data: Any, names: ExportNames) -> None:
     """Write the float graph of a model that is not quantised under both names. Errors: those of the export."""
-    plain = to_plain(model, input_data)
+    plain = to_plain_model(model, input_data)
     write.export_plain(plain.model, plain.inputs, save_path, **names, expected=plain.expected)
 
 
@@ -123,7 +134,7 @@ def save_quantised(
     record_file: str,
     save_path: str,
     input_data: Any,
-    names: dict[str, Any],
+    names: ExportNames,
     plain: Plain | None = None,
 ) -> None:
     """Write both files of a quantised model; `plain` is its plain form, where that was made already.
@@ -154,7 +165,7 @@ def save_quantised(
     for name in session.order:
         if name not in placed:
             _log.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
-    plain = plain or to_plain(model, input_data)
+    plain = plain or to_plain_model(model, input_data)
     inputs, pairs = plain.inputs, present_pairs(model)
     watched = {*quantised_layers(model), *pairs.values()}
     write.export_quantized(

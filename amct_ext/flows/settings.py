@@ -14,9 +14,10 @@ from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, Val
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.integer import IntegerForward
 from amct_ext.layers.integer_support import unsupported_reason
+from amct_ext.model_surgery.batchnorm_links import link_batchnorms
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.recording import write_record
 from amct_ext.model_surgery.session import session_of
-from amct_ext.model_surgery.swap import compressed_layers, link_norms
 
 Forward = Literal["float", "auto", "integer"]
 _CALIBRATION_METHODS: dict[str, type[CalibrationMethod]] = {"exact": ExactValues, "histogram": ValueHistogram}
@@ -134,7 +135,7 @@ def shift_bits(model: nn.Module) -> dict[str, list[int]]:
     evaluation yet).
     """
     inner = unwrap(model)
-    link_norms(inner, session_of(inner).conv_bn)
+    link_batchnorms(inner, session_of(inner).conv_bn)
     layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
     return {
         name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None

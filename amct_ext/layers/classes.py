@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import LAYER_KINDS
+from amct_ext.common.layer_kinds import kind_of
 from amct_ext.layers import conv_linear, rnn
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import derived_class, take_attributes
 
-# By the names in common/layer_kinds.py.
+# By name of the kind in common/layer_kinds.py; the kinds that are quantizable are here.
 _COMPRESSED: dict[str, type[CompressedLayer]] = {
     "Conv1d": conv_linear.CompressedConv1d,
     "Conv2d": conv_linear.CompressedConv2d,
@@ -22,7 +22,6 @@ _COMPRESSED: dict[str, type[CompressedLayer]] = {
     "LSTM": rnn.CompressedLSTM,
     "GRU": rnn.CompressedGRU,
 }
-_CLASSES = {kind.cls: _COMPRESSED[kind.name] for kind in LAYER_KINDS if kind.name in _COMPRESSED}
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
 _INSTANCE_NAMES = {"layer_name", "refs", "integer"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
@@ -37,7 +36,7 @@ def compressed_class(layer: nn.Module) -> tuple[type[CompressedLayer] | None, st
     parent = standard_class(layer)
     if parent is None or type(layer).forward is not parent.forward:
         return None, f"{type(layer).__name__} has no compressed form"
-    base, own = _CLASSES[parent], type(layer)
+    base, own = _COMPRESSED[parent.__name__], type(layer)
     clash = _own_names(layer, parent) & _reserved(base)
     if clash:
         return None, f"it has a member '{min(clash)}', a name that a compressed layer needs for itself"
@@ -51,7 +50,8 @@ def compressed_class(layer: nn.Module) -> tuple[type[CompressedLayer] | None, st
 
 def standard_class(layer: nn.Module) -> type[nn.Module] | None:
     """The class of torch that a layer is an instance of, where that has a compressed form; else None."""
-    return next((parent for parent in _CLASSES if isinstance(layer, parent)), None)
+    kind = kind_of(layer)
+    return None if kind is None or kind.name not in _COMPRESSED else kind.cls
 
 
 def to_float(layer: CompressedLayer) -> nn.Module:

@@ -34,7 +34,6 @@ class CompressedRNN(CompressedLayer):
     """
 
     own_children = (*CompressedLayer.own_children, "hidden_quant", "hidden_weight_quant")
-    gates: int
     state_count: int
     onnx_order: tuple[int, ...]  # ONNX gate -> torch gate
 
@@ -165,7 +164,7 @@ class CompressedRNN(CompressedLayer):
         assert quantizer is not None
         scale = quantizer.current_scale(self.weight_hh_l0 if recurrent else self.weight_ih_l0)
         scale = torch.where(scale < _EPS, torch.ones_like(scale), scale)
-        return scale.repeat(self.gates) if scale.numel() == 1 else scale
+        return scale.repeat(len(self.onnx_order)) if scale.numel() == 1 else scale
 
     @torch.no_grad()
     def recorded_scale_w(self) -> Tensor:
@@ -179,12 +178,12 @@ class CompressedRNN(CompressedLayer):
 
     def in_onnx_order(self, rows: Tensor) -> Tensor:
         """Rows (any number per gate, torch's gate order) in the gate order of ONNX."""
-        blocks = rows.chunk(self.gates)
+        blocks = rows.chunk(len(self.onnx_order))
         return torch.cat([blocks[gate] for gate in self.onnx_order])
 
 
 class CompressedLSTM(CompressedRNN, nn.LSTM):  # type: ignore[misc]
-    gates, onnx_order, state_count = 4, ONNX_GATES["LSTM"], 2
+    onnx_order, state_count = ONNX_GATES["LSTM"], 2
 
     def _cell(
         self, inputs: Tensor, recurrent: Tensor, hidden: Tensor, states: tuple[Tensor, ...]
@@ -195,7 +194,7 @@ class CompressedLSTM(CompressedRNN, nn.LSTM):  # type: ignore[misc]
 
 
 class CompressedGRU(CompressedRNN, nn.GRU):  # type: ignore[misc]
-    gates, onnx_order, state_count = 3, ONNX_GATES["GRU"], 1
+    onnx_order, state_count = ONNX_GATES["GRU"], 1
 
     def _cell(
         self, inputs: Tensor, recurrent: Tensor, hidden: Tensor, states: tuple[Tensor, ...]

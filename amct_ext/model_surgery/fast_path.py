@@ -9,7 +9,7 @@ from torch import nn
 logger = logging.getLogger("amct_ext")
 
 
-def separate_encoders(model: nn.Module) -> nn.Module:
+def disable_fast_path(model: nn.Module) -> nn.Module:
     """Switch nested tensors and the fused kernel of torch's encoders off, in place; returns the model.
 
     In eval mode without gradients they would run past the quantised layers, and past the trace. The numbers are the

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from amct_ext.common.ranks import several_ranks
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
+from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.rank_ranges import share_ranges
-from amct_ext.model_surgery.recording import state_behind, write_record
+from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
-from amct_ext.model_surgery.swap import (
-    every_layer,
-    link_norms,
-    norms_linked,
-)
 
 
 def attach(model: nn.Module, session: Session) -> None:
@@ -36,7 +32,7 @@ def attach(model: nn.Module, session: Session) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
     model.register_forward_hook(_after_forward)
-    model.register_forward_hook(_leave_forward, always_call=True)
+    model.register_forward_hook(_end_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
     model.register_load_state_dict_post_hook(_after_load)
 
@@ -45,7 +41,7 @@ def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    ours = (_before_forward, _after_forward, _leave_forward, _before_state_dict, _after_load)
+    ours = (_before_forward, _after_forward, _end_forward, _before_state_dict, _after_load)
     every = (
         model._forward_pre_hooks,
         model._forward_hooks,
@@ -58,30 +54,30 @@ def detach(model: nn.Module) -> None:
             model._forward_hooks_always_called.pop(key, None)
 
 
-def untraced(function: Callable[..., None]) -> Callable[..., None]:
+def outside_dynamo(function: Callable[..., None]) -> Callable[..., None]:
     """``function``, run as it is also where a graph breaks and Dynamo goes on with what is called next."""
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-def _before_forward(model: nn.Module, args: Any) -> None:
+def _before_forward(model: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():
         return
     session = getattr(model, ATTRIBUTE)
     session.tracker.enter(sys._getframe(1), model.training)
     if not model.training:
-        if not norms_linked(model, session.conv_bn):
-            link_norms(model, session.conv_bn)
+        if not batchnorms_linked(model, session.conv_bn):
+            link_batchnorms(model, session.conv_bn)
         if not state_updates_disabled():
-            _note_state(model, session)
+            _reset_stale_shifts(model, session)
 
 
-def _note_state(model: nn.Module, session: Session) -> None:
+def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
     """Before an evaluation: shifts that were searched on another state, which each layer feels, start over.
 
     Of what was loaded or copied the scales tell.
     """
-    state = state_behind(model)
-    if state == session.evaluated or _without_values(model):
+    state = state_versions(model)
+    if state == session.evaluated or _on_meta_device(model):
         return
     searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
@@ -92,7 +88,7 @@ def _note_state(model: nn.Module, session: Session) -> None:
     session.evaluated = state
 
 
-def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
+def _end_forward(model: nn.Module, args: object, output: object) -> object:
     if torch.compiler.is_compiling():
         return None
     getattr(model, ATTRIBUTE).tracker.exit(sys._getframe(1))
@@ -100,7 +96,7 @@ def _leave_forward(model: nn.Module, args: Any, output: Any) -> Any:
     return None if values is output else values
 
 
-def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
+def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
     if several_ranks() and not state_updates_disabled():
@@ -112,19 +108,19 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     if learning:
         session.recorded = None
     elif session.record_file is not None:
-        untraced(_follow)(model)
+        outside_dynamo(_refresh_record)(model)
 
 
-def _follow(model: nn.Module) -> None:
+def _refresh_record(model: nn.Module) -> None:
     """Write the record anew where the state behind it is not what it was made of."""
     session = session_of(model)
-    if _without_values(model):
+    if _on_meta_device(model):
         return
     if session.recorded is None or session.recorded != session.evaluated:
         write_record(model)
 
 
-def _without_values(model: nn.Module) -> bool:
+def _on_meta_device(model: nn.Module) -> bool:
     """Whether the model is on the meta device."""
     return any(parameter.is_meta for parameter in itertools.islice(model.parameters(), 1))
 
@@ -133,6 +129,6 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
 
 
-def _after_load(model: nn.Module, incompatible: Any) -> None:
+def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None

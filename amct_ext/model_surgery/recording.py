@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +16,14 @@ from amct_ext import ops
 from amct_ext.common.files import keep_old, write_if_changed
 from amct_ext.common.ranks import first_rank
 from amct_ext.config.plan import Plan
-from amct_ext.errors import ModelError, StaleStateError
+from amct_ext.errors import ModelError, RecordError, StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.layers.sparsity import Sparsity
 from amct_ext.layers.weight_quantizer import WeightQuantizer
-from amct_ext.model_surgery.session import Session, present_pairs, raise_if_invalid, session_of
-from amct_ext.model_surgery.swap import (
-    compressed_layers,
-    every_layer,
-    placed_layers,
-)
+from amct_ext.model_surgery.lookup import compressed_layers, every_layer, placed_layers
+from amct_ext.model_surgery.session import Session, StateVersions, present_pairs, raise_if_invalid, session_of
 from amct_ext.record.text import format_record
 from amct_ext.record.types import QuantRecord, Record, SparseRecord
 
@@ -88,7 +84,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
     if path == session.record_file:
         own = all(layer.ready for layer in every_layer(model))  # else the next evaluation has other factors
         complete = record.quant and own and _shifts_complete(model, session.plan)
-        session.recorded = state_behind(model) if complete or not session.plan.quant_active else None
+        session.recorded = state_versions(model) if complete or not session.plan.quant_active else None
 
 
 def _warn_of_other_writers(session: Session, content: bytes) -> None:
@@ -107,7 +103,7 @@ def _warn_of_other_writers(session: Session, content: bytes) -> None:
         )
 
 
-def state_behind(model: nn.Module) -> tuple[Any, ...]:
+def state_versions(model: nn.Module) -> StateVersions:
     """Identity and version of every tensor that recorded factors follow from; writes of forwards do not count."""
     tensors: list[torch.Tensor | None] = []
     clips: list[tuple[torch.Tensor, int]] = []
@@ -136,7 +132,7 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
     for key in present.keys() & recorded.keys():
         ours, theirs = present[key], recorded[key]
         same = (ours.offset_d, ours.offset_h) == (theirs.offset_d, theirs.offset_h)
-        if not (same and _close(_scales(ours), _scales(theirs))):
+        if not (same and _nearly_equal(_scales(ours), _scales(theirs))):
             wrong.append(key)
     if wrong:
         raise StaleStateError(
@@ -144,6 +140,30 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
             f"({', '.join(sorted(wrong)[:5])}{', ...' if len(wrong) > 5 else ''}); it was trained on, loaded or copied "
             f"since. Call amct_ext.update_record(model, {source!r}) before saving"
         )
+
+
+def load_masks(model: nn.Module, record: Record, record_file: str) -> None:
+    """Set the 2:4 masks from the record, for checkpoints without them. Errors: RecordError, all mismatches listed."""
+    recorded = {entry.name: entry for entry in record.sparse}
+    layers = {name: layer for name, layer in compressed_layers(model) if layer.sparsity is not None}
+    problems = [f"no 2:4 entry for layer '{name}'" for name in layers if name not in recorded]
+    problems += [
+        f"2:4 entry for '{name}', which the configuration does not make sparse"
+        for name in recorded
+        if name not in layers
+    ]
+    problems += [
+        f"mask_shape {recorded[name].mask_shape} of '{name}', whose weight is {tuple(layer.weight.shape)}"
+        for name, layer in layers.items()
+        if name in recorded and recorded[name].mask_shape != tuple(layer.weight.shape)
+    ]
+    if problems:
+        raise RecordError(f"{record_file}: not the record of this model and configuration:\n  " + "\n  ".join(problems))
+    for name, layer in layers.items():
+        words = recorded[name].mask
+        if words is not None:
+            assert layer.sparsity is not None
+            layer.sparsity.mask.copy_(ops.unpack_mask(torch.tensor(words, dtype=torch.int64), list(layer.weight.shape)))
 
 
 def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
@@ -179,7 +199,7 @@ def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
     scale_w = tuple(layer.recorded_scale_w().float().tolist())
     entry = QuantRecord(
         key=name,
-        scale_d=_through_fp16(scale_d) if plan.fp16 else scale_d,
+        scale_d=_round_to_fp16(scale_d) if plan.fp16 else scale_d,
         offset_d=offset_d,
         scale_w=scale_w,
         offset_w=(0,) * len(scale_w),
@@ -200,7 +220,7 @@ def _with_hidden(entry: QuantRecord, layer: CompressedRNN, plan: Plan) -> QuantR
     scale_r = tuple(layer.recorded_scale_r().float().tolist())
     return replace(
         entry,
-        scale_h=_through_fp16(scale_h) if plan.fp16 else scale_h,
+        scale_h=_round_to_fp16(scale_h) if plan.fp16 else scale_h,
         offset_h=offset_h,
         scale_r=scale_r,
         offset_r=(0,) * len(scale_r),
@@ -212,7 +232,7 @@ def _scales(entry: QuantRecord) -> tuple[float, ...]:
     return (entry.scale_d, *entry.scale_w, *hidden, *entry.scale_r)
 
 
-def _through_fp16(value: float) -> float:
+def _round_to_fp16(value: float) -> float:
     """Round a scale to half precision; outside half's normal range its square root is rounded instead (AMCT's rule)."""
     if _SMALLEST_FP16 <= value <= _LARGEST_FP16:
         return float(torch.tensor(value).half().float())
@@ -220,7 +240,7 @@ def _through_fp16(value: float) -> float:
     return float(root * root)
 
 
-def _close(ours: Any, theirs: Any) -> bool:
+def _nearly_equal(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Equal as float32 up to the last digits that another device's reduction order may change."""
-    a, b = torch.tensor(list(ours), dtype=torch.float32), torch.tensor(list(theirs), dtype=torch.float32)
+    a, b = torch.tensor(ours, dtype=torch.float32), torch.tensor(theirs, dtype=torch.float32)
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=0.0))

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
+from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import Plan
+from amct_ext.config.text import RetrainConfig
+from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
-from amct_ext.explain.reasons import LayerReasons
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
-from amct_ext.model_surgery.swap import (
-    compressed_layers,
-    every_layer,
-    link_norms,
-)
+from amct_ext.model_surgery.batchnorm_links import link_batchnorms
+from amct_ext.model_surgery.lookup import compressed_layers, every_layer
 from amct_ext.record.types import ChannelRecord
 
 ATTRIBUTE = "amct_ext_session"
+StateVersions = tuple[tuple[int, int], ...]  # identity and version of tensors
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What create or restore found in the float model; `explain` derives the reasons of each layer from it.
+
+    `config`: the configuration that the plan was made of. `channels_kept`: layers whose channels the plan would prune
+    but that must stay whole -> why. `uncalled`: layers whose parameters are used without calling the layer -> why.
+    """
+
+    config: RetrainConfig | JsonConfig
+    traits: Mapping[str, LayerTraits]
+    channels_kept: Mapping[str, str]
+    uncalled: Mapping[str, str]
 
 
 @dataclass
@@ -34,20 +48,21 @@ class Session:
 
     plan: Plan
     record_file: str | None
-    channel: tuple[ChannelRecord, ...] = ()
+    channel: tuple[ChannelRecord, ...]
+    findings: Findings
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
-    reasons: dict[str, LayerReasons] = field(default_factory=dict)  # why layers are left alone
-    evaluated: tuple[Any, ...] | None = None  # the state that the last evaluation began with
-    recorded: tuple[Any, ...] | None = None  # what the record was made of; None: not of the present state
+    left_float: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
+    evaluated: StateVersions | None = None  # the state that the last evaluation began with
+    recorded: StateVersions | None = None  # what the record was made of; None: not of the present state
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+    def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
         new.record_file = new.written = None
@@ -69,7 +84,7 @@ def session_of(model: nn.Module) -> Session:
 
 def present_pairs(model: nn.Module) -> dict[str, str]:
     """The (conv -> BN) pairs, convolutions by their present names; without those that are no longer in the model."""
-    return link_norms(model, session_of(model).conv_bn)
+    return link_batchnorms(model, session_of(model).conv_bn)
 
 
 def own_buffers(model: nn.Module) -> list[str]:
@@ -81,6 +96,7 @@ def own_buffers(model: nn.Module) -> list[str]:
 
 
 def own_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """The activation quantisers of all compressed layers, each once, in registration order of the layers."""
     return [quantizer for layer in every_layer(model) for quantizer in layer.own_quantizers]
 
 

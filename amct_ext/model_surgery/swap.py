@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.common.references import replace_modules
 from amct_ext.config.plan import LayerPlan, Plan
@@ -16,60 +14,23 @@ from amct_ext.config.text import SparsePrune
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import undisturbed
+from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import take_attributes
 from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.batchnorm_links import foldable
+from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 
 logger = logging.getLogger(__name__)
-_UNFOLLOWED = (
+_UNREPLACEABLE = (
     "the forward reaches it in a way that cannot be followed (an array of objects, ...); hold it in an attribute, "
     "list, tuple or dict of the model"
 )
 
 
-def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:
-    """Qualified name and module of every compressed layer, in registration order."""
-    for name, module in model.named_modules():
-        if isinstance(module, CompressedLayer):
-            yield name, module
-
-
-def every_layer(model: nn.Module) -> list[CompressedLayer]:
-    """All compressed layers in registration order, without names: what hooks of every forward ask for."""
-    found: list[CompressedLayer] = []
-    seen: set[nn.Module | None] = {None}
-    pending: list[nn.Module | None] = [model]
-    while pending:
-        module = pending.pop()
-        if module not in seen:
-            seen.add(module)
-            if isinstance(module, CompressedLayer):
-                found.append(module)
-            pending += reversed(module._modules.values())  # type: ignore[union-attr]
-    return found
-
-
-def placed_layers(model: nn.Module) -> dict[str, tuple[str, CompressedLayer]]:
-    """Name at create -> present name and module of each compressed layer.
-
-    A layer that something was put around has moved; of several copies of one the one that stayed counts.
-    """
-    found: dict[str, tuple[str, CompressedLayer]] = {}
-    for name, layer in compressed_layers(model):
-        if name == layer.layer_name or layer.layer_name not in found:
-            found[layer.layer_name] = (name, layer)
-    return found
-
-
-def planned_layers(plan: Plan) -> list[LayerPlan]:
-    """The layers that a plan quantises or makes 2:4 sparse, those that become compressed layers."""
-    layers = plan.layers.values()
-    return [layer for layer in layers if layer.quant is not None or isinstance(layer.prune, SparsePrune)]
-
-
 def insert_layers(
-    model: nn.Module, graph: Any, plan: Plan, leave: Mapping[str, str]
+    model: nn.Module, graph: Graph, plan: Plan, leave: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
     """Replace each layer that the plan quantises or makes 2:4 sparse, wherever the model refers to it.
 
@@ -78,8 +39,8 @@ def insert_layers(
     float. State changed: the model, in place (its root too, where the root is a layer). Errors: ModelError.
     """
     modules = dict(model.named_modules())
-    touched: dict[str, CompressedLayer] = {}
-    left = {}
+    inserted: dict[str, CompressedLayer] = {}
+    left_float = {}
     for layer_plan in planned_layers(plan):
         name = layer_plan.name
         module = modules[name]
@@ -87,28 +48,18 @@ def insert_layers(
         reason = reason or leave.get(name, "")
         if cls is None or reason:
             logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
-            left[name] = reason
+            left_float[name] = reason
             continue
         try:
-            touched[name] = cls.from_float(module, layer_plan, plan.batch_num, _fixed_min(graph, layer_plan, module))
+            inserted[name] = cls.from_float(module, layer_plan, plan.batch_num, _fixed_min(graph, layer_plan, module))
         except (AttributeError, TypeError) as error:
             raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
-    model = replace_modules(model, {modules[name]: layer for name, layer in touched.items()})
-    _share_inputs(graph, plan, touched)
-    # Folding changes weight and bias in the files, where an op may read them too.
-    read = {id(model.get_parameter(name)) for name in graph.parameter_readers()}
-    pairs = {}
-    for conv, norm in graph.conv_bn().items():
-        if conv not in touched or touched[conv].weight_quant is None:
-            continue
-        own = all(id(parameter) not in read for parameter in modules[conv].parameters(recurse=False))
-        if own and foldable(modules[norm]):
-            touched[conv].set_batch_norm(modules[norm])
-            pairs[conv] = norm
-    return model, pairs, left
+    model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})
+    _share_inputs(graph, plan, inserted)
+    return model, _link_batchnorms(model, graph, inserted), left_float
 
 
-def unfollowed(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
+def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
     """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to leave them.
 
     An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
@@ -131,49 +82,7 @@ def unfollowed(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[s
         replace_modules(model, {twin: layer for layer, twin in twins.items()})
         for handle in handles:
             handle.remove()
-    return {name: _UNFOLLOWED for name, layer in layers.items() if id(layer) in ran}
-
-
-def link_norms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
-    """Point convolutions to the BatchNorm modules that follow them now; returns the pairs, by present names, that are.
-
-    A BatchNorm may have been exchanged since create: by SyncBatchNorm, which folds like any other, or by something that
-    stays behind the convolution as it is (Identity after a fusion by hand, FrozenBatchNorm).
-    """
-    modules = dict(model.named_modules())
-    placed = placed_layers(model)
-    present = {}
-    for conv, norm in pairs.items():
-        if conv in placed:
-            name, layer = placed[conv]
-            follower = modules.get(norm)
-            layer.set_batch_norm(follower if follower is not None and foldable(follower) else None)
-            if layer.refs.batch_norm is not None:
-                present[name] = norm
-    return present
-
-
-def norms_linked(model: nn.Module, pairs: Mapping[str, str]) -> bool:
-    """Whether `link_norms` has nothing to change, in a fraction of its time; False also where a layer has moved."""
-    for conv, norm in pairs.items():
-        layer, follower = _at(model, conv), _at(model, norm)
-        if not isinstance(layer, CompressedLayer) or layer.layer_name != conv:
-            return False
-        if layer.refs.batch_norm is not (follower if follower is not None and foldable(follower) else None):
-            return False
-    return True
-
-
-def _at(model: nn.Module, name: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-    return module
-
-
-def foldable(norm: nn.Module) -> bool:
-    """Whether a module is a BatchNorm that normalises by fixed statistics in evaluation."""
-    return isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    return {name: _UNREPLACEABLE for name, layer in layers.items() if id(layer) in ran}
 
 
 def fold_layers(model: nn.Module) -> nn.Module:
@@ -181,7 +90,7 @@ def fold_layers(model: nn.Module) -> nn.Module:
     return replace_modules(model, {layer: to_float(layer) for _, layer in list(compressed_layers(model))})
 
 
-def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
+def sharing_groups(graph: Graph, plan: Plan) -> list[tuple[str, ...]]:
     """Groups (two and more) of quantised layers that read one tensor with equal settings, in execution order.
 
     None where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must
@@ -200,15 +109,30 @@ def sharing_groups(graph: Any, plan: Plan) -> list[tuple[str, ...]]:
     return groups
 
 
-def _share_inputs(graph: Any, plan: Plan, touched: Mapping[str, CompressedLayer]) -> None:
+def _link_batchnorms(model: nn.Module, graph: Graph, inserted: Mapping[str, CompressedLayer]) -> dict[str, str]:
+    """Tell quantised convolutions the BatchNorm that alone reads them; returns the (conv -> BN) pairs."""
+    # Folding changes weight and bias in the files, where an op may read them too.
+    read = {id(model.get_parameter(name)) for name in graph.parameter_readers()}
+    pairs = {}
+    for conv, norm in graph.conv_bn().items():
+        if conv not in inserted or inserted[conv].weight_quant is None:
+            continue
+        own = all(id(parameter) not in read for parameter in inserted[conv].parameters(recurse=False))
+        if own and foldable(model.get_submodule(norm)):
+            inserted[conv].set_batch_norm(model.get_submodule(norm))
+            pairs[conv] = norm
+    return pairs
+
+
+def _share_inputs(graph: Graph, plan: Plan, inserted: Mapping[str, CompressedLayer]) -> None:
     for group in sharing_groups(graph, plan):
-        # A recurrent layer keeps clips of its own: the dialect has no names for shared ones of it.
-        names = [name for name in group if name in touched and not isinstance(touched[name], CompressedRNN)]
+        # A recurrent layer keeps clips of its own: AMCT has no names for shared ones of it.
+        names = [name for name in group if name in inserted and not isinstance(inserted[name], CompressedRNN)]
         for name in names[1:]:
-            touched[name].share_act_quant(touched[names[0]])
+            inserted[name].share_act_quant(inserted[names[0]])
 
 
-def _fixed_min(graph: Any, layer: LayerPlan, module: nn.Module) -> bool:
+def _fixed_min(graph: Graph, layer: LayerPlan, module: nn.Module) -> bool:
     if layer.quant is None:
         return False
     asked = layer.quant.data.fixed_min

@@ -25,12 +25,11 @@ __all__ = ["Discovery", "apply_channels", "discover", "plan_channels"]
 _logger = logging.getLogger("amct_ext")
 
 
-def plan_channels(graph: Graph, plan: Plan, model: nn.Module) -> tuple[ChannelRecord, ...]:
-    """One record per group of coupled channels that the plan prunes; prune_index is empty where rounding keeps all.
+def plan_channels(found: Discovery, plan: Plan, model: nn.Module) -> tuple[ChannelRecord, ...]:
+    """One record per prunable group of what `discover` found; prune_index is empty where rounding keeps all.
 
     Nothing is changed. Errors: InvalidDataError where a weight cannot be ranked.
     """
-    found = discover(graph, plan, model)
     for name, reason in found.why_not().items():
         _logger.info("%s is not pruned: %s", name, reason)
     return tuple(group.record(choose(group, plan, model)) for group in found.prunable)

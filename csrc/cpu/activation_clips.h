@@ -1,55 +1,57 @@
-// What the ops on activations make of learned clips: scale and offset before the data, 0-dim results after it.
+// Learned clips of activations: scale and offset before the data is read, 0-dim results after it.
 #pragma once
 
 #include <array>
 #include <tuple>
 #include <utility>
 
+#include "common/layout.h"
 #include "common/quant_math.h"
-#include "cpu/parallel.h"
+#include "cpu/tensor_access.h"
 #include "ops/activation_check.h"
 
 namespace amct_ext::cpu {
 
+// Effective clips, with scale and offset of the code range between them.
 struct Clips {
   double scale, offset, high, low;
 
   bool valid() const { return math::is_finite(scale) && scale > 0; }
-  UlqForward parameters(int64_t num_bits) const {
+  UlqForwardParams params(int64_t num_bits) const {
     const math::CodeRange range = math::code_range(static_cast<int>(num_bits));
     return {scale, offset, range.lowest, range.highest};
   }
 };
 
 template <typename Acc>
-Clips effective(const std::array<double, 4>& values, int num_bits, bool fixed_min) {
+Clips clips_from(const std::array<double, 4>& values, int num_bits, bool fixed_min) {
   Acc high = static_cast<Acc>(values[0]), low = static_cast<Acc>(values[1]);
   math::effective_clips(high, low, static_cast<Acc>(values[2]), static_cast<Acc>(values[3]), fixed_min);
   const auto affine = math::affine(high, low, num_bits);
   return {affine.scale, affine.offset, high, low};
 }
 
-// Checks the clips of an op on x; they are used in the arithmetic of x.
-inline Clips used_clips(const char* op, const at::Tensor& x, const at::Tensor& clip_max, const at::Tensor& clip_min,
-                        const at::Tensor& prev_clip_max, const at::Tensor& prev_clip_min, int64_t num_bits,
-                        bool fixed_min) {
+// Checks the clips of an op on x and resolves them in the arithmetic type of x.
+inline Clips resolve_clips(const char* op, const at::Tensor& x, const at::Tensor& clip_max, const at::Tensor& clip_min,
+                           const at::Tensor& prev_clip_max, const at::Tensor& prev_clip_min, int64_t num_bits,
+                           bool fixed_min) {
   check_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min);
   const std::array<double, 4> values{value_at(clip_max, 0), value_at(clip_min, 0), value_at(prev_clip_max, 0),
                                      value_at(prev_clip_min, 0)};
   const int bits = static_cast<int>(num_bits);
-  return is_double(x) ? effective<double>(values, bits, fixed_min) : effective<float>(values, bits, fixed_min);
+  return is_double(x) ? clips_from<double>(values, bits, fixed_min) : clips_from<float>(values, bits, fixed_min);
 }
 
-// The results of such an op: its data, scale, offset and effective clips in the type of clip_max, the flag.
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> with_clips(
-    at::Tensor data, const Clips& used, const at::Tensor& clip_max, bool bad) {
+// The results of such an op: data; scale, offset and effective clips in the type of clip_max; the flag `invalid`.
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> ulq_outputs(
+    at::Tensor data, const Clips& clips, const at::Tensor& clip_max, bool bad) {
   at::Tensor invalid = new_scalar(at::kBool);
   *static_cast<bool*>(invalid.mutable_data_ptr()) = bad;
   return {std::move(data),
-          scalar_like(clip_max, used.scale),
-          scalar_like(clip_max, used.offset),
-          scalar_like(clip_max, used.high),
-          scalar_like(clip_max, used.low),
+          scalar_like(clip_max, clips.scale),
+          scalar_like(clip_max, clips.offset),
+          scalar_like(clip_max, clips.high),
+          scalar_like(clip_max, clips.low),
           std::move(invalid)};
 }
 

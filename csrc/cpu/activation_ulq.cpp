@@ -9,10 +9,11 @@
 #include <tuple>
 #include <vector>
 
+#include "common/layout.h"
 #include "common/quant_math.h"
 #include "cpu/activation_clips.h"
-#include "cpu/parallel.h"
 #include "cpu/result_pool.h"
+#include "cpu/strided_runs.h"
 #include "ops/activation_check.h"
 
 namespace amct_ext::cpu {
@@ -27,26 +28,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const char* op = "ulq_fake_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits);
-  const Clips used = used_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
-  const UlqForward parameters = used.parameters(num_bits);
+  const Clips clips = resolve_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+  const UlqForwardParams params = clips.params(num_bits);
 
-  const Tensor source = in_runs(x);
-  Tensor y = reused_like(source, Life::kLayer);
-  std::atomic<bool> bad{!used.valid()};
+  const Tensor source = coalesced(x);
+  Tensor y = pooled_like(source, Lifetime::kLayer);
+  std::atomic<bool> bad{!clips.valid()};
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const size_t size = x.element_size();
   const auto loop = kernels().ulq_forward[element_of(x)];
-  for_walk(Walk(x.sizes(), source.strides(), y.strides()), [&](int64_t, int64_t from, int64_t to, int64_t n) {
-    if (loop(at_element(in, from, size), at_element(out, to, size), n, parameters)) {
-      bad.store(true, std::memory_order_relaxed);
-    }
-  });
-  return with_clips(std::move(y), used, clip_max, bad.load());
+  for_strided_runs(StridedRuns(x.sizes(), source.strides(), y.strides()),
+                   [&](int64_t, int64_t from, int64_t to, int64_t n) {
+                     if (loop(element_ptr(in, from, size), element_ptr(out, to, size), n, params)) {
+                       bad.store(true, std::memory_order_relaxed);
+                     }
+                   });
+  return ulq_outputs(std::move(y), clips, clip_max, bad.load());
 }
 
 template <typename Acc>
-UlqBackward limits(double clip_max, double clip_min, int num_bits) {
+UlqBackwardParams backward_params(double clip_max, double clip_min, int num_bits) {
   const Acc high = static_cast<Acc>(clip_max), low = static_cast<Acc>(clip_min);
   const auto affine = math::affine(high, low, num_bits);
   const math::CodeRange range = math::code_range(num_bits);
@@ -59,19 +61,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const int bits = static_cast<int>(num_bits);
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
-  const UlqBackward parameters = is_double(x) ? limits<double>(high, low, bits) : limits<float>(high, low, bits);
+  const UlqBackwardParams params =
+      is_double(x) ? backward_params<double>(high, low, bits) : backward_params<float>(high, low, bits);
 
-  const Tensor source = in_runs(to_type(x, common_type(grad, x)));
-  Tensor dx = reused_like(source, Life::kLayer);
+  const Tensor source = coalesced(to_type(x, common_type(grad, x)));
+  Tensor dx = pooled_like(source, Lifetime::kLayer);
   const Tensor upstream = match_layout(grad, dx);
-  const Walk walk(x.sizes(), source.strides(), dx.strides());
-  std::vector<UlqSums> parts(walk.blocks());
+  const StridedRuns runs(x.sizes(), source.strides(), dx.strides());
+  std::vector<UlqSums> parts(runs.blocks());
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
   void* out = dx.mutable_data_ptr();
   const size_t size = source.element_size();
   const auto loop = kernels().ulq_backward[element_of(source)];
-  for_walk(walk, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
-    loop(at_element(up, to, size), at_element(in, from, size), at_element(out, to, size), n, parameters, parts[block]);
+  for_strided_runs(runs, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
+    loop(element_ptr(up, to, size), element_ptr(in, from, size), element_ptr(out, to, size), n, params, parts[block]);
   });
   UlqSums sums;
   for (const UlqSums& part : parts) {
@@ -80,10 +83,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
     sums.below += part.below;
   }
   const double error = sums.error / static_cast<double>((1LL << num_bits) - 1);
-  if (is_double(grad) && !is_double(x)) {  // the loop has rounded it
+  if (is_double(grad) && !is_double(x)) {  // the loop has rounded the gradient
     const c10::NoGradGuard no_graph;
     dx = at::empty_like(dx, at::kDouble).copy_(grad);
-    dx.masked_fill_(source.gt(parameters.upper).logical_or_(source.lt(parameters.lower)), 0);
+    dx.masked_fill_(source.gt(params.upper).logical_or_(source.lt(params.lower)), 0);
   } else {
     dx = to_type(dx, grad.scalar_type());
   }

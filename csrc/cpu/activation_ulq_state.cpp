@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cpu/parallel.h"
+#include "cpu/tensor_access.h"
 #include "ops.h"
 #include "ops/activation_check.h"
 

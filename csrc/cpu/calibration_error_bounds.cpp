@@ -7,7 +7,7 @@ namespace amct_ext::cpu {
 
 Histogram::Histogram(int bin_bits) : bin_bits_(bin_bits), bins_(int64_t{1} << bin_bits) {}
 
-void Histogram::cover(double largest) {
+void Histogram::extend_range(double largest) {
   if (packed_.empty()) packed_.resize(bins_);
   int needed = 0;
   std::frexp(largest, &needed);  // largest < 2^needed
@@ -16,14 +16,14 @@ void Histogram::cover(double largest) {
     exponent_ = needed;
     return;
   }
-  empty();
-  while (exponent_ < needed) widen();
+  flush();
+  while (exponent_ < needed) merge_bins();
 }
 
 double Histogram::unit() const { return std::ldexp(1.0, exponent_ - bin_bits_ - kFractionBits); }
 
 // Twice the range: every two bins become one. An odd sum loses half a unit.
-void Histogram::widen() {
+void Histogram::merge_bins() {
   constexpr uint64_t full = uint64_t{1} << kFractionBits;
   uint64_t odd_sums = 0;
   for (int64_t bin = 0; bin < bins_ / 2; ++bin) {
@@ -39,21 +39,21 @@ void Histogram::widen() {
   ++exponent_;
 }
 
-void Histogram::empty() {
+void Histogram::flush() {
   counts_.resize(bins_);
   sums_.resize(bins_);
   if (pending_ == 0) return;
   for (int64_t bin = 0; bin < bins_; ++bin) {
     counts_[bin] += packed_[bin] >> kCountShift;
-    sums_[bin] += packed_[bin] & (kOne - 1);
+    sums_[bin] += packed_[bin] & (kCountOne - 1);
     packed_[bin] = 0;
   }
   pending_ = 0;
 }
 
 void Histogram::add(const void* x, int64_t n, Element element, double largest) {
-  cover(largest);
-  if (pending_ + n > kHistogramRun) empty();
+  extend_range(largest);
+  if (pending_ + n > kHistogramCapacity) flush();
   pending_ += n;
   total_ += static_cast<double>(n);
   kernels().histogram[element](x, n, 1 / unit(), packed_.data());
@@ -61,10 +61,10 @@ void Histogram::add(const void* x, int64_t n, Element element, double largest) {
 
 void Histogram::add(Histogram& other) {
   if (other.total_ == 0) return;
-  other.empty();
-  cover(std::ldexp(0.75, other.exponent_));
-  empty();
-  while (other.exponent_ < exponent_) other.widen();
+  other.flush();
+  extend_range(std::ldexp(0.75, other.exponent_));
+  flush();
+  while (other.exponent_ < exponent_) other.merge_bins();
   for (int64_t bin = 0; bin < bins_; ++bin) {
     counts_[bin] += other.counts_[bin];
     sums_[bin] += other.sums_[bin];
@@ -76,7 +76,7 @@ void Histogram::add(Histogram& other) {
 double Histogram::edge(int64_t bin) const { return static_cast<double>(bin) * width_; }
 
 void Histogram::finish() {
-  empty();
+  flush();
   unit_ = unit();
   width_ = std::ldexp(unit_, kFractionBits);
   count_before_.resize(bins_ + 1);
@@ -113,8 +113,8 @@ Histogram::Bounds Histogram::bounds(const Candidate& candidate, int64_t levels) 
     if (cut == bins_) break;
     const double inside = static_cast<double>(counts_[cut]);
     if (inside > 0) {
-      // The bin taken as if it all lay below, less the gain of the part above: at least what the mean gains (Jensen),
-      // at most what the chord over the bin gives.
+      // The whole bin at the level below, less the gain of the part above: at least the gain of the mean (Jensen), at
+      // most that of the chord over the bin.
       const double offset = static_cast<double>(sums_[cut]) * unit_, v = inside * edge(cut) + offset;
       const double below = level * s * (level * s * inside - 2 * v);
       const double least = std::max(0.0, v - inside * t), most = offset / width_ * (edge(cut + 1) - t);
@@ -134,8 +134,8 @@ Histogram::Bounds Histogram::bounds(const Candidate& candidate, int64_t levels) 
   // Positions are cut to whole units. A value v = q + r that lost d, q being its multiple of the scale, changes the
   // result by 2 q d = 2 v d - 2 r d. The first part is the same for every range and drops out; r is half a step at
   // most, or the distance from the highest code.
-  const double reach = std::max(0.0, std::ldexp(width_, bin_bits_) - static_cast<double>(levels) * s);
-  const double cutting = 4 * unit_ * (total_ * (0.5 * s + width_) + beyond) + 4 * lost_ * (0.5 * s + width_ + reach);
+  const double excess = std::max(0.0, std::ldexp(width_, bin_bits_) - static_cast<double>(levels) * s);
+  const double cutting = 4 * unit_ * (total_ * (0.5 * s + width_) + beyond) + 4 * lost_ * (0.5 * s + width_ + excess);
   // Differences of sums over all bins, in float64.
   const double top = static_cast<double>(levels) * s;
   const double slack =

@@ -1,9 +1,9 @@
-// A fine histogram of magnitudes that bounds the quantisation error of any symmetric range without another look at the
-// data.
+// A fine histogram of magnitudes that bounds the quantisation error of any symmetric range without reading the data
+// again.
 //
 // Bins are equal steps of [0, 2^k). Each knows how many values it holds and the sum of their distances from its lower
 // edge. Between two rounding boundaries of a candidate the squared error follows exactly from count, sum and sum of
-// squares; only bins that a boundary cuts leave an interval, and there convexity keeps it small. The sum of squares is
+// squares; only bins that a boundary cuts leave an interval, which convexity keeps small. The sum of squares is
 // the same for every candidate, so it drops out of the comparison.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace amct_ext::cpu {
 
 class Histogram {
  public:
-  explicit Histogram(int bin_bits);  // at most kMostBinBits
+  explicit Histogram(int bin_bits);  // at most kMaxBinBits
 
   // Add n values (memory type `element`) none of whose magnitudes exceeds `largest`.
   void add(const void* x, int64_t n, Element element, double largest);
@@ -35,9 +35,9 @@ class Histogram {
   Bounds bounds(const Candidate& candidate, int64_t levels) const;
 
  private:
-  void cover(double largest);
-  void widen();
-  void empty();
+  void extend_range(double largest);  // so that `largest` lies in a bin
+  void merge_bins();                  // every two become one, for twice the range
+  void flush();                       // moves `packed_` into `counts_` and `sums_`
   double unit() const;
   double edge(int64_t bin) const;
 

@@ -1,4 +1,5 @@
 // search_clip_range: one read for extremes and histogram, a second one only if more than one range can still win.
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,9 +10,11 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/layout.h"
 #include "common/quant_math.h"
 #include "cpu/calibration_error_bounds.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -20,25 +23,25 @@ using at::Tensor;
 
 using math::kCandidates;
 constexpr double kPercentile = 0.999999;
-constexpr int64_t kSmall = 8192;   // below, trying every range costs less than a histogram
-constexpr int64_t kMostBits = 10;  // above, bins are no finer than steps
-constexpr int64_t kPiece = 4096;   // values whose extremes are taken at a time
+constexpr int64_t kMinForHistogram = 8192;  // below, trying every range costs less than a histogram
+constexpr int64_t kMaxBits = 10;            // above, bins are no finer than steps
+constexpr int64_t kChunk = 4096;            // values whose extremes are taken at a time
 
 // Bins for n values: fewer of them are made and searched sooner, more leave fewer ranges to evaluate exactly.
-int bin_bits(int64_t n) { return n < (int64_t{1} << 18) ? 13 : kMostBinBits; }
+int bin_bits(int64_t n) { return n < (int64_t{1} << 18) ? 13 : kMaxBinBits; }
 
-// The largest `rank` values seen, in the order of `Better`. Zero takes the place of every value of the other sign.
+// The best `rank` values seen, in the order of `Better`. Values of the other sign count as zero.
 template <typename Better>
-class Leaders {
+class TopK {
  public:
-  explicit Leaders(size_t rank) : rank_(rank) {}
+  explicit TopK(size_t rank) : rank_(rank) {}
   bool admits(double best) const { return heap_.size() < rank_ || Better()(best, heap_.top()); }
   void add(double v) {
     if (!admits(v)) return;
     heap_.push(v);
     if (heap_.size() > rank_) heap_.pop();
   }
-  void add(Leaders other) {
+  void add(TopK other) {
     for (; !other.heap_.empty(); other.heap_.pop()) add(other.heap_.top());
   }
   double last() const { return heap_.top(); }
@@ -50,14 +53,14 @@ class Leaders {
 
 // What one thread gathers from its part of the data.
 struct Part {
-  Leaders<std::greater<double>> largest;
-  Leaders<std::less<double>> smallest;
+  TopK<std::greater<double>> largest;
+  TopK<std::less<double>> smallest;
   Histogram histogram;
   bool finite = true;
 };
 
 template <typename T>
-void add_leaders(const T* x, int64_t n, Part& part) {
+void add_top_k(const T* x, int64_t n, Part& part) {
   for (int64_t i = 0; i < n; ++i) {
     const double v = static_cast<double>(x[i]);
     part.largest.add(std::max(v, 0.0));
@@ -65,21 +68,21 @@ void add_leaders(const T* x, int64_t n, Part& part) {
   }
 }
 
-void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bool one_leader, Part& part) {
+void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bool extremes_only, Part& part) {
   const Element element = element_of(x);
-  const auto range = kernels().extremes[element];
-  for (int64_t at = begin; at < end && part.finite; at += kPiece) {
-    const int64_t n = std::min(kPiece, end - at);
-    const char* data = at_element(x.const_data_ptr(), at, x.element_size());
+  const auto range = kernels().range_with_zero[element];
+  for (int64_t at = begin; at < end && part.finite; at += kChunk) {
+    const int64_t n = std::min(kChunk, end - at);
+    const char* data = element_ptr(x.const_data_ptr(), at, x.element_size());
     const Range extremes = range(data, n);
     part.finite = math::is_finite(extremes.largest) && math::is_finite(extremes.smallest);
     if (!part.finite) return;
-    if (one_leader) {
+    if (extremes_only) {
       part.largest.add(extremes.largest);
       part.smallest.add(extremes.smallest);
     } else if (part.largest.admits(extremes.largest) || part.smallest.admits(extremes.smallest)) {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "search_clip_range",
-                                      [&] { add_leaders(reinterpret_cast<const scalar_t*>(data), n, part); });
+                                      [&] { add_top_k(reinterpret_cast<const scalar_t*>(data), n, part); });
     }
     if (with_histogram) {
       part.histogram.add(data, n, element, std::max(std::abs(extremes.largest), std::abs(extremes.smallest)));
@@ -90,7 +93,7 @@ void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bo
 Part gather(const Tensor& x, bool with_histogram) {
   const int64_t n = x.numel();
   const size_t rank = static_cast<size_t>(n - static_cast<int64_t>(kPercentile * static_cast<double>(n)));
-  const Part empty{Leaders<std::greater<double>>(rank), Leaders<std::less<double>>(rank), Histogram(bin_bits(n)), true};
+  const Part empty{TopK<std::greater<double>>(rank), TopK<std::less<double>>(rank), Histogram(bin_bits(n)), true};
   const int64_t parts = std::clamp<int64_t>(n / (8 * kBlock), 1, at::get_num_threads());
   std::vector<Part> gathered(parts, empty);
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
@@ -115,8 +118,9 @@ std::vector<Candidate> make_candidates(double largest_, double smallest_, int nu
   const Acc bound = std::max(largest, -smallest);
   const Acc limit = static_cast<Acc>(largest < -smallest ? -codes.lowest : codes.highest);
   std::vector<Candidate> result;
-  for (int i = 0; i < kCandidates; ++i) {
-    const Acc ratio = static_cast<Acc>(math::kRatios[i]);
+  result.reserve(kCandidates);
+  for (const float r : math::kRatios) {
+    const Acc ratio = static_cast<Acc>(r);
     if (with_offset) {
       const Acc end = ratio * largest;
       const auto affine = math::affine(end, smallest, num_bits);
@@ -151,13 +155,14 @@ int first_best(const Tensor& x, const std::vector<Candidate>& candidates, const 
                bool with_offset) {
   if (possible.size() == 1) return possible[0];
   std::vector<Candidate> tried;
+  tried.reserve(possible.size());
   for (int i : possible) tried.push_back(candidates[i]);
   const int count = static_cast<int>(tried.size());
   const auto loop = with_offset ? kernels().offset_losses[element_of(x)] : kernels().losses[element_of(x)];
   const int64_t n = x.numel();
   std::vector<double> parts((n + kBlock - 1) / kBlock * count, 0.0);
   for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {
-    loop(at_element(x.const_data_ptr(), begin, x.element_size()), end - begin, tried.data(), count,
+    loop(element_ptr(x.const_data_ptr(), begin, x.element_size()), end - begin, tried.data(), count,
          &parts[block * count]);
   });
   std::vector<double> losses(count, 0.0);
@@ -172,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tensor& x, in
   TORCH_CHECK_VALUE(x.numel() > 0, op, ": x must hold at least one value, shape ", x.sizes(), " has none");
   const Tensor source = dense(x);
   const int bits = static_cast<int>(num_bits);
-  const bool with_histogram = !with_offset && x.numel() >= kSmall && num_bits <= kMostBits;
+  const bool with_histogram = !with_offset && x.numel() >= kMinForHistogram && num_bits <= kMaxBits;
   const at::TensorOptions options = x.options().dtype(accumulate_type(x));
   const Tensor like = at::empty({}, options);
   Part part = gather(source, with_histogram);

@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/layout.h"
 #include "common/quant_math.h"
 #include "cpu/parallel.h"
+#include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -18,9 +20,9 @@ namespace {
 using at::Tensor;
 constexpr int64_t kShifts = 16;
 
-// Sums of some channels that lie side by side.
-struct Sums {
-  explicit Sums(int64_t channels) : of_shift(channels * kShifts), nan(channels) {}
+// Squared errors of every shift, for some neighbouring channels.
+struct ShiftErrors {
+  explicit ShiftErrors(int64_t channels) : of_shift(channels * kShifts), nan(channels) {}
 
   void clear() {
     std::fill(of_shift.begin(), of_shift.end(), 0);
@@ -28,7 +30,7 @@ struct Sums {
   }
 
   // Add the sums of the channels from `first` on.
-  void add(const Sums& part, int64_t first, int64_t channels) {
+  void add(const ShiftErrors& part, int64_t first, int64_t channels) {
     for (int64_t i = 0; i < channels * kShifts; ++i) of_shift[first * kShifts + i] += part.of_shift[i];
     for (int64_t i = 0; i < channels; ++i) nan[first + i] |= part.nan[i];
   }
@@ -37,11 +39,11 @@ struct Sums {
   std::vector<char> nan;
 };
 
-// The data as `outer` times `count` runs of `inner` values. A piece of work is some outer steps of a channel or, where
-// runs are short, of several channels side by side, whose values are gathered by channel until a loop over them pays.
-class Scan {
+// Reduces the data seen along the channel axis. A work item is some outer steps of a channel or, where runs are short,
+// of several neighbouring channels, whose values are gathered by channel first, so that each loop is long enough.
+class ShiftErrorReduction {
  public:
-  Scan(const Tensor& x, int64_t axis, const std::vector<double>& scales)
+  ShiftErrorReduction(const Tensor& x, int64_t axis, const std::vector<double>& scales)
       : x_(static_cast<const char*>(x.const_data_ptr())),
         size_(x.element_size()),
         numel_(x.numel()),
@@ -50,24 +52,24 @@ class Scan {
         loop_(kernels().shift_errors[element_of(x)]) {
     if (numel_ == 0) return;
     if (view_.size == 1) view_ = {(numel_ + kBlock - 1) / kBlock, 1, kBlock};
-    gathers_ = view_.inner < kGathered;
-    together_ = gathers_ ? std::min(view_.size, kTogether) : 1;
-    steps_ = std::max<int64_t>(1, (gathers_ ? kGathered : 4 * kBlock) / view_.inner);
+    gather_ = view_.inner < kGatherLength;
+    channels_ = gather_ ? std::min(view_.size, kMaxChannels) : 1;
+    steps_ = std::max<int64_t>(1, (gather_ ? kGatherLength : 4 * kBlock) / view_.inner);
   }
 
-  Sums sums() const {
-    Sums result(view_.size);
+  ShiftErrors sums() const {
+    ShiftErrors result(view_.size);
     if (numel_ == 0) return result;
-    const int64_t groups = (view_.size + together_ - 1) / together_, pieces = (view_.outer + steps_ - 1) / steps_;
+    const int64_t groups = (view_.size + channels_ - 1) / channels_, chunks = (view_.outer + steps_ - 1) / steps_;
     std::mutex mutex;
-    at::parallel_for(0, pieces * groups, 1, [&](int64_t first, int64_t last) {
-      std::vector<char> buffer(gathers_ ? together_ * kStride * size_ : 0);
-      Sums part(together_);
-      for (int64_t piece = first; piece < last; ++piece) {
-        const int64_t from = piece / groups * steps_, to = std::min(view_.outer, from + steps_);
-        const int64_t channel = piece % groups * together_, channels = std::min(together_, view_.size - channel);
+    at::parallel_for(0, chunks * groups, 1, [&](int64_t first, int64_t last) {
+      std::vector<char> buffer(gather_ ? channels_ * kStride * size_ : 0);
+      ShiftErrors part(channels_);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t from = chunk / groups * steps_, to = std::min(view_.outer, from + steps_);
+        const int64_t channel = chunk % groups * channels_, channels = std::min(channels_, view_.size - channel);
         part.clear();
-        if (gathers_) {
+        if (gather_) {
           add_gathered(channel, channels, from, to, buffer.data(), part);
         } else {
           add_runs(channel, from, to, part);
@@ -80,29 +82,32 @@ class Scan {
   }
 
  private:
-  static constexpr int64_t kGathered = 512;  // values gathered of a channel; runs at least as long are read in place
-  static constexpr int64_t kStride = kGathered + 64;  // buffers a power of two apart would share sets of the cache
-  static constexpr int64_t kTogether = 64;
+  // Values gathered of a channel; runs at least as long are read in place.
+  static constexpr int64_t kGatherLength = 512;
+  // Between the buffers of two channels; a power of two would map all of them to the same cache sets.
+  static constexpr int64_t kStride = kGatherLength + 64;
+  static constexpr int64_t kMaxChannels = 64;
 
-  void add(const void* data, int64_t n, int64_t channel, int64_t place, Sums& to) const {
+  void add(const void* data, int64_t n, int64_t channel, int64_t place, ShiftErrors& to) const {
     const double scale = scales_[scales_.size() == 1 ? 0 : channel + place];
     if (loop_(data, n, scale, &to.of_shift[place * kShifts])) to.nan[place] = 1;
   }
 
-  void add_runs(int64_t channel, int64_t from, int64_t to, Sums& part) const {
+  void add_runs(int64_t channel, int64_t from, int64_t to, ShiftErrors& part) const {
     for (int64_t o = from; o < to; ++o) {
       const int64_t at = (o * view_.size + channel) * view_.inner;
-      add(at_element(x_, at, size_), std::min(view_.inner, numel_ - at), channel, 0, part);
+      add(element_ptr(x_, at, size_), std::min(view_.inner, numel_ - at), channel, 0, part);
     }
   }
 
-  void add_gathered(int64_t channel, int64_t channels, int64_t from, int64_t to, char* buffer, Sums& part) const {
+  void add_gathered(int64_t channel, int64_t channels, int64_t from, int64_t to, char* buffer,
+                    ShiftErrors& part) const {
     for (int64_t o = from; o < to; ++o) {
-      const char* source = at_element(x_, (o * view_.size + channel) * view_.inner, size_);
-      gather(source, channels, at_element(buffer, (o - from) * view_.inner, size_));
+      const char* source = element_ptr(x_, (o * view_.size + channel) * view_.inner, size_);
+      gather(source, channels, element_ptr(buffer, (o - from) * view_.inner, size_));
     }
     for (int64_t c = 0; c < channels; ++c) {
-      add(at_element(buffer, c * kStride, size_), (to - from) * view_.inner, channel, c, part);
+      add(element_ptr(buffer, c * kStride, size_), (to - from) * view_.inner, channel, c, part);
     }
   }
 
@@ -134,8 +139,8 @@ class Scan {
   AxisView view_;
   const std::vector<double>& scales_;
   bool (*loop_)(const void*, int64_t, double, WideSum*);
-  bool gathers_ = false;
-  int64_t together_ = 1, steps_ = 1;
+  bool gather_ = false;
+  int64_t channels_ = 1, steps_ = 1;
 };
 
 void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
@@ -156,10 +161,10 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
     const double v = value_at(given, static_cast<int64_t>(i));
     scales[i] = math::is_finite(v) && v > 0 ? v : std::nan("");
   }
-  Sums sums = Scan(source, channel_axis, scales).sums();
+  ShiftErrors sums = ShiftErrorReduction(source, channel_axis, scales).sums();
   const int64_t rows = errors.size(0);
   if (rows != channels) {
-    Sums whole(1);
+    ShiftErrors whole(1);
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t s = 0; s < kShifts; ++s) whole.of_shift[s] += sums.of_shift[c * kShifts + s];
       whole.nan[0] |= sums.nan[c];

@@ -11,7 +11,7 @@ extern const Kernels kernels_v4bf16;
 
 namespace {
 
-const Kernels& choose() {
+const Kernels& best_kernels() {
 #ifdef AMCT_X86_LEVELS
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v4")) {
@@ -25,8 +25,8 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+  static const Kernels& best = best_kernels();
+  return best;
 }
 
 }  // namespace amct_ext::cpu

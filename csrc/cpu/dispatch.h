@@ -1,6 +1,6 @@
-// The table of compiled loops: raw pointers, one thread, no tensors. Each instruction set has one table
-// (isa/loops.cpp); the best one for this machine is chosen on first use. Arrays run over the element types in the order
-// of `Element`.
+// Runtime dispatch of the compiled loops: raw pointers, one thread, no tensors. Each instruction set has one table of
+// function pointers (loops/table.cpp); `kernels()` is the best one for this processor. Arrays run over the element
+// types in the order of `Element`.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +9,22 @@ namespace amct_ext::cpu {
 
 enum Element : int { kFloat32, kFloat64, kBFloat16, kFloat16, kElements };
 
-// Loops bring into the cache what lies so many bytes ahead of what they read, and of what they write.
-constexpr int64_t kLead = 2048;
+// Loops prefetch what lies so many bytes beyond what they read, and beyond what they write.
+constexpr int64_t kPrefetchDistance = 2048;
 
 // Parameters travel as float64, which holds every float32 exactly; loops on narrower types narrow them back.
-struct UlqForward {
+struct UlqForwardParams {
   double scale, offset, lowest, highest;
 };
 
-struct UlqBackward {
+struct UlqBackwardParams {
   double scale, clip_max, clip_min;
   double upper, lower;  // x beyond these was clipped
 };
 
-struct Symmetric {
+struct SymmetricParams {
   double scale, lowest, highest;
-  int64_t ahead = kLead;  // of what is read
+  int64_t prefetch_distance = kPrefetchDistance;  // of reads
 };
 
 // Sums of the ULQ backward: rounding error times gradient, gradient above, gradient below.
@@ -42,10 +42,10 @@ struct Candidate {
 };
 
 // A histogram word counts values in its upper bits and adds up their positions within the bin in the lower ones: one
-// addition per value. It holds 2^24 values before it must be emptied.
-constexpr int kMostBinBits = 15, kFractionBits = 15, kCountShift = 40;
-constexpr uint64_t kOne = uint64_t{1} << kCountShift;
-constexpr int64_t kHistogramRun = (int64_t{1} << (64 - kCountShift)) - 1;
+// addition per value. It holds 2^24 values before it must be flushed.
+constexpr int kMaxBinBits = 15, kFractionBits = 15, kCountShift = 40;
+constexpr uint64_t kCountOne = uint64_t{1} << kCountShift;
+constexpr int64_t kHistogramCapacity = (int64_t{1} << (64 - kCountShift)) - 1;
 
 // Sum of squares of 32-bit integers, exact: 2^64 of them fit.
 __extension__ typedef unsigned __int128 WideSum;
@@ -53,21 +53,24 @@ __extension__ typedef unsigned __int128 WideSum;
 struct Kernels {
   const char* level;
 
-  bool (*ulq_forward[kElements])(const void* x, void* y, int64_t n, const UlqForward&);  // true: a value is not finite
-  void (*ulq_backward[kElements])(const void* grad, const void* x, void* dx, int64_t n, const UlqBackward&, UlqSums&);
+  bool (*ulq_forward[kElements])(const void* x, void* y, int64_t n,
+                                 const UlqForwardParams&);  // true: a value is not finite
+  void (*ulq_backward[kElements])(const void* grad, const void* x, void* dx, int64_t n, const UlqBackwardParams&,
+                                  UlqSums&);
 
-  bool (*ulq_codes[kElements])(const void* x, uint8_t* y, int64_t n, const UlqForward&);  // codes + 128; same result
+  bool (*ulq_codes[kElements])(const void* x, uint8_t* y, int64_t n,
+                               const UlqForwardParams&);  // codes + 128; same result
   void (*transpose_bytes)(const uint8_t* from, int64_t stride, int rows, uint8_t* to, int64_t width, int64_t n);
 
   Range (*range[kElements])(const void* w, int64_t n);
-  void (*quantize[kElements])(const void* w, void* y, int64_t n, const Symmetric&);
-  // The same, and the range of as many weights at `next`, which `ahead` counts from.
-  Range (*quantize_and_range[kElements])(const void* w, void* y, int64_t n, const Symmetric&, const void* next);
-  // Where what the mask does not keep counts as zero.
+  void (*quantize[kElements])(const void* w, void* y, int64_t n, const SymmetricParams&);
+  // The same, and the range of as many weights at `next`; there the prefetch distance counts from `next`.
+  Range (*quantize_and_range[kElements])(const void* w, void* y, int64_t n, const SymmetricParams&, const void* next);
+  // Weights that the mask drops count as zero.
   Range (*masked_range[kElements])(const void* w, const uint8_t* mask, int64_t n);
-  void (*masked_quantize[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n, const Symmetric&);
-  void (*codes[kElements])(const void* w, int8_t* y, int64_t n, const Symmetric&);
-  double (*lsq_backward[kElements])(const void* grad, const void* w, int64_t n, const Symmetric&);
+  void (*masked_quantize[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n, const SymmetricParams&);
+  void (*quantize_codes[kElements])(const void* w, int8_t* y, int64_t n, const SymmetricParams&);
+  double (*lsq_backward[kElements])(const void* grad, const void* w, int64_t n, const SymmetricParams&);
   double (*sum_squares[kElements])(const void* w, int64_t n);
 
   // 2:4 along `count` rows of `inner` values.
@@ -77,10 +80,11 @@ struct Kernels {
   Range (*sparsify_and_range[kElements])(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner);
   void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
 
-  Range (*extremes[kElements])(const void* x, int64_t n);  // zero included
-  // Magnitudes times `scale` must stay below 2^31.
+  Range (*range_with_zero[kElements])(const void* x, int64_t n);
+  // Bins of equal width; magnitudes times `scale` must stay below 2^31.
   void (*histogram[kElements])(const void* x, int64_t n, double scale, uint64_t* bins);
-  void (*octaves[kElements])(const void* x, int64_t n, uint32_t first, int cut, int64_t* bins);
+  // Bins of equal relative width.
+  void (*range_histogram[kElements])(const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins);
   void (*losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
   void (*offset_losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
 

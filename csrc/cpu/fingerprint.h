@@ -1,4 +1,4 @@
-// What memory holds, in 64 bits: tells that it was written to, also past autograd's version counters.
+// A hash of memory in 64 bits: tells that it was written to, also past autograd's version counters.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace amct_ext::cpu {
 
-// Of `pieces` pieces of 64 bytes, one out of every equal part, and of all bytes where that is no more. A change of a
-// single 8-byte word of what is read always shows, any other with a chance of 1 - 2^-64.
-AMCT_API uint64_t fingerprint(const void* data, size_t bytes, size_t pieces);
+// Reads `stripes` stripes of 64 bytes, one of each of as many equal parts, or all bytes where those are no more. A
+// change of a single 8-byte word of what is read always shows, any other with probability 1 - 2^-64.
+AMCT_API uint64_t fingerprint(const void* data, size_t bytes, size_t stripes);
 
 }  // namespace amct_ext::cpu

@@ -1,23 +1,23 @@
-// Memory for 8-bit codes of activations.
+// Tensors for 8-bit codes of activations.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
-
 namespace amct_ext::cpu {
 
-constexpr int64_t kSlack = 64;  // bytes after the codes that the product may read
+constexpr int64_t kReadPadding = 64;  // bytes beyond the codes that the product may read
 
-// Images channels last, other shapes contiguous.
-inline at::Tensor room_for_codes(at::IntArrayRef sizes, const at::TensorOptions& options) {
+// Images channels last, other shapes contiguous; zeros in the padding.
+inline at::Tensor empty_codes(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const int64_t count = c10::multiply_integers(sizes);
-  const at::Tensor room = at::empty({count + kSlack}, options.dtype(at::kByte));
-  std::fill_n(static_cast<uint8_t*>(room.mutable_data_ptr()) + count, kSlack, uint8_t{0});
-  if (sizes.size() != 4) return room.narrow(0, 0, count).view(sizes);
-  return room.as_strided(sizes, {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]});
+  const at::Tensor buffer = at::empty({count + kReadPadding}, options.dtype(at::kByte));
+  std::fill_n(static_cast<uint8_t*>(buffer.mutable_data_ptr()) + count, kReadPadding, uint8_t{0});
+  if (sizes.size() != 4) return buffer.narrow(0, 0, count).view(sizes);
+  return buffer.as_strided(sizes, {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]});
 }
 
 }  // namespace amct_ext::cpu

@@ -1,7 +1,7 @@
 #include "cpu/integer_conv_tiling.h"
 
 #include "common/check.h"
-#include "cpu/parallel.h"
+#include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
 
@@ -14,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-const ProductKernel& choose() {
+const ProductKernel& best_kernel() {
 #ifdef AMCT_X86_LEVELS
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) return product_vnni;
@@ -25,17 +25,17 @@ const ProductKernel& choose() {
 }  // namespace
 
 const ProductKernel& product_kernel() {
-  static const ProductKernel& chosen = choose();
-  return chosen;
+  static const ProductKernel& best = best_kernel();
+  return best;
 }
 
-Shape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntArrayRef kernel_size,
-                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+ConvShape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntArrayRef kernel_size,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_type(op, "codes", codes, at::kByte);
   TORCH_CHECK_VALUE(codes.dim() == 4, op, ": codes must have four dimensions, not ", codes.dim());
   TORCH_CHECK_VALUE(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
                     ": kernel_size, stride, padding and dilation must hold two values each");
-  Shape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, outputs, {}, {}, {}, {}};
+  ConvShape s{codes.size(0), codes.size(2), codes.size(3), codes.size(1), 0, 0, outputs, {}, {}, {}, {}};
   int64_t* out[2] = {&s.out_height, &s.out_width};
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, op,
@@ -51,17 +51,18 @@ Shape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntAr
   return s;
 }
 
-Shape linear_shape(const char* op, const Tensor& codes, int64_t outputs) {
+ConvShape linear_shape(const char* op, const Tensor& codes, int64_t outputs) {
   check_type(op, "codes", codes, at::kByte);
   TORCH_CHECK_VALUE(codes.dim() >= 1, op, ": codes must have at least one dimension");
   const int64_t channels = codes.size(-1), rows = channels ? codes.numel() / channels : 0;
   return {1, 1, rows, channels, 1, rows, outputs, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
 }
 
-Weights weights_of(const char* op, const Shape& s, const Tensor& packed, const Tensor& sums, const Tensor& x_scale,
-                   const Tensor& x_offset, const Tensor& w_scale, const std::optional<Tensor>& bias) {
-  const int64_t quads = (s.channels + 3) / 4, blocks = (s.outputs + kColumns - 1) / kColumns;
-  const std::vector<int64_t> expected{blocks, s.kernel[0] * s.kernel[1], quads, kColumns, 4};
+PackedWeights packed_weights(const char* op, const ConvShape& s, const Tensor& packed, const Tensor& sums,
+                             const Tensor& x_scale, const Tensor& x_offset, const Tensor& w_scale,
+                             const std::optional<Tensor>& bias) {
+  const int64_t quads = (s.channels + 3) / 4, blocks = (s.outputs + kBlockChannels - 1) / kBlockChannels;
+  const std::vector<int64_t> expected{blocks, s.kernel[0] * s.kernel[1], quads, kBlockChannels, 4};
   TORCH_CHECK_VALUE(packed.sizes() == at::IntArrayRef(expected), op, ": packed must have shape ",
                     at::IntArrayRef(expected), ", not ", packed.sizes());
   TORCH_CHECK_VALUE(packed.is_contiguous() && sums.is_contiguous(), op, ": packed and sums must be contiguous");
@@ -80,15 +81,15 @@ Weights weights_of(const char* op, const Shape& s, const Tensor& packed, const T
                       bias->sizes());
   }
   const double scale = value_at(x_scale, 0), offset = value_at(x_offset, 0);
-  // An offset that is no number comes with a scale that is none, which decides the result.
+  // A NaN offset comes with a NaN scale, which decides the result.
   const int zero = offset >= -128 && offset <= 127 ? static_cast<int>(offset) + 128 : 0;
-  const size_t padded = static_cast<size_t>(blocks * kColumns);
-  Weights result{static_cast<const int8_t*>(packed.const_data_ptr()),
-                 static_cast<uint8_t>(zero),
-                 quads,
-                 std::vector<uint32_t>(padded),
-                 std::vector<double>(padded),
-                 std::vector<double>(padded)};
+  const size_t padded = static_cast<size_t>(blocks * kBlockChannels);
+  PackedWeights result{static_cast<const int8_t*>(packed.const_data_ptr()),
+                       static_cast<uint8_t>(zero),
+                       quads,
+                       std::vector<uint32_t>(padded),
+                       std::vector<double>(padded),
+                       std::vector<double>(padded)};
   const Tensor factors = w_scale.contiguous(), terms = bias ? bias->contiguous() : Tensor();
   const int32_t* totals = static_cast<const int32_t*>(sums.const_data_ptr());
   for (int64_t c = 0; c < s.outputs; ++c) {
@@ -99,17 +100,17 @@ Weights weights_of(const char* op, const Shape& s, const Tensor& packed, const T
   return result;
 }
 
-Tensor readable(const Tensor& codes, at::MemoryFormat format) {
-  const Tensor dense = codes.contiguous(format);
-  const int64_t past = (static_cast<int64_t>(dense.storage().nbytes()) - dense.storage_offset()) - dense.numel();
-  if (past >= 4) return dense;
-  const Tensor room = at::empty({dense.numel() + 4}, dense.options());
-  return room.as_strided(dense.sizes(), dense.strides()).copy_(dense);
+Tensor with_read_padding(const Tensor& codes, at::MemoryFormat format) {
+  Tensor source = codes.contiguous(format);
+  const int64_t past = (static_cast<int64_t>(source.storage().nbytes()) - source.storage_offset()) - source.numel();
+  if (past >= 4) return source;
+  const Tensor padded = at::empty({source.numel() + 4}, source.options());
+  return padded.as_strided(source.sizes(), source.strides()).copy_(source);
 }
 
-// Positions of a row of the output follow each other in the input, but for those beyond its borders.
-void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int64_t first, int64_t last,
-                 int64_t stride, const uint8_t** pointers) {
+// Positions of a row of the output are neighbours in the input, except those in the padding.
+void fill_indirection(const ConvShape& s, const uint8_t* codes, const uint8_t* zero_row, int64_t first, int64_t last,
+                      int64_t stride, const uint8_t** pointers) {
   const int64_t width = s.out_width, step = s.stride[1] * s.channels;
   for (int64_t begin = first; begin < last;) {
     const int64_t line = begin / width, from = begin % width, n = std::min(width - from, last - begin);
@@ -127,9 +128,9 @@ void pointers_of(const Shape& s, const uint8_t* codes, const uint8_t* blank, int
         const int64_t enter = !inside ? n : column >= 0 ? 0 : until(0);
         const int64_t leave = !inside ? n : column >= s.width ? enter : std::max(enter, until(s.width));
         const uint8_t* base = image + (row * s.width + column) * s.channels;
-        std::fill(out, out + enter, blank);
+        std::fill(out, out + enter, zero_row);
         for (int64_t p = enter; p < leave; ++p) out[p] = base + p * step;
-        std::fill(out + leave, out + n, blank);
+        std::fill(out + leave, out + n, zero_row);
       }
     }
     begin += n;

@@ -1,4 +1,4 @@
-// Memory of large results that are let go: later ones of the same kind take it over.
+// A pool of the memory of large results: when one is freed, a later one of the same kind takes it over.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,18 +8,18 @@
 
 namespace amct_ext::cpu {
 
-// How long a result lives, which says what of its memory is worth keeping. Without that it goes back to the system and
-// the next result waits for fresh pages, zeroed by the kernel, and finds none of them in the cache.
-enum class Life {
-  kLayer,  // one layer, as a quantised activation or its gradient: the next one is of another size and comes at once
-  kStep,   // until backward or the optimiser, with those of all layers, as a quantised weight: sizes recur each step
+// How long a result lives, which decides what memory is worth keeping. Without a pool it goes back to the system, and
+// the next result waits for fresh pages, which the kernel zeroes and the cache does not hold.
+enum class Lifetime {
+  kLayer,  // one layer, as a quantised activation or its gradient: the next one comes at once and has another size
+  kStep,   // until backward or the optimiser, as the quantised weights of all layers: sizes recur each step
 };
 
-// As at::empty_like (`type`: of that type instead), for a dense tensor, in memory that an earlier result left,
-// where there is such. What lies idle is bounded (reuse.cpp). Contents are undefined, as those of at::empty_like.
-at::Tensor reused_like(const at::Tensor& x, Life life, std::optional<at::ScalarType> type = std::nullopt);
+// As at::empty_like (with `type`: of that type), for a dense tensor, in memory of an earlier result where the pool has
+// some. Idle memory is bounded (result_pool.cpp). The contents are undefined.
+at::Tensor pooled_like(const at::Tensor& x, Lifetime lifetime, std::optional<at::ScalarType> type = std::nullopt);
 
-// Gives what lies idle back to the system; the number of bytes.
+// Frees the idle memory; returns the number of bytes.
 __attribute__((visibility("default"))) size_t release_memory();
 
 }  // namespace amct_ext::cpu

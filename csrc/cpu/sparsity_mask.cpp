@@ -5,21 +5,23 @@
 #include <torch/library.h>
 
 #include "common/check.h"
+#include "common/layout.h"
 #include "cpu/parallel.h"
 #include "cpu/result_pool.h"
+#include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPiece = 2048;  // elements
+constexpr int64_t kChunk = 2048;  // weights masked at a time; they stay in the L1 cache
 
 Tensor mask_2to4(const Tensor& w, int64_t axis) {
   check_floating("mask_2to4", "w", w);
   axis = check_axis("mask_2to4", "axis", w, axis);
   const Tensor source = dense(w);
-  Tensor mask = reused_like(source, Life::kStep, at::kBool);
+  Tensor mask = pooled_like(source, Lifetime::kStep, at::kBool);
   make_mask(source, axis, mask, std::nullopt);
   return mask;
 }
@@ -82,26 +84,26 @@ Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
 
 void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std::optional<Tensor>& y) {
   AxisView view = axis_view(source, axis);
-  // One or two weights along the axis are all kept: any cut will do.
+  // One or two weights along the axis are all kept, however the tensor is split.
   if (view.size <= 2) view = {view.outer * view.size, 1, view.inner};
   const size_t size = source.element_size();
   const void* in = source.const_data_ptr();
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   void* out = y ? y->mutable_data_ptr() : nullptr;
-  const auto choose = kernels().mask_plane[element_of(source)];
+  const auto mask_plane = kernels().mask_plane[element_of(source)];
   const auto sparsify = kernels().sparsify_plane[element_of(source)];
-  // A few groups at a time, so that one long plane is shared between threads as well, and the mask of a piece is
-  // applied while the piece is in the first-level cache.
+  // A few groups at a time: so threads also share one long plane, and a mask is applied while its weights are in the L1
+  // cache.
   const int64_t group = 4 * view.inner, groups = (view.size + 3) / 4;
-  const int64_t step = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, group));
-  const int64_t pieces = (groups + step - 1) / step;
-  for_rows(view.outer * pieces, step * group, [&](int64_t i) {
-    const int64_t first = i % pieces * step * 4, count = std::min(view.size - first, step * 4);
-    const int64_t at = (i / pieces * view.size + first) * view.inner;
+  const int64_t step = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, group));
+  const int64_t chunks = (groups + step - 1) / step;
+  for_rows(view.outer * chunks, step * group, [&](int64_t i) {
+    const int64_t first = i % chunks * step * 4, count = std::min(view.size - first, step * 4);
+    const int64_t at = (i / chunks * view.size + first) * view.inner;
     if (out) {
-      sparsify(at_element(in, at, size), keep + at, at_element(out, at, size), count, view.inner);
+      sparsify(element_ptr(in, at, size), keep + at, element_ptr(out, at, size), count, view.inner);
     } else {
-      choose(at_element(in, at, size), keep + at, count, view.inner);
+      mask_plane(element_ptr(in, at, size), keep + at, count, view.inner);
     }
   });
 }

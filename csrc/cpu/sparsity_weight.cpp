@@ -7,6 +7,7 @@
 #include "cpu/parallel.h"
 #include "cpu/result_pool.h"
 #include "cpu/sparsity_mask.h"
+#include "cpu/tensor_access.h"
 #include "cpu/weight_arq.h"
 
 namespace amct_ext::cpu {
@@ -20,14 +21,14 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   check_type(op, "mask", mask, at::kBool);
   check_same_shape(op, "mask", mask, "w", w);
   const Tensor source = dense(w), keep = match_mask_layout(mask, source);
-  Tensor y = reused_like(source, Life::kStep);
+  Tensor y = pooled_like(source, Lifetime::kStep);
   const void* in = source.const_data_ptr();
   const uint8_t* bits = static_cast<const uint8_t*>(keep.const_data_ptr());
   void* out = y.mutable_data_ptr();
   const size_t size = w.element_size();
   const auto loop = kernels().apply_mask[element_of(w)];
   for_blocks(w.numel(), [&](int64_t, int64_t begin, int64_t end) {
-    loop(at_element(in, begin, size), bits + begin, at_element(out, begin, size), end - begin);
+    loop(element_ptr(in, begin, size), bits + begin, element_ptr(out, begin, size), end - begin);
   });
   return y;
 }
@@ -37,15 +38,42 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   check_floating(op, "w", w);
   axis = check_axis(op, "axis", w, axis);
   const Tensor source = dense(w);
-  Tensor y = reused_like(source, Life::kStep), mask = reused_like(source, Life::kStep, at::kBool);
+  Tensor y = pooled_like(source, Lifetime::kStep), mask = pooled_like(source, Lifetime::kStep, at::kBool);
   make_mask(source, axis, mask, y);
   return {std::move(y), std::move(mask)};
 }
 
-// Several rows along axis 0 lie one after the other and hold whole groups of the mask's axis.
-bool rows_lie_together(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
-  const AxisView view = channel_axis ? axis_view(source, *channel_axis) : AxisView{0, 0, 0};
-  return channel_axis == 0 && mask_axis != 0 && view.outer == 1 && source.size(0) > 1 && source.numel() > 0;
+// Whether there are several channels along axis 0, each contiguous and with whole groups of the mask's axis.
+bool rows_are_contiguous(const Tensor& source, std::optional<int64_t> channel_axis, int64_t mask_axis) {
+  return channel_axis == 0 && mask_axis != 0 && axis_view(source, 0).outer == 1 && source.size(0) > 1 &&
+         source.numel() > 0;
+}
+
+int64_t address_of(const Tensor& t) { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.const_data_ptr())); }
+
+// The mask of `source` and the quantised weights in job.y, a row at a time: each row is masked just before it is
+// quantised, so that it is still in the L1 or L2 cache.
+void mask_and_quantize_rows(const Tensor& source, int64_t axis, const Tensor& mask, const ArqJob& job, int num_bits) {
+  const auto sparsify_and_range = kernels().sparsify_and_range[element_of(source)];
+  const int64_t rows = source.size(0), row = source.numel() / rows;
+  AxisView view = axis_view(source, axis);
+  // One or two weights along the axis are all kept, however the row is split.
+  if (view.size <= 2) view = {1, 1, row};
+  const int64_t plane = view.size * view.inner, size = source.element_size();
+  const void* in = source.const_data_ptr();
+  void* out = job.y.mutable_data_ptr();
+  uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  const auto sparsify = [&](int64_t at) {
+    return sparsify_and_range(element_ptr(in, at, size), keep + at, element_ptr(out, at, size), view.size, view.inner);
+  };
+  const ArqWeight weight(job, num_bits);
+  const int64_t to_source = address_of(source) - address_of(job.y);
+  for_rows(rows, row, [&](int64_t channel) {
+    const int64_t begin = channel * row;
+    Range range = sparsify(begin);
+    for (int64_t at = begin + plane; at < begin + row; at += plane) range = merge(range, sparsify(at));
+    weight.quantize_channel(channel, range, to_source);
+  });
 }
 
 std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
@@ -69,35 +97,15 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
   axis = check_axis(op, "axis", w, axis);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   ArqJob job = arq_job(w, {}, channel_axis);
-  const Tensor source = job.source, mask = reused_like(source, Life::kStep, at::kBool);
-  job.source = job.y;  // holds what is kept and is quantised where it lies
-  if (!rows_lie_together(source, channel_axis, axis)) {
+  const int bits = static_cast<int>(num_bits);
+  const Tensor source = job.source, mask = pooled_like(source, Lifetime::kStep, at::kBool);
+  job.source = job.y;  // holds the weights that are kept and is quantised in place
+  if (rows_are_contiguous(source, channel_axis, axis)) {
+    mask_and_quantize_rows(source, axis, mask, job, bits);
+  } else {
     make_mask(source, axis, mask, job.y);
-    run_arq({job}, static_cast<int>(num_bits));
-    return {std::move(job.y), std::move(job.scale), mask};
+    run_arq({job}, bits);
   }
-  // A row is masked when it is about to be quantised, so that it stays in the first caches.
-  const auto plane = kernels().sparsify_and_range[element_of(w)];
-  AxisView view = axis_view(source, axis);
-  const int64_t row = source.numel() / source.size(0);
-  // One or two weights along the axis are all kept: any cut of the row will do.
-  if (view.size <= 2) view = {1, 1, row};
-  job.origin = source;
-  const void* in = source.const_data_ptr();
-  void* out = job.y.mutable_data_ptr();
-  uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  const size_t size = w.element_size();
-  const int64_t length = view.size * view.inner;
-  job.prepare = [=](int64_t channel) {
-    const auto sparsify = [=](int64_t at) {
-      return plane(at_element(in, at, size), keep + at, at_element(out, at, size), view.size, view.inner);
-    };
-    Range range = sparsify(channel * row);
-    for (int64_t at = channel * row + length; at < (channel + 1) * row; at += length)
-      range = joined(range, sparsify(at));
-    return range;
-  };
-  run_arq({job}, static_cast<int>(num_bits));
   return {std::move(job.y), std::move(job.scale), mask};
 }
 

@@ -59,14 +59,13 @@ __device__ __forceinline__ void quantize_channel(const WeightMetadata& weight, i
   const A lowest = static_cast<A>(codes.lowest), highest = static_cast<A>(codes.highest);
 #pragma unroll 2
   for (int64_t e = static_cast<int64_t>(threadIdx.x) * V; e < size; e += step) {
-    const int64_t i = element_index(view, channel, e);
-    const auto in = load_masked<V>(w, weight.mask, i);
+    const auto in = load_masked<V>(w, weight.mask, element_index(view, channel, e));
     AlignedVector<T, V> out;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       store_code(out.val[k], math::clamp(quotient(static_cast<A>(in.val[k])), lowest, highest), quotient.scale);
     }
-    store_vector(y + i, out);
+    store_vector(y + element_index(view, channel, e), out);
   }
 }
 

@@ -71,7 +71,8 @@ struct UlqFunction : torch::autograd::Function<UlqFunction> {
     const auto saved = ctx->get_saved_variables();
     const auto in_shape = [&](Tensor value, const char* key) {
       const auto shape = ctx->saved_data.find(key);
-      return shape == ctx->saved_data.end() ? value : value.view(shape->second.toDimVector());
+      if (shape != ctx->saved_data.end()) value = value.view(shape->second.toDimVector());
+      return value;
     };
     auto [dx, d_max, d_min] =
         ulq_fake_quantize_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["num_bits"].toInt());
@@ -126,8 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_inplace_autograd(const Tens
 std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward_autograd(const Tensor& grad, const Tensor& x,
                                                                        const Tensor& clip_max, const Tensor& clip_min,
                                                                        int64_t num_bits) {
-  const auto results =
-      below_autograd([&] { return ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits); });
+  auto results = below_autograd([&] { return ulq_fake_quantize_backward(grad, x, clip_max, clip_min, num_bits); });
   if (!needs_double_backward(grad)) return results;
   const auto [dx, d_max, d_min] = UlqRule(x, clip_max, clip_min, num_bits).backward(grad);
   const auto& [dx_bits, max_bits, min_bits] = results;

@@ -141,7 +141,7 @@ Tensor lsq_fake_quantize_autograd(const Tensor& w, const Tensor& scale, int64_t 
 
 Tensor lsq_fake_quantize_backward_autograd(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
                                            std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
-  const Tensor d_scale =
+  Tensor d_scale =
       below_autograd([&] { return lsq_fake_quantize_backward(grad, w, scale, num_bits, channel_axis, grad_factor); });
   if (!needs_double_backward(grad)) return d_scale;
   return straight(d_scale, LsqRule(w, scale, num_bits, channel_axis, grad_factor).backward_of_scale(grad));

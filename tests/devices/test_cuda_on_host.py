@@ -53,11 +53,13 @@ def preload() -> str:
 
 
 @pytest.fixture(scope="module")
-def report(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """All families in one child process: a start of torch and pytest takes about as long as a family."""
+def report(library: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Report:
+    """The selected families in one child process: a start of torch and pytest takes about as long as a family."""
+    here = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    selected = [item.callspec.params["family"] for item in here if item.module is request.module]
     return pytest_in_child(
         tmp_path_factory.mktemp("report"),
-        "-p", "kernels_on_host", *(f"tests/ops/test_{family}.py" for family in FAMILIES),
+        "-p", "kernels_on_host", *(f"tests/ops/test_{family}.py" for family in selected),
         "-k", "not compile and not documented and not documentation", "-m", "not cpu_kernels",
         prefix=("setarch", "-R") if SANITIZE == "thread" else (),  # ThreadSanitizer needs fixed addresses
         AMCT_ON_HOST=str(library),

@@ -1,6 +1,6 @@
-"""ONNX export against files of the reference: its trained weights and factors in, its graphs and results out.
+"""ONNX export against AMCT's files: its trained weights and factors in, its graphs and results out.
 
-The float model is rebuilt from a checkpoint of the reference and the factors come from its record, so nothing here
+The float model is rebuilt from a checkpoint of AMCT and the factors come from its record, so nothing here
 depends on our own training. Exporter differences that are accepted: tensor names; LayerNormalization is one operator;
 constants of the model are initialisers, not Constant nodes.
 """
@@ -76,11 +76,11 @@ def _module(path: Path) -> ModuleType:
 
 
 def float_model(golden: Path, case: str) -> tuple[nn.Module, dict[str, str], Record]:
-    """The reference's trained model with its wrappers taken off, the conv and BatchNorm pairs, and its record."""
+    """AMCT's trained model with its wrappers taken off, the conv and BatchNorm pairs, and its record."""
     load, models = _module(golden / "load.py"), _module(golden / "models.py")
     facts, trained = load.facts(case), load.trained_state(case)
     record = parse_record(load.record(case, "after_eval"))
-    # the reference saved after an eval that may have refreshed the masks (QUIRKS 2)
+    # AMCT saved after an eval that may have refreshed the masks (QUIRKS 2)
     later = torch.load(golden / case / "state_after_eval_delta.pt", weights_only=True)
     trained.update({key: tensor for key, tensor in later.items() if key.endswith("wts_mask")})
     model, _ = models.build(facts["model"])
@@ -163,7 +163,7 @@ def counts(graph: Any) -> Counter[str]:
 
 
 def our_counts(model: onnx.ModelProto) -> Counter[str]:
-    """Operators of our graph, with LayerNormalization written out as the reference's exporter does."""
+    """Operators of our graph, with LayerNormalization written out as AMCT's exporter does."""
     found = Counter(node.op_type for node in model.graph.node)
     for _ in range(found.pop("LayerNormalization", 0)):
         found.update(LAYER_NORM)
@@ -180,7 +180,7 @@ def initialisers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 @all_quant_cases
-def test_graphs_have_the_references_operators_and_tensors(case: str, exported: Callable[[str], Exported]) -> None:
+def test_graphs_have_amcts_operators_and_tensors(case: str, exported: Callable[[str], Exported]) -> None:
     ours = exported(case)
     for path, kind in ((ours.fake_quant, "fake_quant"), (ours.deploy, "deploy")):
         model, graph = onnx.load(path), ours.graphs[kind]
@@ -194,7 +194,7 @@ def test_graphs_have_the_references_operators_and_tensors(case: str, exported: C
 
 
 @all_quant_cases
-def test_fake_quant_model_computes_what_the_references_did(case: str, exported: Callable[[str], Exported]) -> None:
+def test_fake_quant_model_computes_what_amcts_did(case: str, exported: Callable[[str], Exported]) -> None:
     ours = exported(case)
     session = ort.InferenceSession(str(ours.fake_quant))
     inputs = ours.data["eval_x"]
@@ -224,19 +224,17 @@ def test_deploy_attributes_and_words_follow_the_record(case: str, exported: Call
         }
 
 
-def test_every_integer_and_constant_equals_the_references_file(
-    exported: Callable[[str], Exported], golden: Path
-) -> None:
+def test_every_integer_and_constant_equals_amcts_file(exported: Callable[[str], Exported], golden: Path) -> None:
     ours = exported("cnn_quant")
     for path in (ours.fake_quant, ours.deploy):
-        reference = onnx.load(golden / "cnn_quant" / path.name)
-        expected = {name.replace(".sub_module", ""): array for name, array in initialisers(reference).items()}
+        theirs_file = onnx.load(golden / "cnn_quant" / path.name)
+        expected = {name.replace(".sub_module", ""): array for name, array in initialisers(theirs_file).items()}
         found = initialisers(onnx.load(path))
         assert set(found) == set(expected)
         for name, array in expected.items():
             assert found[name].dtype == array.dtype
             np.testing.assert_array_equal(found[name], array, err_msg=name)
-        theirs = {node.name: node for node in reference.graph.node}
+        theirs = {node.name: node for node in theirs_file.graph.node}
         for node in onnx.load(path).graph.node:
             for attribute in node.attribute if node.op_type in ("AscendQuant", "AscendDequant", "Constant") else ():
                 other = next(a for a in theirs[node.name].attribute if a.name == attribute.name)
@@ -247,7 +245,7 @@ def test_every_integer_and_constant_equals_the_references_file(
 
 
 @pytest.mark.parametrize("case", PLAIN)
-def test_pruned_models_export_the_references_plain_graph(case: str, exported: Callable[[str], Exported]) -> None:
+def test_pruned_models_export_amcts_plain_graph(case: str, exported: Callable[[str], Exported]) -> None:
     ours = exported(case)
     assert our_counts(onnx.load(ours.deploy)) == counts(ours.graphs["deploy"])
     inputs = ours.data["eval_x"]

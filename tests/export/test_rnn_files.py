@@ -16,7 +16,7 @@ from support.rnn_job import Job, batch, evaluate, every_kind, optimizer_of, trai
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.activation_quantizer import Range
+from amct_ext.layers.activation_types import ClipRange
 from amct_ext.record.text import parse_record, read_record
 
 
@@ -95,7 +95,7 @@ def test_export(
 
 
 def _left_alone(quantizer: nn.Module) -> Any:
-    def step(state: Tensor, clips: Range, steps: list[tuple[Tensor, ...]]) -> Tensor:
+    def step(state: Tensor, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> Tensor:
         steps.append(quantizer._quantize(state, clips))
         return state
 
@@ -140,7 +140,7 @@ def test_compiled_model_agrees(tmp_path: Path, kind: str, setting: str) -> None:
 
 @pytest.mark.parametrize("name", ["gru_quant", "gru_cwfalse", "lstm_quant"])
 def test_whole_golden_run_while_the_weights_stand_still(golden: Path, tmp_path: Path, name: str) -> None:
-    """With frozen weights, as the reference leaves them, all its numbers bind: losses, clips, evaluation, record."""
+    """With frozen weights, as AMCT leaves them, all its numbers bind: losses, clips, evaluation, record."""
     case = Case(golden, name, tmp_path)
     for weight in (case.created.rnn.weight_ih_l0, case.created.rnn.weight_hh_l0):
         weight.requires_grad_(False)

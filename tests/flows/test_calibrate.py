@@ -6,10 +6,10 @@ import logging
 from collections import UserDict
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from support import small_models as small
+from support.onnx_run import run_onnx
 from support.quantizers import quantizers
 from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
 from support.rnn_job import Job as RnnJob
@@ -102,8 +102,7 @@ def test_what_was_only_evaluated_is_saved_as_it_was_evaluated(job: Job, name: st
     with torch.no_grad():
         want = model(small.SAMPLE)  # the record follows the last evaluation
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(job.folder / "net"), small.SAMPLE)
-    session = onnxruntime.InferenceSession(job.folder / "net_fake_quant_model.onnx")
-    out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: small.SAMPLE.numpy()})[0])
+    out = run_onnx(job.folder / "net_fake_quant_model.onnx", small.SAMPLE)
     assert (out - want).abs().max() < 0.05 * want.abs().max()
     evaluated = read_record(str(job.record)).quant
     train(model, optimizer_of(model), range(1))

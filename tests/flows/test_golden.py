@@ -31,8 +31,8 @@ from support.golden_run import Case, case_names
 from torch import Tensor
 
 import amct_ext
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.recording import check_record
-from amct_ext.model_surgery.swap import compressed_layers
 from amct_ext.record.text import parse_record
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]

@@ -18,7 +18,7 @@ from support.retrain_job import assert_same_state, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.record.text import parse_record, read_record
 
 GOLDEN = [

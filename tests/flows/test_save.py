@@ -16,7 +16,7 @@ from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 
 
 def trained(folder: Path, config: str) -> tuple[Job, nn.Module]:

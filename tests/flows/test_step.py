@@ -67,7 +67,7 @@ def test_a_step_runs_where_nothing_can_be_read(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["quant", "learned"])
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it where torch sees one")
 def test_a_step_does_not_wait_for_the_device(name: str, tmp_path: Path) -> None:
     model = calibrated(name, tmp_path).cuda()
     optimizer, batch = optimizer_of(model), [x.cuda() for x in small.batch(3)]

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from support import small_models as small
-from support.ranks import LOCAL, WORLD, start
+from support.ranks import LOCAL, WORLD, Ranks, own_folder
 from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,12 +19,12 @@ TWO_BATCHES = "batch_num: 2\n" + small.SPARSE % 2 + small.LEARNED
 CONFIGS = {"mixed": small.CONFIGS["mixed_quant"], "two batches": TWO_BATCHES, "histogram": TWO_BATCHES}
 
 
-def work(rank: int, folder: str, calibration: Literal["exact", "histogram"]) -> None:
+def work(rank: int, folder: Path, calibration: Literal["exact", "histogram"]) -> None:
     """One rank: create, train on data of its own, save its state; rank 0's checkpoint is the job's."""
-    mine = start(rank, folder)
+    mine = own_folder(rank, folder)
     # A record file of its own shows which rank writes.
     model = amct_ext.create_compressed_retrain_model(
-        DistributedDataParallel(small.build()), small.SAMPLE, f"{folder}/compress.cfg", str(mine / "record.txt")
+        DistributedDataParallel(small.build()), small.SAMPLE, str(folder / "compress.cfg"), str(mine / "record.txt")
     )
     amct_ext.configure(model, calibration=calibration)
     model.module.drop.p = 0.0
@@ -49,14 +48,13 @@ def work(rank: int, folder: str, calibration: Literal["exact", "histogram"]) -> 
     torch.save(collectives, mine / "collectives.pth")
     torch.save(model.state_dict(), mine / "state.pth")
     torch.save(evaluate(model), mine / "out.pth")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_ranks(name: str, tmp_path: Path) -> None:
+def test_two_ranks(name: str, tmp_path: Path, ranks: Ranks) -> None:
     job = Job(tmp_path, CONFIGS[name])
     calibration = "histogram" if name == "histogram" else "exact"
-    multiprocessing.start_processes(work, (str(tmp_path), calibration), nprocs=WORLD, start_method="spawn")
+    ranks.run(work, tmp_path, calibration)
     first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
     for key, value in first.items():
         if not key.endswith(LOCAL):
@@ -74,15 +72,15 @@ def test_two_ranks(name: str, tmp_path: Path) -> None:
     assert_same_state(restored, again)
 
 
-def resume(rank: int, folder: str) -> None:
+def resume(rank: int, folder: Path) -> None:
     """One rank of a job that takes up the checkpoint of a single process; rank 1 meets NaN."""
-    mine = start(rank, folder)
+    mine = own_folder(rank, folder)
     model = amct_ext.restore_compressed_retrain_model(
         DistributedDataParallel(small.build()),
         small.SAMPLE,
-        f"{folder}/compress.cfg",
-        f"{folder}/record.txt",
-        f"{folder}/one.pth",
+        str(folder / "compress.cfg"),
+        str(folder / "record.txt"),
+        str(folder / "one.pth"),
     )
     torch.save(model.state_dict(), mine / "state.pth")
     model.train()
@@ -91,16 +89,15 @@ def resume(rank: int, folder: str) -> None:
         model(x if i or rank == 0 else x * float("nan"))
     flagged = any(layer.act_quant.invalid for layer in (model.module.stem, model.module.conv1))
     torch.save(bool(flagged), mine / "flagged.pth")
-    torch.distributed.destroy_process_group()
 
 
-def test_a_checkpoint_of_one_process_restores_on_two(tmp_path: Path) -> None:
+def test_a_checkpoint_of_one_process_restores_on_two(tmp_path: Path, ranks: Ranks) -> None:
     job = Job(tmp_path, small.CONFIGS["sparse_quant"])
     model = job.create().train()
     model(small.batch(0)[0])
     evaluate(model)
     torch.save(model.state_dict(), tmp_path / "one.pth")
-    multiprocessing.start_processes(resume, (str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    ranks.run(resume, tmp_path)
     for rank in range(WORLD):
         state = torch.load(tmp_path / f"rank{rank}" / "state.pth")
         for key, value in model.state_dict().items():
@@ -121,18 +118,17 @@ class Heads(nn.Module):
         return self.b(100 * x) if which else self.a(x)
 
 
-def heads(rank: int, folder: str, order: tuple[tuple[int, int], ...]) -> None:
+def heads(rank: int, folder: Path, order: tuple[tuple[int, int], ...]) -> None:
     """One rank: in each step the head that ``order`` names for it."""
-    mine = start(rank, folder)
+    mine = own_folder(rank, folder)
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(rank))
     model = amct_ext.create_compressed_retrain_model(
-        Heads(), x, f"{folder}/compress.cfg", str(mine / "record.txt")
+        Heads(), x, str(folder / "compress.cfg"), str(mine / "record.txt")
     ).train()
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
     for which in order:
         parallel(x, which[rank]).square().mean().backward()
     torch.save({k: v for k, v in model.state_dict().items() if "act_quant" in k}, mine / "state.pth")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -144,10 +140,12 @@ def heads(rank: int, folder: str, order: tuple[tuple[int, int], ...]) -> None:
         (2, ((0, 0), (0, 1), (1, 1), (1, 0))),
     ],
 )
-def test_ranks_on_different_heads(tmp_path: Path, batches: int, order: tuple[tuple[int, int], ...]) -> None:
+def test_ranks_on_different_heads(
+    tmp_path: Path, ranks: Ranks, batches: int, order: tuple[tuple[int, int], ...]
+) -> None:
     """What is averaged does not depend on what a rank ran: no clips of other layers, no lists of unequal length."""
     (tmp_path / "compress.cfg").write_text(f"batch_num: {batches}\n" + small.QUANT)
-    multiprocessing.start_processes(heads, (str(tmp_path), order), nprocs=WORLD, start_method="spawn")
+    ranks.run(heads, tmp_path, order)
     first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
     for key, value in first.items():
         if "clip_m" in key or "batches_seen" in key:

@@ -28,6 +28,7 @@ CONFIGS = {
     "two batches": "batch_num: 2\n" + small.QUANT,
     "sparse": "batch_num: 2\n" + small.SPARSE % 2 + small.LEARNED,
 }
+MISSING = "a training stack is missing: pip install -e .[frameworks]"
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -40,7 +41,7 @@ def clips(model: nn.Module) -> dict[str, float]:
 
 @every_config
 def test_accelerate_saves_and_loads_at_any_point(tmp_path: Path, name: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason=MISSING)
     job = Job(tmp_path, CONFIGS[name])
 
     def start() -> tuple[Any, nn.Module, Any]:
@@ -72,7 +73,7 @@ def test_accelerate_saves_and_loads_at_any_point(tmp_path: Path, name: str) -> N
 
 
 def test_lightnings_sanity_check_calibrates_nothing(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning")
+    lightning = pytest.importorskip("lightning", reason=MISSING)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     class Module(lightning.LightningModule):
@@ -135,7 +136,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @pytest.fixture
 def timm_utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
+        pytest.skip("timm is missing: pip install --no-deps timm (make venv does)")
     before = set(sys.modules)
     if importlib.util.find_spec("torchvision") is None:
         monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Absent()])
@@ -176,7 +177,7 @@ def test_timms_average_made_before_the_first_step(
 
 @pytest.mark.parametrize("name", ["quant", "learned"])
 def test_adapters_on_a_compressed_model(tmp_path: Path, name: str) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason=MISSING)
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -215,8 +216,8 @@ def test_adapters_on_a_compressed_model(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["two batches", "sparse"])
 def test_the_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, name: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers", reason=MISSING)
+    pytest.importorskip("accelerate", reason=MISSING)
     transformers.logging.set_verbosity_error()
 
     class Data(torch.utils.data.Dataset):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from support import small_models as small
-from support.ranks import LOCAL, WORLD, start
+from support.ranks import LOCAL, WORLD, Ranks, own_folder
 from support.retrain_job import Job, evaluate
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -21,11 +20,11 @@ import amct_ext
 CONFIGS = ("sparse_quant", "learned")
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> None:
     """One rank: create, shard, train on data of its own, gather the checkpoint, evaluate."""
-    mine = start(rank, folder)
+    mine = own_folder(rank, folder)
     model = amct_ext.create_compressed_retrain_model(
-        small.build(), small.SAMPLE, f"{folder}/compress.cfg", f"{folder}/record.txt"
+        small.build(), small.SAMPLE, str(folder / "compress.cfg"), str(folder / "record.txt")
     )
     model.drop.p = 0.0
     replicated = amct_ext.replicated_parameters(model)
@@ -45,16 +44,15 @@ def work(rank: int, folder: str) -> None:
         optimizer.step()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
-        torch.save(state, Path(folder) / "state.pth")
+        torch.save(state, folder / "state.pth")
     torch.save({k: v.clone() for k, v in model.state_dict().items() if not isinstance(v, DTensor)}, mine / "own.pth")
     torch.save(evaluate(model), mine / "out.pth")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_ranks(name: str, tmp_path: Path) -> None:
+def test_two_ranks(name: str, tmp_path: Path, ranks: Ranks) -> None:
     job = Job(tmp_path, small.CONFIGS[name])
-    multiprocessing.start_processes(work, (str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    ranks.run(work, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}" / "own.pth") for rank in range(WORLD))
     for key, value in first.items():
         if not key.endswith(LOCAL):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext import ops
 from amct_ext.errors import RecordRangeError
-from amct_ext.model_surgery.swap import compressed_layers
+from amct_ext.model_surgery.lookup import compressed_layers
 
 PER_TENSOR = small.QUANT.replace("arq_retrain { }", "arq_retrain { channel_wise: false }")
 

@@ -14,7 +14,8 @@ from torch import nn
 import amct_ext
 from amct_ext import ops
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.model_surgery.swap import compressed_layers, fold_layers
+from amct_ext.model_surgery.lookup import compressed_layers
+from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from support import small_models as small
+from support.retrain_job import assert_same_state
 from support.rnn_job import (
     KINDS,
     PER_TENSOR,
     Job,
-    assert_same,
     batch,
     evaluate,
     every_kind,
@@ -211,7 +211,7 @@ def test_shared_input_keeps_own_clips(tmp_path: Path, kind: str) -> None:
     assert model.rnn.act_quant is not None and model.beside.act_quant is not None
     assert model.rnn.act_quant is not model.beside.act_quant
     train(model, range(2))
-    assert_same(model, job.restore(amct_ext.to_amct_state_dict(model)))
+    assert_same_state(model, job.restore(amct_ext.to_amct_state_dict(model)))
 
 
 @every_kind
@@ -221,7 +221,7 @@ def test_restore_is_exact(tmp_path: Path, kind: str, setting: str) -> None:
     job = Job(tmp_path, kind, setting)
     whole = job.create()
     if setting != "two_batches":  # AMCT's file does not hold the data of an unfinished calibration
-        assert_same(whole, job.restore(amct_ext.to_amct_state_dict(whole)))
+        assert_same_state(whole, job.restore(amct_ext.to_amct_state_dict(whole)))
     optimizer = optimizer_of(whole)
     train(whole, range(3), optimizer)
     state, momentum = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -233,7 +233,7 @@ def test_restore_is_exact(tmp_path: Path, kind: str, setting: str) -> None:
         optimizer = optimizer_of(half)
         optimizer.load_state_dict(copy.deepcopy(momentum))
         train(half, range(3, 6), optimizer)
-        assert_same(whole, half)
+        assert_same_state(whole, half)
         halves.append(half)
     expected = evaluate(whole)
     assert all(torch.equal(evaluate(half), expected) for half in halves)
@@ -249,6 +249,6 @@ def test_copies_are_independent(tmp_path: Path, kind: str) -> None:
     for other in copies:
         assert torch.equal(evaluate(other), expected)
         train(other, range(1))
-        plain = saving.to_plain(other, batch(50)[0]).model
+        plain = saving.to_plain_model(other, batch(50)[0]).model
         assert type(plain.rnn) is KINDS[kind] and "quant" not in " ".join(plain.state_dict())
         assert torch.isfinite(evaluate(plain)).all()

@@ -1,10 +1,7 @@
-"""What happens beside the recorded forward: fused paths, results that nobody reads, blocks merged for evaluation,
-weights read twice, tensors written in place."""
+"""What happens beside the recorded forward: unread results, blocks merged for evaluation, weights read twice."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,81 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import small_models as small
-from support.any_job import AnyJob, off, run
+from support.any_job import AnyJob, off
+from support.onnx_run import run_onnx
+from support.written import SPARSE_QUANT, Written, linear
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import trace
-
-SPARSE_QUANT = small.SPARSE % 0 + small.QUANT
-
-
-class Written(nn.Module):
-    """A model whose forward is given."""
-
-    def __init__(self, forward: Callable[[Any, Tensor], Any], **children: nn.Module) -> None:
-        super().__init__()
-        self._forward = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, *args: Any) -> Any:
-        return self._forward(self, *args)
-
-
-def linear(inputs: int = 8, outputs: int = 8) -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(inputs, outputs)
-
-
-# -- fused encoders
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_encoder_layers_run_in_every_evaluation(tmp_path: Path, norm_first: bool, mode: Any) -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
-    net, x = nn.Sequential(layer, linear(16, 4)), torch.randn(8, 5, 16)
-    job = AnyJob(tmp_path, SPARSE_QUANT)
-    model = job.calibrated(net, x)
-    with mode():
-        plain = model.eval()(x)
-    assert off(plain, model(x).detach()) < 1e-5
-    assert off(run(job.save(model, x)[0], x), plain.clone()) < 0.05
-    assert layer.activation_relu_or_gelu == 1  # the caller's
-
-
-def test_decoders_too(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    net = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
-    data = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
-    model = AnyJob(tmp_path, small.QUANT).calibrated(net, data).eval()
-    with torch.no_grad():
-        plain = model(*data)
-    assert off(plain, model(*data).detach()) < 1e-5
-    report = amct_ext.explain(model)
-    assert "without calling" in report["encoder.layers.0.self_attn.out_proj"].not_quantised
-    assert report["decoder.layers.0.linear1"].quantised
-
-
-def test_encoder_with_a_padding_mask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    net = Written(lambda m, x, pad: m.head(m.encoder(x, src_key_padding_mask=pad)), encoder=encoder, head=linear(16, 4))
-    x, pad = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
-    pad[0, 3:] = pad[1, 4:] = True
-    job = AnyJob(tmp_path, small.QUANT)
-    with caplog.at_level(logging.INFO, "amct_ext"):
-        model = job.calibrated(net, (x, pad))
-    assert "enable_nested_tensor" in caplog.text
-    with torch.no_grad():
-        seen, expected = model.eval()(x, pad), net.eval()(x, pad)
-    assert off(seen[~pad], expected[~pad]) < 0.1
-    assert encoder.enable_nested_tensor
-    assert off(run(job.save(model, (x, pad))[0], x, pad)[~pad], seen[~pad]) < 0.05
-
 
 # -- results that nobody reads
 
@@ -106,7 +35,7 @@ def test_an_unread_result(tmp_path: Path, config: str, unread: Any, caplog: pyte
     report = amct_ext.explain(model)["pooler"]
     assert "reaches no tensor" in report.not_quantised or config == small.FILTER
     seen = model.eval()(x).detach()
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02
 
 
 def test_what_is_read_in_a_way_that_leaves_no_trace() -> None:
@@ -223,7 +152,7 @@ def test_weights_that_the_model_changes_itself(
     assert amct_ext.explain(model)["0"].quantised
     model.train()(x).mean().backward()
     seen = model.eval()(x)
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02
 
 
 def test_layers_skipped_at_random_do_run_in_training() -> None:
@@ -279,115 +208,8 @@ def test_a_weight_that_an_op_reads_too(tmp_path: Path, config: str, kind: str) -
     job = AnyJob(tmp_path, config)
     model = job.calibrated(net, x)
     seen = model.eval()(x).detach()
-    assert off(run(job.save(model, x)[0], x), seen) < 0.02
+    assert off(run_onnx(job.save(model, x)[0], x), seen) < 0.02
     report = amct_ext.explain(model)["0.a"]
     assert not report.pruned
     if config != small.QUANT:
         assert "also read by" in report.not_pruned
-
-
-# -- tensors written in place
-
-IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
-    "nn.Dropout": nn.Dropout(0.5, inplace=True),
-    "dropout": lambda x: F.dropout(x, 0.5, True, inplace=True),
-    "relu_": lambda x: x.relu_(),
-    "add_": lambda x: x.add_(1.0),
-    "a view": lambda x: x[:, :4].zero_(),
-    "numpy": lambda x: x.detach().numpy().fill(0.5),
-}
-
-
-@pytest.mark.parametrize("change", list(IN_PLACE))
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("forward", ["float", "integer"])
-def test_an_input_changed_between_its_readers(
-    tmp_path: Path, change: str, mode: Any, training: bool, forward: Any
-) -> None:
-    """The second reader takes the values that are there when it runs."""
-
-    def run_both(net: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        y = net.a(x)
-        IN_PLACE[change](x)
-        return y + net.b(x)
-
-    x = torch.randn(16, 8)
-    drop = IN_PLACE[change]
-    if isinstance(drop, nn.Module):
-        drop.train(training)
-    model = AnyJob(tmp_path, small.QUANT).calibrated(Written(run_both, a=linear(), b=linear()), x).train(training)
-    amct_ext.configure(model, forward=forward)
-    with mode():
-        torch.manual_seed(1)
-        seen = model(x)
-        torch.manual_seed(1)
-        changed = x.clone()
-        IN_PLACE[change](changed)
-        expected = model.a(x) + model.b(changed)
-    torch.testing.assert_close(seen, expected)
-
-
-def test_a_compiled_model_sees_the_change(tmp_path: Path) -> None:
-    def run_both(net: Any, x: Tensor) -> Tensor:
-        x = x * 1.0
-        y = net.a(x)
-        net.drop(x)
-        return y + net.b(x)
-
-    x = torch.randn(16, 8)
-    net = Written(run_both, a=linear(), b=linear(), drop=nn.Dropout(1.0, inplace=True))
-    model = AnyJob(tmp_path, small.QUANT).calibrated(net, x).train()
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
-
-
-class Writes(nn.Module):
-    """Preprocessing in place, of a tensor and of one inside a list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.conv = nn.Sequential(linear(), linear()), nn.Conv2d(1, 4, 1)
-
-    def forward(self, x: Tensor, more: list[Tensor]) -> Tensor:
-        x -= 1.0
-        more[0].mul_(2.0)
-        more.append(x)
-        return self.fc(x) + self.conv(more[0][:, None])[:, 0]
-
-
-@pytest.mark.parametrize("config", [small.QUANT, small.SPARSE % 0, small.FILTER], ids=["quant", "sparse", "filter"])
-def test_the_callers_tensors_stay_as_they_are(tmp_path: Path, config: str) -> None:
-    data = torch.ones(1, 8, 8), [torch.ones(1, 8, 8)]
-
-    def whole() -> bool:
-        return bool((data[0] == 1).all() and (data[1][0] == 1).all()) and len(data[1]) == 1
-
-    job, net = AnyJob(tmp_path, config), Writes()
-    model = job.create(net, data)
-    assert whole()
-    model.train()(*Inputs(data).copied().args)
-    model.eval()(*Inputs(data).copied().args)
-    torch.save({"model": model.state_dict()}, tmp_path / "state.pth")
-    restored = (net, data, job.config, job.record, str(tmp_path / "state.pth"), "model")
-    amct_ext.restore_compressed_retrain_model(*restored)
-    assert whole()
-    amct_ext.explain(net, data, job.config)
-    assert whole()
-    job.save(model, data)
-    assert whole()
-
-
-def test_arguments_are_copied_as_they_are() -> None:
-    leaf = torch.ones(2, requires_grad=True)
-    module, text = linear(), "text"
-    x, inside, same, again, kept = Inputs((leaf * 2, {"a": [leaf]}, text, leaf, module)).copied().args
-    assert x.requires_grad
-    assert x.is_leaf
-    assert inside["a"][0] is again
-    assert again is not leaf
-    assert (same, kept) == (text, module)
-    (other, lock) = Inputs((leaf, (item for item in ()))).copied().args  # what cannot be copied stays
-    assert other is not leaf
-    assert list(lock) == []

@@ -62,13 +62,13 @@ class Hash {
 void weights(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
   std::vector<uint8_t> y(x.size()), mask(kCount);
   std::vector<int8_t> codes(kCount);
-  const Symmetric symmetric{0.0123, -128, 127};
+  const SymmetricParams symmetric{0.0123, -128, 127};
   Hash hash;
-  const Range range = k.range[e](x.data(), kCount), extremes = k.extremes[e](x.data(), kCount);
+  const Range range = k.range[e](x.data(), kCount), extremes = k.range_with_zero[e](x.data(), kCount);
   for (double v : {range.largest, range.smallest, extremes.largest, extremes.smallest}) hash.number(v);
   k.quantize[e](x.data(), y.data(), kCount, symmetric);
   hash.all(y);
-  k.codes[e](x.data(), codes.data(), kCount, symmetric);
+  k.quantize_codes[e](x.data(), codes.data(), kCount, symmetric);
   hash.all(codes);
   hash.number(k.lsq_backward[e](grad.data(), x.data(), kCount, symmetric));
   hash.number(k.sum_squares[e](x.data(), kCount));
@@ -106,13 +106,13 @@ void activations(const Kernels& k, int e, const std::vector<uint8_t>& x, const s
 
 void searches(const Kernels& k, int e, const std::vector<uint8_t>& x) {
   Hash hash;
-  std::vector<uint64_t> bins(size_t{1} << kMostBinBits);
-  k.histogram[e](x.data(), kCount, std::ldexp(1.0, kMostBinBits + kFractionBits - 2), bins.data());
+  std::vector<uint64_t> bins(size_t{1} << kMaxBinBits);
+  k.histogram[e](x.data(), kCount, std::ldexp(1.0, kMaxBinBits + kFractionBits - 2), bins.data());
   hash.all(bins);
-  constexpr int cut = 13;
-  std::vector<int64_t> octaves(2 << (32 - cut));
-  k.octaves[e](x.data(), kCount, uint32_t{127 - 24} << 23, cut, octaves.data());
-  hash.all(octaves);
+  constexpr int dropped_bits = 13;
+  std::vector<int64_t> relative_bins(2 << (32 - dropped_bits));
+  k.range_histogram[e](x.data(), kCount, uint32_t{127 - 24} << 23, dropped_bits, relative_bins.data());
+  hash.all(relative_bins);
   const Candidate candidates[] = {{0.01f, 0, 1.27f, -128, 127}, {0.0131f, -5, 1.6f, -128, 127}};
   std::vector<double> sums(4);
   k.losses[e](x.data(), kCount, candidates, 2, sums.data());

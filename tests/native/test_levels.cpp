@@ -118,7 +118,7 @@ class Comparison {
     const double scales[] = {0.25, 0.03125, 1e-8, 1e20, std::fabs(normal(0.1)) + 1e-7};
     const int bits = 2 + below(15);
     const double levels = 1 << (bits - 1), scale = static_cast<float>(scales[below(5)]);
-    const Symmetric p{scale, -levels, levels - 1};
+    const SymmetricParams p{scale, -levels, levels - 1};
     const size_t size = n * kSizes[e];
     where_ = "element " + std::to_string(e) + ", n " + std::to_string(n) + ", kind " + std::to_string(kind) +
              ", scale " + std::to_string(scale) + ", bits " + std::to_string(bits);
@@ -134,7 +134,7 @@ class Comparison {
            [&](const Kernels& k, char* y) { k.masked_quantize[e](w.data(), mask.data(), y, n, p); });
     if (bits <= 8) {
       values("codes", kBFloat16, n,
-             [&](const Kernels& k, char* y) { k.codes[e](w.data(), reinterpret_cast<int8_t*>(y), n, p); });
+             [&](const Kernels& k, char* y) { k.quantize_codes[e](w.data(), reinterpret_cast<int8_t*>(y), n, p); });
     }
     Bytes unused(size + 64);
     const Range alone = kernels_baseline.range[e](next.data(), n);
@@ -156,18 +156,19 @@ class Comparison {
   using Loop = std::function<void(const Kernels&, char*)>;
 
   // Clips on both sides, on one or on none; `upper` and `lower` lie half a step beyond them.
-  void activations(int e, const Bytes& x, const Bytes& grad, const Symmetric& p) {
+  void activations(int e, const Bytes& x, const Bytes& grad, const SymmetricParams& p) {
     const size_t size = x.size();
     const int64_t n = size / kSizes[e];
     const double offset = below(2) ? 0 : below(200) - 100, half = static_cast<float>(p.scale / 2);
-    const UlqForward forward{p.scale, offset, p.lowest, p.highest};
+    const UlqForwardParams forward{p.scale, offset, p.lowest, p.highest};
     bool bad[2];
     values("ulq_forward", e, size,
            [&](const Kernels& k, char* y) { bad[&k == &level_] = k.ulq_forward[e](x.data(), y, n, forward); });
     if (bad[0] != bad[1]) same("ulq_forward, not finite", {char(bad[0])}, {char(bad[1])});
     const double ends[] = {0, 1e30, std::fabs(normal(2))}, top = static_cast<float>(ends[below(3)]),
                  bottom = -static_cast<float>(ends[below(3)]);
-    const UlqBackward backward{p.scale, top, bottom, static_cast<float>(top + half), static_cast<float>(bottom - half)};
+    const UlqBackwardParams backward{p.scale, top, bottom, static_cast<float>(top + half),
+                                     static_cast<float>(bottom - half)};
     UlqSums sums[2];
     values("ulq_backward", e, size, [&](const Kernels& k, char* dx) {
       k.ulq_backward[e](grad.data(), x.data(), dx, n, backward, sums[&k == &level_]);

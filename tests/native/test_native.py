@@ -22,18 +22,33 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_a_consumer_builds_and_runs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """The folder in which an editable install was built, brought up to date with the sources."""
     if not (BUILD / "CMakeCache.txt").is_file() or shutil.which("c++") is None:
         pytest.skip(f"needs a C++ compiler and the build folder {BUILD.relative_to(ROOT)} of an editable install")
-    run("cmake", "--install", BUILD, "--component", "cpp", "--prefix", tmp_path / "installed")
-    run(
-        "cmake", "-S", ROOT / "tests" / "native", "-B", tmp_path / "build", "-G", "Ninja",
-        f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}", f"-DAMCT_TORCH_ROOT={Path(torch.__file__).parent}",
-    )  # fmt: skip
+    return BUILD
+
+
+@pytest.mark.slow
+def test_cpp_tests_pass(build: Path) -> None:
+    if "GoogleTest was not found" in run("cmake", build, "-DAMCT_TESTS=ON"):
+        pytest.skip("needs GoogleTest: libgtest-dev, or the Python package ros-gtest-vendor")
+    run("cmake", "--build", build, "--target", "native_tests")
+    print(run("ctest", "--test-dir", build / "tests" / "native", "--output-on-failure"))
+
+
+@pytest.mark.slow
+def test_a_cpp_program_trains_a_step(build: Path, tmp_path: Path) -> None:
+    """The installed library as a C++ program uses it: found with CMake, linked, run."""
+    if torch.version.cuda and shutil.which("nvcc") is None:
+        pytest.skip("the package file of a torch with CUDA asks for the CUDA toolkit")
+    run("cmake", "--install", build, "--component", "cpp", "--prefix", tmp_path / "installed")
+    source = ROOT / "tests" / "native" / "consumer"
+    found_at = f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'};{torch.utils.cmake_prefix_path}"
+    run("cmake", "-S", source, "-B", tmp_path / "build", "-G", "Ninja", found_at)
     run("cmake", "--build", tmp_path / "build")
-    run(tmp_path / "build" / "test_ops")
-    run(tmp_path / "build" / "test_splitting")
+    assert run(tmp_path / "build" / "train_step").endswith("trained\n")
 
 
 LEVELS = ("baseline", "v3", "v4", "v4bf16")

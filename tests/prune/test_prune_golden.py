@@ -50,7 +50,7 @@ class Case:
             self.created = load.created_state(name)
 
     def records(self):
-        return plan_channels(self.graph, self.plan, self.model)
+        return plan_channels(discover(self.graph, self.plan, self.model), self.plan, self.model)
 
 
 def without_indices(record: ChannelRecord) -> ChannelRecord:

@@ -12,6 +12,7 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.errors import InvalidDataError
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import plan_channels
+from amct_ext.prune.discover import discover
 from amct_ext.prune.selection import importance, least_important, removal_count
 
 
@@ -51,7 +52,8 @@ def test_coupled_layers_take_the_smallest_ratio_and_any_rounding():
     graph = trace(net, image())
     prune = {"a": FilterPrune(0.5, False), "b": FilterPrune(0.25, True)}
     layers = {name: LayerPlan(name, trait.type, None, prune.get(name)) for name, trait in graph.traits(net).items()}
-    (record,) = plan_channels(graph, Plan(1, layers, False, False, False, True), net)
+    plan = Plan(1, layers, False, False, False, True)
+    (record,) = plan_channels(discover(graph, plan, net), plan, net)
     assert [node.name for node in record.producers] == ["a", "b"]
     assert len(record.producers[0].prune_index) == 8  # 30 remain, rounded up to 32
 

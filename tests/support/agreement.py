@@ -143,7 +143,7 @@ def _weight_rounding(
         vector.reshape([-1] + [1] * (layer.weight.dim() - 1))
         for vector in (torch.tensor(entry.scale_w), (norm.running_var + norm.eps).rsqrt() * norm.weight)
     )
-    exact, steps = layer.masked_weight() * factor / step, layer._compressed_weight() * factor / step
+    exact, steps = layer.masked_weight() * factor / step, layer.compressed_weight() * factor / step
     off = integers - steps.round()
     tie = (off.abs() == 1) & ((exact - exact.floor() - 0.5).abs() < 1e-4)
     assert bool(((off == 0) | tie).all()), entry.key

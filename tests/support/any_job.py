@@ -1,11 +1,10 @@
-"""A compression job for whatever model a test brings, and its files under onnxruntime."""
+"""A compression job for whatever model a test brings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -42,13 +41,6 @@ class AnyJob:
         out = self.folder / "out"
         amct_ext.save_compressed_retrain_model(model, self.record, str(out / "net"), x)
         return out / "net_fake_quant_model.onnx", out / "net_deploy_model.onnx"
-
-
-def run(path: Path, *inputs: Tensor) -> Tensor:
-    """The first output."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    feeds = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)}
-    return torch.from_numpy(session.run(None, feeds)[0])
 
 
 def off(seen: Tensor, expected: Tensor) -> float:

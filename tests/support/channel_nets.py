@@ -18,7 +18,8 @@ def plain():
 
 def planned(model, data, **settings):
     graph = trace(model, data)
-    return graph, plan_channels(graph, plan_for(graph, model, **settings), model)
+    plan = plan_for(graph, model, **settings)
+    return graph, plan_channels(discover(graph, plan, model), plan, model)
 
 
 def why_not(model, data):

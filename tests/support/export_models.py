@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
+from support.onnx_run import run_onnx
 from torch import nn
 
 from amct_ext.record.types import QuantRecord
@@ -127,8 +127,7 @@ def simulate(model: nn.Module, x: torch.Tensor, records: list[QuantRecord], pair
 
 
 def run(path: Path, *inputs: torch.Tensor) -> np.ndarray:
-    session = ort.InferenceSession(str(path))
-    return session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs, strict=True)})[0]
+    return run_onnx(path, *inputs).numpy()
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

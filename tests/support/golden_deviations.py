@@ -21,6 +21,8 @@ RECURRENT = ("gru_cwfalse", "gru_quant", "lstm_quant")
 # We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution; a
 # convolution with one input channel is not taken for depthwise.
 PRUNED_FURTHER = ("group_filter_asc", "group_filter_noasc", "odd_filter_quant", "deconv_filter")
+# AMCT raises at create.
+WITHOUT_MODEL = (*REJECTED, ACCEPTED, "reused_filter")
 # AMCT left nothing that restores: it raises before the end of the training, or loses filter records in it.
 NOT_RESTORABLE = (
     "cnn_mixed_prune_quant", "conv1d_ulqw", "conv3d_ulqw", "deconv_ulqw", "deconv_ulqw_cwfalse", "lstm_ulqw",

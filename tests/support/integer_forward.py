@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
+from torch import Tensor, nn
 
 import amct_ext
 
@@ -18,3 +18,13 @@ def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     models = copy.deepcopy(model), copy.deepcopy(model)
     amct_ext.configure(models[1], forward="integer")
     return models
+
+
+def output_and_gradients(model: nn.Module, x: Tensor, factors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and gradients for an upstream gradient that does not depend on it."""
+    leaf = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(leaf)
+    y.backward(factors.to(y.dtype))
+    assert leaf.grad is not None
+    return y.detach(), {"input": leaf.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}

@@ -78,7 +78,8 @@ def prove(
     unsettle(model)
     graph = trace(model, data)
     plan = plan_for(graph, model, ratio, skip)
-    records = plan_channels(graph, plan, model)
+    found = discover(graph, plan, model)
+    records = plan_channels(found, plan, model)
     pruned = copy.deepcopy(model)
     kept = apply_channels(pruned, graph, records, data)
     assert kept == records, "a record was dropped by the trial forward: discovery was wrong"
@@ -89,7 +90,7 @@ def prove(
     cut = {node.name for record in kept for node in record.producers if node.prune_index}
     check_attributes(pruned)
     assert retraces(pruned, data, graph)
-    return cut, discover(graph, plan, model).why_not()
+    return cut, found.why_not()
 
 
 def check_attributes(model: nn.Module) -> None:

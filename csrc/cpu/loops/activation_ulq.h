@@ -3,159 +3,163 @@
 
 #include "cpu/dispatch.h"
 #include "simd/fixed_order_sum.h"
+#include "simd/reciprocal.h"
 #include "simd/vec2.h"
 
 namespace amct_ext::cpu {
 namespace {
 
+// Fake quantisation of a vector of values.
 template <typename T>
-struct UlqRows {
+struct UlqQuantizer {
   using A = Acc<T>;
-  Row<A> scale, inverse, offset, lowest, highest, lowest_step, highest_step, signed_zero, zero = {};
+  Vec<A> scale, inverse, offset, lowest, highest, lowest_step, highest_step, signed_zero, zero = {};
   bool usable;
 
-  AMCT_INLINE UlqRows(math::Affine<A> affine, const Reciprocal<A>& fast, A low, A high)
-      : scale(filled(affine.scale)),
-        inverse(filled(fast.inverse)),
-        offset(filled(affine.offset)),
-        lowest(filled(low)),
-        highest(filled(high)),
-        lowest_step(filled(low - affine.offset)),
-        highest_step(filled(high - affine.offset)) {
-    const bool plus_zero = as<Bits<A>>(affine.offset) == 0;
-    signed_zero = filled(plus_zero ? A(-0.0) : A(0.0));
-    // Where the sign of a result depends on it, no product may vanish.
+  AMCT_INLINE UlqQuantizer(math::Affine<A> affine, const Reciprocal<A>& fast, A low, A high)
+      : scale(broadcast(affine.scale)),
+        inverse(broadcast(fast.inverse)),
+        offset(broadcast(affine.offset)),
+        lowest(broadcast(low)),
+        highest(broadcast(high)),
+        lowest_step(broadcast(low - affine.offset)),
+        highest_step(broadcast(high - affine.offset)) {
+    const bool plus_zero = bit_cast<Bits<A>>(affine.offset) == 0;
+    signed_zero = broadcast(plus_zero ? A(-0.0) : A(0.0));
+    // With an offset of +0 results keep the sign of zero, which a product that underflows would lose.
     usable = fast.usable && (!plus_zero || affine.scale <= A(0.5));
   }
 
-  // What the division gives.
-  AMCT_INLINE Row<A> exact(Row<A> v) const {
-    return (clamped(rounded(v / scale + offset), lowest, highest) - offset) * scale;
+  // By division.
+  AMCT_INLINE Vec<A> exact(Vec<A> v) const {
+    return (clamp(round_even(v / scale + offset), lowest, highest) - offset) * scale;
   }
 
-  // The same by the reciprocal, noting how far values are from an integer. The offset is an integer, so a value can be
-  // rounded without it: taking it off again then leaves bounds that have moved, and zeros: they are +0, as the
-  // difference of equal numbers is, but for an offset of +0, where what rounds to zero keeps its sign and a -0 loses
-  // it.
-  AMCT_INLINE Row<A> fast(Row<A> v, Mask<A>& farthest) const {
-    const Row<A> t = product(v, inverse, zero), code = rounded(t);
-    farthest = larger(magnitude_bits_of<A>(t - code), farthest);
-    return product(clamped(code, lowest_step, highest_step), scale, signed_zero);
+  // By the reciprocal; `farthest` collects the distances from an integer, as bit patterns. The offset is an integer, so
+  // v is rounded without it and clamped to bounds less the offset. That leaves the sign of zeros: the exact form
+  // subtracts equal numbers, which gives +0, so +0 is added; with an offset of +0 it keeps the sign, so -0 is added.
+  AMCT_INLINE Vec<A> fast(Vec<A> v, Mask<A>& farthest) const {
+    const Vec<A> t = mul_add_zero(v, inverse, zero), code = round_even(t);
+    farthest = max(abs_bits<A>(t - code), farthest);
+    return mul_add_zero(clamp(code, lowest_step, highest_step), scale, signed_zero);
   }
 };
 
+// Whether no value is Inf or NaN.
 template <typename T>
-AMCT_INLINE bool finite(const T* x, int64_t n) {
+AMCT_INLINE bool all_finite(const T* x, int64_t n) {
   Bits<T> most = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const Bits<T> bits = magnitude_bits(x[i]);
+    const Bits<T> bits = abs_bits(x[i]);
     most = bits > most ? bits : most;
   }
-  return most < Traits<T>::kInfinity;
+  return most < Traits<T>::kInfBits;
 }
 
 template <typename T>
-bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForward& p) {
+bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
   const math::Affine<A> affine{static_cast<A>(p.scale), static_cast<A>(p.offset)};
   const A lowest = static_cast<A>(p.lowest), highest = static_cast<A>(p.highest);
-  const auto each = [&](int64_t begin, int64_t end) {
+  const auto by_element = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) y[i] = narrow<T>(math::fake_quantize(widen(x[i]), affine, lowest, highest));
-    return finite(x + begin, end - begin);
+    return all_finite(x + begin, end - begin);
   };
   const auto fast = reciprocal<A>(p.scale, p.lowest, p.highest);
-  const UlqRows<T> rows(affine, fast, lowest, highest);
-  if (!rows.usable) return !each(0, n);
+  const UlqQuantizer<T> quantizer(affine, fast, lowest, highest);
+  if (!quantizer.usable) return !by_element(0, n);
 
-  constexpr int kGroup = 2 * kPair<T>;
+  constexpr int kGroup = 2 * kLanes2<T>;
   const int64_t whole = n / kGroup * kGroup;
   bool good = true;
   for (int64_t i = 0; i < whole; i += kGroup) {
-    bring<kGroup * sizeof(T)>(x + i, kLead);
-    bring<kGroup * sizeof(T)>(y + i, kLead);
+    prefetch<kGroup * sizeof(T)>(x + i, kPrefetchDistance);
+    prefetch<kGroup * sizeof(T)>(y + i, kPrefetchDistance);
     Mask<A> farthest = {};
-    const auto fast_pair = [&](const T* from, T* to) __attribute__((always_inline)) {
-      const Pair<T> v = load_pair(from);
-      store_pair(to, Pair<T>{rows.fast(v.first, farthest), rows.fast(v.second, farthest)});
+    const auto quantize2 = [&](const T* from, T* to) __attribute__((always_inline)) {
+      const Vec2<T> v = load2(from);
+      store2(to, Vec2<T>{quantizer.fast(v.first, farthest), quantizer.fast(v.second, farthest)});
     };
-    fast_pair(x + i, y + i);
-    fast_pair(x + i + kPair<T>, y + i + kPair<T>);
-    if (__builtin_expect(reach<A>(farthest, fast.limit), 0)) {
-      // What is not finite has no distance: NaN.
-      if (reach<A>(farthest, as<A>(Traits<A>::kInfinity))) {
-        good &= each(i, i + kGroup);
+    quantize2(x + i, y + i);
+    quantize2(x + i + kLanes2<T>, y + i + kLanes2<T>);
+    if (__builtin_expect(any_ge<A>(farthest, fast.limit), 0)) {
+      // Values that are not finite have NaN as their distance.
+      if (any_ge<A>(farthest, bit_cast<A>(Traits<A>::kInfBits))) {
+        good &= by_element(i, i + kGroup);
         continue;
       }
-      for (int64_t k = i; k < i + kGroup; k += kPair<T>) {
-        const Pair<T> v = load_pair(x + k);
-        store_pair(y + k, Pair<T>{rows.exact(v.first), rows.exact(v.second)});
+      for (int64_t k = i; k < i + kGroup; k += kLanes2<T>) {
+        const Vec2<T> v = load2(x + k);
+        store2(y + k, Vec2<T>{quantizer.exact(v.first), quantizer.exact(v.second)});
       }
     }
   }
-  return !(good & each(whole, n));
+  return !(good & by_element(whole, n));
 }
 
+// One function, longer than most: its lambdas share the constants and sums, which so stay in registers.
 template <typename T>
-void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackward& p, UlqSums& out) {
+// NOLINTNEXTLINE(readability-function-size)
+void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
   using A = Acc<T>;
-  constexpr int kGroup = GroupSums<A>::kGroup, kStep = kGroup * GroupSums<A>::kSteps;
+  constexpr int kWidth = CascadeSum<A>::kWidth, kStep = kWidth * CascadeSum<A>::kSteps;
   const T* grad = static_cast<const T*>(grad_);
   const T* x = static_cast<const T*>(x_);
   T* dx = static_cast<T*>(dx_);
-  const Row<A> scale = filled(static_cast<A>(p.scale)), clip_max = filled(static_cast<A>(p.clip_max)),
-               clip_min = filled(static_cast<A>(p.clip_min)), upper = filled(static_cast<A>(p.upper)),
-               lower = filled(static_cast<A>(p.lower)), infinity = filled(as<A>(Traits<A>::kInfinity));
-  GroupSums<A> error, above, below;
-  const auto add_error = [&](int lane, Row<A> v, Row<A> g) __attribute__((always_inline)) {
-    const Row<A> z = v / scale;
-    error.add(lane, (rounded(z) - z) * g);
+  const Vec<A> scale = broadcast(static_cast<A>(p.scale)), clip_max = broadcast(static_cast<A>(p.clip_max)),
+               clip_min = broadcast(static_cast<A>(p.clip_min)), upper = broadcast(static_cast<A>(p.upper)),
+               lower = broadcast(static_cast<A>(p.lower)), infinity = broadcast(bit_cast<A>(Traits<A>::kInfBits));
+  CascadeSum<A> error, above, below;
+  const auto add_error = [&](int lane, Vec<A> v, Vec<A> g) __attribute__((always_inline)) {
+    const Vec<A> z = v / scale;
+    error.add(lane, (round_even(z) - z) * g);
   };
-  const auto row = [&](int lane, Row<A> v, Row<A> g) __attribute__((always_inline)) {
+  const auto add_clipped = [&](int lane, Vec<A> v, Vec<A> g) __attribute__((always_inline)) {
     const Mask<A> over = v > upper, under = v < lower;
     add_error(lane, over ? clip_max : under ? clip_min : v, g);
-    above.add(lane, where(over, g));
-    below.add(lane, where(under, g));
+    above.add(lane, zero_unless(over, g));
+    below.add(lane, zero_unless(under, g));
     return ~(over | under);
   };
-  bool clipped;  // whether a value of the step was
+  bool clipped;  // whether a value of the step was clipped
   const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
-    bring<kGroup * sizeof(T)>(gs, kLead);
-    bring<kGroup * sizeof(T)>(xs, kLead);
-    bring<kGroup * sizeof(T)>(ds, kLead);
-    Row<A> largest = -infinity, smallest = infinity;
-    for (int k = 0; k < kGroup; k += kPair<T>) {
-      const Pair<T> v = load_pair(xs + k);
-      largest = larger(v.second, larger(v.first, largest));
-      smallest = smaller(v.second, smaller(v.first, smallest));
+    prefetch<kWidth * sizeof(T)>(gs, kPrefetchDistance);
+    prefetch<kWidth * sizeof(T)>(xs, kPrefetchDistance);
+    prefetch<kWidth * sizeof(T)>(ds, kPrefetchDistance);
+    Vec<A> largest = -infinity, smallest = infinity;
+    for (int k = 0; k < kWidth; k += kLanes2<T>) {
+      const Vec2<T> v = load2(xs + k);
+      largest = max(v.second, max(v.first, largest));
+      smallest = min(v.second, min(v.first, smallest));
     }
-    // No sum is -0, so adding +0 changes none: where no value is clipped, two of the three stay as they are.
+    // No partial sum is -0, so adding +0 changes none: without clipped values `above` and `below` stay as they are.
     if (any((largest > upper) | (smallest < lower))) [[unlikely]] {
       clipped = true;
-      for (int k = 0; k < kGroup; k += kPair<T>) {
-        const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
-        const Mask<A> first = row(lane_of<T>(k), v.first, g.first),
-                      second = row(lane_of<T>(k + kSecond<T>), v.second, g.second);
-        store_kept(ds + k, gs + k, first, second);
+      for (int k = 0; k < kWidth; k += kLanes2<T>) {
+        const Vec2<T> v = load2(xs + k), g = load2(gs + k);
+        const Mask<A> first = add_clipped(lane_of<T>(k), v.first, g.first),
+                      second = add_clipped(lane_of<T>(k + kSecondStart<T>), v.second, g.second);
+        copy2_masked(ds + k, gs + k, first, second);
       }
       return;
     }
 #pragma GCC unroll 8
-    for (int k = 0; k < kGroup; k += kPair<T>) {
-      const Pair<T> v = load_pair(xs + k), g = load_pair(gs + k);
+    for (int k = 0; k < kWidth; k += kLanes2<T>) {
+      const Vec2<T> v = load2(xs + k), g = load2(gs + k);
       add_error(lane_of<T>(k), v.first, g.first);
-      add_error(lane_of<T>(k + kSecond<T>), v.second, g.second);
-      for (int i = 0; i < kPair<T>; i += kWidth<T>) store_row(ds + k + i, load(gs + k + i));
+      add_error(lane_of<T>(k + kSecondStart<T>), v.second, g.second);
+      for (int i = 0; i < kLanes2<T>; i += kLanes<T>) store(ds + k + i, load_bits(gs + k + i));
     }
   };
   for (int64_t begin = 0; begin < n; begin += kStep) {
     const int64_t end = n - begin < kStep ? n : begin + kStep;
     int64_t i = begin;
     clipped = false;
-    for (; i + kGroup <= end; i += kGroup) group(grad + i, x + i, dx + i);
+    for (; i + kWidth <= end; i += kWidth) group(grad + i, x + i, dx + i);
     if (i < end) {
-      T gs[kGroup] = {}, xs[kGroup] = {}, ds[kGroup];
+      T gs[kWidth] = {}, xs[kWidth] = {}, ds[kWidth];
       __builtin_memcpy(gs, grad + i, (end - i) * sizeof(T));
       __builtin_memcpy(xs, x + i, (end - i) * sizeof(T));
       group(gs, xs, ds);

@@ -1,4 +1,4 @@
-// Range search: histogram of magnitudes, and the exact error of candidates.
+// Range search: histograms of magnitudes, and the exact error of candidate ranges.
 #pragma once
 
 #include <type_traits>
@@ -9,86 +9,89 @@
 namespace amct_ext::cpu {
 namespace {
 
-constexpr int kStage = 1024;  // values staged in the first-level cache
+constexpr int kSearchChunk = 1024;  // values whose intermediate results stay in the L1 cache
 
+// Widens up to a chunk of values from `begin` on; returns how many.
 template <typename T>
-AMCT_INLINE int64_t stage(const T* x, int64_t begin, int64_t n, Acc<T>* values) {
-  const int64_t count = n - begin < kStage ? n - begin : kStage;
+AMCT_INLINE int64_t widen_chunk(const T* x, int64_t begin, int64_t n, Acc<T>* values) {
+  const int64_t count = n - begin < kSearchChunk ? n - begin : kSearchChunk;
   for (int64_t i = 0; i < count; ++i) values[i] = widen(x[begin + i]);
   return count;
 }
 
-// The largest value and the smallest one, zero included: with zero in, the largest bit pattern read as a signed number
-// is the largest value, read as an unsigned one the smallest, whatever signs there are. Two integer maxima, NaN
-// included.
+// The largest and the smallest value, zero included. As signed integers the largest bit pattern is the largest value
+// (at least +0); as unsigned integers it is the smallest one (at least -0). So two integer maxima do it, and they find
+// NaN.
 template <typename T>
-Range extremes(const void* x_, int64_t n) {
+Range range_with_zero(const void* x_, int64_t n) {
   using Unsigned = Bits<T>;
   using Signed = std::make_signed_t<Unsigned>;
   const T* __restrict x = static_cast<const T*>(x_);
-  constexpr Unsigned infinity = Traits<T>::kInfinity, sign = Traits<T>::kSign;
+  constexpr Unsigned infinity = Traits<T>::kInfBits, sign = Traits<T>::kSignBit;
   Signed high = 0;
   Unsigned low = sign;
   for (int64_t i = 0; i < n; ++i) {
-    const Unsigned bits = as<Unsigned>(x[i]);
+    const Unsigned bits = bit_cast<Unsigned>(x[i]);
     high = static_cast<Signed>(bits) > high ? static_cast<Signed>(bits) : high;
     low = bits > low ? bits : low;
   }
   if (static_cast<Unsigned>(high) > infinity || static_cast<Unsigned>(low ^ sign) > infinity) {
     return {__builtin_nan(""), __builtin_nan("")};
   }
-  return {static_cast<double>(widen(as<T>(static_cast<Unsigned>(high)))),
-          0.0 - static_cast<double>(widen(as<T>(static_cast<Unsigned>(low ^ sign))))};
+  return {static_cast<double>(widen(bit_cast<T>(static_cast<Unsigned>(high)))),
+          0.0 - static_cast<double>(widen(bit_cast<T>(static_cast<Unsigned>(low ^ sign))))};
 }
 
+// Fine histogram with bins of equal width; position = |v| * scale.
 template <typename T>
 void histogram(const void* x_, int64_t n, double scale, uint64_t* bins) {
   const T* x = static_cast<const T*>(x_);
   const Acc<T> factor = static_cast<Acc<T>>(scale);
-  int32_t position[kStage];
-  for (int64_t begin = 0; begin < n; begin += kStage) {
-    const int64_t count = n - begin < kStage ? n - begin : kStage;
+  int32_t position[kSearchChunk];
+  for (int64_t begin = 0; begin < n; begin += kSearchChunk) {
+    const int64_t count = n - begin < kSearchChunk ? n - begin : kSearchChunk;
     for (int64_t i = 0; i < count; ++i) {
       const Acc<T> v = widen(x[begin + i]);
       position[i] = static_cast<int32_t>((v < Acc<T>(0) ? -v : v) * factor);
     }
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t p = static_cast<uint32_t>(position[i]);
-      bins[p >> kFractionBits] += kOne + (p & ((1u << kFractionBits) - 1));
+      bins[p >> kFractionBits] += kCountOne + (p & ((1u << kFractionBits) - 1));
     }
   }
 }
 
-// Float32 magnitudes by their upper bits: pairs of count and sum of the lower bits. What lies below `first` goes to bin
-// 0.
+// Histogram with bins of equal relative width: float32 magnitudes by their bit patterns without the lowest
+// `dropped_bits`. A bin is a count and the sum of the dropped bits. Patterns below `first_bits` go to bin 0.
 template <typename T>
-void octaves(const void* x_, int64_t n, uint32_t first, int cut, int64_t* bins) {
+void range_histogram(const void* x_, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins) {
   const T* x = static_cast<const T*>(x_);
-  const uint32_t origin = first - (1u << cut), rest = (1u << cut) - 1;
-  uint32_t key[kStage];
-  for (int64_t begin = 0; begin < n; begin += kStage) {
-    const int64_t count = n - begin < kStage ? n - begin : kStage;
+  const uint32_t origin = first_bits - (1u << dropped_bits), low_mask = (1u << dropped_bits) - 1;
+  uint32_t key[kSearchChunk];
+  for (int64_t begin = 0; begin < n; begin += kSearchChunk) {
+    const int64_t count = n - begin < kSearchChunk ? n - begin : kSearchChunk;
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = as<uint32_t>(static_cast<float>(widen(x[begin + i]))) & 0x7fffffffu;
-      key[i] = bits < first ? 0 : bits - origin;
+      const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(widen(x[begin + i]))) & 0x7fffffffu;
+      key[i] = bits < first_bits ? 0 : bits - origin;
     }
     for (int64_t i = 0; i < count; ++i) {
-      int64_t* bin = bins + 2 * (key[i] >> cut);
+      int64_t* bin = bins + 2 * (key[i] >> dropped_bits);
       bin[0] += 1;
-      bin[1] += key[i] & rest;
+      bin[1] += key[i] & low_mask;
     }
   }
 }
 
+// Adds the squared error of each symmetric candidate range.
 template <typename T>
 void losses(const void* x_, int64_t n, const Candidate* candidates, int count, double* sums) {
   const T* x = static_cast<const T*>(x_);
-  Acc<T> values[kStage];
-  for (int64_t begin = 0; begin < n; begin += kStage) {
-    const int64_t size = stage(x, begin, n, values);
+  Acc<T> values[kSearchChunk];
+  for (int64_t begin = 0; begin < n; begin += kSearchChunk) {
+    const int64_t size = widen_chunk(x, begin, n, values);
     for (int c = 0; c < count; ++c) {
       const Acc<T> scale = static_cast<Acc<T>>(candidates[c].scale), end = static_cast<Acc<T>>(candidates[c].end);
-      sums[c] += lane_sum(size, [&](int64_t i) __attribute__((always_inline)) {
+      sums[c] += fixed_order_sum(size, [&](int64_t i) __attribute__((always_inline)) {
         const Acc<T> v = values[i];
         const Acc<T> d = math::round_even(math::clamp(v, -end, end) / scale) * scale - v;
         return static_cast<double>(d * d);
@@ -97,18 +100,19 @@ void losses(const void* x_, int64_t n, const Candidate* candidates, int count, d
   }
 }
 
+// Adds the squared error of each candidate range with an offset.
 template <typename T>
 void offset_losses(const void* x_, int64_t n, const Candidate* candidates, int count, double* sums) {
   const T* x = static_cast<const T*>(x_);
-  Acc<T> values[kStage];
-  for (int64_t begin = 0; begin < n; begin += kStage) {
-    const int64_t size = stage(x, begin, n, values);
+  Acc<T> values[kSearchChunk];
+  for (int64_t begin = 0; begin < n; begin += kSearchChunk) {
+    const int64_t size = widen_chunk(x, begin, n, values);
     for (int c = 0; c < count; ++c) {
       const math::Affine<Acc<T>> affine{static_cast<Acc<T>>(candidates[c].scale),
                                         static_cast<Acc<T>>(candidates[c].offset)};
       const Acc<T> lowest = static_cast<Acc<T>>(candidates[c].lowest),
                    highest = static_cast<Acc<T>>(candidates[c].highest);
-      sums[c] += lane_sum(size, [&](int64_t i) __attribute__((always_inline)) {
+      sums[c] += fixed_order_sum(size, [&](int64_t i) __attribute__((always_inline)) {
         const Acc<T> d = math::fake_quantize(values[i], affine, lowest, highest) - values[i];
         return static_cast<double>(d * d);
       });

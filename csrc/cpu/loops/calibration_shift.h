@@ -1,65 +1,65 @@
 // searchN: the squared error of every shift of the accumulator, as exact integers.
 //
 // With S the accumulator, shift N loses the low N bits of S, unless the rest overflows 16 bits. So the errors are sums
-// of squares of integers, and integers add up to the same in any order: a result does not depend on threads,
-// instruction set or memory layout, and vectors need no lanes kept apart.
+// of squares of integers, which are the same in any order of additions: a result does not depend on threads,
+// instruction set or memory layout, and needs no fixed partial sums.
 #pragma once
 
 #include "cpu/dispatch.h"
+#include "simd/reciprocal.h"
 #include "simd/vec.h"
 
 namespace amct_ext::cpu {
 namespace {
 
 constexpr int kShifts = 16;
-constexpr int kHeld = 1024;   // values taken at a time: every array below stays in the first-level cache
-constexpr int kLowBits = 10;  // squares of 11 bits, summed over a chunk, fit 31 bits: 2 * 10 + 10
-constexpr int kPadding = 64;  // sums run over a multiple of this; zeros add nothing
+constexpr int kShiftChunk = 1024;  // values at a time: the arrays of a chunk stay in the L1 cache
+constexpr int kLowBits = 10;       // squares of 11 bits, summed over a chunk, fit 31 bits: 2 * 10 + 10
+constexpr int kPadding = 64;       // sums run over a multiple of this; zeros add nothing
 
-struct Held {
-  alignas(64) int32_t total[kHeld];  // the accumulators
-  alignas(64) int16_t bits[kHeld];   // their low 16 bits
-  int blocks;                        // of kPadding values
+struct ShiftChunk {
+  alignas(64) int32_t accumulators[kShiftChunk];
+  alignas(64) int16_t low_bits[kShiftChunk];  // the low 16 bits of each
+  int blocks;                                 // of kPadding values
 };
 
-constexpr int kTotals = kRow<double>;  // accumulators made at a time
-using Totals = int32_t __attribute__((vector_size(4 * kTotals)));
+using Int32s = int32_t __attribute__((vector_size(4 * kLanes<double>)));
 
 // round(x / scale) as a 32-bit integer, by the division itself. True: a value is NaN.
 template <typename T>
-bool totals_exact(const T* x, int n, double scale, int32_t* total) {
+bool accumulators_exact(const T* x, int n, double scale, int32_t* accumulators) {
   int nan = 0;
   for (int i = 0; i < n; ++i) {
     const double t =
         math::clamp(math::round_even(static_cast<double>(widen(x[i])) / scale), -2147483648.0, 2147483647.0);
     nan |= t != t;
-    total[i] = static_cast<int32_t>(t == t ? t : 0.0);
+    accumulators[i] = static_cast<int32_t>(t == t ? t : 0.0);
   }
   return nan != 0;
 }
 
-// The same by the reciprocal; false where a value comes too close to the middle between two integers, or is NaN.
+// The same by the reciprocal; false where a value comes too close to a tie for that, or is NaN.
 template <typename T>
-AMCT_INLINE bool totals_fast(const T* x, int n, const Reciprocal<double>& by, int32_t* total) {
-  const Row<double> round = filled(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer, half to even
-  const Row<double> lowest = filled(-2147483648.0), highest = filled(2147483647.0), limit = filled(by.limit);
+AMCT_INLINE bool accumulators_fast(const T* x, int n, const Reciprocal<double>& by, int32_t* accumulators) {
+  const Vec<double> magic = broadcast(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer, half to even
+  const Vec<double> lowest = broadcast(-2147483648.0), highest = broadcast(2147483647.0), limit = broadcast(by.limit);
   Mask<double> close = {};
-  for (int i = 0; i < n; i += kTotals) {
-    const Row<double> t = clamped(doubles(x + i) * by.inverse, lowest, highest), code = (t + round) - round;
-    const Row<double> off = reinterpret_cast<Row<double>>(magnitude_bits_of<double>(t - code));
-    close |= ~(off <= limit);  // NaN is not
-    const Totals result = __builtin_convertvector(code, Totals);
-    __builtin_memcpy(total + i, &result, sizeof(result));
+  for (int i = 0; i < n; i += kLanes<double>) {
+    const Vec<double> t = clamp(load_double(x + i) * by.inverse, lowest, highest), code = (t + magic) - magic;
+    const Vec<double> distance = reinterpret_cast<Vec<double>>(abs_bits<double>(t - code));
+    close |= ~(distance <= limit);  // NaN is not
+    const Int32s result = __builtin_convertvector(code, Int32s);
+    __builtin_memcpy(accumulators + i, &result, sizeof(result));
   }
   return !any(close);
 }
 
-// Sum of products of 16-bit integers; the caller sees to it that 32 bits hold it.
+// Sum of products of 16-bit integers; the caller makes sure that 32 bits hold it.
 template <typename Left, typename Right>
-AMCT_INLINE uint64_t dot(const Held& c, Left left, Right right) {
+AMCT_INLINE uint64_t dot(const ShiftChunk& c, Left left, Right right) {
   int32_t sum = 0;
   for (int i = 0; i < c.blocks * kPadding; ++i) {
-    const int16_t a = left(c.bits[i]), b = right(c.bits[i]);
+    const int16_t a = left(c.low_bits[i]), b = right(c.low_bits[i]);
     sum += a * b;
   }
   return static_cast<uint64_t>(sum);
@@ -67,7 +67,7 @@ AMCT_INLINE uint64_t dot(const Held& c, Left left, Right right) {
 
 // Errors of the shifts from `first` on, for which no accumulator of the chunk overflows: squares of the low bits.
 // Beyond kLowBits they are put together from two parts, (l + 2^10 h)^2 = l^2 + 2^11 l h + 2^20 h^2.
-AMCT_INLINE void low_bits(const Held& c, int first, WideSum* sums) {
+AMCT_INLINE void add_low_bits_errors(const ShiftChunk& c, int first, WideSum* sums) {
   uint64_t below = 0;
   for (int shift = 1; shift <= kLowBits; ++shift) {
     if (shift < first && shift < kLowBits) continue;
@@ -88,12 +88,12 @@ AMCT_INLINE void low_bits(const Held& c, int first, WideSum* sums) {
 }
 
 // The error of one shift where accumulators may overflow: below 2^31, so squares are added in two halves.
-AMCT_INLINE void with_overflow(const Held& c, int shift, WideSum* sums) {
+AMCT_INLINE void add_overflow_errors(const ShiftChunk& c, int shift, WideSum* sums) {
   const int32_t mask = static_cast<int32_t>(~((uint32_t{1} << shift) - 1));
   const int32_t top = 32767 << shift, bottom = -32768 * (1 << shift);
   uint64_t low = 0, high = 0;
   for (int i = 0; i < c.blocks * kPadding; ++i) {
-    const int32_t kept = math::clamp(c.total[i] & mask, bottom, top), e = c.total[i] - kept;
+    const int32_t kept = math::clamp(c.accumulators[i] & mask, bottom, top), e = c.accumulators[i] - kept;
     const uint32_t size = static_cast<uint32_t>(e < 0 ? -e : e);
     const uint64_t square = static_cast<uint64_t>(size) * size;
     low += square & 0xffffffffu;
@@ -107,27 +107,27 @@ bool shift_errors(const void* x_, int64_t n, double scale, WideSum* sums) {
   const T* x = static_cast<const T*>(x_);
   const auto by = reciprocal<double>(scale, -2147483648.0, 2147483647.0);
   bool nan = false;
-  Held c;
-  for (int64_t begin = 0; begin < n; begin += kHeld) {
-    const int count = n - begin < kHeld ? static_cast<int>(n - begin) : kHeld, whole = count & ~7;
+  ShiftChunk c;
+  for (int64_t begin = 0; begin < n; begin += kShiftChunk) {
+    const int count = n - begin < kShiftChunk ? static_cast<int>(n - begin) : kShiftChunk, whole = count & ~7;
     c.blocks = (count + kPadding - 1) / kPadding;
-    for (int i = count; i < c.blocks * kPadding; ++i) c.total[i] = 0;
-    if (!by.usable || !totals_fast(x + begin, whole, by, c.total)) {
-      nan |= totals_exact(x + begin, whole, scale, c.total);
+    for (int i = count; i < c.blocks * kPadding; ++i) c.accumulators[i] = 0;
+    if (!by.usable || !accumulators_fast(x + begin, whole, by, c.accumulators)) {
+      nan |= accumulators_exact(x + begin, whole, scale, c.accumulators);
     }
-    nan |= totals_exact(x + begin + whole, count - whole, scale, c.total + whole);
+    nan |= accumulators_exact(x + begin + whole, count - whole, scale, c.accumulators + whole);
     int32_t largest = 0, smallest = 0;
     for (int i = 0; i < c.blocks * kPadding; ++i) {
-      const int32_t v = c.total[i];
+      const int32_t v = c.accumulators[i];
       largest = v > largest ? v : largest;
       smallest = v < smallest ? v : smallest;
-      c.bits[i] = static_cast<int16_t>(v);
+      c.low_bits[i] = static_cast<int16_t>(v);
     }
     // The first shift that leaves 16 bits of every accumulator.
     int first = 1;
     while (largest >> first > 32767 || smallest >> first < -32768) ++first;
-    for (int shift = 1; shift < first; ++shift) with_overflow(c, shift, sums);
-    low_bits(c, first, sums);
+    for (int shift = 1; shift < first; ++shift) add_overflow_errors(c, shift, sums);
+    add_low_bits_errors(c, first, sums);
   }
   return nan;
 }

@@ -1,4 +1,5 @@
-// 2:4 masks: a register of groups at a time, how groups come to lie in its lanes, and what is done with what is kept.
+// 2:4 masks a vector of groups at a time: how the members of groups come to lie in lanes, and the sinks that take what
+// is kept.
 #pragma once
 
 #include <type_traits>
@@ -12,135 +13,142 @@
 namespace amct_ext::cpu {
 namespace {
 
-// Asks for the memory a lead ahead of `n` values.
+// Prefetches what follows `n` values at the prefetch distance.
 template <typename T>
-AMCT_INLINE void bring_all(const T* at, int64_t n) {
+AMCT_INLINE void prefetch_range(const T* from, int64_t n) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < n; i += line) bring<1>(at + i, kLead);
+  for (int64_t i = 0; i < n; i += line) prefetch<1>(from + i, kPrefetchDistance);
 }
 
-// What else is done with a register of weights once it is known what of it is kept, and with values that no register
-// takes. A register may come twice, and may overlap another.
-struct MaskOnly {
-  AMCT_INLINE void ask(int64_t, int64_t) {}
+// A sink takes each vector of weights with its keep mask; it may get a vector twice, and vectors may overlap.
+//   prefetch(at, n)      before the values [at, at + n) are masked
+//   (raw, keep, at)      a vector that begins at `at`
+//   without_range()      the sink to use where values come twice and must not count in a range
+//   add_range(b, e)      values [b, e) that the sink without range got
+struct MaskSink {
+  AMCT_INLINE void prefetch(int64_t, int64_t) {}
   AMCT_INLINE void operator()(auto, auto, int64_t) {}
-  AMCT_INLINE MaskOnly& store() { return *this; }  // without what else is made of the values
-  AMCT_INLINE void values(int64_t, int64_t) {}
+  AMCT_INLINE MaskSink& without_range() { return *this; }
+  AMCT_INLINE void add_range(int64_t, int64_t) {}
 };
 
-// Weights that are not kept become +0.
+// Writes the weights with +0 where they are not kept.
 template <typename T>
-struct MaskAndApply {
-  using C = Choice<sizeof(T)>;
+struct ApplySink {
+  using K = KeepMask<sizeof(T)>;
   T* y;
-  AMCT_INLINE void ask(int64_t at, int64_t n) { bring_all(y + at, n); }
-  AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) { store_row(y + at, C::kept(raw, keep)); }
-  AMCT_INLINE MaskAndApply& store() { return *this; }
-  AMCT_INLINE void values(int64_t, int64_t) {}
+  AMCT_INLINE void prefetch(int64_t at, int64_t n) { prefetch_range(y + at, n); }
+  AMCT_INLINE void operator()(IVec<T> raw, typename K::Keep keep, int64_t at) { store(y + at, K::apply(raw, keep)); }
+  AMCT_INLINE ApplySink& without_range() { return *this; }
+  AMCT_INLINE void add_range(int64_t, int64_t) {}
 };
 
-// The range of what is stored is taken.
+// Also takes the range of what it writes.
 template <typename T>
-struct MaskApplyAndRange : MaskAndApply<T> {
-  using C = Choice<sizeof(T)>;
-  Extremes<T> extremes = {};
-  AMCT_INLINE void operator()(V<T> raw, typename C::Keep keep, int64_t at) {
-    MaskAndApply<T>::operator()(raw, keep, at);
-    extremes.add(C::kept(raw, keep));
+struct ApplyAndRangeSink : ApplySink<T> {
+  using K = KeepMask<sizeof(T)>;
+  RangeTracker<T> range = {};
+  AMCT_INLINE void operator()(IVec<T> raw, typename K::Keep keep, int64_t at) {
+    ApplySink<T>::operator()(raw, keep, at);
+    range.add(K::apply(raw, keep));
   }
-  AMCT_INLINE void values(int64_t begin, int64_t end) {
-    extremes.template add_all<false>(this->y + begin, nullptr, end - begin);
+  AMCT_INLINE void add_range(int64_t begin, int64_t end) {
+    range.template add_all<false>(this->y + begin, nullptr, end - begin);
   }
 };
 
-// Four registers, `apart`, of which the first begins at `at`.
-template <typename T, typename Use>
-AMCT_INLINE void put_four(const V<T>* raw, const typename Choice<sizeof(T)>::Keep* keep, uint8_t* mask, int64_t at,
-                          int64_t apart, Use& use) {
-  Choice<sizeof(T)>::put_four(keep, mask + at, apart);
-  for (int r = 0; r < 4; ++r) use(raw[r], keep[r], at + r * apart);
+// Writes the mask of four vectors, the first at `at` and `stride` apart, and hands them to the sink.
+template <typename T, typename Sink>
+AMCT_INLINE void emit4(const IVec<T>* raw, const typename KeepMask<sizeof(T)>::Keep* keep, uint8_t* mask, int64_t at,
+                       int64_t stride, Sink& sink) {
+  KeepMask<sizeof(T)>::store4(mask + at, keep, stride);
+  for (int r = 0; r < 4; ++r) sink(raw[r], keep[r], at + r * stride);
 }
 
-// Four rows of a register of groups, `inner` apart, of which the first begins at `at`.
-template <typename T, typename Use>
-AMCT_INLINE void mask_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, Use& use) {
+// A vector of groups whose members lie `inner` apart, the first at `at`.
+template <typename T, typename Sink>
+AMCT_INLINE void mask_4_rows(const T* w, uint8_t* mask, int64_t at, int64_t inner, Sink& sink) {
   const T* from = w + at;
-  const V<T> raw[4] = {load(from), load(from + inner), load(from + 2 * inner), load(from + 3 * inner)};
-  choose<T>(raw,
-            [&](const auto* keep) __attribute__((always_inline)) { put_four<T>(raw, keep, mask, at, inner, use); });
+  const IVec<T> raw[4] = {load_bits(from), load_bits(from + inner), load_bits(from + 2 * inner),
+                          load_bits(from + 3 * inner)};
+  keep_2of4<T>(raw,
+               [&](const auto* keep) __attribute__((always_inline)) { emit4<T>(raw, keep, mask, at, inner, sink); });
 }
 
-// One group of rows. Of rows of a register or more the last register overlaps the one before; what is written beyond
-// shorter rows is overwritten by the rows that follow, which go out in rising order, and must not count in a range.
-template <typename T, typename Use>
-AMCT_INLINE void mask_group(const T* w, uint8_t* mask, int64_t start, int64_t inner, Use& use) {
-  constexpr int64_t width = kWidth<T>;
+// Four rows of `inner` values. Of rows of a vector or more the last vector overlaps the one before. Of shorter rows a
+// vector writes beyond the row; the rows that follow overwrite that, being written in rising order, but it must not
+// count in a range.
+template <typename T, typename Sink>
+AMCT_INLINE void mask_group(const T* w, uint8_t* mask, int64_t start, int64_t inner, Sink& sink) {
+  constexpr int64_t width = kLanes<T>;
   if (inner < width) {
-    mask_rows(w, mask, start, inner, use.store());
-    use.values(start, start + 4 * inner);
+    mask_4_rows(w, mask, start, inner, sink.without_range());
+    sink.add_range(start, start + 4 * inner);
     return;
   }
   for (int64_t i = 0; i < inner; i += width) {
-    mask_rows(w, mask, start + (i + width <= inner ? i : inner - width), inner, use);
+    mask_4_rows(w, mask, start + (i + width <= inner ? i : inner - width), inner, sink);
   }
 }
 
-// Neighbours are sorted into registers within lanes of 128 bits, which is cheaper than across them; a group of float64
+// Contiguous groups are deinterleaved within lanes of 128 bits, which is cheaper than across them; a group of float64
 // fills two of these.
 template <typename T>
-constexpr int kSorted = sizeof(T) == 8 ? kWidth<T> : 16 / static_cast<int>(sizeof(T));
+constexpr int kShuffleLanes = sizeof(T) == 8 ? kLanes<T> : 16 / static_cast<int>(sizeof(T));
 
-// Every second value of two registers, from the first or from the second on.
+// Every second value of two vectors, from the first (kFirst = 0) or from the second one on.
 template <typename T, int kFirst, int... I>
-AMCT_INLINE V<T> every_second(V<T> a, V<T> b, std::integer_sequence<int, I...>) {
-  constexpr int n = kSorted<T>;
-  using Shuffled = std::conditional_t<sizeof(T) == 4, Row<float>, V<T>>;  // of floats it is one instruction
-  return as<V<T>>(__builtin_shufflevector(as<Shuffled>(a), as<Shuffled>(b),
-                                          (I / n * n + I % n * 2 % n + kFirst + (I % n < n / 2 ? 0 : kWidth<T>))...));
+AMCT_INLINE IVec<T> deinterleave(IVec<T> a, IVec<T> b, std::integer_sequence<int, I...>) {
+  constexpr int n = kShuffleLanes<T>;
+  using Shuffled = std::conditional_t<sizeof(T) == 4, Vec<float>, IVec<T>>;  // of floats it is one instruction
+  return bit_cast<IVec<T>>(
+      __builtin_shufflevector(bit_cast<Shuffled>(a), bit_cast<Shuffled>(b),
+                              (I / n * n + I % n * 2 % n + kFirst + (I % n < n / 2 ? 0 : kLanes<T>))...));
 }
 
-// Register kAt of four in memory order, from one value for each group.
+// Vector kAt of four in memory order, from one value for each group.
 template <typename T, int kAt, int... I>
-AMCT_INLINE V<T> of_groups(V<T> v, std::integer_sequence<int, I...>) {
-  constexpr int n = kSorted<T>;
+AMCT_INLINE IVec<T> spread_groups(IVec<T> v, std::integer_sequence<int, I...>) {
+  constexpr int n = kShuffleLanes<T>;
   return __builtin_shufflevector(v, v, (I / n * n + kAt * n / 4 + I % n / 4)...);
 }
 
-// The same from one value for each member.
+// The same from one value for each member of a group.
 template <typename T, int kAt, int... I>
-AMCT_INLINE V<T> of_members(const V<T>* v, std::integer_sequence<int, I...> lanes) {
-  constexpr V<T> member = {((kAt * kWidth<T> + I) % 4)...};
-  return (of_groups<T, kAt>(v[0], lanes) & (member == 0)) | (of_groups<T, kAt>(v[1], lanes) & (member == 1)) |
-         (of_groups<T, kAt>(v[2], lanes) & (member == 2)) | (of_groups<T, kAt>(v[3], lanes) & (member == 3));
+AMCT_INLINE IVec<T> spread_members(const IVec<T>* v, std::integer_sequence<int, I...> lanes) {
+  constexpr IVec<T> member = {((kAt * kLanes<T> + I) % 4)...};
+  return (spread_groups<T, kAt>(v[0], lanes) & (member == 0)) | (spread_groups<T, kAt>(v[1], lanes) & (member == 1)) |
+         (spread_groups<T, kAt>(v[2], lanes) & (member == 2)) | (spread_groups<T, kAt>(v[3], lanes) & (member == 3));
 }
 
-// Four registers of groups that lie side by side.
-template <typename T, typename Use>
-AMCT_INLINE void mask_neighbours(const T* w, uint8_t* mask, int64_t at, Use& use) {
-  using C = Choice<sizeof(T)>;
-  constexpr int width = kWidth<T>;
+// Four vectors of groups whose members are neighbours in memory.
+template <typename T, typename Sink>
+AMCT_INLINE void mask_contiguous(const T* w, uint8_t* mask, int64_t at, Sink& sink) {
+  using K = KeepMask<sizeof(T)>;
+  constexpr int width = kLanes<T>;
   constexpr auto lanes = std::make_integer_sequence<int, width>{};
   const T* from = w + at;
-  const V<T> raw[4] = {load(from), load(from + width), load(from + 2 * width), load(from + 3 * width)};
-  const V<T> in[4] = {magnitudes<T>(raw[0]), magnitudes<T>(raw[1]), magnitudes<T>(raw[2]), magnitudes<T>(raw[3])};
-  const V<T> even[2] = {every_second<T, 0>(in[0], in[1], lanes), every_second<T, 0>(in[2], in[3], lanes)};
-  const V<T> odd[2] = {every_second<T, 1>(in[0], in[1], lanes), every_second<T, 1>(in[2], in[3], lanes)};
-  const V<T> m[4] = {every_second<T, 0>(even[0], even[1], lanes), every_second<T, 0>(odd[0], odd[1], lanes),
-                     every_second<T, 1>(even[0], even[1], lanes), every_second<T, 1>(odd[0], odd[1], lanes)};
-  const auto put = [&](const typename C::Keep* keep)
-                       __attribute__((always_inline)) { put_four<T>(raw, keep, mask, at, width, use); };
-  V<T> second, exact[4];
-  if (!somewhere(second_largest<T>(m, second))) [[likely]] {
-    const typename C::Keep keep[4] = {
-        C::from(in[0], of_groups<T, 0>(second, lanes)), C::from(in[1], of_groups<T, 1>(second, lanes)),
-        C::from(in[2], of_groups<T, 2>(second, lanes)), C::from(in[3], of_groups<T, 3>(second, lanes))};
-    put(keep);
+  const IVec<T> raw[4] = {load_bits(from), load_bits(from + width), load_bits(from + 2 * width),
+                          load_bits(from + 3 * width)};
+  const IVec<T> in[4] = {abs_bits<T>(raw[0]), abs_bits<T>(raw[1]), abs_bits<T>(raw[2]), abs_bits<T>(raw[3])};
+  const IVec<T> even[2] = {deinterleave<T, 0>(in[0], in[1], lanes), deinterleave<T, 0>(in[2], in[3], lanes)};
+  const IVec<T> odd[2] = {deinterleave<T, 1>(in[0], in[1], lanes), deinterleave<T, 1>(in[2], in[3], lanes)};
+  const IVec<T> m[4] = {deinterleave<T, 0>(even[0], even[1], lanes), deinterleave<T, 0>(odd[0], odd[1], lanes),
+                        deinterleave<T, 1>(even[0], even[1], lanes), deinterleave<T, 1>(odd[0], odd[1], lanes)};
+  const auto emit = [&](const typename K::Keep* keep)
+                        __attribute__((always_inline)) { emit4<T>(raw, keep, mask, at, width, sink); };
+  IVec<T> second, exact[4];
+  if (!any_lane(second_largest<T>(m, second))) [[likely]] {
+    const typename K::Keep keep[4] = {
+        K::at_least(in[0], spread_groups<T, 0>(second, lanes)), K::at_least(in[1], spread_groups<T, 1>(second, lanes)),
+        K::at_least(in[2], spread_groups<T, 2>(second, lanes)), K::at_least(in[3], spread_groups<T, 3>(second, lanes))};
+    emit(keep);
   } else {
-    chosen_exactly<T>(m, exact);
-    const typename C::Keep keep[4] = {
-        C::where(of_members<T, 0>(exact, lanes)), C::where(of_members<T, 1>(exact, lanes)),
-        C::where(of_members<T, 2>(exact, lanes)), C::where(of_members<T, 3>(exact, lanes))};
-    put(keep);
+    keep_2of4_with_nan<T>(m, exact);
+    const typename K::Keep keep[4] = {
+        K::from_lanes(spread_members<T, 0>(exact, lanes)), K::from_lanes(spread_members<T, 1>(exact, lanes)),
+        K::from_lanes(spread_members<T, 2>(exact, lanes)), K::from_lanes(spread_members<T, 3>(exact, lanes))};
+    emit(keep);
   }
 }
 

@@ -1,6 +1,6 @@
-// All loops for one instruction set: compiled once for each (cmake/simd.cmake), AMCT_LEVEL being its name. Nothing here
-// may include a header with inline functions of external linkage: the linker keeps one copy of those for the whole
-// library.
+// The table of all loops for one instruction set: compiled once for each (cmake/simd.cmake), AMCT_LEVEL being its name.
+// Nothing here may include a header with inline functions of external linkage: the linker keeps one copy of those for
+// the whole library, perhaps one that was compiled for a newer processor.
 #include "cpu/dispatch.h"
 #include "cpu/loops/activation_ulq.h"
 #include "cpu/loops/calibration_search.h"
@@ -31,16 +31,16 @@ const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
     .quantize_and_range = AMCT_EACH(quantize_and_range),
     .masked_range = AMCT_EACH(masked_range),
     .masked_quantize = AMCT_EACH(masked_quantize),
-    .codes = AMCT_EACH(codes),
+    .quantize_codes = AMCT_EACH(quantize_codes),
     .lsq_backward = AMCT_EACH(lsq_backward),
     .sum_squares = AMCT_EACH(sum_squares),
     .mask_plane = AMCT_EACH(mask_plane),
     .sparsify_plane = AMCT_EACH(sparsify_plane),
     .sparsify_and_range = AMCT_EACH(sparsify_and_range),
     .apply_mask = AMCT_EACH(apply_mask),
-    .extremes = AMCT_EACH(extremes),
+    .range_with_zero = AMCT_EACH(range_with_zero),
     .histogram = AMCT_EACH(histogram),
-    .octaves = AMCT_EACH(octaves),
+    .range_histogram = AMCT_EACH(range_histogram),
     .losses = AMCT_EACH(losses),
     .offset_losses = AMCT_EACH(offset_losses),
     .shift_errors = AMCT_EACH(shift_errors),

@@ -1,206 +1,210 @@
-// Weights: symmetric fake quantisation and integer codes. What the loops wait for is memory: they ask for it ahead.
+// Weights: symmetric fake quantisation and integer codes. The loops are bound by memory, so they prefetch.
 #pragma once
 
 #include "cpu/dispatch.h"
 #include "cpu/loops/weight_range.h"
 #include "simd/quotient.h"
+#include "simd/reciprocal.h"
 #include "simd/vec2.h"
 
 namespace amct_ext::cpu {
 namespace {
 
-// Codes times `scale`, or the codes themselves as int8.
+// Stores codes times `scale`, or the codes themselves as int8.
 template <typename T>
-AMCT_INLINE void put(T* y, Acc<T> code, Acc<T> scale) {
+AMCT_INLINE void store_code(T* y, Acc<T> code, Acc<T> scale) {
   *y = narrow<T>(code * scale);
 }
 template <typename T>
-AMCT_INLINE void put(int8_t* y, Acc<T> code, Acc<T>) {
+AMCT_INLINE void store_code(int8_t* y, Acc<T> code, Acc<T>) {
   *y = static_cast<int8_t>(static_cast<int32_t>(code == code ? code : Acc<T>(0)));
 }
 template <typename A>
-AMCT_INLINE void put_pair(A* y, Pair<A> code, Row<A> scale) {
-  store_pair(y, Pair<A>{code.first * scale, code.second * scale});
+AMCT_INLINE void store2_code(A* y, Vec2<A> code, Vec<A> scale) {
+  store2(y, Vec2<A>{code.first * scale, code.second * scale});
 }
 template <typename T>
-AMCT_INLINE void put_pair(int8_t* y, Pair<T> code, Row<Acc<T>>) {
-  store_codes(y, code);
+AMCT_INLINE void store2_code(int8_t* y, Vec2<T> code, Vec<Acc<T>>) {
+  store2_int8(y, code);
 }
 
 template <bool kMasked, typename T, typename Out>
-void symmetric_each(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
+void quantize_elements(const T* w, const uint8_t* mask, Out* y, int64_t n, const SymmetricParams& p) {
   const auto scale = static_cast<Acc<T>>(p.scale), lowest = static_cast<Acc<T>>(p.lowest),
              highest = static_cast<Acc<T>>(p.highest);
 #pragma GCC unroll 1
   for (int64_t i = 0; i < n; ++i) {
-    put<T>(y + i, math::code(widen(weight<kMasked>(w, mask, i)), scale, lowest, highest), scale);
+    store_code<T>(y + i, math::code(widen(load_element<kMasked>(w, mask, i)), scale, lowest, highest), scale);
   }
 }
 
-// What a loop does with the values at `next` while it quantises others, from the first on: nothing. `ahead`, in bytes:
-// what lies so far ahead of them is brought into the cache.
+// Lookahead: what the quantising loop does at the same time with the values at `next`. It prefetches what lies
+// `prefetch_distance` bytes beyond them and calls vec2(i) for values [i, i + kLanes2), elements(i, n) for [i, n).
 template <typename T>
-struct Alone {
+struct PrefetchOnly {
   const T* next;
-  int64_t ahead;
-  AMCT_INLINE void pair(int64_t) {}
-  AMCT_INLINE void values(int64_t, int64_t) {}
+  int64_t prefetch_distance;
+  AMCT_INLINE void vec2(int64_t) {}
+  AMCT_INLINE void elements(int64_t, int64_t) {}
 };
 
-// It takes their range.
+// Takes the range of the values at `next`: quantising row i also computes the range of row i + 1, so each weight is
+// loaded from memory once.
 template <typename T>
-struct BesideRange {
+struct RangeOfNext {
   const T* next;
-  int64_t ahead;
-  Extremes<T> extremes = {};
+  int64_t prefetch_distance;
+  RangeTracker<T> range = {};
 
-  AMCT_INLINE void pair(int64_t i) {
-    extremes.add(load(next + i));
-    if constexpr (kPair<T> > kWidth<T>) extremes.add_other(load(next + i + kWidth<T>));
+  AMCT_INLINE void vec2(int64_t i) {
+    range.add(load_bits(next + i));
+    if constexpr (kLanes2<T> > kLanes<T>) range.add_second(load_bits(next + i + kLanes<T>));
   }
-  AMCT_INLINE void values(int64_t i, int64_t n) { extremes.template add_all<false>(next + i, nullptr, n - i); }
+  AMCT_INLINE void elements(int64_t i, int64_t n) { range.template add_all<false>(next + i, nullptr, n - i); }
 };
 
-template <typename T, typename Out, typename Beside>
-AMCT_INLINE void pass_pair(Beside& beside, Out* y, int64_t i) {
-  bring<kPair<T> * sizeof(T)>(beside.next + i, beside.ahead);
-  bring<kPair<T> * sizeof(Out)>(y + i, kLead);
-  beside.pair(i);
+template <typename T, typename Out, typename Lookahead>
+AMCT_INLINE void look_ahead(Lookahead& lookahead, Out* y, int64_t i) {
+  prefetch<kLanes2<T> * sizeof(T)>(lookahead.next + i, lookahead.prefetch_distance);
+  prefetch<kLanes2<T> * sizeof(Out)>(y + i, kPrefetchDistance);
+  lookahead.vec2(i);
 }
 
-// Rows of a pair or more. The quotient is rounded by way of the reciprocal, and by division where it is not finite or
-// too close to the middle between two integers for that: the values of a step are tried together.
-template <bool kMasked, typename T, typename Out, typename Beside>
-AMCT_INLINE void symmetric_pairs(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p,
-                                 Beside& beside) {
+// Rows of at least one Vec2. The quotient is rounded by the reciprocal; a step of two Vec2 in which a value is not
+// finite or too close to a tie is redone by division. A last Vec2 that overlaps the one before is computed first and
+// stored last, because y may be w.
+template <bool kMasked, typename T, typename Out, typename Lookahead>
+AMCT_INLINE void quantize_vec2(const T* w, const uint8_t* mask, Out* y, int64_t n, const SymmetricParams& p,
+                               Lookahead& lookahead) {
   using A = Acc<T>;
-  constexpr int kStep = 2 * kPair<T>;
+  constexpr int kStep = 2 * kLanes2<T>;
   const auto fast = reciprocal<A>(p.scale, p.lowest, p.highest);
-  const A limit = fast.usable ? fast.limit : A(0);  // which every distance reaches
-  const Row<A> scale = filled(static_cast<A>(p.scale)), inverse = filled(fast.inverse),
-               lowest = filled(static_cast<A>(p.lowest)), highest = filled(static_cast<A>(p.highest));
-  const auto pair_at = [&](int64_t i) __attribute__((always_inline)) {
-    return kMasked ? load_kept_pair(w + i, mask + i) : load_pair(w + i);
+  const A limit = fast.usable ? fast.limit : A(0);  // no step is below it
+  const Vec<A> scale = broadcast(static_cast<A>(p.scale)), inverse = broadcast(fast.inverse),
+               lowest = broadcast(static_cast<A>(p.lowest)), highest = broadcast(static_cast<A>(p.highest));
+  const auto load2_at = [&](int64_t i) __attribute__((always_inline)) {
+    return kMasked ? load2_masked(w + i, mask + i) : load2(w + i);
   };
-  const auto exact = [&](const Pair<T>& v) __attribute__((always_inline)) {
-    return Pair<T>{clamped(rounded(v.first / scale), lowest, highest),
-                   clamped(rounded(v.second / scale), lowest, highest)};
+  const auto exact = [&](const Vec2<T>& v) __attribute__((always_inline)) {
+    return Vec2<T>{clamp(round_even(v.first / scale), lowest, highest),
+                   clamp(round_even(v.second / scale), lowest, highest)};
   };
   Mask<A> farthest;
-  const auto code = [&](Row<A> v) __attribute__((always_inline)) {
-    const Row<A> t = v * inverse, whole = rounded(t);
-    farthest = larger(farthest, magnitude_bits_of<A>(t - whole));
-    return clamped(whole, lowest, highest);
+  const auto code = [&](Vec<A> v) __attribute__((always_inline)) {
+    const Vec<A> t = v * inverse, whole = round_even(t);
+    farthest = max(farthest, abs_bits<A>(t - whole));
+    return clamp(whole, lowest, highest);
   };
-  const bool overlap = n % kPair<T> != 0;
-  const Pair<T> last = overlap ? exact(pair_at(n - kPair<T>)) : Pair<T>{};
+  const bool overlap = n % kLanes2<T> != 0;
+  const Vec2<T> last = overlap ? exact(load2_at(n - kLanes2<T>)) : Vec2<T>{};
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
-    pass_pair<T>(beside, y, i);
-    pass_pair<T>(beside, y, i + kPair<T>);
+    look_ahead<T>(lookahead, y, i);
+    look_ahead<T>(lookahead, y, i + kLanes2<T>);
     farthest = Mask<A>{};
-    const Pair<T> v = pair_at(i), u = pair_at(i + kPair<T>);
-    Pair<T> first = {code(v.first), code(v.second)}, second = {code(u.first), code(u.second)};
-    if (reach<A>(farthest, limit)) [[unlikely]] {
+    const Vec2<T> v = load2_at(i), u = load2_at(i + kLanes2<T>);
+    Vec2<T> first = {code(v.first), code(v.second)}, second = {code(u.first), code(u.second)};
+    if (any_ge<A>(farthest, limit)) [[unlikely]] {
       first = exact(v);
       second = exact(u);
     }
-    put_pair(y + i, first, scale);
-    put_pair(y + i + kPair<T>, second, scale);
+    store2_code(y + i, first, scale);
+    store2_code(y + i + kLanes2<T>, second, scale);
   }
-  if (i + kPair<T> <= n) {
-    beside.pair(i);
-    put_pair(y + i, exact(pair_at(i)), scale);
-    i += kPair<T>;
+  if (i + kLanes2<T> <= n) {
+    lookahead.vec2(i);
+    store2_code(y + i, exact(load2_at(i)), scale);
+    i += kLanes2<T>;
   }
-  beside.values(i, n);
-  if (overlap) put_pair(y + n - kPair<T>, last, scale);
+  lookahead.elements(i, n);
+  if (overlap) store2_code(y + n - kLanes2<T>, last, scale);
 }
 
-// The same for half formats and results of that format: it is these that are clipped.
-template <bool kMasked, typename T, typename Beside>
-AMCT_INLINE void symmetric_halves(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient& quotient,
-                                  const Symmetric& p, Beside& beside) {
+// The same for half formats with results of that format: there the results are clamped instead of the codes.
+template <bool kMasked, typename T, typename Lookahead>
+AMCT_INLINE void quantize_half(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient& quotient,
+                               const SymmetricParams& p, Lookahead& lookahead) {
   const float scale = static_cast<float>(p.scale);
-  const Row<float> scales = filled(scale);
+  const Vec<float> scales = broadcast(scale);
   const T bottom = narrow<T>(static_cast<float>(p.lowest) * scale),
           top = narrow<T>(static_cast<float>(p.highest) * scale);
-  const auto bits = [&](int64_t i)
-                        __attribute__((always_inline)) { return kMasked ? load_kept(w + i, mask + i) : load(w + i); };
-  const auto sound = [&](int64_t i) __attribute__((always_inline)) {
-    return !reach<T>(magnitudes<T>(bits(i)), as<T>(Traits<T>::kInfinity));
+  const auto bits = [&](int64_t i) __attribute__((always_inline)) {
+    return kMasked ? load_masked(w + i, mask + i) : load_bits(w + i);
   };
-  const auto value = [&](Row<float> v) __attribute__((always_inline)) { return rounded(quotient(v)) * scales; };
+  const auto all_finite_at = [&](int64_t i) __attribute__((always_inline)) {
+    return !any_ge<T>(abs_bits<T>(bits(i)), bit_cast<T>(Traits<T>::kInfBits));
+  };
+  const auto value = [&](Vec<float> v) __attribute__((always_inline)) { return round_even(quotient(v)) * scales; };
   const auto values = [&](int64_t i) __attribute__((always_inline)) {
-    const Pair<T> v = kMasked ? widened<T>(bits(i)) : load_pair(w + i);
-    return Pair<T>{value(v.first), value(v.second)};
+    const Vec2<T> v = kMasked ? widen2<T>(bits(i)) : load2(w + i);
+    return Vec2<T>{value(v.first), value(v.second)};
   };
-  const auto each = [&](int64_t begin, int64_t end) {
-    symmetric_each<kMasked>(w + begin, kMasked ? mask + begin : nullptr, y + begin, end - begin, p);
+  const auto by_element = [&](int64_t begin, int64_t end) {
+    quantize_elements<kMasked>(w + begin, kMasked ? mask + begin : nullptr, y + begin, end - begin, p);
   };
-  const bool whole = n % kPair<T> == 0 || !sound(n - kPair<T>);
-  const Pair<T> last = values(n - kPair<T>);
+  const bool whole = n % kLanes2<T> == 0 || !all_finite_at(n - kLanes2<T>);
+  const Vec2<T> last = values(n - kLanes2<T>);
   int64_t i = 0;
-  for (; i + kPair<T> <= n; i += kPair<T>) {
-    pass_pair<T>(beside, y, i);
-    if (sound(i)) [[likely]] {
-      store_between(y + i, values(i), bottom, top);
+  for (; i + kLanes2<T> <= n; i += kLanes2<T>) {
+    look_ahead<T>(lookahead, y, i);
+    if (all_finite_at(i)) [[likely]] {
+      store2_clamped(y + i, values(i), bottom, top);
     } else {
-      each(i, i + kPair<T>);
+      by_element(i, i + kLanes2<T>);
     }
   }
-  beside.values(i, n);
-  if (whole) return each(i, n);
-  store_between(y + n - kPair<T>, last, bottom, top);
+  lookahead.elements(i, n);
+  if (whole) return by_element(i, n);
+  store2_clamped(y + n - kLanes2<T>, last, bottom, top);
 }
 
-// `y` may be the memory of w: a step is written when it is done, and the last pair, which may overlap the one in front
-// of it, is read before anything is written.
-template <bool kMasked, typename T, typename Out, typename Beside>
-AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p, Beside& beside) {
+// Quantises n values; y may be the memory of w.
+template <bool kMasked, typename T, typename Out, typename Lookahead>
+AMCT_INLINE void quantize_row(const T* w, const uint8_t* mask, Out* y, int64_t n, const SymmetricParams& p,
+                              Lookahead& lookahead) {
   if constexpr (sizeof(Out) == 2) {
     const Quotient quotient(static_cast<float>(p.scale));
-    if (quotient.usable && n >= kPair<T>) return symmetric_halves<kMasked>(w, mask, y, n, quotient, p, beside);
-    beside.values(0, n);
-    if (!quotient.usable) return symmetric_each<kMasked>(w, mask, y, n, p);
-    T row[kPair<T>] = {};
-    for (int64_t i = 0; i < n; ++i) row[i] = weight<kMasked>(w, mask, i);
-    Alone<T> alone = {row, 0};
-    symmetric_halves<false>(row, nullptr, row, kPair<T>, quotient, p, alone);
-    for (int64_t i = 0; i < n; ++i) y[i] = row[i];
+    if (quotient.usable && n >= kLanes2<T>) return quantize_half<kMasked>(w, mask, y, n, quotient, p, lookahead);
+    lookahead.elements(0, n);
+    if (!quotient.usable) return quantize_elements<kMasked>(w, mask, y, n, p);
+    T padded[kLanes2<T>] = {};
+    for (int64_t i = 0; i < n; ++i) padded[i] = load_element<kMasked>(w, mask, i);
+    PrefetchOnly<T> alone = {padded, 0};
+    quantize_half<false>(padded, nullptr, padded, kLanes2<T>, quotient, p, alone);
+    for (int64_t i = 0; i < n; ++i) y[i] = padded[i];
   } else {
-    if (n >= kPair<T>) return symmetric_pairs<kMasked>(w, mask, y, n, p, beside);
-    beside.values(0, n);
-    symmetric_each<kMasked>(w, mask, y, n, p);
+    if (n >= kLanes2<T>) return quantize_vec2<kMasked>(w, mask, y, n, p, lookahead);
+    lookahead.elements(0, n);
+    quantize_elements<kMasked>(w, mask, y, n, p);
   }
 }
 
 template <bool kMasked, typename T, typename Out>
-AMCT_INLINE void symmetric(const T* w, const uint8_t* mask, Out* y, int64_t n, const Symmetric& p) {
-  Alone<T> alone = {w, p.ahead};
-  symmetric<kMasked>(w, mask, y, n, p, alone);
+AMCT_INLINE void quantize_row(const T* w, const uint8_t* mask, Out* y, int64_t n, const SymmetricParams& p) {
+  PrefetchOnly<T> alone = {w, p.prefetch_distance};
+  quantize_row<kMasked>(w, mask, y, n, p, alone);
 }
 
 template <typename T>
-void quantize(const void* w, void* y, int64_t n, const Symmetric& p) {
-  symmetric<false>(static_cast<const T*>(w), nullptr, static_cast<T*>(y), n, p);
+void quantize(const void* w, void* y, int64_t n, const SymmetricParams& p) {
+  quantize_row<false>(static_cast<const T*>(w), nullptr, static_cast<T*>(y), n, p);
 }
 
 template <typename T>
-Range quantize_and_range(const void* w, void* y, int64_t n, const Symmetric& p, const void* next) {
-  BesideRange<T> beside = {static_cast<const T*>(next), p.ahead};
-  symmetric<false>(static_cast<const T*>(w), nullptr, static_cast<T*>(y), n, p, beside);
-  return beside.extremes.result([&] { return range_by_value<false>(beside.next, nullptr, n); });
+Range quantize_and_range(const void* w, void* y, int64_t n, const SymmetricParams& p, const void* next) {
+  RangeOfNext<T> lookahead = {static_cast<const T*>(next), p.prefetch_distance};
+  quantize_row<false>(static_cast<const T*>(w), nullptr, static_cast<T*>(y), n, p, lookahead);
+  return lookahead.range.result([&] { return range_by_value<false>(lookahead.next, nullptr, n); });
 }
 
 template <typename T>
-void masked_quantize(const void* w, const uint8_t* mask, void* y, int64_t n, const Symmetric& p) {
-  symmetric<true>(static_cast<const T*>(w), mask, static_cast<T*>(y), n, p);
+void masked_quantize(const void* w, const uint8_t* mask, void* y, int64_t n, const SymmetricParams& p) {
+  quantize_row<true>(static_cast<const T*>(w), mask, static_cast<T*>(y), n, p);
 }
 
 template <typename T>
-void codes(const void* w, int8_t* y, int64_t n, const Symmetric& p) {
-  symmetric<false>(static_cast<const T*>(w), nullptr, y, n, p);
+void quantize_codes(const void* w, int8_t* y, int64_t n, const SymmetricParams& p) {
+  quantize_row<false>(static_cast<const T*>(w), nullptr, y, n, p);
 }
 
 }  // namespace

@@ -45,14 +45,14 @@ V each(const V& v, const F& f) {
 }
 
 template <typename L, typename V, typename F>
-V pairs(const V& a, const V& b, const F& f) {
+V zip(const V& a, const V& b, const F& f) {
   const All<L, V> other(b);
   return each<L>(a, [&](unsigned i, L x) { return f(x, other.lane[i]); });
 }
 
 // The lanes for which f(a, b) is true.
 template <typename L, typename M, typename V, typename F>
-M where(const V& a, const V& b, const F& f) {
+M mask_of(const V& a, const V& b, const F& f) {
   const All<L, V> left(a), right(b);
   uint64_t mask = 0;
   for (unsigned i = 0; i < left.kCount; ++i) mask |= uint64_t{f(left.lane[i], right.lane[i])} << i;
@@ -60,12 +60,12 @@ M where(const V& a, const V& b, const F& f) {
 }
 
 template <typename L, typename V>
-V kept(uint64_t mask, const V& v) {
+V zero_unless(uint64_t mask, const V& v) {
   return each<L>(v, [=](unsigned i, L x) { return mask >> i & 1 ? x : L(0); });
 }
 
 template <typename L, typename V>
-V loaded(const V& other, uint64_t mask, const void* from) {
+V load_masked(const V& other, uint64_t mask, const void* from) {
   return each<L>(other, [=](unsigned i, L x) {
     if (mask >> i & 1) std::memcpy(&x, static_cast<const char*>(from) + i * sizeof(L), sizeof(L));
     return x;
@@ -73,7 +73,7 @@ V loaded(const V& other, uint64_t mask, const void* from) {
 }
 
 template <typename L, typename V>
-void store(void* to, uint64_t mask, const V& v) {
+void store_masked(void* to, uint64_t mask, const V& v) {
   const All<L, V> all(v);
   for (unsigned i = 0; i < all.kCount; ++i) {
     if (mask >> i & 1) std::memcpy(static_cast<char*>(to) + i * sizeof(L), &all.lane[i], sizeof(L));
@@ -81,7 +81,7 @@ void store(void* to, uint64_t mask, const V& v) {
 }
 
 template <typename L>
-__m512i filled(L value) {
+__m512i broadcast(L value) {
   return each<L>(zero<__m512i>(), [=](unsigned, L) { return value; });
 }
 
@@ -109,19 +109,19 @@ inline __m512d to_double(const __m256& v) {
 }
 
 // As the instructions: the second operand where one is NaN or both are zero.
-struct Larger {
+struct Max {
   template <typename L>
   L operator()(L a, L b) const {
     return a > b ? a : b;
   }
 };
-struct Smaller {
+struct Min {
   template <typename L>
   L operator()(L a, L b) const {
     return a < b ? a : b;
   }
 };
-struct Shared {
+struct AnyBit {
   template <typename L>
   bool operator()(L a, L b) const {
     return (a & b) != 0;
@@ -140,41 +140,41 @@ struct Negative {
 #undef _mm512_maskz_roundscale_pd
 #undef _mm512_maskz_cvtps_ph
 
-#define _mm512_cmpeq_epi16_mask(a, b) lanes::where<int16_t, __mmask32>(a, b, std::equal_to<>())
-#define _mm512_cmpeq_epi32_mask(a, b) lanes::where<int32_t, __mmask16>(a, b, std::equal_to<>())
-#define _mm512_cmpeq_epi64_mask(a, b) lanes::where<int64_t, __mmask8>(a, b, std::equal_to<>())
-#define _mm512_cmpge_epi16_mask(a, b) lanes::where<int16_t, __mmask32>(a, b, std::greater_equal<>())
-#define _mm512_cmpge_epi32_mask(a, b) lanes::where<int32_t, __mmask16>(a, b, std::greater_equal<>())
-#define _mm512_cmpge_epi64_mask(a, b) lanes::where<int64_t, __mmask8>(a, b, std::greater_equal<>())
-#define _mm512_cmpgt_epi16_mask(a, b) lanes::where<int16_t, __mmask32>(a, b, std::greater<>())
-#define _mm512_cmpgt_epi32_mask(a, b) lanes::where<int32_t, __mmask16>(a, b, std::greater<>())
-#define _mm512_cmpgt_epi64_mask(a, b) lanes::where<int64_t, __mmask8>(a, b, std::greater<>())
-#define _mm512_movepi16_mask(a) lanes::where<int16_t, __mmask32>(a, a, lanes::Negative())
-#define _mm512_movepi32_mask(a) lanes::where<int32_t, __mmask16>(a, a, lanes::Negative())
-#define _mm512_movepi64_mask(a) lanes::where<int64_t, __mmask8>(a, a, lanes::Negative())
-#define _mm512_test_epi64_mask(a, b) lanes::where<int64_t, __mmask8>(a, b, lanes::Shared())
-#define _mm256_test_epi8_mask(a, b) lanes::where<int8_t, __mmask32>(a, b, lanes::Shared())
-#define _mm_test_epi8_mask(a, b) lanes::where<int8_t, __mmask16>(a, b, lanes::Shared())
-#define _mm512_maskz_mov_epi16(mask, v) lanes::kept<int16_t>(static_cast<__mmask32>(mask), v)
-#define _mm512_maskz_mov_epi32(mask, v) lanes::kept<int32_t>(static_cast<__mmask16>(mask), v)
-#define _mm512_maskz_mov_epi64(mask, v) lanes::kept<int64_t>(static_cast<__mmask8>(mask), v)
-#define _mm256_maskz_mov_epi8(mask, v) lanes::kept<int8_t>(static_cast<__mmask32>(mask), v)
-#define _mm_maskz_mov_epi8(mask, v) lanes::kept<int8_t>(static_cast<__mmask16>(mask), v)
-#define _mm512_mask_loadu_epi16(v, mask, from) lanes::loaded<int16_t>(v, static_cast<__mmask32>(mask), from)
-#define _mm512_mask_loadu_epi32(v, mask, from) lanes::loaded<int32_t>(v, static_cast<__mmask16>(mask), from)
-#define _mm512_mask_loadu_epi64(v, mask, from) lanes::loaded<int64_t>(v, static_cast<__mmask8>(mask), from)
+#define _mm512_cmpeq_epi16_mask(a, b) lanes::mask_of<int16_t, __mmask32>(a, b, std::equal_to<>())
+#define _mm512_cmpeq_epi32_mask(a, b) lanes::mask_of<int32_t, __mmask16>(a, b, std::equal_to<>())
+#define _mm512_cmpeq_epi64_mask(a, b) lanes::mask_of<int64_t, __mmask8>(a, b, std::equal_to<>())
+#define _mm512_cmpge_epi16_mask(a, b) lanes::mask_of<int16_t, __mmask32>(a, b, std::greater_equal<>())
+#define _mm512_cmpge_epi32_mask(a, b) lanes::mask_of<int32_t, __mmask16>(a, b, std::greater_equal<>())
+#define _mm512_cmpge_epi64_mask(a, b) lanes::mask_of<int64_t, __mmask8>(a, b, std::greater_equal<>())
+#define _mm512_cmpgt_epi16_mask(a, b) lanes::mask_of<int16_t, __mmask32>(a, b, std::greater<>())
+#define _mm512_cmpgt_epi32_mask(a, b) lanes::mask_of<int32_t, __mmask16>(a, b, std::greater<>())
+#define _mm512_cmpgt_epi64_mask(a, b) lanes::mask_of<int64_t, __mmask8>(a, b, std::greater<>())
+#define _mm512_movepi16_mask(a) lanes::mask_of<int16_t, __mmask32>(a, a, lanes::Negative())
+#define _mm512_movepi32_mask(a) lanes::mask_of<int32_t, __mmask16>(a, a, lanes::Negative())
+#define _mm512_movepi64_mask(a) lanes::mask_of<int64_t, __mmask8>(a, a, lanes::Negative())
+#define _mm512_test_epi64_mask(a, b) lanes::mask_of<int64_t, __mmask8>(a, b, lanes::AnyBit())
+#define _mm256_test_epi8_mask(a, b) lanes::mask_of<int8_t, __mmask32>(a, b, lanes::AnyBit())
+#define _mm_test_epi8_mask(a, b) lanes::mask_of<int8_t, __mmask16>(a, b, lanes::AnyBit())
+#define _mm512_maskz_mov_epi16(mask, v) lanes::zero_unless<int16_t>(static_cast<__mmask32>(mask), v)
+#define _mm512_maskz_mov_epi32(mask, v) lanes::zero_unless<int32_t>(static_cast<__mmask16>(mask), v)
+#define _mm512_maskz_mov_epi64(mask, v) lanes::zero_unless<int64_t>(static_cast<__mmask8>(mask), v)
+#define _mm256_maskz_mov_epi8(mask, v) lanes::zero_unless<int8_t>(static_cast<__mmask32>(mask), v)
+#define _mm_maskz_mov_epi8(mask, v) lanes::zero_unless<int8_t>(static_cast<__mmask16>(mask), v)
+#define _mm512_mask_loadu_epi16(v, mask, from) lanes::load_masked<int16_t>(v, static_cast<__mmask32>(mask), from)
+#define _mm512_mask_loadu_epi32(v, mask, from) lanes::load_masked<int32_t>(v, static_cast<__mmask16>(mask), from)
+#define _mm512_mask_loadu_epi64(v, mask, from) lanes::load_masked<int64_t>(v, static_cast<__mmask8>(mask), from)
 #define _mm512_maskz_loadu_epi16(mask, from) \
-  lanes::loaded<int16_t>(lanes::zero<__m512i>(), static_cast<__mmask32>(mask), from)
+  lanes::load_masked<int16_t>(lanes::zero<__m512i>(), static_cast<__mmask32>(mask), from)
 #define _mm512_maskz_loadu_epi32(mask, from) \
-  lanes::loaded<int32_t>(lanes::zero<__m512i>(), static_cast<__mmask16>(mask), from)
+  lanes::load_masked<int32_t>(lanes::zero<__m512i>(), static_cast<__mmask16>(mask), from)
 #define _mm512_maskz_loadu_epi64(mask, from) \
-  lanes::loaded<int64_t>(lanes::zero<__m512i>(), static_cast<__mmask8>(mask), from)
-#define _mm256_mask_storeu_epi8(to, mask, v) lanes::store<int8_t>(to, static_cast<__mmask32>(mask), v)
-#define _mm_mask_storeu_epi8(to, mask, v) lanes::store<int8_t>(to, static_cast<__mmask16>(mask), v)
-#define _mm512_maskz_max_ps(mask, a, b) lanes::pairs<float, __m512>((__m512)(a), (__m512)(b), lanes::Larger())
-#define _mm512_maskz_min_ps(mask, a, b) lanes::pairs<float, __m512>((__m512)(a), (__m512)(b), lanes::Smaller())
-#define _mm512_maskz_max_pd(mask, a, b) lanes::pairs<double, __m512d>((__m512d)(a), (__m512d)(b), lanes::Larger())
-#define _mm512_maskz_min_pd(mask, a, b) lanes::pairs<double, __m512d>((__m512d)(a), (__m512d)(b), lanes::Smaller())
+  lanes::load_masked<int64_t>(lanes::zero<__m512i>(), static_cast<__mmask8>(mask), from)
+#define _mm256_mask_storeu_epi8(to, mask, v) lanes::store_masked<int8_t>(to, static_cast<__mmask32>(mask), v)
+#define _mm_mask_storeu_epi8(to, mask, v) lanes::store_masked<int8_t>(to, static_cast<__mmask16>(mask), v)
+#define _mm512_maskz_max_ps(mask, a, b) lanes::zip<float, __m512>((__m512)(a), (__m512)(b), lanes::Max())
+#define _mm512_maskz_min_ps(mask, a, b) lanes::zip<float, __m512>((__m512)(a), (__m512)(b), lanes::Min())
+#define _mm512_maskz_max_pd(mask, a, b) lanes::zip<double, __m512d>((__m512d)(a), (__m512d)(b), lanes::Max())
+#define _mm512_maskz_min_pd(mask, a, b) lanes::zip<double, __m512d>((__m512d)(a), (__m512d)(b), lanes::Min())
 #define _mm512_maskz_roundscale_ps(mask, v, mode) \
   lanes::each<float>((__m512)(v), [](unsigned, float x) { return std::nearbyint(x); })
 #define _mm512_maskz_roundscale_pd(mask, v, mode) \
@@ -182,6 +182,6 @@ struct Negative {
 #define _mm512_maskz_cvtps_pd(mask, v) lanes::to_double((__m256)(v))
 #define _mm512_maskz_cvtph_ps(mask, v) lanes::from_half(v)
 #define _mm512_maskz_cvtps_ph(mask, v, mode) lanes::to_half((__m512)(v))
-#define _mm512_set1_epi16(v) lanes::filled<int16_t>(static_cast<int16_t>(v))
-#define _mm512_set1_epi32(v) lanes::filled<int32_t>(static_cast<int32_t>(v))
-#define _mm512_set1_epi64(v) lanes::filled<int64_t>(static_cast<int64_t>(v))
+#define _mm512_set1_epi16(v) lanes::broadcast<int16_t>(static_cast<int16_t>(v))
+#define _mm512_set1_epi32(v) lanes::broadcast<int32_t>(static_cast<int32_t>(v))
+#define _mm512_set1_epi64(v) lanes::broadcast<int64_t>(static_cast<int64_t>(v))

@@ -1,0 +1,116 @@
+"""What create and restore find in a model and log or raise: layers that stay float, pruning without effect, exports."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from amct_ext.common.layer_kinds import keeps_forward
+from amct_ext.common.wrapping import unwrap
+from amct_ext.config.plan import Plan
+from amct_ext.config.text import FilterPrune, SparsePrune
+from amct_ext.config.traits import LayerTraits
+from amct_ext.errors import ConfigError
+from amct_ext.explain.reasons import layer_reasons
+from amct_ext.export.capture import list_places
+from amct_ext.export.write import try_capture
+from amct_ext.graph.trace import Graph
+from amct_ext.layers.classes import standard_class
+from amct_ext.model_surgery.lookup import planned_layers
+from amct_ext.model_surgery.session import Session
+
+logger = logging.getLogger("amct_ext")
+_SHOWN = 9  # layers named in a message
+
+
+def warn_of_left_alone(graph: Graph) -> None:
+    """Log the layers that ran and are not to be compressed, with the reason."""
+    for name, reason in graph.left_alone.items():
+        logger.warning("layer '%s' is left as it is: %s", name, reason)
+
+
+def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTraits]) -> dict[str, str]:
+    """Layers whose parameters are used without calling the layer -> why nothing can be done to them.
+
+    Those of which the caller's own ran in the forward of the copy are also warned of: the model holds them in a way
+    that no copy can follow (a global variable, a class attribute, a closure over objects).
+    """
+    foreign = {id(parameter) for parameter in graph.foreign}
+    read = {name.rpartition(".")[0] for name in graph.parameter_readers()}
+    reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
+    layers = dict(unwrap(model).named_modules())
+    uncalled = [name for name in traits if name in read and name not in graph.calls and keeps_forward(layers[name])]
+    found = dict.fromkeys(uncalled, reason)
+    for name, layer in layers.items():
+        own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        if name in traits and name not in graph.calls and own & foreign:
+            reason = "the forward runs the caller's own layer, held by something that is no attribute of the model"
+            logger.warning("layer '%s' is left float and is not trained by the copy: %s", name, reason)
+            found[name] = reason
+    return found
+
+
+def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layers that the plan compresses and a checkpoint holds as float, where only their class tells them apart.
+
+    AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
+    """
+    found = {}
+    for name in (layer.name for layer in planned_layers(plan)):
+        module = model.get_submodule(name)
+        if type(module) is standard_class(module):
+            continue
+        own = (f"{name}.weight_quant.", f"{name}.sparsity.")
+        kept = all(f"{name}.{key}" in state for key in module._parameters if module._parameters[key] is not None)
+        if kept and not any(key.startswith(own) for key in state):
+            found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
+    return found
+
+
+def check_pruned(session: Session, source: str) -> None:
+    """Raise ConfigError where pruning is asked for and no group of channels may lose any, nor a layer is 2:4 sparse."""
+    layers = session.plan.layers.values()
+    asked = [layer.name for layer in layers if isinstance(layer.prune, FilterPrune)]
+    if not asked or any(isinstance(layer.prune, SparsePrune) for layer in layers):
+        return
+    if session.channel:
+        if not any(node.prune_index for record in session.channel for node in record.producers):
+            logger.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
+        return
+    dropped = "the model fails without its channels (see the log)"
+    lines = [f"{name}: {layer_reasons(session, name).not_pruned or dropped}" for name in asked]
+    if len(lines) > _SHOWN:
+        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more (amct_ext.explain lists them)"]
+    raise ConfigError(
+        f"{source}: channel pruning is asked for, but no layer can lose channels, nothing is left to prune:\n  "
+        + "\n  ".join(lines)
+    )
+
+
+def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
+    """What there is to know of a save before the training, logged as a warning too; '' where nothing is.
+
+    The export is tried where the trace met something that exporters may not follow; a try takes longer than all else.
+    """
+    if not graph.doubts:
+        return ""
+    places = list_places(graph.doubts)
+    try:
+        try_capture(model, input_data)
+        fixed = list_places([doubt for doubt in graph.doubts if doubt.fixes])
+        if not fixed:
+            return ""
+        note = (
+            f"save may trace one forward: sizes, branches and numbers that forward takes from tensors ({fixed}) are "
+            "constants in the files then, those of input_data"
+        )
+    except Exception as error:  # whatever it is, save would meet it too
+        note = (
+            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {places}. Take it out "
+            "of forward, or save a model without it"
+        )
+    logger.warning("%s: %s", type(model).__name__, note)
+    return note

@@ -1,0 +1,1 @@
+"""Benchmarks of the integer forward: time and accuracy."""

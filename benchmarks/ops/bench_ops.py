@@ -1,0 +1,44 @@
+"""pytest-benchmark suite of the ops: `pytest benchmarks/ops/bench_ops.py`; ratios to floor and rivals in extra_info.
+
+A row stands in the file of its op's stem, in the list `ROWS`; `benchmarks/ops/report.py` tabulates the same rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from benchmarks.ops import (
+    activation_ulq,
+    calibration_search,
+    calibration_shift,
+    sparsity_weight,
+    weight_arq,
+    weight_lsq,
+)
+from benchmarks.ops.row import Row
+from benchmarks.timing import median_ms, threads
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+_STEMS = (activation_ulq, weight_arq, weight_lsq, sparsity_weight, calibration_search, calibration_shift)
+ROWS = [row for stem in _STEMS for row in stem.ROWS]
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_op(benchmark: BenchmarkFixture, row: Row, count: int) -> None:
+    """Time ours with pytest-benchmark, the floor and the rivals beside it."""
+    calls = row.calls()
+    with threads(count):
+        benchmark(calls.ours)
+        assert benchmark.stats is not None
+        ours = benchmark.stats.stats.median * 1e3
+        benchmark.group = row.name
+        benchmark.extra_info["floor"] = calls.floor_name
+        benchmark.extra_info["ratio to floor"] = round(ours / median_ms(calls.floor), 3)
+        for name, rival in (("eager", calls.eager), ("torch op", calls.torch_op), ("inductor", calls.inductor)):
+            if rival is not None:
+                benchmark.extra_info[f"{name} / ours"] = round(median_ms(rival, 0.2, 1, 20) / ours, 2)

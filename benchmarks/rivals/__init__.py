@@ -1,0 +1,1 @@
+"""Training steps and evaluations of other toolkits beside ours."""

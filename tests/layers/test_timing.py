@@ -1,0 +1,50 @@
+"""The choice between floats and integers by measurement."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.integer_forward import took_integers
+from support.single_layer import Chain, compressed
+from torch import nn
+
+import amct_ext
+from amct_ext.layers import timing
+
+
+def test_auto_measures_once_per_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressed(Chain(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
+    amct_ext.configure(model, forward="auto")
+    clock = iter(range(10**6))
+    measured: list[str] = []
+    slow = "on_integers"
+
+    def seconds(call: Callable[[], None]) -> float:
+        call()
+        measured.append(call.__name__)
+        return next(clock) * 0 + (2.0 if call.__name__ == slow else 1.0)
+
+    monkeypatch.setattr(timing, "_seconds", seconds)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(2, 4, 8, 8))
+    assert measured and amct_ext.forward_choices(model) == {"layer": "float"}
+    count = len(measured)
+    model(torch.randn(5, 4, 8, 8))
+    assert len(measured) == count
+    slow = "on_floats"
+    model(torch.randn(2, 4, 9, 8))
+    assert len(measured) == 2 * count and took_integers(model)
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(2, 4, 8, 8))
+    assert len(measured) == 3 * count and took_integers(model)
+    assert before.keys() == model.state_dict().keys()
+    chosen = amct_ext.forward_choices(model)
+    other = compressed(Chain(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
+    amct_ext.configure(other, forward=chosen)
+    other(torch.randn(2, 4, 8, 8))
+    assert amct_ext.forward_choices(other) == chosen and len(measured) == 3 * count
