@@ -15,12 +15,10 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.check import check_records
-from amct_ext.prune.discover import Discovery, discover
+from amct_ext.prune.discover import Discovery
 from amct_ext.prune.removal import Removal
-from amct_ext.prune.selection import choose
+from amct_ext.prune.selection import select_channels
 from amct_ext.record.types import ChannelRecord
-
-__all__ = ["Discovery", "apply_channels", "discover", "plan_channels"]
 
 _logger = logging.getLogger("amct_ext")
 
@@ -32,7 +30,7 @@ def plan_channels(found: Discovery, plan: Plan, model: nn.Module) -> tuple[Chann
     """
     for name, reason in found.why_not().items():
         _logger.info("%s is not pruned: %s", name, reason)
-    return tuple(group.record(choose(group, plan, model)) for group in found.prunable)
+    return tuple(group.record(select_channels(group, plan, model)) for group in found.prunable)
 
 
 def apply_channels(

@@ -54,7 +54,7 @@ class Removal:
         kind = _kind_of(module)
         self._cut(module, "weight", kind.weight_axes[1], places)
         self._cut(module, "bias", 0, places)
-        self._lower(module, kind.widths[1], len(places))
+        self._decrease(module, kind.widths[1], len(places))
 
     def _cut_input(self, module: nn.Module, places: set[int]) -> None:
         kind = _kind_of(module)
@@ -66,7 +66,7 @@ class Removal:
             # Of a transposed weight with groups too: the input channels of its groups lie one after another.
             for name in _BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
                 self._cut(module, name, kind.weight_axes[0], places)
-            self._lower(module, kind.widths[0], len(places))
+            self._decrease(module, kind.widths[0], len(places))
 
     def _cut_depthwise(self, module: nn.Module, places: set[int], transposed: bool) -> None:
         channels: Any = module.in_channels
@@ -76,9 +76,9 @@ class Removal:
         # A transposed weight is (in, multiplier, ...), a plain one (in * multiplier, 1, ...).
         self._cut(module, "weight", 0, places if transposed else own)
         self._cut(module, "bias", 0, own)
-        self._lower(module, "in_channels", len(places))
-        self._lower(module, "groups", len(places))
-        self._lower(module, "out_channels", len(own))
+        self._decrease(module, "in_channels", len(places))
+        self._decrease(module, "groups", len(places))
+        self._decrease(module, "out_channels", len(own))
 
     def _cut_convolution_input(self, module: nn.Module, places: set[int]) -> None:
         weight: Any = module.weight
@@ -90,7 +90,7 @@ class Removal:
             inside = {place - block * per_block for place in places if place // per_block == block}
             blocks.append(_without(weight.detach()[block * outputs : (block + 1) * outputs], 1, inside))
         self._replace(module, "weight", _like(weight, torch.cat(blocks)))
-        self._lower(module, "in_channels", len(places))
+        self._decrease(module, "in_channels", len(places))
 
     def _cut(self, module: nn.Module, name: str, axis: int, places: set[int]) -> None:
         tensor = getattr(module, name, None)
@@ -102,7 +102,7 @@ class Removal:
         self._undo.append((holder, name, holder[name]))
         holder[name] = tensor
 
-    def _lower(self, module: nn.Module, attribute: str, by: int) -> None:
+    def _decrease(self, module: nn.Module, attribute: str, by: int) -> None:
         self._undo.append((vars(module), attribute, vars(module)[attribute]))
         vars(module)[attribute] -= by
 

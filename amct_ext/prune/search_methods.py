@@ -178,15 +178,13 @@ class GreedySearch(SearchChannelBase):
         compress_ratio, ascend, most = prune_config
         groups = [read_group(record) for record in search_records]
         scores = [read_scores(record, group) for record, group in zip(search_records, groups, strict=True)]
-        strangers = [name for name, entry in graph_info.items() if "work" not in entry]
-        if strangers:
-            raise ValueError(
-                f"graph_info of '{strangers[0]}' has no 'work': it is not that of auto_channel_prune_search"
-            )
+        foreign = [name for name, entry in graph_info.items() if "work" not in entry]
+        if foreign:
+            raise ValueError(f"graph_info of '{foreign[0]}' has no 'work': it is not that of auto_channel_prune_search")
         cost = Cost({name: entry["work"] for name, entry in graph_info.items()}, groups)
         removed = _greedy(groups, scores, [removable(group, ascend, most) for group in groups], cost, compress_ratio)
         return {
-            member.name: _kept(group, values, count)
+            member.name: _keep_mask(group, values, count)
             for group, values, count in zip(groups, scores, removed, strict=True)
             for member in group.producers
         }
@@ -199,45 +197,45 @@ def _greedy(
     cost: Cost,
     compress_ratio: float,
 ) -> list[int]:
-    suffering = [_suffering(*each) for each in zip(groups, scores, counts, strict=True)]
+    lost = [_sensitivity_lost(*each) for each in zip(groups, scores, counts, strict=True)]
     stage = [0] * len(groups)  # places in counts
     removed = [0] * len(groups)
     present = cost(removed)
-    offers: dict[int, tuple[float, int]] = {}  # group -> price and gain of its next step
+    candidates: dict[int, tuple[float, int]] = {}  # group -> its next step: cost per saved operation, operations saved
     stale = set(range(len(groups)))
     while present * compress_ratio > cost.original:
         for index in stale:
-            offers.pop(index, None)
+            candidates.pop(index, None)
             if stage[index] + 1 == len(counts[index]):
                 continue
-            further = [*removed]
-            further[index] = counts[index][stage[index] + 1]
-            saved = cost.touched(removed, index) - cost.touched(further, index)
+            next_counts = [*removed]
+            next_counts[index] = counts[index][stage[index] + 1]
+            saved = cost.touched(removed, index) - cost.touched(next_counts, index)
             if saved > 0:
-                loss = suffering[index][stage[index] + 1] - suffering[index][stage[index]]
-                offers[index] = (loss / saved, saved)
-        if not offers:
+                loss = lost[index][stage[index] + 1] - lost[index][stage[index]]
+                candidates[index] = (loss / saved, saved)
+        if not candidates:
             _log.warning(
                 "compress_ratio %g cannot be reached, %.4g is the most that can go", compress_ratio,
                 cost.original / max(present, 1),
             )  # fmt: skip
             break
-        best = min(offers, key=lambda index: (offers[index][0], index))
-        present -= offers[best][1]
+        best = min(candidates, key=lambda index: (candidates[index][0], index))
+        present -= candidates[best][1]
         stage[best] += 1
         removed[best] = counts[best][stage[best]]
         stale = cost.related(best)
     return removed
 
 
-def _suffering(group: ChannelGroup, scores: Tensor, counts: Sequence[int]) -> list[float]:
+def _sensitivity_lost(group: ChannelGroup, scores: Tensor, counts: Sequence[int]) -> list[float]:
     """The score lost at each of the counts, the least important channels of each block going first."""
     blocks = group.blocks or 1
     ordered = scores.double().reshape(blocks, -1).sort(dim=1).values.cumsum(1).sum(0)
     return [0.0 if count == 0 else float(ordered[count // blocks - 1]) for count in counts]
 
 
-def _kept(group: ChannelGroup, scores: Tensor, count: int) -> list[int]:
+def _keep_mask(group: ChannelGroup, scores: Tensor, count: int) -> list[int]:
     blocks = group.blocks or 1
     kept = torch.ones(blocks, group.count // blocks, dtype=torch.int64)
     order = scores.reshape(blocks, -1).argsort(dim=1, stable=True)

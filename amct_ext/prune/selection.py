@@ -53,7 +53,7 @@ def least_important(scores: torch.Tensor, ratio: float, ascend_optimized: bool, 
     return tuple(sorted(places.flatten().tolist()))
 
 
-def choose(group: ChannelGroup, plan: Plan, model: nn.Module) -> tuple[int, ...]:
+def select_channels(group: ChannelGroup, plan: Plan, model: nn.Module) -> tuple[int, ...]:
     """The channels of a group that go: the producers' smallest ratio counts, and rounding if any asks for it."""
     weights = []
     settings = []

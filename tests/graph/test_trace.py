@@ -246,3 +246,27 @@ def test_a_single_layer_is_no_model():
 def test_lazy_layers_need_a_forward_first():
     with pytest.raises(ModelError, match="run the model once"):
         trace(nn.Sequential(nn.LazyLinear(3)), torch.zeros(1, 3))
+
+
+def test_layers_with_a_common_input_come_in_execution_order():
+    def forward(m, x):
+        x = m.stem(x)
+        return m.early(x.clone()) + m.late(x) + m.alone(x + 1)
+
+    net = Net(forward, stem=conv(), late=conv(4), early=conv(4), alone=conv(4))
+    assert trace(net, image()).shared_inputs() == [("early", "late")]
+
+
+def test_conv_bn_pairs_need_a_reader_and_a_batch_norm_of_their_own():
+    def forward(m, x):
+        good = m.bn1(m.c1(x))
+        read_twice = m.c2(x)
+        twice = m.bn3(m.c3(x)) + m.bn3(m.c4(x))
+        out = m.c5(x)
+        return good + m.bn2(read_twice) + read_twice + twice + m.bn5(out), out
+
+    layers = {f"c{i}": conv() for i in range(1, 6)} | {f"bn{i}": nn.BatchNorm2d(4) for i in (1, 2, 3, 5)}
+    assert trace(Net(forward, **layers), image()).conv_bn() == {"c1": "bn1"}
+
+
+# Against the reference

@@ -1,4 +1,4 @@
-"""What layers can take, which of them share an input, which convolution a BatchNorm belongs to."""
+"""What layers can take, and why they cannot."""
 
 from __future__ import annotations
 
@@ -120,30 +120,6 @@ def test_the_fast_path_of_a_transformer_layer_hides_no_layer():
 
 
 # Pairs and groups
-
-
-def test_layers_with_a_common_input_come_in_execution_order():
-    def forward(m, x):
-        x = m.stem(x)
-        return m.early(x.clone()) + m.late(x) + m.alone(x + 1)
-
-    net = Net(forward, stem=conv(), late=conv(4), early=conv(4), alone=conv(4))
-    assert trace(net, image()).shared_inputs() == [("early", "late")]
-
-
-def test_conv_bn_pairs_need_a_reader_and_a_batch_norm_of_their_own():
-    def forward(m, x):
-        good = m.bn1(m.c1(x))
-        read_twice = m.c2(x)
-        twice = m.bn3(m.c3(x)) + m.bn3(m.c4(x))
-        out = m.c5(x)
-        return good + m.bn2(read_twice) + read_twice + twice + m.bn5(out), out
-
-    layers = {f"c{i}": conv() for i in range(1, 6)} | {f"bn{i}": nn.BatchNorm2d(4) for i in (1, 2, 3, 5)}
-    assert trace(Net(forward, **layers), image()).conv_bn() == {"c1": "bn1"}
-
-
-# Against the reference
 
 
 def test_eligible_layers_are_those_the_reference_wrapped(golden):

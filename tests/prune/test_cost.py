@@ -1,4 +1,4 @@
-"""Cost of a model with channels gone, and the built-in methods of the ratio search, against their definitions."""
+"""Cost of a model with channels gone, against its definition."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext.config.plan import resolve
-from amct_ext.config.text import FilterPrune, RetrainConfig, parse_config
+from amct_ext.config.text import parse_config
 from amct_ext.graph.trace import trace
-from amct_ext.prune.channels import discover
 from amct_ext.prune.cost import Cost, layer_work, layer_works
-from amct_ext.prune.groups import ChannelGroup, Member
-from amct_ext.prune.search_space import SearchGraph, graph_info, read_scores, search_records, write_scores
+from amct_ext.prune.discover import discover
 
 
 def test_cost_counts_multiplications_on_real_feature_maps() -> None:
@@ -69,55 +67,3 @@ def test_cost_of_removed_channels_is_that_of_the_pruned_model(tmp_path: Path, bu
     layers = [name for name in after.calls if isinstance(present[name], (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
     expected = sum(layer_work(present[name], after.calls[name]).bit_operations() for name in layers)
     assert cost(removed) == expected
-
-
-def test_taylor_by_hand() -> None:
-    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
-        model[1].weight.copy_(torch.tensor([[0.5, 2.0]]))
-    group = ChannelGroup(2, [Member("0", "MatMul")], [Member("1", "MatMul")])
-    records = search_records([group])
-    measure = amct_ext.TaylorLossSensitivity()
-    measure.setup_initialization(
-        (SearchGraph(model, ()), {}), [torch.tensor([[1.0, 3.0]]), torch.tensor([[-100.0]])], 1
-    )
-    measure.get_sensitivity(records)
-    # The loss grows with the output, so the gradient of w[c, i] is out_weight[c] * x[i].
-    torch.testing.assert_close(read_scores(records[0], group), torch.tensor([0.5 * (1 + 6), 2.0 * (3 + 3)]))
-
-
-def test_greedy_equals_its_definition() -> None:
-    """Each step is the cheapest of all groups at the present widths, searched naively."""
-    model = wide()
-    graph = trace(model, small.SAMPLE)
-    config = RetrainConfig(prune=FilterPrune(0.5, False))
-    found = list(discover(graph, resolve(config, graph.traits(model)), model).prunable)
-    works = layer_works(graph, model)
-    cost = Cost(works, found)
-    records, scores = search_records(found), []
-    for record, group in zip(records, found, strict=True):
-        scores.append(torch.rand(group.count))
-        write_scores(record, scores[-1])
-    removed = [0] * len(found)
-    while cost.original / cost(removed) < 1.5:
-        steps = []
-        for index, group in enumerate(found):
-            blocks = group.blocks or 1
-            further = [*removed]
-            further[index] += blocks
-            if further[index] < group.count:
-                rows = scores[index].reshape(blocks, -1).sort(1).values
-                loss = rows[:, removed[index] // blocks].double().sum().item()
-                steps.append((loss / (cost(removed) - cost(further)), further))
-        removed = min(steps)[1]
-    kept = amct_ext.GreedySearch().channel_prune_search(graph_info(works), records, (1.5, False, 1.0))
-    for group, values, count in zip(found, scores, removed, strict=True):
-        blocks = group.blocks or 1
-        for member in group.producers:
-            flags = torch.tensor(kept[member.name]).reshape(blocks, -1)
-            assert (flags == 0).sum(1).tolist() == [count // blocks] * blocks
-            rows = values.reshape(blocks, -1)
-            assert rows[flags == 0].numel() == 0 or all(
-                row[flag == 0].max() <= row[flag == 1].min() for row, flag in zip(rows, flags, strict=True)
-            )

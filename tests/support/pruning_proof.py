@@ -15,7 +15,8 @@ from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.run import tensors_in
 from amct_ext.graph.trace import Graph, trace
-from amct_ext.prune.channels import apply_channels, discover, plan_channels
+from amct_ext.prune.channels import apply_channels, plan_channels
+from amct_ext.prune.discover import discover
 from amct_ext.record.types import ChannelRecord
 
 
