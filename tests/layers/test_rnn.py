@@ -217,7 +217,7 @@ def test_shared_input_keeps_own_clips(tmp_path: Path, kind: str) -> None:
 @every_kind
 @every_setting
 def test_restore_is_exact(tmp_path: Path, kind: str, setting: str) -> None:
-    """Training restored half way equals training in one go; so do the reference's names, and a fresh model."""
+    """Training restored half way equals training in one go; so do AMCT's names, and a fresh model."""
     job = Job(tmp_path, kind, setting)
     whole = job.create()
     if setting != "two_batches":  # AMCT's file does not hold the data of an unfinished calibration
