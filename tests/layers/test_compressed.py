@@ -287,7 +287,7 @@ def evaluate_plain(model: nn.Module) -> torch.Tensor:
 
 
 def test_circular_padding_is_honoured(tmp_path: Path) -> None:
-    """2:4 keeps the padding mode (the reference pads with zeros); quantisation leaves the layer float and says why."""
+    """2:4 keeps the padding mode (AMCT pads with zeros); quantisation leaves the layer float and says why."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
