@@ -19,7 +19,7 @@ from amct_ext.export.flat_call import flat_call
 from amct_ext.export.precision import widen
 from amct_ext.export.safe_names import make_names_safe, restore_names
 from amct_ext.export.traced import LayerValues, trace_to_onnx
-from amct_ext.graph.doubts import Doubt
+from amct_ext.graph.export_risks import Doubt
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import trace
 

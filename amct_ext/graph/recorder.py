@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
-from amct_ext.graph.doubts import Doubt, export_problem
+from amct_ext.graph.export_risks import Doubt, export_problem
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.onnx_names import NodeNames
-from amct_ext.graph.reads import HostReads, caller
+from amct_ext.graph.host_reads import HostReads, caller
 from amct_ext.graph.run import tensors_in, undisturbed
 from amct_ext.graph.tensor_values import TensorValues
 from amct_ext.graph.values import Node, Value, value_of

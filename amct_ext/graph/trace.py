@@ -10,7 +10,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
-from amct_ext.graph.doubts import Doubt
+from amct_ext.graph.export_risks import Doubt
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
 from amct_ext.graph.recorder import record
