@@ -19,7 +19,7 @@ from amct_ext.export.flat_call import flat_call
 from amct_ext.export.precision import widen
 from amct_ext.export.safe_names import make_names_safe, restore_names
 from amct_ext.export.traced import LayerValues, trace_to_onnx
-from amct_ext.graph.export_risks import Doubt
+from amct_ext.graph.export_risks import ExportRisk
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import trace
 
@@ -107,7 +107,7 @@ def trace_note(captured: Captured, model: torch.nn.Module, inputs: Inputs, names
     """For the user: what a trace fixed and where, '' where there was none. `names`: those of the inputs."""
     if not captured.why_traced:
         return ""
-    places = list_places(trace(model, inputs).doubts)
+    places = list_places(trace(model, inputs).export_risks)
     where, reason = f" ({places})" if places else "", captured.why_traced.splitlines()[0]
     left = {value.name for value in captured.model.graph.inputs}
     lost = [name for name in names if name not in left]
@@ -120,9 +120,9 @@ def trace_note(captured: Captured, model: torch.nn.Module, inputs: Inputs, names
     )
 
 
-def list_places(doubts: Sequence[Doubt]) -> str:
+def list_places(export_risks: Sequence[ExportRisk]) -> str:
     """The first of them, for a message."""
-    places = list(dict.fromkeys(map(str, doubts)))
+    places = list(dict.fromkeys(map(str, export_risks)))
     more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
     return "; ".join(places[:_SHOWN]) + more
 

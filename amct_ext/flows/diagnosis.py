@@ -95,12 +95,12 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
 
     The export is tried where the trace met something that exporters may not follow; a try takes longer than all else.
     """
-    if not graph.doubts:
+    if not graph.export_risks:
         return ""
-    places = list_places(graph.doubts)
+    places = list_places(graph.export_risks)
     try:
         try_capture(model, input_data)
-        fixed = list_places([doubt for doubt in graph.doubts if doubt.fixes])
+        fixed = list_places([risk for risk in graph.export_risks if risk.specializes])
         if not fixed:
             return ""
         note = (

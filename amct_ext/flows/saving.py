@@ -19,7 +19,7 @@ from amct_ext.export import write
 from amct_ext.export.axes import check_axes
 from amct_ext.export.precision import precision_of, widened
 from amct_ext.graph.inputs import Inputs, parse_inputs
-from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.model_surgery.hooks import detach
 from amct_ext.model_surgery.lookup import compressed_layers, placed_layers
 from amct_ext.model_surgery.recording import check_record
@@ -112,7 +112,7 @@ def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
 
 def _evaluation(model: nn.Module, inputs: Inputs) -> object:
     """What the model returns in eval mode and its own precision, whatever is switched on around it."""
-    with undisturbed(model), torch.no_grad(), precision_of(model):
+    with preserved_state(model), torch.no_grad(), precision_of(model):
         try:
             return inputs.copied().call(model)
         except Exception as error:

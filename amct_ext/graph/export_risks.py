@@ -14,7 +14,7 @@ _OPERATOR = "operator "
 
 
 @dataclasses.dataclass(frozen=True)
-class Doubt:
+class ExportRisk:
     """A place in a forward: what stands there, `file:line`, and the module that runs."""
 
     what: str
@@ -22,7 +22,7 @@ class Doubt:
     module: str
 
     @property
-    def fixes(self) -> bool:
+    def specializes(self) -> bool:
         """Whether a trace would keep what it saw; an unknown operator is followed or not."""
         return not self.what.startswith(_OPERATOR)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from amct_ext.errors import InputDataError
-from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.graph.run import preserved_state, tensors_in
 
 _BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -140,7 +140,7 @@ def _listed(model: nn.Module, values: list[Any]) -> Inputs:
     if not _binds(signature, values):
         return several
     try:
-        with undisturbed(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             one.copied().call(model)
     except Exception:
         return several

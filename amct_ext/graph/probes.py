@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from amct_ext.common.layer_kinds import QUANTIZABLE, keeps_forward
 from amct_ext.common.references import copy_model
 from amct_ext.graph.inputs import Inputs
-from amct_ext.graph.run import preserved_random_state, tensors_in, undisturbed
+from amct_ext.graph.run import preserved_random_state, preserved_state, tensors_in
 from amct_ext.graph.values import Node
 
 Calls = Mapping[str, list[Node]]
@@ -77,9 +77,9 @@ def confirmed_unread(model: nn.Module, inputs: Inputs, unread: Collection[str]) 
     if not unread:
         return frozenset()
     try:
-        with undisturbed(model):
+        with preserved_state(model):
             plain = list(tensors_in(inputs.copied().call(model)))
-        with undisturbed(model), _returning_nan(model, unread):
+        with preserved_state(model), _returning_nan(model, unread):
             other = list(tensors_in(inputs.copied().call(model)))
     except Exception:
         return frozenset()

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
-from amct_ext.graph.export_risks import Doubt, export_problem
+from amct_ext.graph.export_risks import ExportRisk, export_problem
+from amct_ext.graph.host_reads import HostReads, caller
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.onnx_names import NodeNames
-from amct_ext.graph.host_reads import HostReads, caller
-from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.graph.tensor_values import TensorValues
 from amct_ext.graph.values import Node, Value, value_of
 
@@ -31,8 +31,8 @@ _SAME_VALUE = {"detach", "alias", "clone", "lift", "lift_fresh", "lift_fresh_cop
 class Recording:
     """Nodes in execution order, the values that went in and came out, and the calls of each layer by name.
 
-    `doubts` are the places that an exporter may not be able to follow, each with what stands there; `written` are the
-    parameters (qualified names) that the forward wrote into, or put another one in the place of.
+    `export_risks` are the places that an exporter may not be able to follow, each with what stands there. `written` are
+    the parameters (qualified names) that the forward wrote into, or put another one in the place of.
     """
 
     nodes: list[Node]
@@ -40,7 +40,7 @@ class Recording:
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
     foreign: list[nn.Parameter]  # parameters that an op read and that are none of the model's
-    doubts: tuple[Doubt, ...]
+    export_risks: tuple[ExportRisk, ...]
     written: frozenset[str]
 
 
@@ -53,7 +53,7 @@ def record(model: nn.Module, input_data: Any) -> Recording:
             raise ModelError(f"{name} has no shape yet (lazy module): run the model once first")
     inputs = parse_inputs(model, input_data).copied()
     recorder = _Recorder(model, inputs)
-    with undisturbed(model), torch.no_grad(), recorder.hooked(), HostReads(recorder.note_read), recorder:
+    with preserved_state(model), torch.no_grad(), recorder.hooked(), HostReads(recorder.note_read), recorder:
         try:
             output = inputs.call(model)
         except Exception as error:
@@ -91,7 +91,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.doubts: dict[Doubt, None] = {}
+        self.export_risks: dict[ExportRisk, None] = {}
         self.calls: dict[str, list[Node]] = {}
         self._model = model
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -112,29 +112,29 @@ class _Recorder(TorchDispatchMode):
         present = dict(self._model.named_parameters())
         exchanged = {name for name, parameter in self._parameters.items() if present.get(name) is not parameter}
         for name in sorted(exchanged):
-            self.doubts[Doubt(f"another parameter put in the place of '{name}'", "", "")] = None
+            self.export_risks[ExportRisk(f"another parameter put in the place of '{name}'", "", "")] = None
         written = {name for name, value in self._parameters.items() if self._values.lookup(value).kind == "computed"}
-        doubts = tuple(self.doubts)
+        export_risks = tuple(self.export_risks)
         return Recording(
             self._log.nodes,
             self.inputs,
             outputs,
             self.calls,
             self._values.foreign,
-            doubts,
+            export_risks,
             frozenset(written | exchanged),
         )
 
     def note_read(self, tensor: torch.Tensor, how: str) -> None:
         """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
         if not self._layers and self._values.lookup(tensor).depends_on_input():
-            self._doubt(f"{how.strip('_')}() of a tensor")
+            self._note_risk(f"{how.strip('_')}() of a tensor")
             if how in ("numpy", "__array__"):  # its memory is handed out, and no op tells of what is written there
                 self._values.overwrite(tensor, self._log.relate("host_memory", (self._values.lookup(tensor),), tensor))
 
-    def _doubt(self, what: str) -> None:
+    def _note_risk(self, what: str) -> None:
         module = next((scope for scope in reversed(self._log.scopes) if scope), "")
-        self.doubts[Doubt(what, caller(), module)] = None
+        self.export_risks[ExportRisk(what, caller(), module)] = None
 
     # Modules
 
@@ -217,7 +217,7 @@ class _Recorder(TorchDispatchMode):
         if any(value.depends_on_input() for value in inputs):
             problem = export_problem(func, inputs)
             if problem:
-                self._doubt(problem)
+                self._note_risk(problem)
         pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
         self._log.add_op(op, inputs, outputs, named, pointwise)
         for tensor, value in zip(results, outputs, strict=True):

@@ -12,7 +12,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
+def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Eval (or train) mode for a while; each module's mode, the buffers and the random state come back exactly."""
     # A scripted module writes to its buffers, but never puts another one in the place.
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
-from amct_ext.graph.export_risks import Doubt
+from amct_ext.graph.export_risks import ExportRisk
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
 from amct_ext.graph.recorder import record
@@ -31,7 +31,7 @@ class Graph:
 
     `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not
     run in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that
-    are none of the model's. `doubts`: the places that make it worth while to try an export.
+    are none of the model's. `export_risks`: the places that make it worth while to try an export.
     """
 
     nodes: list[Node]
@@ -40,7 +40,7 @@ class Graph:
     calls: dict[str, list[Node]]
     left_alone: Mapping[str, str] = field(default_factory=dict)
     foreign: list[nn.Parameter] = field(default_factory=list)
-    doubts: tuple[Doubt, ...] = ()
+    export_risks: tuple[ExportRisk, ...] = ()
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
@@ -119,7 +119,7 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
         recording.outputs,
         recording.calls,
         foreign=recording.foreign,
-        doubts=recording.doubts,
+        export_risks=recording.export_risks,
     )
     inputs = parse_inputs(model, input_data)
     read = [model.get_parameter(name) for name in graph.parameter_readers()]

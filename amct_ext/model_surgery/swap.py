@@ -13,7 +13,7 @@ from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import SparsePrune
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
-from amct_ext.graph.run import undisturbed
+from amct_ext.graph.run import preserved_state
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
@@ -74,7 +74,7 @@ def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dic
     handles = [nn.Module.register_forward_pre_hook(layer, lambda module, _: ran.add(id(module))) for layer in twins]
     replace_modules(model, twins)
     try:
-        with undisturbed(model), torch.no_grad():
+        with preserved_state(model), torch.no_grad():
             inputs.copied().call(model)
     except Exception as error:  # the model ran before: something in it tells a twin from the layer
         logger.debug("no forward with twins of the layers: %s", error)

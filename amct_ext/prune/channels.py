@@ -12,7 +12,7 @@ from torch import nn
 from amct_ext.config.plan import Plan
 from amct_ext.errors import RecordError
 from amct_ext.graph.inputs import parse_inputs
-from amct_ext.graph.run import tensors_in, undisturbed
+from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discover import Discovery
@@ -125,5 +125,5 @@ class _Trial:
         return ""
 
     def _run(self, training: bool) -> list[int]:
-        with undisturbed(self._model, training), torch.no_grad():
+        with preserved_state(self._model, training), torch.no_grad():
             return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]

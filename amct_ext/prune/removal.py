@@ -69,9 +69,7 @@ class Removal:
             self._decrease(module, kind.widths[0], len(places))
 
     def _cut_depthwise(self, module: nn.Module, places: set[int], transposed: bool) -> None:
-        channels: Any = module.in_channels
-        outputs: Any = module.out_channels
-        multiplier = outputs // channels
+        multiplier = int(getattr(module, "out_channels", 0)) // int(getattr(module, "in_channels", 1))
         own = {place * multiplier + copy for place in places for copy in range(multiplier)}
         # A transposed weight is (in, multiplier, ...), a plain one (in * multiplier, 1, ...).
         self._cut(module, "weight", 0, places if transposed else own)
@@ -81,8 +79,7 @@ class Removal:
         self._decrease(module, "out_channels", len(own))
 
     def _cut_convolution_input(self, module: nn.Module, places: set[int]) -> None:
-        weight: Any = module.weight
-        groups: Any = module.groups
+        weight, groups = module.get_parameter("weight"), int(getattr(module, "groups", 1))
         per_block = weight.shape[1]
         outputs = weight.shape[0] // groups
         blocks = []
