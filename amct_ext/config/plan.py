@@ -50,10 +50,10 @@ class Plan:
 
     batch_num: int
     layers: dict[str, LayerPlan]
-    fp16: bool
-    write_shift_bit: bool
-    quant_active: bool
-    prune_active: bool
+    fp16: bool = False
+    write_shift_bit: bool = False
+    quant_active: bool = False
+    prune_active: bool = False
 
 
 def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
@@ -74,7 +74,12 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
         raise ConfigError(f"{config.places.source}: every layer is skipped, nothing is left to compress")
     notes.log(config.places.source)
     return Plan(
-        config.batch_num, layers, config.fp16, config.write_shift_bit, quant_active(config), prune_active(config)
+        config.batch_num,
+        layers,
+        fp16=config.fp16,
+        write_shift_bit=config.write_shift_bit,
+        quant_active=quant_active(config),
+        prune_active=prune_active(config),
     )
 
 

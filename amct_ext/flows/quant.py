@@ -136,7 +136,8 @@ def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
     """Raise StaleStateError (a RuntimeError) where the plan a model was made by is not the one its file asks for."""
     differences = [
         f"{name} is {getattr(asked, name)} in the file and {getattr(made, name)} in the model"
-        for name in ("batch_num", "fp16", "write_shift_bit")
+        for name in (item.name for item in fields(Plan))
+        if name not in ("layers", "quant_active", "prune_active")  # layers: below; the rest follow from them
         if getattr(asked, name) != getattr(made, name)
     ]
     for name in dict.fromkeys([*made.layers, *asked.layers]):
