@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.single_layer import SAMPLES
 from torch import nn
 
-from amct_ext.common.layer_kinds import LAYER_KINDS, LayerKind, kind_named, kind_of
+from amct_ext.common.layer_kinds import LAYER_KINDS, QUANTIZABLE, LayerKind, kind_named, kind_of
+from amct_ext.layers.classes import standard_class
 
 SIZES = {"RNN": (4, 6), "LSTM": (4, 6), "GRU": (4, 6), "Linear": (4, 6)}
 
@@ -30,3 +32,8 @@ def test_widths_and_axes_are_those_of_the_class(kind: LayerKind) -> None:
 def test_other_modules_are_of_no_kind() -> None:
     assert kind_of(nn.Embedding(3, 4)) is None
     assert kind_named("relu") is None
+
+
+def test_every_quantised_type_has_a_compressed_class_and_a_sample() -> None:
+    assert {kind.name for kind in LAYER_KINDS if standard_class(example(kind)) is not None} == set(QUANTIZABLE)
+    assert {sample.cls.__name__ for sample in SAMPLES.values()} == set(QUANTIZABLE)

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import small_models as small
+from support.single_layer import SAMPLES, STATES
 from torch import Tensor, nn
 
 import amct_ext
-
-States = (torch.full((1, 2, 8), 3.0), torch.zeros(1, 2, 8))
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = {
-    "Conv1d": (lambda: nn.Conv1d(8, 8, 3), (2, 8, 9), (), {}),
-    "Conv2d": (lambda: nn.Conv2d(8, 8, 3), (2, 8, 6, 6), (), {}),
-    "Conv3d": (lambda: nn.Conv3d(8, 8, 3), (2, 8, 4, 4, 4), (), {}),
-    "Linear": (lambda: nn.Linear(8, 8), (4, 8), (), {}),
-    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(8, 8, 3, 2), (2, 8, 5), ([12],), {"output_size": [12]}),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(8, 8, 3, 2), (2, 8, 5, 5), ([12, 11],), {"output_size": [12, 11]}),
-    "LSTM": (lambda: nn.LSTM(8, 8), (5, 2, 8), (States,), {"hx": States}),
-    "GRU": (lambda: nn.GRU(8, 8), (5, 2, 8), (States[0],), {"hx": States[0]}),
-}
 
 
 class Net(nn.Module):
@@ -42,12 +30,12 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("forward", ["float", "integer"])
 @pytest.mark.parametrize("config", ["quant", "sparse_quant"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SAMPLES)
 def test_calls(tmp_path: Path, case: str, config: str, forward: Any) -> None:
-    make, shape, args, keywords = CASES[case]
+    sample = SAMPLES[case]
     (tmp_path / "c.cfg").write_text(small.CONFIGS[config])
-    x = torch.randn(shape)
-    net = Net(make(), args, keywords)
+    x = torch.randn(sample.shape)
+    net = Net(sample.build(), sample.rest, sample.keywords)
     model = amct_ext.create_compressed_retrain_model(net, x, str(tmp_path / "c.cfg"), str(tmp_path / "r.txt"))
     amct_ext.configure(model, forward=forward)
     assert "act_quant.clip_max" in model.layer.state_dict()
@@ -57,7 +45,7 @@ def test_calls(tmp_path: Path, case: str, config: str, forward: Any) -> None:
     assert torch.equal(model(x)[0], by_name)
     assert by_name.shape == net(x)[0].shape
     if case in ("LSTM", "GRU"):  # the range is that of the input, not of the state, which came first
-        assert model.layer.act_quant.clip_max < States[0].max() + 1 and x.max() > model.layer.act_quant.clip_max * 0.5
+        assert model.layer.act_quant.clip_max < STATES[0].max() + 1 and x.max() > model.layer.act_quant.clip_max * 0.5
     for wrong in (lambda: model.layer(x, None, None), lambda: model.layer(inputs=x), lambda: model.layer()):
         with pytest.raises(TypeError):
             wrong()

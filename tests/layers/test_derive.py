@@ -12,21 +12,11 @@ from typing import Any
 import pytest
 import torch
 from support import small_models as small
+from support.single_layer import SAMPLES
 from torch import Tensor, nn
 
 import amct_ext
 from amct_ext.flows.saving import to_plain_model
-
-KINDS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = {
-    "Conv1d": (nn.Conv1d, (8, 8, 3), (2, 8, 9)),
-    "Conv2d": (nn.Conv2d, (8, 8, 3), (2, 8, 6, 6)),
-    "Conv3d": (nn.Conv3d, (8, 8, 3), (2, 8, 4, 4, 4)),
-    "Linear": (nn.Linear, (8, 8), (4, 8)),
-    "ConvTranspose1d": (nn.ConvTranspose1d, (8, 8, 3), (2, 8, 6)),
-    "ConvTranspose2d": (nn.ConvTranspose2d, (8, 8, 3), (2, 8, 5, 5)),
-    "LSTM": (nn.LSTM, (8, 8), (5, 2, 8)),
-    "GRU": (nn.GRU, (8, 8), (5, 2, 8)),
-}
 
 
 class Members:
@@ -60,8 +50,8 @@ class Members:
 
 
 # In the module, where pickle looks for them.
-for _name, (_parent, _, _) in KINDS.items():
-    globals()[f"My{_name}"] = type(f"My{_name}", (Members, _parent), {"__module__": __name__})
+for _name, _sample in SAMPLES.items():
+    globals()[f"My{_name}"] = type(f"My{_name}", (Members, _sample.cls), {"__module__": __name__})
 
 
 class Net(nn.Module):
@@ -90,17 +80,17 @@ class Job:
         return amct_ext.restore_compressed_retrain_model(net, x, self.config, self.record, str(self.folder / "s.pth"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAMPLES)
 def test_members_copies_and_state(tmp_path: Path, kind: str) -> None:
-    parent, args, shape = KINDS[kind]
+    sample = SAMPLES[kind]
     user = globals()[f"My{kind}"]
-    x = torch.randn(shape)
-    net, job = Net(user(*args), shape[-1]), Job(tmp_path, small.QUANT)
+    x = torch.randn(sample.shape)
+    net, job = Net(user(*sample.arguments), sample.shape[-1]), Job(tmp_path, small.QUANT)
     model = job.create(net, x)
     model.train()(x)
     want = model.eval()(x)
     layer = model.layer
-    assert isinstance(layer, user) and isinstance(layer, parent) and type(layer) is not user
+    assert isinstance(layer, user) and isinstance(layer, sample.cls) and type(layer) is not user
     assert "act_quant.clip_max" in layer.state_dict()
     assert layer.penalty() > 0 and "mine" in repr(model) and user.__name__ in repr(model)
     file = io.BytesIO()

@@ -14,7 +14,7 @@ import torch
 from support import rnn_job
 from support import small_models as small
 from support.plain_rules import PlainOps
-from support.single_layer import LAYERS, Chain, compressed
+from support.single_layer import LAYERS, Chain, can_be_sparse, compressed
 from torch import Tensor, nn
 
 import amct_ext
@@ -38,13 +38,11 @@ CALLS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-# 2:4 sparsity is for the others.
-DENSE = ("conv1d", "conv3d", "transposed", "depthwise")
 PAIRS = [
     (kind, config)
     for kind in LAYERS
     for config in ("quant", "learned", "sparse_quant", "sparse_learned", "sparse")
-    if "sparse" not in config or kind not in DENSE
+    if "sparse" not in config or can_be_sparse(kind)
 ]
 
 

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from support import small_models as small
 from torch import Tensor, nn
 
 import amct_ext
+from amct_ext.common.layer_kinds import kind_of
 
+
+@dataclass(frozen=True)
+class Sample:
+    """A layer of 8 channels, a shape of its input, and the rest of a call, by place and by keyword."""
+
+    cls: type[nn.Module]
+    arguments: tuple[int, ...]
+    shape: tuple[int, ...]
+    rest: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        return self.cls(*self.arguments)
+
+
+STATES = (torch.full((1, 2, 8), 3.0), torch.zeros(1, 2, 8))
+# One for each layer type that is quantised; tests/common/test_layer_kinds.py says where one is missing.
+SAMPLES = {
+    "Conv1d": Sample(nn.Conv1d, (8, 8, 3), (2, 8, 9)),
+    "Conv2d": Sample(nn.Conv2d, (8, 8, 3), (2, 8, 6, 6)),
+    "Conv3d": Sample(nn.Conv3d, (8, 8, 3), (2, 8, 4, 4, 4)),
+    "Linear": Sample(nn.Linear, (8, 8), (4, 8)),
+    "ConvTranspose1d": Sample(nn.ConvTranspose1d, (8, 8, 3, 2), (2, 8, 5), ([12],), {"output_size": [12]}),
+    "ConvTranspose2d": Sample(nn.ConvTranspose2d, (8, 8, 3, 2), (2, 8, 5, 5), ([12, 11],), {"output_size": [12, 11]}),
+    "LSTM": Sample(nn.LSTM, (8, 8), (5, 2, 8), (STATES,), {"hx": STATES}),
+    "GRU": Sample(nn.GRU, (8, 8), (5, 2, 8), (STATES[0],), {"hx": STATES[0]}),
+}
+# Variants of the layers without a state; these are also differentiated twice.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(5, 4, 3, padding=1), (2, 5, 9)),
     "conv2d": (lambda: nn.Conv2d(5, 4, 3, stride=2, padding=1, bias=False), (3, 5, 7, 9)),
@@ -34,6 +65,12 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(torch.relu(x) - 0.2)
+
+
+def can_be_sparse(kind: str) -> bool:
+    """Whether the layer of this name in `LAYERS` takes 2:4 sparsity."""
+    found = kind_of(LAYERS[kind][0]())
+    return found is not None and found.sparse_prunable
 
 
 def compressed(model: nn.Module, sample: Tensor, folder: Path, config: str = small.QUANT) -> nn.Module:
