@@ -137,7 +137,7 @@ def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
     differences = [
         f"{name} is {getattr(asked, name)} in the file and {getattr(made, name)} in the model"
         for name in (item.name for item in fields(Plan))
-        if name not in ("layers", "quant_active", "prune_active")  # layers: below; the rest follow from them
+        if name not in ("layers", "quant_active", "prune_active")  # compared below; no settings of the file
         if getattr(asked, name) != getattr(made, name)
     ]
     for name in dict.fromkeys([*made.layers, *asked.layers]):
