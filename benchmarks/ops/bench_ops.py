@@ -1,30 +1,27 @@
 """pytest-benchmark suite of the ops: `pytest benchmarks/ops/bench_ops.py`; ratios to floor and rivals in extra_info.
 
-A row stands in the file of its op's stem, in the list `ROWS`; `benchmarks/ops/report.py` tabulates the same rows.
+A row stands in the file of its op's stem, in the list `ROWS`: files whose name begins with a family are found by
+themselves. `benchmarks/ops/report.py` tabulates the same rows.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.ops import (
-    activation_ulq,
-    calibration_search,
-    calibration_shift,
-    sparsity_weight,
-    weight_arq,
-    weight_lsq,
-)
+import benchmarks.ops
 from benchmarks.ops.row import Row
 from benchmarks.timing import median_ms, threads
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-_STEMS = (activation_ulq, weight_arq, weight_lsq, sparsity_weight, calibration_search, calibration_shift)
-ROWS = [row for stem in _STEMS for row in stem.ROWS]
+_FAMILIES = ("activation_", "weight_", "sparsity_", "calibration_", "integer_")
+_STEMS = sorted(name for _, name, _ in pkgutil.iter_modules(benchmarks.ops.__path__) if name.startswith(_FAMILIES))
+ROWS: list[Row] = [row for stem in _STEMS for row in import_module(f"benchmarks.ops.{stem}").ROWS]
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])

@@ -50,46 +50,13 @@ constexpr int64_t kHistogramCapacity = (int64_t{1} << (64 - kCountShift)) - 1;
 // Sum of squares of 32-bit integers, exact: 2^64 of them fit.
 __extension__ typedef unsigned __int128 WideSum;
 
+// The members are those of loops/list.h.
 struct Kernels {
   const char* level;
-
-  bool (*ulq_forward[kElements])(const void* x, void* y, int64_t n,
-                                 const UlqForwardParams&);  // true: a value is not finite
-  void (*ulq_backward[kElements])(const void* grad, const void* x, void* dx, int64_t n, const UlqBackwardParams&,
-                                  UlqSums&);
-
-  bool (*ulq_codes[kElements])(const void* x, uint8_t* y, int64_t n,
-                               const UlqForwardParams&);  // codes + 128; same result
   void (*transpose_bytes)(const uint8_t* from, int64_t stride, int rows, uint8_t* to, int64_t width, int64_t n);
-
-  Range (*range[kElements])(const void* w, int64_t n);
-  void (*quantize[kElements])(const void* w, void* y, int64_t n, const SymmetricParams&);
-  // The same, and the range of as many weights at `next`; there the prefetch distance counts from `next`.
-  Range (*quantize_and_range[kElements])(const void* w, void* y, int64_t n, const SymmetricParams&, const void* next);
-  // Weights that the mask drops count as zero.
-  Range (*masked_range[kElements])(const void* w, const uint8_t* mask, int64_t n);
-  void (*masked_quantize[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n, const SymmetricParams&);
-  void (*quantize_codes[kElements])(const void* w, int8_t* y, int64_t n, const SymmetricParams&);
-  double (*lsq_backward[kElements])(const void* grad, const void* w, int64_t n, const SymmetricParams&);
-  double (*sum_squares[kElements])(const void* w, int64_t n);
-
-  // 2:4 along `count` rows of `inner` values.
-  void (*mask_plane[kElements])(const void* w, uint8_t* mask, int64_t count, int64_t inner);
-  void (*sparsify_plane[kElements])(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner);
-  // The same, and the range of `y`.
-  Range (*sparsify_and_range[kElements])(const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner);
-  void (*apply_mask[kElements])(const void* w, const uint8_t* mask, void* y, int64_t n);
-
-  Range (*range_with_zero[kElements])(const void* x, int64_t n);
-  // Bins of equal width; magnitudes times `scale` must stay below 2^31.
-  void (*histogram[kElements])(const void* x, int64_t n, double scale, uint64_t* bins);
-  // Bins of equal relative width.
-  void (*range_histogram[kElements])(const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins);
-  void (*losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
-  void (*offset_losses[kElements])(const void* x, int64_t n, const Candidate*, int count, double* sums);
-
-  // Adds to 16 sums; true: a value is NaN.
-  bool (*shift_errors[kElements])(const void* x, int64_t n, double scale, WideSum* sums);
+#define AMCT_LOOP(result, name, parameters) result(*name[kElements]) parameters;
+#include "cpu/loops/list.h"
+#undef AMCT_LOOP
 };
 
 const Kernels& kernels();

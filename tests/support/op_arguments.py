@@ -1,4 +1,4 @@
-"""Sample calls of every op."""
+"""Sample calls of every op, and which ops have a CUDA kernel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.ops import calibration_histogram as histogram
+
+# These stay on the references, as the integer products do.
+_WITHOUT_CUDA_KERNEL = ("pack_weight", "range_histogram_", "search_clip_range_histogram", "ulq_quantize")
+WITH_CUDA_KERNEL = [
+    name for name in ops.__all__ if name not in _WITHOUT_CUDA_KERNEL and not name.startswith("integer_")
+]
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_ext import ops
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((0,), (1,), (7,), (17,), (65537,), (3, 5, 7), (8, 6, 3, 3), (5, 1, 1, 1), (2, 0, 3))
-# The rest stays on the references: integer products, and a calibration's histogram.
-_WITHOUT = ("pack_weight", "range_histogram_", "search_clip_range_histogram", "ulq_quantize")
-WITH_CUDA_KERNEL = [name for name in ops.__all__ if name not in _WITHOUT and not name.startswith("integer_")]
 
 
 def layouts(x: Tensor) -> Iterator[Tensor]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 
 import torch
-from support import op_samples
+from support import op_arguments, op_samples
 
 
 def pytest_configure() -> None:
     torch.ops.load_library(os.environ["AMCT_ON_HOST"])
-    missing = [name for name in op_samples.WITH_CUDA_KERNEL if not served(name)]
+    missing = [name for name in op_arguments.WITH_CUDA_KERNEL if not served(name)]
     assert not missing, f"not served by csrc/cuda: {missing}"
     # Fibers are slow. 4099 elements already take several blocks and a remainder.
     op_samples.SHAPES = tuple((4099,) if shape == (65537,) else shape for shape in op_samples.SHAPES)

@@ -1,0 +1,38 @@
+// Every loop that is compiled for each element type: AMCT_LOOP(result, name, parameters). No include guard:
+// cpu/dispatch.h makes the list pointers, table.cpp fills them with name<T>; each defines AMCT_LOOP for that.
+
+// True: a value is not finite.
+AMCT_LOOP(bool, ulq_forward, (const void* x, void* y, int64_t n, const UlqForwardParams&))
+AMCT_LOOP(void, ulq_backward,
+          (const void* grad, const void* x, void* dx, int64_t n, const UlqBackwardParams&, UlqSums&))
+// Codes + 128; same result.
+AMCT_LOOP(bool, ulq_codes, (const void* x, uint8_t* y, int64_t n, const UlqForwardParams&))
+
+AMCT_LOOP(Range, range, (const void* w, int64_t n))
+AMCT_LOOP(void, quantize, (const void* w, void* y, int64_t n, const SymmetricParams&))
+// The same, and the range of as many weights at `next`; there the prefetch distance counts from `next`.
+AMCT_LOOP(Range, quantize_and_range, (const void* w, void* y, int64_t n, const SymmetricParams&, const void* next))
+// Weights that the mask drops count as zero.
+AMCT_LOOP(Range, masked_range, (const void* w, const uint8_t* mask, int64_t n))
+AMCT_LOOP(void, masked_quantize, (const void* w, const uint8_t* mask, void* y, int64_t n, const SymmetricParams&))
+AMCT_LOOP(void, quantize_codes, (const void* w, int8_t* y, int64_t n, const SymmetricParams&))
+AMCT_LOOP(double, lsq_backward, (const void* grad, const void* w, int64_t n, const SymmetricParams&))
+AMCT_LOOP(double, sum_squares, (const void* w, int64_t n))
+
+// 2:4 along `count` rows of `inner` values.
+AMCT_LOOP(void, mask_plane, (const void* w, uint8_t* mask, int64_t count, int64_t inner))
+AMCT_LOOP(void, sparsify_plane, (const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner))
+// The same, and the range of `y`.
+AMCT_LOOP(Range, sparsify_and_range, (const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner))
+AMCT_LOOP(void, apply_mask, (const void* w, const uint8_t* mask, void* y, int64_t n))
+
+AMCT_LOOP(Range, range_with_zero, (const void* x, int64_t n))
+// Bins of equal width; magnitudes times `scale` must stay below 2^31.
+AMCT_LOOP(void, histogram, (const void* x, int64_t n, double scale, uint64_t* bins))
+// Bins of equal relative width.
+AMCT_LOOP(void, range_histogram, (const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins))
+AMCT_LOOP(void, losses, (const void* x, int64_t n, const Candidate*, int count, double* sums))
+AMCT_LOOP(void, offset_losses, (const void* x, int64_t n, const Candidate*, int count, double* sums))
+
+// Adds to 16 sums; true: a value is NaN.
+AMCT_LOOP(bool, shift_errors, (const void* x, int64_t n, double scale, WideSum* sums))
