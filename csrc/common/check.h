@@ -1,4 +1,5 @@
-// Input checks that all devices share. The plain-torch references say the same in the same words.
+// Input checks that all devices share. The torch references raise the same errors; dtypes
+// and shapes are printed as Python prints them there.
 #pragma once
 
 #include <ATen/core/Tensor.h>

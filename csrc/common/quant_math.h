@@ -31,6 +31,9 @@ AMCT_TABLE float kRatios[kCandidates] = {
     1.17999995f,  1.19000006f,  1.20000005f,  1.21000004f,  1.22000003f,  1.23000002f,  1.24000001f,  1.25f,
     1.25999999f,  1.26999998f,  1.27999997f,  1.28999996f,  1.29999995f};
 
+// The shifts that the shift search tries: 1 to 16.
+constexpr int kShifts = 16;
+
 struct CodeRange {
   double lowest;
   double highest;

@@ -8,17 +8,17 @@
 #include <utility>
 #include <vector>
 
-#include "common/check.h"
 #include "common/layout.h"
 #include "common/quant_math.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor_access.h"
+#include "ops/calibration_check.h"
 
 namespace amct_ext::cpu {
 namespace {
 
 using at::Tensor;
-constexpr int64_t kShifts = 16;
+using math::kShifts;
 
 // Squared errors of every shift, for some neighbouring channels.
 struct ShiftErrors {
@@ -144,17 +144,8 @@ class ShiftErrorReduction {
 };
 
 void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
-  const char* op = "shift_error_";
-  check_floating(op, "x", x);
-  check_floating(op, "deq_scale", deq_scale);
-  channel_axis = check_axis(op, "channel_axis", x, channel_axis);
+  channel_axis = check_shift_error("shift_error_", x, deq_scale, errors, channel_axis);
   const int64_t channels = x.size(channel_axis);
-  check_type(op, "errors", errors, at::kDouble);
-  TORCH_CHECK_VALUE(deq_scale.numel() == 1 || deq_scale.numel() == channels, op, ": deq_scale must hold 1 or ",
-                    channels, " values, not shape ", deq_scale.sizes());
-  TORCH_CHECK_VALUE(
-      errors.dim() == 2 && (errors.size(0) == channels || errors.size(0) == 1) && errors.size(1) == kShifts, op,
-      ": errors must have shape (", channels, ", ", kShifts, ") or (1, ", kShifts, "), not ", errors.sizes());
   const Tensor source = dense(x), given = deq_scale.contiguous();
   std::vector<double> scales(given.numel());
   for (size_t i = 0; i < scales.size(); ++i) {
@@ -181,10 +172,7 @@ void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors,
 }
 
 Tensor best_shift(const Tensor& errors) {
-  const char* op = "best_shift";
-  check_type(op, "errors", errors, at::kDouble);
-  TORCH_CHECK_VALUE(errors.dim() == 2 && errors.size(1) == kShifts, op, ": errors must have shape (channels, ", kShifts,
-                    "), not ", errors.sizes());
+  check_shift_errors("best_shift", errors);
   const Tensor rows = errors.contiguous();
   Tensor best = at::empty({rows.size(0)}, rows.options().dtype(at::kInt));
   const double* in = static_cast<const double*>(rows.const_data_ptr());

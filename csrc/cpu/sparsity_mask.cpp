@@ -4,11 +4,11 @@
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
-#include "common/check.h"
 #include "common/layout.h"
 #include "cpu/parallel.h"
 #include "cpu/result_pool.h"
 #include "cpu/tensor_access.h"
+#include "ops/sparsity_check.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -27,14 +27,7 @@ Tensor mask_2to4(const Tensor& w, int64_t axis) {
 }
 
 void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
-  const char* op = "refresh_mask_";
-  check_floating(op, "w", w);
-  check_type(op, "mask", mask, at::kBool);
-  check_type(op, "step", step, at::kLong);
-  check_same_shape(op, "mask", mask, "w", w);
-  check_scalar(op, "step", step);
-  TORCH_CHECK_VALUE(update_freq >= 0, op, ": update_freq must be 0 or more, not ", update_freq);
-  axis = check_axis(op, "axis", w, axis);
+  axis = check_refresh("refresh_mask_", w, mask, step, update_freq, axis);
   int64_t& count = *static_cast<int64_t*>(step.mutable_data_ptr());
   if (update_freq == 0 ? count == 0 : count % update_freq == 0) {
     const Tensor source = dense(w);
@@ -65,11 +58,8 @@ Tensor pack_mask(const Tensor& mask) {
 }
 
 Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
-  const char* op = "unpack_mask";
-  check_type(op, "words", words, at::kLong);
-  const int64_t n = c10::multiply_integers(shape), needed = (n + 63) / 64;
-  TORCH_CHECK_VALUE(words.dim() == 1 && words.numel() == needed, op, ": a mask of shape ", shape, " takes ", needed,
-                    " words in one dimension, not shape ", words.sizes());
+  check_words("unpack_mask", words, shape);
+  const int64_t n = c10::multiply_integers(shape);
   Tensor mask = at::empty(shape, words.options().dtype(at::kBool));
   const Tensor packed = words.contiguous();
   const uint8_t* in = static_cast<const uint8_t*>(packed.const_data_ptr());

@@ -3,12 +3,12 @@
 
 #include <tuple>
 
-#include "common/check.h"
 #include "cpu/parallel.h"
 #include "cpu/result_pool.h"
 #include "cpu/sparsity_mask.h"
 #include "cpu/tensor_access.h"
 #include "cpu/weight_arq.h"
+#include "ops/sparsity_check.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -18,8 +18,7 @@ using at::Tensor;
 Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   const char* op = "apply_mask";
   check_floating(op, "w", w);
-  check_type(op, "mask", mask, at::kBool);
-  check_same_shape(op, "mask", mask, "w", w);
+  check_mask(op, mask, w);
   const Tensor source = dense(w), keep = match_mask_layout(mask, source);
   Tensor y = pooled_like(source, Lifetime::kStep);
   const void* in = source.const_data_ptr();
@@ -81,8 +80,7 @@ std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64
   const char* op = "sparse_arq_fake_quantize";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
-  check_type(op, "mask", mask, at::kBool);
-  check_same_shape(op, "mask", mask, "w", w);
+  check_mask(op, mask, w);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   ArqJob job = arq_job(w, mask, channel_axis);
   run_arq({job}, static_cast<int>(num_bits));

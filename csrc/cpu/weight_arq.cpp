@@ -8,12 +8,12 @@
 #include <tuple>
 #include <utility>
 
-#include "common/check.h"
 #include "common/quant_math.h"
 #include "cpu/gather_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/result_pool.h"
 #include "cpu/tensor_access.h"
+#include "ops/weight_check.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -30,10 +30,7 @@ struct WorkItem {
 };
 
 std::tuple<Tensor, Tensor> arq_forward(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
-  const char* op = "arq_fake_quantize";
-  check_floating(op, "w", w);
-  check_bits(op, num_bits);
-  if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
+  channel_axis = check_weight("arq_fake_quantize", w, num_bits, channel_axis);
   ArqJob job = arq_job(w, {}, channel_axis);
   run_arq({job}, static_cast<int>(num_bits));
   return {std::move(job.y), std::move(job.scale)};
@@ -41,18 +38,10 @@ std::tuple<Tensor, Tensor> arq_forward(const Tensor& w, int64_t num_bits, std::o
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
                                                               at::IntArrayRef channel_axes) {
-  const char* op = "arq_fake_quantize_many";
-  check_bits(op, num_bits);
-  TORCH_CHECK_VALUE(channel_axes.size() == weights.size(), op,
-                    ": channel_axes must hold one axis (-1 for none) for each of ", weights.size(), " weights, not ",
-                    channel_axes.size());
+  const auto axes = check_weights("arq_fake_quantize_many", weights, num_bits, channel_axes);
   std::vector<ArqJob> jobs;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_floating(op, "a weight", weights[i]);
-    std::optional<int64_t> axis;
-    if (channel_axes[i] >= 0) axis = check_axis(op, "channel axis", weights[i], channel_axes[i]);
-    jobs.push_back(arq_job(weights[i], {}, axis));
-  }
+  jobs.reserve(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) jobs.push_back(arq_job(weights[i], {}, axes[i]));
   run_arq(jobs, static_cast<int>(num_bits));
   std::vector<Tensor> ys, scales;
   for (ArqJob& job : jobs) {

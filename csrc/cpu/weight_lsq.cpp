@@ -9,6 +9,7 @@
 #include "cpu/per_channel.h"
 #include "cpu/result_pool.h"
 #include "cpu/weight_scales.h"
+#include "ops/weight_check.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -18,9 +19,7 @@ using at::Tensor;
 Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
                    std::optional<double>) {
   const char* op = "lsq_fake_quantize";
-  channel_axis = check_weight(op, w, num_bits, channel_axis);
-  check_floating(op, "scale", scale);
-  check_scale(op, scale, w, channel_axis);
+  channel_axis = check_scaled_weight(op, w, scale, num_bits, channel_axis);
   const auto range = math::code_range(static_cast<int>(num_bits));
   const std::vector<double> scales = floored_scales(scale, w);
   const Tensor source = dense(w);

@@ -5,6 +5,7 @@
 
 #include "cpu/per_channel.h"
 #include "cpu/weight_scales.h"
+#include "ops/weight_check.h"
 
 namespace amct_ext::cpu {
 namespace {
@@ -13,9 +14,7 @@ using at::Tensor;
 
 Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis) {
   const char* op = "quantize_weight";
-  channel_axis = check_weight(op, w, num_bits, channel_axis, 8);
-  check_floating(op, "scale", scale);
-  check_scale(op, scale, w, channel_axis);
+  channel_axis = check_scaled_weight(op, w, scale, num_bits, channel_axis, 8);
   const auto range = math::code_range(static_cast<int>(num_bits));
   const std::vector<double> scales = floored_scales(scale, w);
   const Tensor source = dense(w);

@@ -1,25 +1,14 @@
-// What the ops on weights with given scales share.
+// Given scales of a weight, as its ops use them.
 #pragma once
 
 #include <cfloat>
-#include <optional>
 #include <vector>
 
-#include "common/check.h"
 #include "common/layout.h"
 #include "common/quant_math.h"
 #include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
-
-// Checks weight, bits and axis of an op; returns the channel axis counted from the front.
-inline std::optional<int64_t> check_weight(const char* op, const at::Tensor& w, int64_t num_bits,
-                                           std::optional<int64_t> channel_axis, int64_t max_bits = 16) {
-  check_floating(op, "w", w);
-  check_bits(op, num_bits, max_bits);
-  if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
-  return channel_axis;
-}
 
 // A scale of at least FLT_EPSILON, in the arithmetic type of w.
 inline double floor_scale(double scale, const at::Tensor& w) {

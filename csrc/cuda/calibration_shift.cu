@@ -1,16 +1,16 @@
 // shift_error_ (a reduction to sixteen sums per channel) and best_shift (an argmin per row).
 #include <torch/library.h>
 
-#include "common/check.h"
 #include "cuda/engine/map.cuh"
 #include "cuda/engine/reduce.cuh"
+#include "ops/calibration_check.h"
 
 namespace amct_ext::cuda {
 namespace {
 
 using at::Tensor;
 
-constexpr int kShifts = 16;
+using math::kShifts;
 
 // Sums, for each shift, of the squared error that the shift makes on the accumulator x / scale.
 template <typename T>
@@ -88,19 +88,8 @@ struct SumRows {
 };
 
 void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
-  const char* op = "shift_error_";
-  check_floating(op, "x", x);
-  check_floating(op, "deq_scale", deq_scale);
-  channel_axis = check_axis(op, "channel_axis", x, channel_axis);
+  channel_axis = check_shift_error("shift_error_", x, deq_scale, errors, channel_axis);
   const int64_t channels = x.size(channel_axis);
-  check_type(op, "errors", errors, at::kDouble);
-  TORCH_CHECK_VALUE(deq_scale.numel() == 1 || deq_scale.numel() == channels, op, ": deq_scale must hold 1 or ",
-                    channels, " values, not shape ", deq_scale.sizes());
-  TORCH_CHECK_VALUE(
-      errors.dim() == 2 && (errors.size(0) == channels || errors.size(0) == 1) && errors.size(1) == kShifts, op,
-      ": errors must have shape (", channels, ", ", kShifts, ") or (1, ", kShifts, "), not ", errors.sizes());
-  check_device(op, "deq_scale", deq_scale, "x", x);
-  check_device(op, "errors", errors, "x", x);
   if (x.numel() == 0) return;
   const c10::DeviceGuard guard(x.device());
   const Tensor source = dense(x), scales = deq_scale.contiguous();
@@ -147,10 +136,7 @@ struct ArgminShift {
 };
 
 Tensor best_shift(const Tensor& errors) {
-  const char* op = "best_shift";
-  check_type(op, "errors", errors, at::kDouble);
-  TORCH_CHECK_VALUE(errors.dim() == 2 && errors.size(1) == kShifts, op, ": errors must have shape (channels, ", kShifts,
-                    "), not ", errors.sizes());
+  check_shift_errors("best_shift", errors);
   const c10::DeviceGuard guard(errors.device());
   const Tensor rows = errors.contiguous();
   Tensor best = at::empty({rows.size(0)}, rows.options().dtype(at::kInt));

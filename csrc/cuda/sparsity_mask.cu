@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/check.h"
 #include "cuda/engine/map.cuh"
 #include "cuda/sparsity_mask.cuh"
 #include "cuda/sparsity_mask.h"
+#include "ops/sparsity_check.h"
 
 namespace amct_ext::cuda {
 namespace {
@@ -103,16 +103,7 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
 }
 
 void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
-  const char* op = "refresh_mask_";
-  check_floating(op, "w", w);
-  check_type(op, "mask", mask, at::kBool);
-  check_type(op, "step", step, at::kLong);
-  check_same_shape(op, "mask", mask, "w", w);
-  check_scalar(op, "step", step);
-  check_device(op, "mask", mask, "w", w);
-  check_device(op, "step", step, "w", w);
-  TORCH_CHECK_VALUE(update_freq >= 0, op, ": update_freq must be 0 or more, not ", update_freq);
-  axis = check_axis(op, "axis", w, axis);
+  axis = check_refresh("refresh_mask_", w, mask, step, update_freq, axis);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w), dense_mask = match_mask_layout(mask, source);
   make_mask(source, axis, dense_mask, {}, step, update_freq);
@@ -160,11 +151,8 @@ Tensor pack_mask(const Tensor& mask) {
 }
 
 Tensor unpack_mask(const Tensor& words, at::IntArrayRef shape) {
-  const char* op = "unpack_mask";
-  check_type(op, "words", words, at::kLong);
-  const int64_t n = c10::multiply_integers(shape), needed = ceil_div(n, 64);
-  TORCH_CHECK_VALUE(words.dim() == 1 && words.numel() == needed, op, ": a mask of shape ", shape, " takes ", needed,
-                    " words in one dimension, not shape ", words.sizes());
+  check_words("unpack_mask", words, shape);
+  const int64_t n = c10::multiply_integers(shape);
   const c10::DeviceGuard guard(words.device());
   Tensor mask = at::empty(shape, words.options().dtype(at::kBool));
   const Tensor packed = words.contiguous();

@@ -3,11 +3,11 @@
 
 #include <tuple>
 
-#include "common/check.h"
 #include "cuda/sparsity_mask.cuh"
 #include "cuda/sparsity_mask.h"
 #include "cuda/weight_arq.h"
 #include "cuda/weight_quantize.cuh"
+#include "ops/sparsity_check.h"
 
 namespace amct_ext::cuda {
 namespace {
@@ -30,9 +30,7 @@ struct ApplyMask {
 Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   const char* op = "apply_mask";
   check_floating(op, "w", w);
-  check_type(op, "mask", mask, at::kBool);
-  check_same_shape(op, "mask", mask, "w", w);
-  check_device(op, "mask", mask, "w", w);
+  check_mask(op, mask, w);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w), keep = match_mask_layout(mask, source);
   Tensor y = at::empty_like(source);
@@ -50,9 +48,7 @@ std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64
   const char* op = "sparse_arq_fake_quantize";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
-  check_type(op, "mask", mask, at::kBool);
-  check_same_shape(op, "mask", mask, "w", w);
-  check_device(op, "mask", mask, "w", w);
+  check_mask(op, mask, w);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w), keep = match_mask_layout(mask, source);

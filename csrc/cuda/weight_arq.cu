@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "cuda/weight_arq.h"
 #include "cuda/weight_quantize.cuh"
+#include "ops/weight_check.h"
 
 namespace amct_ext::cuda {
 namespace {
@@ -139,10 +139,7 @@ void reduce_and_quantize(const Tensor& w, const Tensor& mask, const Tensor& y, c
 }
 
 std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
-  const char* op = "arq_fake_quantize";
-  check_floating(op, "w", w);
-  check_bits(op, num_bits);
-  if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
+  channel_axis = check_weight("arq_fake_quantize", w, num_bits, channel_axis);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w);
   Tensor y = at::empty_like(source), scale = empty_scales(w, channel_axis);
@@ -153,25 +150,17 @@ std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
                                                               at::IntArrayRef channel_axes) {
-  const char* op = "arq_fake_quantize_many";
-  check_bits(op, num_bits);
-  TORCH_CHECK_VALUE(channel_axes.size() == weights.size(), op,
-                    ": channel_axes must hold one axis (-1 for none) for each of ", weights.size(), " weights, not ",
-                    channel_axes.size());
+  const auto axes = check_weights("arq_fake_quantize_many", weights, num_bits, channel_axes);
   const int bits = static_cast<int>(num_bits);
   std::vector<Tensor> sources, ys, scales;
   std::vector<AxisView> views;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
-    check_floating(op, "a weight", w);
-    check_device(op, "a weight", w, "the others", weights[0]);
-    std::optional<int64_t> axis;
-    if (channel_axes[i] >= 0) axis = check_axis(op, "channel axis", w, channel_axes[i]);
     const c10::DeviceGuard guard(w.device());
     sources.push_back(dense(w));
     ys.push_back(at::empty_like(sources[i]));
-    scales.push_back(empty_scales(w, axis));
-    views.push_back(axis_view(sources[i], axis));
+    scales.push_back(empty_scales(w, axes[i]));
+    views.push_back(axis_view(sources[i], axes[i]));
   }
   if (weights.empty()) return {std::move(ys), std::move(scales)};
   const c10::DeviceGuard guard(weights[0].device());

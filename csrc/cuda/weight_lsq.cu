@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "cuda/weight_check.h"
 #include "cuda/weight_quantize.cuh"
+#include "ops/weight_check.h"
 
 namespace amct_ext::cuda {
 namespace {

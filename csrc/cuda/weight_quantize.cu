@@ -1,8 +1,8 @@
 // quantize_weight: the INT8 codes of a weight under given scales.
 #include <torch/library.h>
 
-#include "cuda/weight_check.h"
 #include "cuda/weight_quantize.cuh"
+#include "ops/weight_check.h"
 
 namespace amct_ext::cuda {
 namespace {

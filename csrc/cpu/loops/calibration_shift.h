@@ -12,7 +12,7 @@
 namespace amct_ext::cpu {
 namespace {
 
-constexpr int kShifts = 16;
+using math::kShifts;
 constexpr int kShiftChunk = 1024;  // values at a time: the arrays of a chunk stay in the L1 cache
 constexpr int kLowBits = 10;       // squares of 11 bits, summed over a chunk, fit 31 bits: 2 * 10 + 10
 constexpr int kPadding = 64;       // sums run over a multiple of this; zeros add nothing
