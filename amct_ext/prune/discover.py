@@ -73,10 +73,10 @@ class _Walk:
         layout = rule(node, arriving)
         if layout is None:
             return
-        carriers = [value for value in node.outputs if value.shape[layout.axis : layout.axis + 1] == (layout.size,)]
-        if not carriers:
+        outputs = [value for value in node.outputs if value.shape[layout.axis : layout.axis + 1] == (layout.size,)]
+        if not outputs:
             raise CannotFollow(f"{node.name} ({node.op}) changes their number")
-        self.layouts.update(dict.fromkeys(carriers, layout))
+        self.layouts.update(dict.fromkeys(outputs, layout))
 
     def _layer(self, node: Node, arriving: list[Layout | None]) -> None:
         kind = kind_named(node.op)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import re
 
-from amct_ext.graph.values import Node
+from amct_ext.graph.values import Node, Value
 from amct_ext.prune.groups import Layout
-from amct_ext.prune.rule_types import CannotFollow, Layouts, only_first
+from amct_ext.prune.rule_types import CannotFollow, on_first_input
 
 
-def reshape(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def reshape(node: Node, value: Value, layout: Layout) -> Layout:
     """view, reshape, squeeze, unsqueeze: the channel axis may move, or take in axes that follow it."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     size, before = value.shape[layout.axis], math.prod(value.shape[: layout.axis])
     shape = node.outputs[0].shape
     for axis, length in enumerate(shape):
@@ -30,12 +27,9 @@ def reshape(node: Node, layouts: Layouts) -> Layout | None:
     raise CannotFollow(f"{node.name} reshapes {list(value.shape)} to {list(shape)}, which cuts or mixes the channels")
 
 
-def permute(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def permute(node: Node, value: Value, layout: Layout) -> Layout:
     """permute, transpose, t: the channel axis moves."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     dims = len(value.shape)
     if node.op == "permute":
         order = [axis % dims for axis in node.args["dims"]]
@@ -46,12 +40,9 @@ def permute(node: Node, layouts: Layouts) -> Layout | None:
     return layout.at(order.index(layout.axis))
 
 
-def along_dims(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def along_dims(node: Node, value: Value, layout: Layout) -> Layout:
     """Ops that work along given dimensions and leave the others alone: slices, reductions, softmax, flips."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     dims = len(value.shape)
     given = node.args.get("dims") if "dims" in node.args else node.args.get("dim")
     if given is None and "axis" in node.args:
@@ -66,24 +57,18 @@ def along_dims(node: Node, layouts: Layouts) -> Layout | None:
     return layout.at(layout.axis - sum(axis < layout.axis for axis in touched) if removed else layout.axis)
 
 
-def spatial(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def spatial(node: Node, value: Value, layout: Layout) -> Layout:
     """Pooling, resizing, padding by number of trailing axes: the digit in the op's name."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     match = re.search(r"([123])d", node.op)
     if match is None or layout.axis >= len(value.shape) - int(match.group(1)):
         raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     return layout
 
 
-def pad(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def pad(node: Node, value: Value, layout: Layout) -> Layout:
     """Constant padding along other axes than that of the channels."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     amounts = list(node.args["pad"])
     place = 2 * (len(value.shape) - 1 - layout.axis)
     if any(amounts[place : place + 2]):
@@ -91,24 +76,18 @@ def pad(node: Node, layouts: Layouts) -> Layout | None:
     return layout
 
 
-def expand(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def expand(node: Node, value: Value, layout: Layout) -> Layout:
     """Broadcasting along other axes than that of the channels."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     axis = layout.axis + len(node.outputs[0].shape) - len(value.shape)
     if node.outputs[0].shape[axis] != value.shape[layout.axis]:
         raise CannotFollow(f"{node.name} spreads one channel over several")
     return layout.at(axis)
 
 
-def layer_norm(node: Node, layouts: Layouts) -> Layout | None:
+@on_first_input
+def layer_norm(node: Node, value: Value, layout: Layout) -> Layout:
     """Normalisation over other axes than that of the channels."""
-    found = only_first(node, layouts)
-    if found is None:
-        return None
-    value, layout = found
     if layout.axis >= len(value.shape) - len(node.args["normalized_shape"]):
         raise CannotFollow(f"{node.name} normalises over the channels, so removing some would change the others")
     return layout
