@@ -41,7 +41,7 @@ from amct_ext.model_surgery.session import Findings, Session, session_of
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
-from amct_ext.record.types import Record
+from amct_ext.record.types import ChannelRecord, Record
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,18 @@ class Planner:
         return cls(lambda traits: resolve(config, traits), config)
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A float copy of a model, and what create and restore alike decide by, before channels are removed."""
+
+    model: nn.Module
+    inputs: Inputs
+    graph: Graph
+    plan: Plan
+    groups: Discovery  # of coupled channels; none where the plan prunes nothing
+    findings: Findings
+
+
 def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
     inner = compress(model, input_data, planner, record_file)
@@ -69,16 +81,11 @@ def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str
 
 def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """The copy that ``create`` returns, without its DistributedDataParallel wrapper; writes nothing."""
-    inner = float_copy(model)
-    inputs = parse_inputs(inner, input_data)
-    graph = trace(inner, inputs)
-    traits = graph.traits(inner)
-    plan = planner.resolve(traits)
-    groups = _channel_groups(graph, plan, inner)
-    findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
-    warn_of_left_alone(graph)
-    channel = apply_channels(inner, graph, plan_channels(groups, plan, inner), inputs)
-    return _insert(inner, inputs, Session(plan, os.path.abspath(record_file), channel, findings))
+    start = _examine(model, input_data, planner)
+    warn_of_left_alone(start.graph)
+    records = plan_channels(start.groups, start.plan, start.model)
+    channel = apply_channels(start.model, start.graph, records, start.inputs)
+    return _insert(start, record_file, channel)
 
 
 def restore(
@@ -91,24 +98,18 @@ def restore(
     state_dict_name: str | None,
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
-    inner = float_copy(model)
-    inputs = parse_inputs(inner, input_data)
-    graph = trace(inner, inputs)
-    # Eligibility is judged on the unpruned model, as it was at create.
-    traits = graph.traits(inner)
-    plan = planner.resolve(traits)
-    groups = _channel_groups(graph, plan, inner)
-    findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
+    start = _examine(model, input_data, planner)
     state = read_state_dict(pth_file, state_dict_name)
-    leave = float_in_checkpoint(inner, plan, state)
+    kept_float = float_in_checkpoint(start.model, start.plan, state)
     try:
-        channel = apply_channels(inner, graph, record.channel, inputs, strict=True)
+        channel = apply_channels(start.model, start.graph, record.channel, start.inputs, strict=True)
     except RecordError as error:
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
-    inner = _insert(inner, inputs, Session(plan, os.path.abspath(record_file), channel, findings), leave)
+    inner = _insert(start, record_file, channel, kept_float)
     load_masks(inner, record, record_file)
-    if not _anything_done(session_of(inner)):
-        check_pruned(session_of(inner), planner.config.source)  # else a record without channels is AMCT's choice
+    # A record without channels is accepted, as in AMCT, where the plan compresses in another way.
+    if not _compresses_anything(session_of(inner)):
+        check_pruned(session_of(inner), planner.config.source)
     load_state(inner, state, pth_file)
     return wrap_like(model, inner)
 
@@ -125,28 +126,39 @@ def float_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _channel_groups(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
-    """The groups of coupled channels of the unpruned model; none where the plan prunes nothing."""
-    return discover(graph, plan, model) if plan.prune_active else Discovery(())
+def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
+    inner = float_copy(model)
+    inputs = parse_inputs(inner, input_data)
+    graph = trace(inner, inputs)
+    traits = graph.traits(inner)
+    plan = planner.resolve(traits)
+    groups = discover(graph, plan, inner) if plan.prune_active else Discovery(())
+    findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
+    return Examined(inner, inputs, graph, plan, groups, findings)
 
 
 def _insert(
-    model: nn.Module, inputs: Inputs, session: Session, leave: Mapping[str, str] = MappingProxyType({})
+    start: Examined,
+    record_file: str,
+    channel: tuple[ChannelRecord, ...],
+    kept_float: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
-    """Insert the layers into a (pruned) model; the second trace sees the model as it is now."""
+    """Insert the layers into the (pruned) model; the second trace sees the model as it is now."""
+    model, inputs = start.model, start.inputs
+    session = Session(start.plan, os.path.abspath(record_file), channel, start.findings)
     graph = trace(model, inputs)
     session.export_note = export_note(model, graph, inputs)
     session.plan = after_pruning(session.plan, graph.traits(model))
-    planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in leave]
-    leave = {**leave, **unreplaceable(model, parse_inputs(model, inputs), planned)}
-    model, session.conv_bn, session.left_float = insert_layers(model, graph, session.plan, leave)
+    planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in kept_float]
+    kept_float = {**kept_float, **unreplaceable(model, parse_inputs(model, inputs), planned)}
+    model, session.conv_bn, session.left_float = insert_layers(model, graph, session.plan, kept_float)
     compressed = dict(compressed_layers(model))
     session.order = tuple(name for name in graph.calls if name in compressed)
     attach(model, session)
     return model
 
 
-def _anything_done(session: Session) -> bool:
+def _compresses_anything(session: Session) -> bool:
     """Whether a layer is quantised, or one that the plan prunes may lose channels."""
     layers = session.plan.layers.values()
     asked = [layer.name for layer in layers if isinstance(layer.prune, FilterPrune)]
