@@ -1,4 +1,4 @@
-"""Checks that several ops make of their arguments, in the words of the kernels (`csrc/common/check.h`)."""
+"""Checks that several ops make of their arguments, with the errors of the kernels (`csrc/common/check.h`)."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def reference(
         op: name in the schema.
         empty: makes the result of a call without computing it. It gets the op's arguments by name, defaults included,
             takes those it needs and ends in `**_`.
-        check: raises for arguments that kernels refuse, in the same words; called before the function and before
+        check: raises for arguments that kernels refuse; called before the function and before
             `empty`, with the op's name and then like `empty`.
     """
 

@@ -157,7 +157,7 @@ def test_every_reference_is_replaced(tmp_path: Path, wire: str, config: str) -> 
 
 def test_a_list_is_saved_and_restored(tmp_path: Path) -> None:
     """The BatchNorm in the list is folded like the one in the tree."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
     net = Net(WIRES["list"])
     model = create(net, small.QUANT, tmp_path / "job")
     train(model)
@@ -213,7 +213,7 @@ def test_a_layer_in_an_array_is_told_and_left_float(
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_a_hook_makes_of_a_result_is_seen(tmp_path: Path, config: str, in_place: bool) -> None:
     """An activation in a hook stands between convolution and BatchNorm, which is not folded then."""
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
 
     def wire(net: Any) -> Any:
         net.bn.running_var.uniform_(0.5, 2)
@@ -263,7 +263,7 @@ def test_copies_keep_to_themselves() -> None:
 
 
 def test_hooks_of_a_folded_batch_norm_stay(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
 
     def wire(net: Any) -> Any:
         net.bn.register_forward_hook(lambda module, args, output: output + 3)

@@ -104,7 +104,7 @@ def test_an_adapter_that_is_not_merged_and_a_copied_layer(tmp_path: Path) -> Non
 
 def test_lora_of_peft(tmp_path: Path) -> None:
     """Adapters change nothing before they are trained; merged, they are part of what is quantised and saved."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="adapters are peft's: pip install -e .[frameworks]")
     job = Job(tmp_path)
     model = job.create(build())
     train(model)
