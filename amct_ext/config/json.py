@@ -24,8 +24,9 @@ _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
 FP16 = "FORCE_FP16_QUANT"
 TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit")
 _LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
-_DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")
-_WEIGHT_KEYS = ("algo", "channel_wise", "dst_type")
+_DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type", "range_search", "percentile")
+_WEIGHT_KEYS = ("algo", "channel_wise", "dst_type", "scale_start", "scale_gradient")
+_RANGE_SEARCHES = ("AMCT", "ABSOLUTE_ERROR", "PERCENTILE", "OUTPUT")
 _WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
 _MOST_BATCHES = 2**32 - 1  # as in a text configuration
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # of normal float32 numbers
@@ -154,7 +155,14 @@ class _Reader:
             clips.append(clip)
         if (clips[0] is None) != (clips[1] is None):
             raise ConfigError(f"{self._source}: {where}clip_max and clip_min go together, one of them is missing")
-        return DataQuant(bits, clips[0], clips[1], self._typed(content, "fixed_min", bool, where, None))
+        percentile = self._typed(content, "percentile", float, where, DataQuant.percentile)
+        if not 50 < percentile <= 100:
+            raise ConfigError(
+                f"{self._source}: {where}percentile: {percentile} must lie above 50 and be at most 100 (%)"
+            )
+        fixed_min = self._typed(content, "fixed_min", bool, where, None)
+        search = self._choice(content, "range_search", _RANGE_SEARCHES, where)
+        return DataQuant(bits, clips[0], clips[1], fixed_min, search, percentile)
 
     def _weight(self, content: _Object, where: str) -> WeightSettings:
         where += "retrain_weight_config."
@@ -162,7 +170,10 @@ class _Reader:
         algo = self._typed(content, "algo", str, where, "arq_retrain")
         self._one_of(algo, _WEIGHT_ALGOS, f"{where}algo")
         bits = self._bits(content, where, "weights", ("INT8", "INT4"))
-        return WeightSettings(algo, bits, self._typed(content, "channel_wise", bool, where, None))
+        channel_wise = self._typed(content, "channel_wise", bool, where, None)
+        start = self._choice(content, "scale_start", ("RANGE", "LEAST_SQUARES"), where)
+        gradient = self._choice(content, "scale_gradient", ("AMCT", "LSQ"), where)
+        return WeightSettings(algo, bits, channel_wise, start, gradient)
 
     def _bits(self, content: _Object, where: str, what: str, allowed: tuple[str, ...]) -> int:
         kind = self._typed(content, "dst_type", str, where, "INT8")
@@ -177,6 +188,13 @@ class _Reader:
             if key not in keys:
                 hint = close_matches(key, keys) or f"; known here: {', '.join(keys)}"
                 raise ConfigError(f"{self._source}: {where}{key}: unknown key{hint}")
+
+    def _choice(self, content: _Object, key: str, allowed: tuple[str, ...], where: str) -> str | None:
+        if key not in content:
+            return None
+        value: str = self._typed(content, key, str, where)
+        self._one_of(value, allowed, f"{where}{key}")
+        return value
 
     def _one_of(self, value: str, allowed: tuple[str, ...], where: str) -> None:
         if value not in allowed:

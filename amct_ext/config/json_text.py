@@ -71,6 +71,10 @@ def _layer_content(quant: QuantPlan) -> dict[str, Any]:
     if quant.data.fixed_min is not None:
         data["fixed_min"] = quant.data.fixed_min
     data["dst_type"] = f"INT{quant.data.num_bits}"
+    if quant.data.range_search is not None:  # keys of our own, and only where they were asked for
+        data["range_search"] = quant.data.range_search
+        if quant.data.range_search == "PERCENTILE":
+            data["percentile"] = quant.data.percentile
     weight = {
         "algo": quant.weight.algo,
         "channel_wise": quant.weight.channel_wise,
@@ -78,4 +82,8 @@ def _layer_content(quant: QuantPlan) -> dict[str, Any]:
     }
     if quant.weight.algo == "ulq_retrain":  # AMCT's order for this one
         weight["channel_wise"] = weight.pop("channel_wise")
+    if quant.weight.least_squares:
+        weight["scale_start"] = "LEAST_SQUARES"
+    if quant.weight.lsq_gradient:
+        weight["scale_gradient"] = "LSQ"
     return {"retrain_data_config": data, "retrain_weight_config": weight}

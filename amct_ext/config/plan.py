@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from amct_ext.common.layer_kinds import kind_named
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan_checks import check_against_model, check_enabled, prune_active, quant_active
+from amct_ext.config.profile import fill_data, fill_prune, fill_weight
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
@@ -19,11 +20,17 @@ _log = logging.getLogger("amct_ext")
 
 @dataclass(frozen=True)
 class WeightQuant:
-    """How a weight is quantised. algo: 'arq_retrain' (range of the current weight) or 'ulq_retrain' (learned scale)."""
+    """How a weight is quantised. algo: 'arq_retrain' (range of the current weight) or 'ulq_retrain' (learned scale).
+
+    least_squares: scales of least squared error instead of the range; of learned scales at the start, of 'arq_retrain'
+    with INT4 in every forward. lsq_gradient: a scale's gradient counts all weights that share it.
+    """
 
     algo: str = "arq_retrain"
     num_bits: int = 8
     channel_wise: bool = True
+    least_squares: bool = False
+    lsq_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,12 @@ def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
     for name, layer in plan.layers.items():
         quant = layer.quant
         if quant is not None and quant.weight.num_bits == 4 and not traits[name].int4_weights:
-            layers[name] = replace(layer, quant=replace(quant, weight=replace(quant.weight, num_bits=8)))
+            weight = replace(
+                quant.weight,
+                num_bits=8,
+                least_squares=quant.weight.least_squares and quant.weight.algo == "ulq_retrain",
+            )
+            layers[name] = replace(layer, quant=replace(quant, weight=weight))
             notes.int4.append(name)
     notes.log("after channel pruning")
     return replace(plan, layers=layers)
@@ -156,7 +168,8 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         return None
     else:
         data, weight, place = config.data, config.weight, ()
-    data, weight = data or DataQuant(), weight or WeightSettings()
+    data = fill_data(data or DataQuant(), config.profile)
+    weight = fill_weight(weight or WeightSettings(), config.profile)
     bits = weight.num_bits
     if bits == 4 and not trait.int4_weights:
         bits = 8
@@ -174,7 +187,8 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
             )
         channel_wise = False
         notes.per_tensor.append(name)
-    return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise))
+    least_squares = weight.scale_start == "LEAST_SQUARES" and (weight.algo == "ulq_retrain" or bits == 4)
+    return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise, least_squares, weight.scale_gradient == "LSQ"))
 
 
 def _quant_skipped(config: RetrainConfig, name: str, trait: LayerTraits) -> bool:
@@ -200,4 +214,4 @@ def _prune(config: RetrainConfig, name: str, trait: LayerTraits) -> FilterPrune 
     else:
         return None
     eligible = trait.filter_prunable if isinstance(chosen, FilterPrune) else trait.sparse_prunable
-    return chosen if eligible else None
+    return fill_prune(chosen, config.profile) if eligible else None

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +28,58 @@ _log = logging.getLogger("amct_ext")
 
 @dataclass(frozen=True)
 class DataQuant:
-    """How an activation is quantised. Clips None: found by the range search; fixed_min None: decided from the graph."""
+    """How an activation is quantised. Clips None: found by the range search; fixed_min None: decided from the graph.
+
+    range_search: 'AMCT', 'ABSOLUTE_ERROR', 'PERCENTILE' or 'OUTPUT'; None: as AMCT where that keeps the layer working.
+    percentile: of PERCENTILE, in %.
+    """
 
     num_bits: int = 8
     clip_max: float | None = None
     clip_min: float | None = None
     fixed_min: bool | None = None
+    range_search: str | None = None
+    percentile: float = 99.9
 
 
 @dataclass(frozen=True)
 class WeightSettings:
-    """What the file says on weights; channel_wise None: the layer type's default, which the plan fills in."""
+    """What the file says on weights; channel_wise None: the layer type's default, which the plan fills in.
+
+    scale_start: 'RANGE' or 'LEAST_SQUARES'; scale_gradient: 'AMCT' or 'LSQ'; None: the profile's.
+    """
 
     algo: str = "arq_retrain"
     num_bits: int = 8
     channel_wise: bool | None = None
+    scale_start: str | None = None
+    scale_gradient: str | None = None
 
 
 @dataclass(frozen=True)
 class FilterPrune:
-    """Remove output channels: `ratio` of them by balanced L2 norm, rounded for the device if ascend_optimized."""
+    """Remove output channels: `ratio` of them, the least important, rounded for the device if ascend_optimized.
+
+    importance: 'BALANCED_L2', 'GROUP_L2' or 'GATE_TAYLOR'; None: the profile's.
+    """
 
     ratio: float
     ascend_optimized: bool = True
+    importance: str | None = None
 
 
 @dataclass(frozen=True)
 class SparsePrune:
-    """2:4 sparsity; update_freq 0: the mask is chosen once, n: anew every n training forwards."""
+    """2:4 sparsity; update_freq 0: the mask is chosen once, n: anew every n training forwards.
+
+    mask_gradient: 'MASKED' or 'SR_STE' with `decay`; permute_channels: reorder before the first mask; None: the
+    profile's.
+    """
 
     update_freq: int = 0
+    mask_gradient: str | None = None
+    decay: float = 2e-4
+    permute_channels: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +114,7 @@ class RetrainConfig:
     override_layer_types: tuple[Override, ...] = ()
     fp16: bool = False
     write_shift_bit: bool = False
+    profile: str = "AMCT"
     places: Places = field(default=Places("<config>"), compare=False, repr=False)
 
     @property
@@ -142,6 +165,7 @@ class _Reader:
             override_layer_types=self._overrides(message, "override_layer_types", "layer_type"),
             fp16=message.HasField("fakequant_precision_mode"),
             write_shift_bit=message.write_shift_bit,
+            profile=_label(message, "profile") or "AMCT",
             places=self._places,
         )
 
@@ -179,8 +203,12 @@ class _Reader:
         if bits == 4:
             raise self._error((*path, "dst_type"), "INT4 activations cannot be retrained; INT8 and INT16 can")
         fixed_min = ulq.fixed_min if ulq.HasField("fixed_min") else None
+        percentile = shortest_decimal(ulq.percentile)
+        if not 50 < percentile <= 100:
+            raise self._error((*path, "percentile"), f"{percentile} must lie above 50 and be at most 100 (%)")
+        data = DataQuant(bits, None, None, fixed_min, _label(ulq, "range_search"), percentile)
         if not ulq.HasField("clip_max_min"):
-            return DataQuant(bits, fixed_min=fixed_min)
+            return data
         path = (*path, "clip_max_min")
         clips = ulq.clip_max_min
         for name, sign in (("clip_max", 1), ("clip_min", -1)):
@@ -190,7 +218,7 @@ class _Reader:
             if not (math.isfinite(value) and value * sign > 0):
                 wanted = "greater" if sign > 0 else "less"
                 raise self._error((*path, name), f"{value} must be finite and {wanted} than 0")
-        return DataQuant(bits, clips.clip_max, clips.clip_min, fixed_min)
+        return replace(data, clip_max=clips.clip_max, clip_min=clips.clip_min)
 
     def _weight(self, message: Any, path: tuple[str | int, ...]) -> WeightSettings:
         algo = message.WhichOneof("weights_retrain_algo")
@@ -200,7 +228,9 @@ class _Reader:
         bits = self._bits(chosen)
         if bits == 16:
             raise self._error((*path, algo, "dst_type"), "INT16 weights do not exist; INT8 and INT4 do")
-        return WeightSettings(algo, bits, chosen.channel_wise if chosen.HasField("channel_wise") else None)
+        channel_wise = chosen.channel_wise if chosen.HasField("channel_wise") else None
+        gradient = _label(chosen, "scale_gradient") if algo == "ulq_retrain" else None
+        return WeightSettings(algo, bits, channel_wise, _label(chosen, "scale_start"), gradient)
 
     def _prune(self, message: Any, path: tuple[str | int, ...]) -> FilterPrune | SparsePrune:
         strategy = message.WhichOneof("regular_prune_strategy")
@@ -210,7 +240,12 @@ class _Reader:
         if strategy == "n_out_of_m_pruner":
             if not chosen.HasField("l1_selective_prune"):
                 raise self._error(path, "l1_selective_prune is required")
-            return SparsePrune(chosen.l1_selective_prune.update_freq)
+            pruner, path = chosen.l1_selective_prune, (*path, "l1_selective_prune")
+            decay = shortest_decimal(pruner.decay)
+            if not 0 <= decay < math.inf:
+                raise self._error((*path, "decay"), f"{decay} must be finite and at least 0")
+            permute = pruner.permute_channels if pruner.HasField("permute_channels") else None
+            return SparsePrune(pruner.update_freq, _label(pruner, "mask_gradient"), decay, permute)
         if not chosen.HasField("balanced_l2_norm_filter_prune"):
             raise self._error(path, "balanced_l2_norm_filter_prune is required")
         pruner, path = chosen.balanced_l2_norm_filter_prune, (*path, "balanced_l2_norm_filter_prune")
@@ -219,12 +254,20 @@ class _Reader:
         ratio = shortest_decimal(pruner.prune_ratio)
         if not 0 < ratio < 1:
             raise self._error((*path, "prune_ratio"), f"{ratio} must lie between 0 and 1, both excluded")
-        return FilterPrune(ratio, pruner.ascend_optimized)
+        return FilterPrune(ratio, pruner.ascend_optimized, _label(pruner, "importance"))
 
     @staticmethod
     def _bits(message: Any) -> int:
-        kinds = message.DESCRIPTOR.fields_by_name["dst_type"].enum_type.values_by_number
-        return _BITS[kinds[message.dst_type].name]
+        return _BITS[_enum_name(message, "dst_type")]
+
+
+def _label(message: Any, name: str) -> str | None:
+    """The label of an enum field that is set, else None."""
+    return _enum_name(message, name) if message.HasField(name) else None
+
+
+def _enum_name(message: Any, name: str) -> str:
+    return str(message.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number[getattr(message, name)].name)
 
 
 def shortest_decimal(value: float) -> float:

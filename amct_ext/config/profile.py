@@ -1,0 +1,38 @@
+"""What a profile chooses for the settings that a configuration leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from amct_ext.config.text import DataQuant, FilterPrune, SparsePrune, WeightSettings
+
+
+def fill_data(data: DataQuant, profile: str) -> DataQuant:
+    """The settings of an activation, with the profile's range search where none is asked for."""
+    if profile != "BEST" or data.range_search is not None:
+        return data
+    return replace(data, range_search="ABSOLUTE_ERROR")
+
+
+def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
+    """The settings of a weight, with the profile's start and gradient of scales where none is asked for."""
+    if profile != "BEST":
+        return weight
+    return replace(
+        weight,
+        scale_start=weight.scale_start or "LEAST_SQUARES",
+        scale_gradient=weight.scale_gradient or "AMCT",
+    )
+
+
+def fill_prune(prune: FilterPrune | SparsePrune, profile: str) -> FilterPrune | SparsePrune:
+    """The settings of pruning, with the profile's importance or mask gradient where none is asked for."""
+    if profile != "BEST":
+        return prune
+    if isinstance(prune, FilterPrune):
+        return replace(prune, importance=prune.importance or "GROUP_L2")
+    return replace(
+        prune,
+        mask_gradient=prune.mask_gradient or "SR_STE",
+        permute_channels=bool(prune.permute_channels),
+    )
