@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOffered, Trainee
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 from benchmarks.accuracy.training import Group
 
 _MASK_STEPS = 20  # steps between refreshes of 2:4 masks
@@ -93,7 +93,7 @@ def compress(model: nn.Module, task: Task, setting: Setting, aids: Aids, trained
     import amct_ext as amct
 
     if not aids.concern(setting):
-        raise NotOffered("changes nothing in this setting")
+        raise NotOfferedError("changes nothing in this setting")
     with tempfile.TemporaryDirectory() as folder:
         config, record = Path(folder) / "compression.cfg", Path(folder) / "record.txt"
         config.write_text(configuration(task, setting, aids))

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -20,13 +21,13 @@ Prepare = Callable[[nn.Module, Task, Setting], Trainee]
 
 @dataclass(frozen=True)
 class Method:
-    """``package``: what must be installed, None for nothing; ``aid``: a row of the table of aids."""
+    """``package``: what must be installed, None for nothing; ``kind``: which rows of the tables it belongs to."""
 
     name: str
     label: str
     prepare: Prepare
     package: str | None = None
-    aid: bool = False
+    kind: Literal["float", "peer", "ours", "aid"] = "peer"
 
     def installed(self) -> str | None:
         """The version of the package; None where it is missing."""
@@ -81,29 +82,26 @@ def _peer(module: str, function: str = "prepare", **options: object) -> Prepare:
 
 _BEST = _ours(profile="BEST")
 _LIST = (
-    Method("float", "float", functools.partial(_float, trained=False)),
-    Method("float-budget", "float + budget", functools.partial(_float, trained=True)),
-    Method("float-distil", "float + budget, DistillationLoss", _distilled(functools.partial(_float, trained=True))),
+    Method("float", "float", functools.partial(_float, trained=False), kind="float"),
+    Method("float-budget", "float + budget", functools.partial(_float, trained=True), kind="float"),
     Method("modelopt", "ModelOpt", _peer("modelopt"), "nvidia-modelopt"),
     Method("brevitas", "Brevitas", _peer("brevitas"), "brevitas"),
     Method("nncf", "NNCF", _peer("nncf"), "nncf"),
     Method("pt2e", "torchao PT2E", _peer("torchao", "prepare_pt2e"), "torchao"),
     Method("torchao", "torchao, linear layers", _peer("torchao", "prepare_linear"), "torchao"),
     Method("pruning-l2", "Torch-Pruning, group L2", _peer("torch_pruning"), "torch-pruning"),
-    Method(
-        "pruning-taylor", "Torch-Pruning, Taylor", _peer("torch_pruning", importance="taylor"), "torch-pruning"
-    ),
-    Method("amct", "amct_ext, default", _ours()),
-    Method("amct-best", "amct_ext, BEST", _BEST),
-    Method("amct-best-distil", "amct_ext, BEST + DistillationLoss", _distilled(_BEST)),
-    Method("amct-learned", "ulq_retrain", _ours(learned_scales=True), aid=True),
-    Method("amct-percentile", "range_search: PERCENTILE", _ours(range_search="PERCENTILE"), aid=True),
-    Method("amct-absolute", "range_search: ABSOLUTE_ERROR", _ours(range_search="ABSOLUTE_ERROR"), aid=True),
-    Method("amct-output", "range_search: OUTPUT", _ours(range_search="OUTPUT"), aid=True),
-    Method("amct-start", "scale_start: LEAST_SQUARES", _ours(scale_start="LEAST_SQUARES"), aid=True),
-    Method("amct-l2", "importance: GROUP_L2", _ours(importance="GROUP_L2"), aid=True),
-    Method("amct-taylor", "importance: GATE_TAYLOR", _ours(importance="GATE_TAYLOR"), aid=True),
-    Method("amct-sr-ste", "mask_gradient: SR_STE", _ours(mask_gradient="SR_STE"), aid=True),
-    Method("amct-distil", "DistillationLoss", _distilled(_ours()), aid=True),
+    Method("pruning-taylor", "Torch-Pruning, Taylor", _peer("torch_pruning", importance="taylor"), "torch-pruning"),
+    Method("amct", "amct_ext, default", _ours(), kind="ours"),
+    Method("amct-best", "amct_ext, BEST", _BEST, kind="ours"),
+    Method("amct-best-distil", "amct_ext, BEST + DistillationLoss", _distilled(_BEST), kind="ours"),
+    Method("amct-learned", "ulq_retrain", _ours(learned_scales=True), kind="aid"),
+    Method("amct-percentile", "range_search: PERCENTILE", _ours(range_search="PERCENTILE"), kind="aid"),
+    Method("amct-absolute", "range_search: ABSOLUTE_ERROR", _ours(range_search="ABSOLUTE_ERROR"), kind="aid"),
+    Method("amct-output", "range_search: OUTPUT", _ours(range_search="OUTPUT"), kind="aid"),
+    Method("amct-start", "scale_start: LEAST_SQUARES", _ours(scale_start="LEAST_SQUARES"), kind="aid"),
+    Method("amct-l2", "importance: GROUP_L2", _ours(importance="GROUP_L2"), kind="aid"),
+    Method("amct-taylor", "importance: GATE_TAYLOR", _ours(importance="GATE_TAYLOR"), kind="aid"),
+    Method("amct-sr-ste", "mask_gradient: SR_STE", _ours(mask_gradient="SR_STE"), kind="aid"),
+    Method("amct-distil", "DistillationLoss", _distilled(_ours()), kind="aid"),
 )
 METHODS = {method.name: method for method in _LIST}

@@ -12,7 +12,7 @@ from benchmarks.accuracy.training import Group, LossOf
 CALIBRATION_BATCHES = 8
 
 
-class NotOffered(RuntimeError):
+class NotOfferedError(RuntimeError):
     """A method that cannot do what is asked, with the reason."""
 
 
@@ -30,7 +30,8 @@ class Trainee:
 def groups_beside(model: nn.Module, float_names: Iterable[str], lr: float, quantiser_rate: float = 1.0) -> list[Group]:
     """Parameters of the float network, and those that a toolkit added: without decay, at a rate relative to ``lr``."""
     known = set(float_names)
-    weights, added = [], []
+    weights: list[nn.Parameter] = []
+    added: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (weights if name in known else added).append(parameter)

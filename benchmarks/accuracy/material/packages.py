@@ -17,7 +17,7 @@ from torch import Tensor
 _TEXT_BYTES = 3_200_000
 
 
-class MissingMaterial(RuntimeError):
+class MissingMaterialError(RuntimeError):
     """A package or a program that a task is made of is not installed."""
 
 
@@ -25,14 +25,14 @@ def folder(package: str, install: str) -> Path:
     """The folder of an installed package; ``install`` is what to install where it is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingMaterial(f"package {package} is not installed (pip install --no-deps {install})")
+        raise MissingMaterialError(f"package {package} is not installed (pip install --no-deps {install})")
     return Path(spec.submodule_search_locations[0])
 
 
 def docstrings() -> list[str]:
     """Long docstrings of torch's own Python files, each once, in a fixed order, 3.2 MB in all."""
     files = sorted(folder("torch", "torch").rglob("*.py"))
-    np.random.default_rng(0).shuffle(files)  # type: ignore[arg-type]
+    np.random.default_rng(0).shuffle(files)
     texts: dict[str, str] = {}
     size = 0
     for file in files:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.accuracy.material.packages import MissingMaterial, docstrings
+from benchmarks.accuracy.material.packages import MissingMaterialError, docstrings
 
 CHUNKS, CHUNK, CONTEXT = 48, 512, 64
 RATE = 16_000
@@ -36,7 +36,7 @@ def _to_16_khz(signal: Tensor) -> Tensor:
 
 def _say(voice: str, text: str, speed: int, pitch: int, path: Path) -> Samples:
     if shutil.which("espeak-ng") is None:
-        raise MissingMaterial("espeak-ng is not installed (Debian package espeak-ng)")
+        raise MissingMaterialError("espeak-ng is not installed (Debian package espeak-ng)")
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(path), text]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     with wave.open(str(path)) as file:
@@ -115,7 +115,7 @@ def _sequences(
 
 
 def speech(folder: Path) -> dict[str, NDArray[np.float16] | Samples]:
-    """1,200 sequences of 60 voices for training (``x``, ``y``) and 320 of 24 other voices for the test (``xt``, ``yt``).
+    """1,200 sequences of 60 voices for training (``x``, ``y``), 320 of 24 others for the test (``xt``, ``yt``).
 
     The folder takes passing files.
     """

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOffered, Trainee, groups_beside
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee, groups_beside
 
 
 def _layers(bits: int, percentile: float) -> dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]]:
@@ -44,7 +44,7 @@ def prepare(model: nn.Module, task: Task, setting: Setting, percentile: float = 
     from brevitas.graph.quantize import layerwise_quantize
 
     if setting.prune or setting.sparse:
-        raise NotOffered("it quantises only")
+        raise NotOfferedError("it quantises only")
     names = [name for name, _ in model.named_parameters()]
     model.eval()
     if setting.weight_bits == 4:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOffered, Trainee
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 
 _GROUP, _BINS = 32, 4096
 
@@ -29,6 +29,7 @@ def _config(task: Task, setting: Setting) -> dict[str, Any]:
         {"quantizer_name": "*weight_quantizer", "cfg": channels, "enable": True},
         {"quantizer_name": "*input_quantizer", "cfg": histogram, "enable": True},
     ]
+    rules.append({"quantizer_name": "*", "parent_class": "nn.Embedding", "enable": False})
     if setting.weight_bits == 4:
         rules[1]["cfg"] = {"num_bits": 4, "axis": 0}
         groups = {"num_bits": 4, "block_sizes": {-1: _GROUP}}
@@ -66,7 +67,7 @@ def prepare(
     import modelopt.torch.sparsity.weight_sparsity as mts
 
     if setting.prune:
-        raise NotOffered("its channel pruning searches sub-networks under a budget, not a given share")
+        raise NotOfferedError("its channel pruning searches sub-networks under a budget, not a given share")
     if setting.sparse:
         model = mts.sparsify(model, "sparse_magnitude")[0]
     model = mtq.quantize(model, _config(task, setting))

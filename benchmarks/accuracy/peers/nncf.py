@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOffered, Trainee, groups_beside
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee, groups_beside
 
 _FLOAT = ("add", "__add__", "__iadd__", "embedding", "layer_norm", "scaled_dot_product_attention")
 
@@ -46,7 +46,7 @@ def _toolkit() -> Any:
 def prepare(model: nn.Module, task: Task, setting: Setting, ranges: str = "MEAN_MINMAX") -> Trainee:
     """Quantised and calibrated; what is neither convolution, linear nor recurrent is told to stay float."""
     if setting.prune or setting.sparse:
-        raise NotOffered("NNCF 3 has neither channel pruning nor 2:4 masks for torch")
+        raise NotOfferedError("NNCF 3 has neither channel pruning nor 2:4 masks for torch")
     nncf = _toolkit()
     from nncf.quantization.advanced_parameters import (
         AdvancedQuantizationParameters,

@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.accuracy.amct import Aids, compress
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import SETTINGS, Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOffered, Trainee
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 
 
 def _prune(model: nn.Module, task: Task, ratio: float, importance: str) -> None:
@@ -32,6 +32,6 @@ def _prune(model: nn.Module, task: Task, ratio: float, importance: str) -> None:
 def prepare(model: nn.Module, task: Task, setting: Setting, importance: str = "l2") -> Trainee:
     """Pruned by the group's L2 norm or by the first-order Taylor term, then quantised."""
     if not setting.prune:
-        raise NotOffered("it prunes only")
+        raise NotOfferedError("it prunes only")
     _prune(model, task, setting.prune, importance)
     return compress(model, task, SETTINGS["int8"], Aids())

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOffered, Trainee
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 
 _GROUP = 32
 _PT2E_LAYERS = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
@@ -79,7 +79,7 @@ def prepare_pt2e(model: nn.Module, task: Task, setting: Setting, freeze: bool = 
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     if setting.prune or setting.sparse:
-        raise NotOffered("PT2E quantises only")
+        raise NotOfferedError("PT2E quantises only")
     exported = torch.export.export(model.train(), (task.example(),)).module()
     prepared = allow_exported_model_train_eval(
         prepare_qat_pt2e(exported, _layer_quantizer(task, model, setting.weight_bits))
@@ -97,15 +97,15 @@ def prepare_linear(model: nn.Module, task: Task, setting: Setting, grouped: bool
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     if setting.prune or setting.sparse:
-        raise NotOffered("its QAT quantises only")
+        raise NotOfferedError("its QAT quantises only")
     others = (nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU)
     if any(isinstance(module, others) for module in model.modules()):
-        raise NotOffered("its QAT by modules takes linear layers only")
+        raise NotOfferedError("its QAT by modules takes linear layers only")
     activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    dtype = torch.int8 if setting.weight_bits == 8 else getattr(torch, "int4")  # noqa: B009 (not in torch's types)
     if setting.weight_bits == 4 and grouped:
-        weights = IntxFakeQuantizeConfig(torch.int4, group_size=_GROUP, is_symmetric=True)
+        weights = IntxFakeQuantizeConfig(dtype, group_size=_GROUP, is_symmetric=True)
     else:
-        dtype = torch.int8 if setting.weight_bits == 8 else torch.int4
         weights = IntxFakeQuantizeConfig(dtype, "per_channel", is_symmetric=True)
     quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
     return Trainee(model)

@@ -29,6 +29,7 @@ class Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
+        Setting("float", "float"),
         Setting("int8", "INT8"),
         Setting("int4", "INT4 weights", weight_bits=4),
         Setting("sparse", "2:4 + INT8", sparse=True),
