@@ -25,5 +25,5 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, align_corners=False)
     dimmed = moved * (0.7 + 0.3 * spread(generator, count, 1, 1, 1))
-    level = 0.125 * (1 + spread(generator, count, 1, 1, 1))
-    return (dimmed + torch.randn(images.shape, generator=generator) * level - 0.13) / 0.31
+    noise = torch.randn(images.shape, generator=generator) * 0.125
+    return (dimmed + noise * (1 + spread(generator, count, 1, 1, 1)) - 0.13) / 0.31
