@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.quick import LOOKS, broken
 from benchmarks.accuracy.report import wanted
@@ -15,7 +17,6 @@ from benchmarks.accuracy.tables import accuracy_table, costs_table, skipped_list
 from benchmarks.accuracy.tasks.image import Digits
 from benchmarks.accuracy.trainee import groups_beside
 from benchmarks.accuracy.training import rate
-from torch import nn
 
 
 def test_standard_error_of_the_mean() -> None:

@@ -38,7 +38,7 @@ def _layers(bits: int, percentile: float) -> dict[type[nn.Module], tuple[type[nn
     return {kind: (quantised, how) for kind, quantised in classes.items()}
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting, percentile: float = 99.99) -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     """Quantised and calibrated in evaluation mode."""
     from brevitas.graph.calibrate import calibration_mode
     from brevitas.graph.quantize import layerwise_quantize
@@ -48,8 +48,8 @@ def prepare(model: nn.Module, task: Task, setting: Setting, percentile: float = 
     names = [name for name, _ in model.named_parameters()]
     model.eval()
     if setting.weight_bits == 4:
-        model = layerwise_quantize(model, _layers(4, percentile), name_blacklist=list(task.keep_8_bits))
-    model = layerwise_quantize(model, _layers(8, percentile))
+        model = layerwise_quantize(model, _layers(4, task.percentile), name_blacklist=list(task.keep_8_bits))
+    model = layerwise_quantize(model, _layers(8, task.percentile))
     batches = task.calibration(CALIBRATION_BATCHES)
     with torch.no_grad(), calibration_mode(model):
         for batch in batches:

@@ -39,7 +39,7 @@ def _config(task: Task, setting: Setting) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _calibrate(model: nn.Module, batches: list[Tensor], method: str, percentile: float) -> None:
+def _calibrate(model: nn.Module, batches: list[Tensor], percentile: float) -> None:
     from modelopt.torch.quantization.calib import HistogramCalibrator
     from modelopt.torch.quantization.model_calib import enable_stats_collection
     from modelopt.torch.quantization.nn import TensorQuantizer
@@ -52,16 +52,14 @@ def _calibrate(model: nn.Module, batches: list[Tensor], method: str, percentile:
         if not isinstance(module, TensorQuantizer) or module._disabled:
             continue
         if isinstance(module._calibrator, HistogramCalibrator):
-            module.load_calib_amax(method, **({"percentile": percentile} if method == "percentile" else {}))
+            module.load_calib_amax("percentile", percentile=percentile)
         else:
             module.load_calib_amax()
         module.enable_quant()
         module.disable_calib()
 
 
-def prepare(
-    model: nn.Module, task: Task, setting: Setting, method: str = "percentile", percentile: float = 99.99
-) -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     """Sparsified where asked for, then quantised and calibrated in evaluation mode."""
     import modelopt.torch.quantization as mtq
     import modelopt.torch.sparsity.weight_sparsity as mts
@@ -71,5 +69,5 @@ def prepare(
     if setting.sparse:
         model = mts.sparsify(model, "sparse_magnitude")[0]
     model = mtq.quantize(model, _config(task, setting))
-    _calibrate(model, task.calibration(CALIBRATION_BATCHES), method, percentile)
+    _calibrate(model, task.calibration(CALIBRATION_BATCHES), task.percentile)
     return Trainee(model)

@@ -43,7 +43,7 @@ def _toolkit() -> Any:
     return nncf
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting, ranges: str = "MEAN_MINMAX") -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     """Quantised and calibrated; what is neither convolution, linear nor recurrent is told to stay float."""
     if setting.prune or setting.sparse:
         raise NotOfferedError("NNCF 3 has neither channel pruning nor 2:4 masks for torch")
@@ -55,6 +55,8 @@ def prepare(model: nn.Module, task: Task, setting: Setting, ranges: str = "MEAN_
     )
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
+    estimators = RangeEstimatorParametersSet
+    ranges = estimators.MEAN_QUANTILE if task.heavy_tails else estimators.MEAN_MINMAX
     names = [f"model.{name}" for name, _ in model.named_parameters()]
     weights = QuantizationParameters(num_bits=setting.weight_bits) if setting.weight_bits != 8 else None
     quantised = nncf.quantize(
@@ -68,7 +70,7 @@ def prepare(model: nn.Module, task: Task, setting: Setting, ranges: str = "MEAN_
         advanced_parameters=AdvancedQuantizationParameters(
             overflow_fix=OverflowFix.DISABLE,
             weights_quantization_params=weights,
-            activations_range_estimator_params=getattr(RangeEstimatorParametersSet, ranges),
+            activations_range_estimator_params=ranges,
         ),
     )
     return Trainee(quantised, groups_beside(quantised, names, task.budget.lr))

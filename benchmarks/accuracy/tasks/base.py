@@ -40,7 +40,7 @@ class Task(ABC):
     float_phases: ClassVar[tuple[Phase, ...]]
     seeds_share_start: ClassVar[bool] = False
     keep_8_bits: ClassVar[tuple[str, ...]] = ()  # layers whose weights keep 8 bits where the others have 4
-    no_sparsity: ClassVar[tuple[str, ...]] = ()  # layers without a 2:4 mask
+    heavy_tails: ClassVar[bool] = False  # peers take ranges that leave out 0.1 % of the values, else 0.01 %
     classifier: ClassVar[str] = ""  # the layer whose outputs are no channels to remove
 
     test_x: Tensor
@@ -73,6 +73,11 @@ class Task(ABC):
     @abstractmethod
     def score(self, output: Tensor) -> float:
         """Of the outputs for the test inputs."""
+
+    @property
+    def percentile(self) -> float:
+        """The share of the values, in %, that lies within the ranges of peers that take a percentile."""
+        return 99.9 if self.heavy_tails else 99.99
 
     def calibration(self, count: int) -> list[Tensor]:
         """Inputs of batches of the training data that no step sees."""
