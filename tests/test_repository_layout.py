@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 400  # lines
+LONGEST = 300  # lines
 FAMILIES = ("activation_", "calibration_", "integer_", "sparsity_", "weight_")
 OPS = sorted(path.stem for path in (ROOT / "amct_ext" / "ops").glob("*.py") if path.stem.startswith(FAMILIES))
 
