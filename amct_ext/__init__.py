@@ -10,6 +10,7 @@ from amct_ext.auto_channel_prune_search import (
 )
 from amct_ext.checkpoint.amct_names import from_amct_state_dict, to_amct_state_dict
 from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
+from amct_ext.distillation import DistillationLoss
 from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError
 from amct_ext.explain.report import Explanation, LayerReport
@@ -38,6 +39,7 @@ from amct_ext.flows.settings import configure, forward_choices, shift_bits, upda
 __all__ = [
     "TARGETS",
     "AmctError",
+    "DistillationLoss",
     "Explanation",
     "GreedySearch",
     "LayerReport",
