@@ -1,4 +1,4 @@
-"""The layout of the repository: files stay short, an op family has one stem on every floor, tests share by support."""
+"""The layout of the repository: files stay short, an op family has one stem in every folder, tests share by support."""
 
 from __future__ import annotations
 
