@@ -19,7 +19,7 @@ from amct_ext.errors import ConfigError, ModelError
 from amct_ext.flows import build, saving
 from amct_ext.record.text import read_record
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @outside_inference_mode
@@ -67,7 +67,7 @@ def restore_prune_retrain_model(
     planner = _planner(config_defination)
     record = read_record(record_file)
     if not (record.channel or record.sparse):
-        _log.warning("%s: no prune_record, so no channels are removed", record_file)
+        logger.warning("%s: no prune_record, so no channels are removed", record_file)
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
 
