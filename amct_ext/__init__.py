@@ -14,6 +14,7 @@ from amct_ext.distillation import DistillationLoss
 from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError
 from amct_ext.explain.report import Explanation, LayerReport
+from amct_ext.explain.sensitivity import LayerSensitivity, Sensitivity
 from amct_ext.explain.targets import TARGETS, Target, check_target
 from amct_ext.flows.batchnorm import reestimate_batchnorm
 from amct_ext.flows.calibrate import calibrate
@@ -34,6 +35,7 @@ from amct_ext.flows.quant import (
     restore_quant_retrain_model,
     save_quant_retrain_model,
 )
+from amct_ext.flows.sensitivity import sensitivity
 from amct_ext.flows.settings import configure, forward_choices, shift_bits, update_record
 
 __all__ = [
@@ -43,7 +45,9 @@ __all__ = [
     "Explanation",
     "GreedySearch",
     "LayerReport",
+    "LayerSensitivity",
     "SearchChannelBase",
+    "Sensitivity",
     "SensitivityBase",
     "Target",
     "TaylorLossSensitivity",
@@ -70,6 +74,7 @@ __all__ = [
     "save_compressed_retrain_model",
     "save_prune_retrain_model",
     "save_quant_retrain_model",
+    "sensitivity",
     "shift_bits",
     "to_amct_state_dict",
     "update_record",
