@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import BATCH_NORMS, Family, is_depthwise, kind_of, layer_type
+from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
 from amct_ext.errors import InvalidDataError
 from amct_ext.ops import filter_norms
 from amct_ext.prune.groups import ChannelGroup, Member
@@ -15,37 +15,31 @@ from amct_ext.prune.removal import LAYER_OPERATORS
 
 
 def group_norms(group: ChannelGroup, model: nn.Module) -> Tensor:
-    """Importance of each channel of a group: mean over its members of the squared L2 norm there: float64.
+    """Importance of each channel of a group: the sum of its L2 norms in all members: float64.
 
-    Members are BatchNorm's factors, the filters of depthwise convolutions, the slices of the weights that read the
-    channel, and the producers' filters. The latter have no say where a BatchNorm reads the channels, for it divides
-    their scale out again. Each member is divided by its mean over the channels, so that none speaks louder by its size;
-    one that is zero throughout has no say. Errors: InvalidDataError (NaN or Inf). Source: after DepGraph's group norm
-    (Fang et al. 2023), which counts all members and does not divide them.
+    Members are the producers' filters, BatchNorm's factors, the filters of depthwise convolutions, and the slices of
+    the weights that read the channel. A member's norms are divided by their mean over the channels, so that none speaks
+    louder by its size; one that is zero throughout has no say. Errors: InvalidDataError (NaN or Inf). Source: after
+    DepGraph's group norm (Fang et al. 2023), which sums squares and does not divide them.
     """
-    members = list(_members(group, model))
-    kept = [squares for role, squares in members if role != "producer"]
-    if not any(role == "norm" for role, _ in members):
-        kept = [squares for _, squares in members]
     total = torch.zeros(group.count, dtype=torch.float64)
-    for squares in kept:
-        mean = squares.mean()
+    for norms in _norms(group, model):
+        mean = norms.mean()
         if bool(mean > 0):
-            total += squares / mean
-    return total / len(kept)
+            total += norms / mean
+    return total
 
 
-def _members(group: ChannelGroup, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Each member that has weights: 'producer', 'norm' or 'reader', and its squared norms on the CPU."""
+def _norms(group: ChannelGroup, model: nn.Module) -> Iterator[Tensor]:
+    """Each member's norms, on the CPU; a BatchNorm without factors is none."""
     for member in group.producers:
-        yield "producer", filter_norms(finite_weight(member, model)).cpu().double().square()
+        yield filter_norms(finite_weight(member, model)).cpu().double()
     for member in group.consumers:
         module = model.get_submodule(member.name) if member.type in LAYER_OPERATORS else None
-        if module is not None and getattr(module, "weight", None) is not None:  # a BatchNorm may have no factors
+        if module is not None and getattr(module, "weight", None) is not None:
             norms = filter_norms(by_input(finite_weight(member, model), module)).cpu().double()
             places = norms[member.begin : member.begin + group.count * member.repeat]
-            role = "norm" if layer_type(module) in BATCH_NORMS else "reader"
-            yield role, places.square().reshape(group.count, member.repeat).sum(1)
+            yield torch.linalg.vector_norm(places.reshape(group.count, member.repeat), dim=1)
 
 
 def finite_weight(member: Member, model: nn.Module) -> Tensor:
