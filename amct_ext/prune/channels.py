@@ -41,7 +41,7 @@ def plan_channels(
     if measured and pruning_loss is not None:
         copy = copy_model(model)  # whatever the callable does to it, `model` stays as it is
         with preserved_random_state(copy), in_mode(copy, training=False):
-            scores = dict(zip(measured, gate_taylor(copy, measured, pruning_loss(copy)), strict=True))
+            scores = dict(zip(measured, gate_taylor(copy, measured, pruning_loss), strict=True))
     return tuple(group.record(select_channels(group, plan, model, scores.get(group))) for group in found.prunable)
 
 

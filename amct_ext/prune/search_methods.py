@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -159,7 +159,10 @@ class GateTaylorSensitivity(TaylorLossSensitivity):
         """See SensitivityBase. Errors: ModelError, InputDataError (what the model or the loss rejects)."""
         model = self.graph.model
         groups = [read_group(record) for record in search_records]
-        losses = (self._loss(model, inputs, label) for inputs, label in self._samples)
+
+        def losses(model: nn.Module) -> Iterator[Tensor]:
+            return (self._loss(model, inputs, label) for inputs, label in self._samples)
+
         for record, scores in zip(search_records, gate_taylor(model, groups, losses), strict=True):
             write_scores(record, scores)
 

@@ -87,8 +87,9 @@ def test_it_is_the_gradient_of_gates_in_front_of_all_readers(name: str) -> None:
     net = unsettle(build())
     groups = groups_of(net, data)
     batches = [torch.randn_like(data) for _ in range(3)]
-    found = gate_taylor(net, groups, (net(x).square().mean() for x in batches))
-    each = [gates_in_front_of_readers(net, groups, lambda m, x=x: m(x).square().mean()) for x in batches]
+    found = gate_taylor(net, groups, lambda m: (m(x).square().mean() for x in batches))
+    samples = [x[i : i + 1] for x in batches for i in range(len(x))]
+    each = [gates_in_front_of_readers(net, groups, lambda m, x=x: m(x).square().mean()) for x in samples]
     for scores, gradients in zip(found, zip(*each, strict=True), strict=True):
         expected = torch.stack(gradients).double().abs().mean(0)
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
@@ -97,10 +98,10 @@ def test_it_is_the_gradient_of_gates_in_front_of_all_readers(name: str) -> None:
 
 def test_a_small_gate_changes_the_loss_as_predicted() -> None:
     net = unsettle(nn.Sequential(conv(3, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 4), nn.Flatten(), nn.Linear(144, 2)))
-    net, data = net.double(), torch.randn(4, 3, 6, 6).double()
+    net, data = net.double(), torch.randn(1, 3, 6, 6).double()
     (first, *_) = groups_of(net, data)
     work = copy.deepcopy(net)
-    (scores,) = gate_taylor(work, [first], [work(data).square().mean()])
+    (scores,) = gate_taylor(work, [first], lambda m: [m(data).square().mean()])
     with torch.no_grad():
         whole = net(data).square().mean()
         for channel in range(5):
@@ -117,8 +118,40 @@ def tiny() -> nn.Module:
 def test_frozen_weights_are_measured_and_no_grad_is_written() -> None:
     net = tiny().requires_grad_(False)
     groups = groups_of(net, image())
-    (scores,) = gate_taylor(net, groups, (net(image()).mean() for _ in range(2)))
+    (scores,) = gate_taylor(net, groups, lambda m: (m(image()).mean() for _ in range(2)))
     assert bool((scores > 0).all()) and all(p.grad is None for p in net.parameters())
+
+
+def test_losses_may_come_in_a_list_and_beside_forwards_that_do_not_count() -> None:
+    net, batches = tiny(), [image() for _ in range(3)]
+    groups = groups_of(net, image())
+
+    def beside(model: nn.Module) -> Any:
+        for x in batches:
+            with torch.no_grad():
+                teacher = model(x)
+            model(x + 1)
+            yield (model(x) - 2 * teacher).square().mean()
+
+    (one,) = gate_taylor(net, groups, beside)
+    (other,) = gate_taylor(net, groups, lambda m: [(m(x) - 2 * m(x).detach()).square().mean() for x in batches])
+    torch.testing.assert_close(one, other)
+
+
+def test_readers_that_see_different_numbers_of_samples_share_one_gate() -> None:
+    net = Net(
+        lambda m, x: [m.b(y := m.a(x)), m.c(y.flatten(0, 1))], a=nn.Linear(6, 5), b=nn.Linear(5, 2), c=nn.Linear(5, 3)
+    )
+    data = torch.randn(4, 3, 6)
+    groups = groups_of(net, data)
+
+    def loss(model: nn.Module) -> Tensor:
+        one, two = model(data)
+        return one.square().mean() + two.abs().mean()
+
+    (found,) = gate_taylor(net, groups, lambda m: [loss(m)])
+    (gradient,) = gates_in_front_of_readers(net, groups, loss)
+    torch.testing.assert_close(found, gradient.double().abs(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +165,10 @@ def test_frozen_weights_are_measured_and_no_grad_is_written() -> None:
         (lambda m: (m(image()).mean().detach() for _ in range(2)), "loss 1 has no gradient"),
         (lambda m: [m(image()).mean(), m(image() * torch.inf).mean()], "loss 2 is NaN or Inf"),
         (lambda m: [torch.ones((), requires_grad=True) * 2], "depends on no layer that is pruned"),
-        (lambda m: (lambda loss: [loss, loss])(m(image()).mean()), "loss 2 cannot be differentiated"),
+        (
+            lambda m: (lambda loss: [loss, loss])(m(image()).mean()),
+            "loss 2 depends on no layer that is pruned: compute it by a forward of its own",
+        ),
     ],
 )
 def test_losses_that_cannot_be_used(losses: Callable[[nn.Module], Any], says: str) -> None:
@@ -140,11 +176,11 @@ def test_losses_that_cannot_be_used(losses: Callable[[nn.Module], Any], says: st
     groups = groups_of(net, image())
     net.requires_grad_()
     with pytest.raises(InputDataError, match=says):
-        gate_taylor(net, groups, losses(net))
+        gate_taylor(net, groups, losses)
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     net = tiny()
     groups = groups_of(net, image())
     with pytest.raises(InvalidDataError, match="0: the loss's gradient holds NaN or Inf"):
-        gate_taylor(net, groups, ((net(image()).mean() * 0).sqrt() for _ in range(1)))
+        gate_taylor(net, groups, lambda m: [(m(image()).mean() * 0).sqrt()])
