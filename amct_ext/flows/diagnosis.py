@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,15 +15,18 @@ from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.explain.reasons import layer_reasons
-from amct_ext.export.capture import list_places
+from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
 from amct_ext.model_surgery.session import Session
+from amct_ext.prune.gate_taylor import PruningLoss
+from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.selection import measure_of
 
 logger = logging.getLogger("amct_ext")
-_SHOWN = 9  # layers named in a message
+_MAX_LISTED = 9  # layers named in a message
 
 
 def warn_of_left_alone(graph: Graph) -> None:
@@ -70,6 +73,20 @@ def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor
     return found
 
 
+def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: PruningLoss | None, source: str) -> None:
+    """Raise ConfigError where channels are to be ranked by a loss that was not given; warn of one that ranks none."""
+    asked = [group.producers[0].name for group in groups if measure_of(group, plan) == "GATE_TAYLOR"]
+    if asked and given is None:
+        raise ConfigError(
+            f"{source}: '{asked[0]}' is to be pruned by importance: GATE_TAYLOR, which needs a loss; give create "
+            "pruning_loss=lambda model: (loss(model(x), y) for x, y in batches), or choose GROUP_L2"
+        )
+    if given is not None and groups and not asked:
+        logger.warning(
+            "%s: pruning_loss has no effect, for no layer that can be pruned asks for importance: GATE_TAYLOR", source
+        )
+
+
 def check_pruned(session: Session, source: str) -> None:
     """Raise ConfigError where pruning is asked for and no group of channels may lose any, nor a layer is 2:4 sparse."""
     layers = session.plan.layers.values()
@@ -82,8 +99,8 @@ def check_pruned(session: Session, source: str) -> None:
         return
     dropped = "the model fails without its channels (see the log)"
     lines = [f"{name}: {layer_reasons(session, name).not_pruned or dropped}" for name in asked]
-    if len(lines) > _SHOWN:
-        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more (amct_ext.explain lists them)"]
+    if len(lines) > _MAX_LISTED:
+        lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more (amct_ext.explain lists them)"]
     raise ConfigError(
         f"{source}: channel pruning is asked for, but no layer can lose channels, nothing is left to prune:\n  "
         + "\n  ".join(lines)
@@ -97,10 +114,10 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     """
     if not graph.export_risks:
         return ""
-    places = list_places(graph.export_risks)
+    risks = format_risks(graph.export_risks)
     try:
         try_capture(model, input_data)
-        fixed = list_places([risk for risk in graph.export_risks if risk.specializes])
+        fixed = format_risks([risk for risk in graph.export_risks if risk.specializes])
         if not fixed:
             return ""
         note = (
@@ -109,7 +126,7 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
         )
     except Exception as error:  # whatever it is, save would meet it too
         note = (
-            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {places}. Take it out "
+            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {risks}. Take it out "
             "of forward, or save a model without it"
         )
     logger.warning("%s: %s", type(model).__name__, note)

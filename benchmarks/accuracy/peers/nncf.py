@@ -1,4 +1,4 @@
-"""NNCF: ranges and scales of weights and activations learned; INT4 weights through its own settings."""
+"""NNCF: ranges and scales of weights and activations are learned, from averages or quantiles of the batches."""
 
 from __future__ import annotations
 
@@ -47,29 +47,25 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     """Quantised and calibrated; what is neither convolution, linear nor recurrent is told to stay float."""
     if setting.prune or setting.sparse:
         raise NotOfferedError("NNCF 3 has neither channel pruning nor 2:4 masks for torch")
+    if setting.weight_bits != 8:
+        raise NotOfferedError("its quantised training has INT8 weights; INT4 is for compressing weights alone")
     nncf = _toolkit()
-    from nncf.quantization.advanced_parameters import (
-        AdvancedQuantizationParameters,
-        OverflowFix,
-        QuantizationParameters,
-    )
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     estimators = RangeEstimatorParametersSet
     ranges = estimators.MEAN_QUANTILE if task.heavy_tails else estimators.MEAN_MINMAX
     names = [f"model.{name}" for name, _ in model.named_parameters()]
-    weights = QuantizationParameters(num_bits=setting.weight_bits) if setting.weight_bits != 8 else None
     quantised = nncf.quantize(
         _Whole(model).eval(),
         nncf.Dataset(task.calibration(CALIBRATION_BATCHES)),
         preset=nncf.QuantizationPreset.MIXED,
-        target_device=nncf.TargetDevice.ANY if weights else nncf.TargetDevice.CPU,
+        target_device=nncf.TargetDevice.CPU,
         subset_size=CALIBRATION_BATCHES,
         fast_bias_correction=True,
         ignored_scope=nncf.IgnoredScope(types=list(_FLOAT), validate=False),
         advanced_parameters=AdvancedQuantizationParameters(
             overflow_fix=OverflowFix.DISABLE,
-            weights_quantization_params=weights,
             activations_range_estimator_params=ranges,
         ),
     )
