@@ -106,3 +106,5 @@ def raise_if_invalid(model: nn.Module) -> None:
     if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
+    for quantiser in quantisers:
+        quantiser.tell_replaced_range()  # of a calibration in a compiled graph

@@ -1,0 +1,102 @@
+"""How the clips of an activation are chosen from a sample of it: AMCT's search, and those that outliers do not decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from amct_ext import ops
+from amct_ext.common.ranks import several_ranks
+from amct_ext.config.text import DataQuant
+from amct_ext.layers.forward_context import host_can_read
+
+
+class Clips(NamedTuple):
+    """The ends of a range, 0-dim."""
+
+    high: Tensor
+    low: Tensor
+
+    def text(self) -> str:
+        """The range for a message; reads the device."""
+        return f"[{float(self.low):.6g}, {float(self.high):.6g}]"
+
+
+class FoundRange(NamedTuple):
+    """The clips for a sample and, where those of AMCT were in doubt, what else there is to choose from.
+
+    replaced: 0-dim, whether ``clips`` are ``robust`` because ``amct`` would put most values into the code of zero.
+    """
+
+    clips: Clips
+    amct: Clips | None = None
+    robust: Clips | None = None
+    replaced: Tensor | None = None
+
+
+class Sample(Protocol):
+    """The values of one or several batches, kept as they are or as a histogram."""
+
+    def amct_range(self, num_bits: int) -> Clips:
+        """The range that AMCT's search finds; NaN where values are not finite."""
+
+    def ends(self) -> Clips:
+        """The largest and the smallest value."""
+
+    def mostly_below(self, magnitude: Tensor) -> Tensor:
+        """Whether more than half of the non-zero values are no larger than this; 0-dim."""
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """The sample as `range_histogram_` counts it, with halves, and its extremes."""
+
+
+@dataclass(frozen=True)
+class RangeSearch:
+    """The search that a configuration asks for. ``method`` None: AMCT's, guarded against outliers.
+
+    AMCT's search tries 0.7 to 1.3 of the extreme value. Where that puts more than half of the non-zero values into the
+    code of zero, and the range of least absolute error does not, the latter is taken.
+    """
+
+    num_bits: int
+    fixed_min: bool
+    method: str | None = None
+    percentile: float = 99.9
+
+    @classmethod
+    def of(cls, data: DataQuant, fixed_min: bool) -> RangeSearch:
+        """The search for an activation with these settings."""
+        return cls(data.num_bits, fixed_min, data.range_search, data.percentile)
+
+    def find(self, sample: Sample, last: bool) -> FoundRange:
+        """The clips for a sample; for one that is not the last of a calibration AMCT takes the extremes."""
+        if self.method == "PERCENTILE":
+            return FoundRange(self._percentile(sample, self.percentile))
+        if self.method in ("ABSOLUTE_ERROR", "OUTPUT"):
+            return FoundRange(self._absolute(sample))
+        amct = sample.amct_range(self.num_bits) if last else sample.ends()
+        return FoundRange(amct) if self.method == "AMCT" else self._guarded(sample, amct)
+
+    def _guarded(self, sample: Sample, amct: Clips) -> FoundRange:
+        coarse = self._mostly_zero(sample, amct)
+        # All ranks need a robust range where one of them does; a graph under way cannot branch.
+        if host_can_read(coarse) and not several_ranks() and not bool(coarse):
+            return FoundRange(amct)
+        robust = self._absolute(sample)
+        replaced = coarse & ~self._mostly_zero(sample, robust)
+        clips = (torch.where(replaced, new.to(old.dtype), old) for new, old in zip(robust, amct, strict=True))
+        return FoundRange(Clips(*clips), amct, robust, replaced)
+
+    def _mostly_zero(self, sample: Sample, clips: Clips) -> Tensor:
+        """Whether quantising with these clips makes most values that are not zero the code of zero."""
+        low = torch.zeros_like(clips.low) if self.fixed_min else clips.low.clamp_max(0)
+        return sample.mostly_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
+
+    def _absolute(self, sample: Sample) -> Clips:
+        return Clips(*ops.search_clip_range_absolute(*sample.histogram(), self.num_bits, self.fixed_min))
+
+    def _percentile(self, sample: Sample, percentile: float) -> Clips:
+        return Clips(*ops.percentile_clip_range(*sample.histogram(), percentile, self.num_bits, self.fixed_min))
