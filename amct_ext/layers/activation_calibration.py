@@ -143,7 +143,7 @@ class CalibratedClips(KeepsPrecision):
             return
         _log.warning(
             "layer '%s': AMCT's range %s would put more than half of the non-zero values of an activation into the code "
-            "of zero, because of a few large ones; the range of least absolute error, %s, is used. "
+            "of zero, because of a few large ones; a range that these do not decide, %s, is used. "
             "range_search: AMCT in ulq_quantize keeps AMCT's",
             self.layer, found.amct.text(), found.clips.text(),
         )  # fmt: skip

@@ -14,6 +14,9 @@ from amct_ext.config.text import DataQuant
 from amct_ext.layers.forward_context import host_can_read
 
 
+_FEW_OUTLIERS = 99.9  # in %: what lies beyond this percentile may count as outliers
+
+
 class Clips(NamedTuple):
     """The ends of a range, 0-dim."""
 
@@ -53,12 +56,18 @@ class Sample(Protocol):
         """The sample as `range_histogram_` counts it, with halves, and its extremes."""
 
 
+def choose(first: Tensor, one: Clips, other: Clips) -> Clips:
+    """``one`` where ``first``, a 0-dim bool, holds, else ``other``, in the dtype of the latter."""
+    return Clips(*(torch.where(first, a.to(b.dtype), b) for a, b in zip(one, other, strict=True)))
+
+
 @dataclass(frozen=True)
 class RangeSearch:
     """The search that a configuration asks for. ``method`` None: AMCT's, guarded against outliers.
 
     AMCT's search tries 0.7 to 1.3 of the extreme value. Where that puts more than half of the non-zero values into the
-    code of zero, and the range of least absolute error does not, the latter is taken.
+    code of zero, the range of least absolute error is taken, or that within which 99.9 % of the values lie: the first
+    that does not. Where none does, AMCT's stays.
     """
 
     num_bits: int
@@ -86,9 +95,13 @@ class RangeSearch:
         if host_can_read(coarse) and not several_ranks() and not bool(coarse):
             return FoundRange(amct)
         robust = self._absolute(sample)
-        replaced = coarse & ~self._mostly_zero(sample, robust)
-        clips = (torch.where(replaced, new.to(old.dtype), old) for new, old in zip(robust, amct, strict=True))
-        return FoundRange(Clips(*clips), amct, robust, replaced)
+        helps = ~self._mostly_zero(sample, robust)
+        # Where a few values weigh more than all the others together, the absolute error keeps them, too.
+        if not (host_can_read(coarse) and bool(helps)):
+            robust = choose(helps, robust, self._percentile(sample, _FEW_OUTLIERS))
+            helps = ~self._mostly_zero(sample, robust)
+        replaced = coarse & helps
+        return FoundRange(choose(replaced, robust, amct), amct, robust, replaced)
 
     def _mostly_zero(self, sample: Sample, clips: Clips) -> Tensor:
         """Whether quantising with these clips makes most values that are not zero the code of zero."""
@@ -96,7 +109,7 @@ class RangeSearch:
         return sample.mostly_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
 
     def _absolute(self, sample: Sample) -> Clips:
-        return Clips(*ops.search_clip_range_absolute(*sample.histogram(), self.num_bits, self.fixed_min))
+        return Clips(*ops.search_clip_range_wide(*sample.histogram(), self.num_bits, self.fixed_min))
 
     def _percentile(self, sample: Sample, percentile: float) -> Clips:
         return Clips(*ops.percentile_clip_range(*sample.histogram(), percentile, self.num_bits, self.fixed_min))

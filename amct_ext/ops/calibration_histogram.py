@@ -197,6 +197,14 @@ class BinnedValues:
         at, into = self._place(t)
         return self._above_counts[at] + self.counts[at] * (1 - into / self.width[at]).clamp(0, 1)
 
+    def squares_above(self, t: Tensor) -> Tensor:
+        """The sum of max(|v| - t, 0)^2, as if the values of a bin were all its mean."""
+        at, into = self._place(t)
+        mean = self.inside / self.counts.clamp_min(1)
+        squares = _sums_above(self.counts * (self.bottom + mean).square())
+        beyond = squares[at] - 2 * t * self._above_sums[at] + t.square() * self._above_counts[at]
+        return beyond + self.counts[at] * (mean[at] - into).clamp_min(0).square()
+
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The bin of t, and how far above its bottom t lies."""
         bits = t.view(torch.int64) >> (52 - 23 + _CUT)

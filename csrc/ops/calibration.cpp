@@ -17,7 +17,8 @@ TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
       "-> (Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor excess)",
       tags);
   m.def(
-      "search_clip_range_absolute(Tensor histogram, Tensor extremes, int num_bits=8, bool fixed_min=False) "
+      "search_clip_range_wide(Tensor histogram, Tensor extremes, int num_bits=8, bool fixed_min=False, "
+      "bool squared=False) "
       "-> (Tensor clip_max, Tensor clip_min)",
       tags);
   m.def(
@@ -42,9 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> search_clip_range_histogram(c
   return op<search_clip_range_histogram>("search_clip_range_histogram").call(histogram, extremes, num_bits);
 }
 
-std::tuple<Tensor, Tensor> search_clip_range_absolute(const Tensor& histogram, const Tensor& extremes,
-                                                      int64_t num_bits, bool fixed_min) {
-  return op<search_clip_range_absolute>("search_clip_range_absolute").call(histogram, extremes, num_bits, fixed_min);
+std::tuple<Tensor, Tensor> search_clip_range_wide(const Tensor& histogram, const Tensor& extremes, int64_t num_bits,
+                                                  bool fixed_min, bool squared) {
+  return op<search_clip_range_wide>("search_clip_range_wide").call(histogram, extremes, num_bits, fixed_min, squared);
 }
 
 std::tuple<Tensor, Tensor> percentile_clip_range(const Tensor& histogram, const Tensor& extremes, double percentile,
@@ -60,7 +61,7 @@ Tensor best_shift(const Tensor& errors) { return op<best_shift>("best_shift").ca
 
 TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   without_gradient(m, {"search_clip_range", "range_histogram_", "search_clip_range_histogram",
-                       "search_clip_range_absolute", "percentile_clip_range", "shift_error_", "best_shift"});
+                       "search_clip_range_wide", "percentile_clip_range", "shift_error_", "best_shift"});
 }
 
 }  // namespace amct_ext
