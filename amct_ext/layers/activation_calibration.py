@@ -16,7 +16,7 @@ from amct_ext.layers.calibration_data import CalibrationData, Values, is_resumab
 from amct_ext.layers.forward_context import host_can_read, state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
-from amct_ext.layers.range_search import FoundRange, RangeSearch
+from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch
 
 _NAN = float("nan")
 _EPS = torch.finfo(torch.float32).eps
@@ -63,6 +63,8 @@ class CalibratedClips(KeepsPrecision):
         self.tracker = ForwardTracker()
         self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
         self.found: FoundRange | None = None  # with it, until it was shared and told
+        self.candidates: tuple[Clips, ...] = ()  # between which the output of the network has yet to decide
+        self.chosen = self.search.method != "OUTPUT"
         self._seen = CachedItem(0, settled=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
@@ -136,6 +138,14 @@ class CalibratedClips(KeepsPrecision):
             self.batches_seen.fill_(self.batch_num)
             self._seen.wrote(self.batches_seen, self.batch_num)
 
+    @torch.no_grad()
+    def set_range(self, clips: Clips) -> None:
+        """Take other clips for those that the calibration found."""
+        for own, value in zip((self.clip_max, self.clip_min), clips, strict=True):
+            own.copy_(value)
+        for own, value in zip((self.prev_clip_max, self.prev_clip_min), clips, strict=True):
+            own.copy_(value)
+
     def tell_replaced_range(self) -> None:
         """Log, once after a calibration, that a robust range took the place of AMCT's."""
         found, self.found = self.found, None
@@ -185,6 +195,7 @@ class CalibratedClips(KeepsPrecision):
             own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
         self.found_clips = "final" if last else "provisional"
         self.found = result if last else None
+        self.candidates = result.candidates if last else ()
         if not (several_ranks() or torch.compiler.is_compiling()):
             self.tell_replaced_range()
         self._seen.wrote(self.batches_seen, seen + 1)

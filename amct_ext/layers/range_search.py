@@ -14,7 +14,8 @@ from amct_ext.config.text import DataQuant
 from amct_ext.layers.forward_context import host_can_read
 
 
-_FEW_OUTLIERS = 99.9  # in %: what lies beyond this percentile may count as outliers
+_PERCENTILES = 99.99, 99.9  # in %: what lies beyond may count as outliers
+Histogram = tuple[Tensor, Tensor]  # with halves, and its extremes
 
 
 class Clips(NamedTuple):
@@ -32,12 +33,14 @@ class FoundRange(NamedTuple):
     """The clips for a sample and, where those of AMCT were in doubt, what else there is to choose from.
 
     replaced: 0-dim, whether ``clips`` are ``robust`` because ``amct`` would put most values into the code of zero.
+    candidates: those between which the output of the network decides, ``clips`` first.
     """
 
     clips: Clips
     amct: Clips | None = None
     robust: Clips | None = None
     replaced: Tensor | None = None
+    candidates: tuple[Clips, ...] = ()
 
 
 class Sample(Protocol):
@@ -52,7 +55,7 @@ class Sample(Protocol):
     def mostly_below(self, magnitude: Tensor) -> Tensor:
         """Whether more than half of the non-zero values are no larger than this; 0-dim."""
 
-    def histogram(self) -> tuple[Tensor, Tensor]:
+    def histogram(self) -> Histogram:
         """The sample as `range_histogram_` counts it, with halves, and its extremes."""
 
 
@@ -83,22 +86,30 @@ class RangeSearch:
     def find(self, sample: Sample, last: bool) -> FoundRange:
         """The clips for a sample; for one that is not the last of a calibration AMCT takes the extremes."""
         if self.method == "PERCENTILE":
-            return FoundRange(self._percentile(sample, self.percentile))
-        if self.method in ("ABSOLUTE_ERROR", "OUTPUT"):
-            return FoundRange(self._absolute(sample))
+            return FoundRange(self._percentile(sample.histogram(), self.percentile))
+        if self.method == "ABSOLUTE_ERROR" or (self.method == "OUTPUT" and not last):
+            return FoundRange(self._wide(sample.histogram()))
+        if self.method == "OUTPUT":
+            return self._candidates(sample.histogram())
         amct = sample.amct_range(self.num_bits) if last else sample.ends()
         return FoundRange(amct) if self.method == "AMCT" else self._guarded(sample, amct)
+
+    def _candidates(self, histogram: Histogram) -> FoundRange:
+        found = [self._wide(histogram, squared) for squared in (False, True)]
+        found += [self._percentile(histogram, percentile) for percentile in _PERCENTILES]
+        return FoundRange(found[0], candidates=tuple(found))
 
     def _guarded(self, sample: Sample, amct: Clips) -> FoundRange:
         coarse = self._mostly_zero(sample, amct)
         # All ranks need a robust range where one of them does; a graph under way cannot branch.
         if host_can_read(coarse) and not several_ranks() and not bool(coarse):
             return FoundRange(amct)
-        robust = self._absolute(sample)
+        histogram = sample.histogram()
+        robust = self._wide(histogram)
         helps = ~self._mostly_zero(sample, robust)
         # Where a few values weigh more than all the others together, the absolute error keeps them, too.
         if not (host_can_read(coarse) and bool(helps)):
-            robust = choose(helps, robust, self._percentile(sample, _FEW_OUTLIERS))
+            robust = choose(helps, robust, self._percentile(histogram, _PERCENTILES[-1]))
             helps = ~self._mostly_zero(sample, robust)
         replaced = coarse & helps
         return FoundRange(choose(replaced, robust, amct), amct, robust, replaced)
@@ -108,8 +119,8 @@ class RangeSearch:
         low = torch.zeros_like(clips.low) if self.fixed_min else clips.low.clamp_max(0)
         return sample.mostly_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
 
-    def _absolute(self, sample: Sample) -> Clips:
-        return Clips(*ops.search_clip_range_wide(*sample.histogram(), self.num_bits, self.fixed_min))
+    def _wide(self, histogram: Histogram, squared: bool = False) -> Clips:
+        return Clips(*ops.search_clip_range_wide(*histogram, self.num_bits, self.fixed_min, squared))
 
-    def _percentile(self, sample: Sample, percentile: float) -> Clips:
-        return Clips(*ops.percentile_clip_range(*sample.histogram(), percentile, self.num_bits, self.fixed_min))
+    def _percentile(self, histogram: Histogram, percentile: float) -> Clips:
+        return Clips(*ops.percentile_clip_range(*histogram, percentile, self.num_bits, self.fixed_min))

@@ -15,6 +15,7 @@ from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
 from amct_ext.model_surgery.lookup import every_layer
+from amct_ext.model_surgery.output_ranges import choose_ranges, hold_input
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
@@ -31,6 +32,8 @@ def attach(model: nn.Module, session: Session) -> None:
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
+    if any(not quantizer.chosen for layer in every_layer(model) for quantizer in layer.own_quantizers):
+        model.register_forward_pre_hook(_hold_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     model.register_forward_hook(_end_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
@@ -41,7 +44,7 @@ def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    ours = (_before_forward, _after_forward, _end_forward, _before_state_dict, _after_load)
+    ours = (_before_forward, _hold_input, _after_forward, _end_forward, _before_state_dict, _after_load)
     every = (
         model._forward_pre_hooks,
         model._forward_hooks,
@@ -52,6 +55,7 @@ def detach(model: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def outside_dynamo(function: Callable[..., None]) -> Callable[..., None]:
@@ -69,6 +73,10 @@ def _before_forward(model: nn.Module, args: object) -> None:
             link_batchnorms(model, session.conv_bn)
         if not state_updates_disabled():
             _reset_stale_shifts(model, session)
+
+
+def _hold_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    hold_input(model, args, kwargs)
 
 
 def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
@@ -99,10 +107,13 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    if several_ranks() and not state_updates_disabled():
-        quantizers = own_quantizers(model)
+    if not state_updates_disabled():
+        quantizers = own_quantizers(model) if several_ranks() or not learning else []
         if learning or any(quantizer.training for quantizer in quantizers):
-            share_ranges(quantizers)
+            if several_ranks():
+                share_ranges(quantizers)
+            if not torch.compiler.is_compiling():
+                choose_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if learning:
