@@ -146,8 +146,14 @@ class CalibratedClips(KeepsPrecision):
         for own, value in zip((self.prev_clip_max, self.prev_clip_min), clips, strict=True):
             own.copy_(value)
 
-    def tell_replaced_range(self) -> None:
-        """Log, once after a calibration, that a robust range took the place of AMCT's."""
+    def tell_range(self) -> None:
+        """Log, once after a calibration, that a robust range took the place of AMCT's, or no output was compared."""
+        if self.candidates:  # of a compiled graph, which cannot run again
+            self.candidates = ()
+            _log.warning(
+                "layer '%s': range_search: OUTPUT takes a calibration outside of compiled graphs; the range of least "
+                "absolute error stays", self.layer,
+            )  # fmt: skip
         found, self.found = self.found, None
         if found is None or found.amct is None or found.replaced is None or not bool(found.replaced):
             return
@@ -196,13 +202,14 @@ class CalibratedClips(KeepsPrecision):
         self.found_clips = "final" if last else "provisional"
         self.found = result if last else None
         self.candidates = result.candidates if last else ()
-        if not (several_ranks() or torch.compiler.is_compiling()):
-            self.tell_replaced_range()
+        if not (several_ranks() or torch.compiler.is_compiling() or self.candidates):
+            self.tell_range()
         self._seen.wrote(self.batches_seen, seen + 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.uncalibrated_range = None
         self.calibration.clear()
+        self.candidates, self.chosen = (), self.search.method != "OUTPUT"
         data = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if data is not None and data.numel() and is_resumable(data):

@@ -32,7 +32,8 @@ def attach(model: nn.Module, session: Session) -> None:
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
-    if any(not quantizer.chosen for layer in every_layer(model) for quantizer in layer.own_quantizers):
+    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
+    if session.ranges_to_choose:
         model.register_forward_pre_hook(_hold_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     model.register_forward_hook(_end_forward, always_call=True)
@@ -76,7 +77,8 @@ def _before_forward(model: nn.Module, args: object) -> None:
 
 
 def _hold_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    hold_input(model, args, kwargs)
+    if getattr(model, ATTRIBUTE).ranges_to_choose:
+        hold_input(model, args, kwargs)
 
 
 def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
@@ -107,12 +109,11 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    if not state_updates_disabled():
-        quantizers = own_quantizers(model) if several_ranks() or not learning else []
+    if (several_ranks() or session.ranges_to_choose) and not state_updates_disabled():
+        quantizers = own_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
-            if several_ranks():
-                share_ranges(quantizers)
-            if not torch.compiler.is_compiling():
+            share_ranges(quantizers)
+            if session.ranges_to_choose and not torch.compiler.is_compiling():
                 choose_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
@@ -143,3 +144,4 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
+    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))

@@ -36,7 +36,10 @@ def hold_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if any(not quantizer.chosen and quantizer.may_calibrate for quantizer in own_quantizers(model)):
-        session.held_input = Inputs(args, kwargs).copied()
+        try:
+            session.held_input = Inputs(args, kwargs).copied()
+        except Exception as error:  # such an input cannot be given again
+            _log.debug("no copy of the input: %s", error)
 
 
 @torch.no_grad()
@@ -53,7 +56,9 @@ def choose_ranges(model: nn.Module) -> None:
     """
     session: Session = getattr(model, ATTRIBUTE)
     inputs, session.held_input = session.held_input, None
-    waiting = [quantizer for quantizer in own_quantizers(model) if quantizer.calibrated and not quantizer.chosen]
+    every = own_quantizers(model)
+    waiting = [quantizer for quantizer in every if quantizer.calibrated and not quantizer.chosen]
+    session.ranges_to_choose = any(not quantizer.calibrated for quantizer in every)
     if not waiting:
         return
     quantizers, candidates = _offers(waiting)
@@ -151,7 +156,7 @@ class _Runs:
             for quantizer in every:
                 quantizer.bypassed = clips is None
             if self.inputs is None:
-                raise _CannotRunError("it was not seen")
+                raise _CannotRunError("it cannot be copied")
             if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
                 raise _CannotRunError("its parameters are sharded")
             inputs = self.inputs.copied()

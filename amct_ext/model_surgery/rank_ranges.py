@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from amct_ext.common.ranks import sum_
+from amct_ext.common.ranks import several_ranks, sum_
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 
 
@@ -19,7 +19,7 @@ def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else. The
     robust ranges of all ranks count where one rank had to replace AMCT's.
     """
-    if all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
+    if not several_ranks() or all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
         return
     first = quantizers[0].clip_max
     dtype = torch.float64 if any(q.clip_max.dtype == torch.float64 for q in quantizers) else torch.float32
@@ -35,7 +35,8 @@ def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
             row[2, 0] = quantizer.found.replaced
             row[2, 1:] = torch.stack(robust)
         quantizer.found_clips = ""
-        quantizer.tell_replaced_range()
+        if not quantizer.candidates:
+            quantizer.tell_range()
     sum_(table)
     counts = table[..., 0].tolist()
     for (finished, provisional, replaced), row, quantizer in zip(counts, table, quantizers, strict=True):

@@ -59,6 +59,7 @@ class Session:
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
+    ranges_to_choose: bool = False  # by the output of the model, once they are calibrated
     held_input: Inputs | None = None  # of a calibrating forward under way, where the output is to choose ranges
 
     def __getstate__(self) -> dict[str, object]:
@@ -110,4 +111,4 @@ def raise_if_invalid(model: nn.Module) -> None:
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
     for quantiser in quantisers:
-        quantiser.tell_replaced_range()  # of a calibration in a compiled graph
+        quantiser.tell_range()  # of a calibration in a compiled graph
