@@ -158,8 +158,8 @@ class CalibratedClips(KeepsPrecision):
         if found is None or found.amct is None or found.replaced is None or not bool(found.replaced):
             return
         _log.warning(
-            "layer '%s': AMCT's range %s would put more than half of the non-zero values of an activation into the code "
-            "of zero, because of a few large ones; a range that these do not decide, %s, is used. "
+            "layer '%s': AMCT's range %s would put more than half of the non-zero values of an activation into the "
+            "code of zero, because of a few large ones; a range that these do not decide, %s, is used. "
             "range_search: AMCT in ulq_quantize keeps AMCT's",
             self.layer, found.amct.text(), found.clips.text(),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How the clips of an activation are chosen from a sample of it: AMCT's search, and those that outliers do not decide."""
+"""How the clips of an activation are chosen from a sample: AMCT's search, and those that outliers do not decide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from amct_ext import ops
 from amct_ext.common.ranks import several_ranks
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.forward_context import host_can_read
-
 
 _PERCENTILES = 99.99, 99.9  # in %: what lies beyond may count as outliers
 Histogram = tuple[Tensor, Tensor]  # with halves, and its extremes
