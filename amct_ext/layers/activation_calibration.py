@@ -141,10 +141,10 @@ class CalibratedClips(KeepsPrecision):
     @torch.no_grad()
     def set_range(self, clips: Clips) -> None:
         """Take other clips for those that the calibration found."""
-        for own, value in zip((self.clip_max, self.clip_min), clips, strict=True):
-            own.copy_(value)
-        for own, value in zip((self.prev_clip_max, self.prev_clip_min), clips, strict=True):
-            own.copy_(value)
+        self.clip_max.copy_(clips.high)
+        self.clip_min.copy_(clips.low)
+        self.prev_clip_max.copy_(clips.high)
+        self.prev_clip_min.copy_(clips.low)
 
     def tell_range(self) -> None:
         """Log, once after a calibration, that a robust range took the place of AMCT's, or no output was compared."""
