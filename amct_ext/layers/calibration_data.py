@@ -9,9 +9,11 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
+from amct_ext.layers.forward_context import host_can_read
 from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch, Sample
 from amct_ext.ops.calibration_histogram import BINS, HALVES
 
+_CACHED = 32768  # values
 _EXTREMES = 1024  # kept on either side: exact percentiles for up to 1.02e9 values
 _LENGTH = 4 * BINS + _EXTREMES
 _LENGTH_WITHOUT_SIGNS = 2 * BINS + _EXTREMES  # of version 0.1
@@ -69,9 +71,14 @@ class Values:
         return Clips(self.x.max(), self.x.min())
 
     def mostly_below(self, magnitude: Tensor) -> Tensor:
-        nonzero = torch.count_nonzero(self.x)
-        small = torch.count_nonzero(self.x.abs() <= magnitude) - (self.x.numel() - nonzero)
-        return 2 * small > nonzero
+        # Parts that stay in the cache: the intermediate results are never written to memory.
+        in_parts = self.x.device.type == "cpu" and host_can_read(self.x)
+        parts = self.x.split(_CACHED) if in_parts else (self.x,)
+        within = torch.stack([torch.count_nonzero(part.abs() <= magnitude) for part in parts]).sum()
+        if in_parts and 2 * int(within) <= self.x.numel():  # whatever the number of zeros among them
+            return torch.zeros((), dtype=torch.bool)
+        nonzero = torch.stack([torch.count_nonzero(part) for part in parts]).sum()
+        return 2 * (within - (self.x.numel() - nonzero)) > nonzero
 
     def histogram(self) -> tuple[Tensor, Tensor]:
         data = ValueHistogram().add(self.x.new_zeros(0), self.x)

@@ -114,8 +114,11 @@ class RangeSearch:
         return FoundRange(choose(replaced, robust, amct), amct, robust, replaced)
 
     def _mostly_zero(self, sample: Sample, clips: Clips) -> Tensor:
-        """Whether quantising with these clips makes most values that are not zero the code of zero."""
-        low = torch.zeros_like(clips.low) if self.fixed_min else clips.low.clamp_max(0)
+        """Whether quantising with these clips makes most values that are not zero the code of zero.
+
+        AMCT's range is symmetric, and so is its step; one that begins at zero has a finer one.
+        """
+        low = clips.low.clamp_max(0)
         return sample.mostly_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
 
     def _wide(self, histogram: Histogram, squared: bool = False) -> Clips:
