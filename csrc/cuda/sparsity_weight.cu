@@ -43,8 +43,8 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
-                                      std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                    std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
@@ -112,8 +112,8 @@ bool use_block_per_row(const Tensor& source, std::optional<int64_t> channel_axis
   return view.outer == 1 && view.size > 1 && (view.inner <= 16384 || view.size >= 128);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
-                                                   std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
+                                                                 std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize_2to4";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
@@ -149,8 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
   m.impl("apply_mask", apply_mask);
-  m.impl("sparse_arq_fake_quantize", sparse_arq);
-  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
+  m.impl("sparse_arq_fake_quantize", sparse_arq_fake_quantize);
+  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_fake_quantize_2to4);
 }
 
 }  // namespace amct_ext::cuda
