@@ -73,10 +73,9 @@ void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& ex
   check_type(op, "histogram", histogram, at::kLong);
   check_type(op, "extremes", extremes, at::kFloat);
   const bool with_sign = histogram.dim() == 3;
-  TORCH_CHECK_VALUE(histogram.sizes() == at::IntArrayRef({kBins, 2}) ||
-                        histogram.sizes() == at::IntArrayRef({2, kBins, 2}),
-                    op, ": histogram must have shape (", kBins, ", 2) or (2, ", kBins, ", 2), not ",
-                    histogram.sizes());
+  TORCH_CHECK_VALUE(
+      histogram.sizes() == at::IntArrayRef({kBins, 2}) || histogram.sizes() == at::IntArrayRef({2, kBins, 2}), op,
+      ": histogram must have shape (", kBins, ", 2) or (2, ", kBins, ", 2), not ", histogram.sizes());
   TORCH_CHECK_VALUE(extremes.dim() == 2 && extremes.size(0) == 2 && extremes.size(1) > 0, op,
                     ": extremes must have shape (2, k), k at least 1, not ", extremes.sizes());
   const Tensor source = dense(x), whole = histogram.contiguous(), top_k = extremes.contiguous();

@@ -60,8 +60,8 @@ void shift_error_(const Tensor& x, const Tensor& deq_scale, const Tensor& errors
 Tensor best_shift(const Tensor& errors) { return op<best_shift>("best_shift").call(errors); }
 
 TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
-  without_gradient(m, {"search_clip_range", "range_histogram_", "search_clip_range_histogram",
-                       "search_clip_range_wide", "percentile_clip_range", "shift_error_", "best_shift"});
+  without_gradient(m, {"search_clip_range", "range_histogram_", "search_clip_range_histogram", "search_clip_range_wide",
+                       "percentile_clip_range", "shift_error_", "best_shift"});
 }
 
 }  // namespace amct_ext
