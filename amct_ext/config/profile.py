@@ -11,7 +11,7 @@ def fill_data(data: DataQuant, profile: str) -> DataQuant:
     """The settings of an activation, with the profile's range search where none is asked for."""
     if profile != "BEST" or data.range_search is not None:
         return data
-    return replace(data, range_search="ABSOLUTE_ERROR")
+    return replace(data, range_search="OUTPUT")
 
 
 def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
