@@ -41,6 +41,7 @@ from amct_ext.model_surgery.session import Findings, Session, session_of
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
+from amct_ext.prune.permute import asks_for_permutation, permute_channels
 from amct_ext.record.types import ChannelRecord, Record
 
 
@@ -85,6 +86,8 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
     warn_of_left_alone(start.graph)
     records = plan_channels(start.groups, start.plan, start.model)
     channel = apply_channels(start.model, start.graph, records, start.inputs)
+    if asks_for_permutation(start.plan):
+        permute_channels(start.model, trace(start.model, start.inputs), start.plan, start.inputs)
     return _insert(start, record_file, channel)
 
 
