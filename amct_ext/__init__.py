@@ -10,9 +10,11 @@ from amct_ext.auto_channel_prune_search import (
 )
 from amct_ext.checkpoint.amct_names import from_amct_state_dict, to_amct_state_dict
 from amct_ext.checkpoint.optimizer import from_amct_optimizer_state_dict
+from amct_ext.distillation import DistillationLoss
 from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError
 from amct_ext.explain.report import Explanation, LayerReport
+from amct_ext.explain.sensitivity import LayerSensitivity, Sensitivity
 from amct_ext.explain.targets import TARGETS, Target, check_target
 from amct_ext.flows.batchnorm import reestimate_batchnorm
 from amct_ext.flows.calibrate import calibrate
@@ -33,15 +35,19 @@ from amct_ext.flows.quant import (
     restore_quant_retrain_model,
     save_quant_retrain_model,
 )
+from amct_ext.flows.sensitivity import sensitivity
 from amct_ext.flows.settings import configure, forward_choices, shift_bits, update_record
 
 __all__ = [
     "TARGETS",
     "AmctError",
+    "DistillationLoss",
     "Explanation",
     "GreedySearch",
     "LayerReport",
+    "LayerSensitivity",
     "SearchChannelBase",
+    "Sensitivity",
     "SensitivityBase",
     "Target",
     "TaylorLossSensitivity",
@@ -68,6 +74,7 @@ __all__ = [
     "save_compressed_retrain_model",
     "save_prune_retrain_model",
     "save_quant_retrain_model",
+    "sensitivity",
     "shift_bits",
     "to_amct_state_dict",
     "update_record",

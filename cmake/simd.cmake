@@ -1,4 +1,4 @@
-# The loops of csrc/cpu/loops/table.cpp, compiled once for every instruction set; csrc/cpu/dispatch.cpp chooses at run time.
+# The loops of csrc/cpu/loops/table.cpp, compiled once for every instruction set; csrc/cpu/loop_table.cpp chooses at run time.
 # All levels give the same bits: no contraction, no reassociation, and reductions over a fixed number of partial sums.
 set(AMCT_LEVELS baseline)
 set(AMCT_FLAGS_baseline "")

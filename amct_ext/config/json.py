@@ -22,7 +22,7 @@ from amct_ext.proto.text import Places, close_matches
 VERSION = 1
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
 FP16 = "FORCE_FP16_QUANT"
-TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit")
+TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit", "profile")
 _LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
 _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type", "range_search", "percentile")
 _WEIGHT_KEYS = ("algo", "channel_wise", "dst_type", "scale_start", "scale_gradient")
@@ -104,6 +104,8 @@ class _Reader:
             raise ConfigError(f"{self._source}: batch_num: must be at most {_MOST_BATCHES}")
         mode = self._typed(content, "fakequant_precision_mode", str, "", "DEFAULT")
         self._one_of(mode, ("DEFAULT", FP16), "fakequant_precision_mode")
+        profile = self._typed(content, "profile", str, "", "AMCT")
+        self._one_of(profile, ("AMCT", "BEST"), "profile")
         enabled, disabled = [], []
         for name, layer in content.items():
             if name in TOP_KEYS:
@@ -118,6 +120,7 @@ class _Reader:
             override_layer_configs=tuple(enabled),
             fp16=mode == FP16,
             write_shift_bit=self._typed(content, "write_shift_bit", bool, "", False),
+            profile=profile,
             places=Places(self._source),
         )
         return JsonConfig(settings, tuple(disabled))

@@ -54,17 +54,22 @@ def json_text(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> str:
     content["batch_num"] = plan.batch_num
     if plan.write_shift_bit:  # a key of our own, and only where it was asked for
         content["write_shift_bit"] = True
+    if config.profile != "AMCT":
+        content["profile"] = config.profile
     for name, layer in full.layers.items():
         if layer.quant is not None:
             if name in TOP_KEYS:
                 raise ConfigError(
                     f"layer '{name}' is called like a setting of the JSON configuration: rename the layer"
                 )
-            content[name] = {"retrain_enable": plan.layers[name].quant is not None, **_layer_content(layer.quant)}
+            content[name] = {
+                "retrain_enable": plan.layers[name].quant is not None,
+                **_layer_content(layer.quant, config.profile),
+            }
     return json.dumps(content, indent=4, separators=(",", ":"))
 
 
-def _layer_content(quant: QuantPlan) -> dict[str, Any]:
+def _layer_content(quant: QuantPlan, profile: str) -> dict[str, Any]:
     data: dict[str, Any] = {"algo": "ulq_quantize"}
     if quant.data.clip_max is not None:
         data.update(clip_max=quant.data.clip_max, clip_min=quant.data.clip_min)
@@ -82,8 +87,9 @@ def _layer_content(quant: QuantPlan) -> dict[str, Any]:
     }
     if quant.weight.algo == "ulq_retrain":  # AMCT's order for this one
         weight["channel_wise"] = weight.pop("channel_wise")
-    if quant.weight.least_squares:
-        weight["scale_start"] = "LEAST_SQUARES"
-    if quant.weight.lsq_gradient:
-        weight["scale_gradient"] = "LSQ"
+    # What the reader's profile would choose otherwise is written, too.
+    if quant.weight.least_squares or profile != "AMCT":
+        weight["scale_start"] = "LEAST_SQUARES" if quant.weight.least_squares else "RANGE"
+    if quant.weight.lsq_gradient or profile != "AMCT":
+        weight["scale_gradient"] = "LSQ" if quant.weight.lsq_gradient else "AMCT"
     return {"retrain_data_config": data, "retrain_weight_config": weight}

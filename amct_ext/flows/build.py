@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +38,7 @@ from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 from amct_ext.model_surgery.recording import load_masks, start_record
 from amct_ext.model_surgery.session import Findings, Session, session_of
+from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
@@ -47,17 +48,21 @@ from amct_ext.record.types import ChannelRecord, Record
 
 @dataclass(frozen=True)
 class Planner:
-    """How a flow turns the traits of a model's layers into a plan; ``config`` is what it reads."""
+    """How a flow turns the traits of a model's layers into a plan; ``config`` is what it reads.
+
+    splits_recurrent: LSTM and GRU layers may be split, so that all of them can be quantised.
+    """
 
     resolve: Callable[[Mapping[str, LayerTraits]], Plan]
     config: RetrainConfig | JsonConfig
+    splits_recurrent: bool = False
 
     @classmethod
     def of(cls, config: RetrainConfig | JsonConfig) -> Planner:
         """The planner that does what a configuration (text or JSON) says."""
         if isinstance(config, JsonConfig):
-            return cls(lambda traits: resolve_json(config, traits), config)
-        return cls(lambda traits: resolve(config, traits), config)
+            return cls(lambda traits: resolve_json(config, traits), config, True)
+        return cls(lambda traits: resolve(config, traits), config, True)
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,38 @@ def float_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def traits_to_plan(
+    model: nn.Module, input_data: Any, config: RetrainConfig
+) -> tuple[dict[str, LayerTraits], RetrainConfig]:
+    """Traits of the layers that a plan by ``config`` decides on, and ``config`` in the names of these layers."""
+    inner = float_copy(model)
+    inputs = parse_inputs(inner, input_data)
+    inner, graph, config = split_recurrent(inner, trace(inner, inputs), inputs, config)
+    return graph.traits(inner), config
+
+
 def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
     graph = trace(inner, inputs)
+    if planner.splits_recurrent:
+        inner, graph, planner = _split_recurrent(inner, graph, inputs, planner)
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
     groups = discover(graph, plan, inner) if plan.prune_active else Discovery(())
     findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
     return Examined(inner, inputs, graph, plan, groups, findings)
+
+
+def _split_recurrent(
+    model: nn.Module, graph: Graph, inputs: Inputs, planner: Planner
+) -> tuple[nn.Module, Graph, Planner]:
+    config = planner.config
+    if isinstance(config, JsonConfig):
+        model, graph, settings = split_recurrent(model, graph, inputs, config.settings)
+        return model, graph, Planner.of(replace(config, settings=settings))
+    model, graph, config = split_recurrent(model, graph, inputs, config)
+    return model, graph, Planner.of(config)
 
 
 def _insert(

@@ -39,8 +39,8 @@ def create_quant_retrain_config(
     )
     check_record_name(config_file, "config_file")
     config = default_config() if config_defination is None else parse_config(config_defination)
-    inner = build.float_copy(model)
-    write_atomic(config_file, json_text(config, trace(inner, input_data).traits(inner)))
+    traits, config = build.traits_to_plan(model, input_data, config)
+    write_atomic(config_file, json_text(config, traits))
 
 
 @outside_inference_mode

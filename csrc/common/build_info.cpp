@@ -1,6 +1,6 @@
 #include "common/build_info.h"
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 
 namespace amct_ext {
 
@@ -16,7 +16,7 @@ BuildInfo build_info() {
   info.compiler = "unknown";
 #endif
   info.simd_levels = AMCT_LEVELS;
-  info.simd = cpu::kernels().level;
+  info.simd = cpu::loops().level;
 #ifdef AMCT_CUDA
   info.cuda = true;
 #else

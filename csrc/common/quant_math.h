@@ -42,6 +42,12 @@ AMCT_INLINE constexpr double scale_factor(int i) {
 // The shifts that the shift search tries: 1 to 16.
 constexpr int kShifts = 16;
 
+// The distance from 1 to the next number of the arithmetic type.
+template <typename Acc>
+AMCT_INLINE constexpr Acc epsilon() {
+  return sizeof(Acc) == 8 ? Acc(DBL_EPSILON) : Acc(FLT_EPSILON);
+}
+
 struct CodeRange {
   double lowest;
   double highest;

@@ -21,10 +21,11 @@ namespace {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& clip_max,
-                                                                   const Tensor& clip_min, const Tensor& prev_clip_max,
-                                                                   const Tensor& prev_clip_min, int64_t num_bits,
-                                                                   bool fixed_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(const Tensor& x, const Tensor& clip_max,
+                                                                             const Tensor& clip_min,
+                                                                             const Tensor& prev_clip_max,
+                                                                             const Tensor& prev_clip_min,
+                                                                             int64_t num_bits, bool fixed_min) {
   const char* op = "ulq_fake_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits);
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const size_t size = x.element_size();
-  const auto loop = kernels().ulq_forward[element_of(x)];
+  const auto loop = loops().ulq_forward[element_of(x)];
   for_strided_runs(StridedRuns(x.sizes(), source.strides(), y.strides()),
                    [&](int64_t, int64_t from, int64_t to, int64_t n) {
                      if (loop(element_ptr(in, from, size), element_ptr(out, to, size), n, params)) {
@@ -56,8 +57,9 @@ UlqBackwardParams backward_params(double clip_max, double clip_min, int num_bits
           affine.scale * (static_cast<Acc>(range.lowest) - affine.offset)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
-                                            const Tensor& clip_min, int64_t num_bits) {
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                              const Tensor& clip_max, const Tensor& clip_min,
+                                                              int64_t num_bits) {
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const int bits = static_cast<int>(num_bits);
   const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
@@ -72,17 +74,17 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
   void* out = dx.mutable_data_ptr();
   const size_t size = source.element_size();
-  const auto loop = kernels().ulq_backward[element_of(source)];
+  const auto loop = loops().ulq_backward[element_of(source)];
   for_strided_runs(runs, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
     loop(element_ptr(up, to, size), element_ptr(in, from, size), element_ptr(out, to, size), n, params, parts[block]);
   });
   UlqSums sums;
   for (const UlqSums& part : parts) {
-    sums.error += part.error;
+    sums.rounding_error += part.rounding_error;
     sums.above += part.above;
     sums.below += part.below;
   }
-  const double error = sums.error / static_cast<double>((1LL << num_bits) - 1);
+  const double error = sums.rounding_error / static_cast<double>((1LL << num_bits) - 1);
   if (is_double(grad) && !is_double(x)) {  // the loop has rounded the gradient
     const c10::NoGradGuard no_graph;
     dx = at::empty_like(dx, at::kDouble).copy_(grad);
@@ -96,8 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("ulq_fake_quantize", forward);
-  m.impl("ulq_fake_quantize_backward", backward);
+  m.impl("ulq_fake_quantize", ulq_fake_quantize);
+  m.impl("ulq_fake_quantize_backward", ulq_fake_quantize_backward);
 }
 
 }  // namespace amct_ext::cpu

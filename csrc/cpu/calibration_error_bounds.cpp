@@ -1,6 +1,7 @@
 #include "cpu/calibration_error_bounds.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 
 namespace amct_ext::cpu {
@@ -56,7 +57,7 @@ void Histogram::add(const void* x, int64_t n, Element element, double largest) {
   if (pending_ + n > kHistogramCapacity) flush();
   pending_ += n;
   total_ += static_cast<double>(n);
-  kernels().histogram[element](x, n, 1 / unit(), packed_.data());
+  loops().histogram[element](x, n, 1 / unit(), packed_.data());
 }
 
 void Histogram::add(Histogram& other) {
@@ -127,7 +128,7 @@ Histogram::Bounds Histogram::bounds(const Candidate& candidate, int64_t levels) 
 
   // What float32 arithmetic may add: the product code * scale and the difference are rounded (Cauchy-Schwarz over all
   // values), and values within rounding of a boundary may fall on its other side.
-  constexpr double ulp = 1.1920928955078125e-07;
+  constexpr double ulp = FLT_EPSILON;
   const double error = std::max(0.0, squares_ + high);
   const double rounding =
       2 * ulp * std::sqrt(error * (2 * squares_ + total_ * s * s)) + 4 * ulp * error + 4 * ulp * s * near;

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 
 namespace amct_ext::cpu {
 

@@ -67,7 +67,7 @@ void add_top_k(const T* x, int64_t n, TopK& largest, TopK& smallest) {
   }
 }
 
-void range_histogram(const Tensor& x, const Tensor& histogram, const Tensor& extremes) {
+void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& extremes) {
   const char* op = "range_histogram_";
   check_floating(op, "x", x);
   check_type(op, "histogram", histogram, at::kLong);
@@ -94,11 +94,11 @@ void range_histogram(const Tensor& x, const Tensor& histogram, const Tensor& ext
       for (int64_t at = n * p / parts, end = n * (p + 1) / parts; at < end; at += kChunk) {
         const int64_t count = std::min(kChunk, end - at);
         const char* data = element_ptr(source.const_data_ptr(), at, source.element_size());
-        kernels().range_histogram[element](data, count, kFirstBits, kDroppedBits, to);
-        const Range range = kernels().range_with_zero[element](data, count);
-        const bool all_finite = math::is_finite(range.largest) && math::is_finite(range.smallest);
-        if (all_finite && !largest[p].admits(static_cast<float>(range.largest)) &&
-            !smallest[p].admits(static_cast<float>(-range.smallest))) {
+        loops().range_histogram[element](data, count, kFirstBits, kDroppedBits, to);
+        const Range range = loops().range_with_zero[element](data, count);
+        const bool all_finite = math::is_finite(range.max) && math::is_finite(range.min);
+        if (all_finite && !largest[p].admits(static_cast<float>(range.max)) &&
+            !smallest[p].admits(static_cast<float>(-range.min))) {
           continue;
         }
         AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "range_histogram_", [&] {
@@ -120,6 +120,6 @@ void range_histogram(const Tensor& x, const Tensor& histogram, const Tensor& ext
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(amct_ext, CPU, m) { m.impl("range_histogram_", range_histogram); }
+TORCH_LIBRARY_IMPL(amct_ext, CPU, m) { m.impl("range_histogram_", range_histogram_); }
 
 }  // namespace amct_ext::cpu

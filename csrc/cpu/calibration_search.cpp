@@ -70,22 +70,22 @@ void add_top_k(const T* x, int64_t n, Part& part) {
 
 void gather(const Tensor& x, int64_t begin, int64_t end, bool with_histogram, bool extremes_only, Part& part) {
   const Element element = element_of(x);
-  const auto range = kernels().range_with_zero[element];
+  const auto range = loops().range_with_zero[element];
   for (int64_t at = begin; at < end && part.finite; at += kChunk) {
     const int64_t n = std::min(kChunk, end - at);
     const char* data = element_ptr(x.const_data_ptr(), at, x.element_size());
     const Range extremes = range(data, n);
-    part.finite = math::is_finite(extremes.largest) && math::is_finite(extremes.smallest);
+    part.finite = math::is_finite(extremes.max) && math::is_finite(extremes.min);
     if (!part.finite) return;
     if (extremes_only) {
-      part.largest.add(extremes.largest);
-      part.smallest.add(extremes.smallest);
-    } else if (part.largest.admits(extremes.largest) || part.smallest.admits(extremes.smallest)) {
+      part.largest.add(extremes.max);
+      part.smallest.add(extremes.min);
+    } else if (part.largest.admits(extremes.max) || part.smallest.admits(extremes.min)) {
       AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "search_clip_range",
                                       [&] { add_top_k(reinterpret_cast<const scalar_t*>(data), n, part); });
     }
     if (with_histogram) {
-      part.histogram.add(data, n, element, std::max(std::abs(extremes.largest), std::abs(extremes.smallest)));
+      part.histogram.add(data, n, element, std::max(std::abs(extremes.max), std::abs(extremes.min)));
     }
   }
 }
@@ -158,7 +158,7 @@ int first_best(const Tensor& x, const std::vector<Candidate>& candidates, const 
   tried.reserve(possible.size());
   for (int i : possible) tried.push_back(candidates[i]);
   const int count = static_cast<int>(tried.size());
-  const auto loop = with_offset ? kernels().offset_losses[element_of(x)] : kernels().losses[element_of(x)];
+  const auto loop = with_offset ? loops().offset_losses[element_of(x)] : loops().losses[element_of(x)];
   const int64_t n = x.numel();
   std::vector<double> parts((n + kBlock - 1) / kBlock * count, 0.0);
   for_blocks(n, [&](int64_t block, int64_t begin, int64_t end) {

@@ -49,7 +49,7 @@ class ShiftErrorReduction {
         numel_(x.numel()),
         view_(axis_view(x, axis)),
         scales_(scales),
-        loop_(kernels().shift_errors[element_of(x)]) {
+        loop_(loops().shift_errors[element_of(x)]) {
     if (numel_ == 0) return;
     if (view_.size == 1) view_ = {(numel_ + kBlock - 1) / kBlock, 1, kBlock};
     gather_ = view_.inner < kGatherLength;
@@ -143,7 +143,7 @@ class ShiftErrorReduction {
   int64_t channels_ = 1, steps_ = 1;
 };
 
-void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
+void shift_error_(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
   channel_axis = check_shift_error("shift_error_", x, deq_scale, errors, channel_axis);
   const int64_t channels = x.size(channel_axis);
   const Tensor source = dense(x), given = deq_scale.contiguous();
@@ -192,7 +192,7 @@ Tensor best_shift(const Tensor& errors) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("shift_error_", shift_error);
+  m.impl("shift_error_", shift_error_);
   m.impl("best_shift", best_shift);
 }
 

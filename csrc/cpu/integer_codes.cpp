@@ -31,7 +31,7 @@ template <typename Loop>
 void codes_channels_last(const char* x, uint8_t* y, int64_t images, int64_t channels, int64_t plane, size_t size,
                          const Loop& loop) {
   const int64_t stride = plane <= kMaxPlane ? plane : kPositions, chunks = (plane + stride - 1) / stride;
-  const auto transpose = kernels().transpose_bytes;
+  const auto transpose = loops().transpose_bytes;
   for_rows(images * chunks, channels * stride, [&](int64_t row) {
     const int64_t image = row / chunks, first = row % chunks * stride, n = std::min(stride, plane - first);
     alignas(64) uint8_t codes[kChannels * kMaxPlane];
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_quantize(const Te
   const Clips clips = resolve_clips(op, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
   const UlqForwardParams params = clips.params(num_bits);
   std::atomic<bool> bad{!clips.valid()};
-  const auto element_loop = kernels().ulq_codes[element_of(x)];
+  const auto element_loop = loops().ulq_codes[element_of(x)];
   const auto loop = [&](const void* in, uint8_t* out, int64_t n) {
     if (element_loop(in, out, n, params)) bad.store(true, std::memory_order_relaxed);
   };
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> pack_weight(const Tensor& w, const Tensor& scale, int
   Tensor packed = at::empty({blocks, taps, quads, kBlockChannels, 4}, w.options().dtype(at::kChar));
   Tensor sums = at::zeros({outputs}, w.options().dtype(at::kInt));
   const math::CodeRange range = math::code_range(static_cast<int>(num_bits));
-  const auto loop = kernels().quantize_codes[element_of(w)];
+  const auto loop = loops().quantize_codes[element_of(w)];
   const void* in = source.const_data_ptr();
   int8_t* out = static_cast<int8_t*>(packed.mutable_data_ptr());
   int32_t* totals = static_cast<int32_t*>(sums.mutable_data_ptr());

@@ -67,7 +67,7 @@ bool product_codes(const ConvShape& s, const uint8_t* codes, const PackedWeights
                    const UlqForwardParams& ulq, uint8_t* y) {
   constexpr int64_t kPositions = 16;  // positions whose floats are quantised at a time, in the L1 cache
   const auto write = product_kernel().write_rows;
-  const auto quantize = kernels().ulq_codes[0];
+  const auto quantize = loops().ulq_codes[0];
   std::atomic<bool> bad{false};
   const auto no_window = [](int64_t, int64_t, int64_t, int64_t) { return OutputWindow{}; };
   const auto epilogue = [&](const Epilogue& output, const int32_t* sums, int64_t first, int64_t last, int64_t column) {
@@ -99,10 +99,11 @@ void product_accumulators(const ConvShape& s, const uint8_t* codes, const Packed
   tiled_product(s, codes, w, {}, {}, no_window, epilogue);
 }
 
-Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
-              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool channels_last,
-              const std::optional<Tensor>& addend, std::optional<double> lowest, std::optional<double> highest) {
+Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+                      const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias,
+                      at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, bool channels_last, const std::optional<Tensor>& addend,
+                      std::optional<double> lowest, std::optional<double> highest) {
   const char* op = "integer_conv2d";
   const ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
   const PackedWeights w = packed_weights(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
@@ -122,7 +123,7 @@ Tensor conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_codes(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> integer_conv2d_codes(
     const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
     const Tensor& w_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size, at::IntArrayRef stride,
     at::IntArrayRef padding, at::IntArrayRef dilation, std::optional<double> lowest, std::optional<double> highest,
@@ -142,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv2d_codes(
   return ulq_outputs(std::move(y), clips, clip_max, bad || !clips.valid());
 }
 
-Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
-              const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias) {
+Tensor integer_linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset, const Tensor& packed,
+                      const Tensor& sums, const Tensor& w_scale, const std::optional<Tensor>& bias) {
   const char* op = "integer_linear";
   const ConvShape s = linear_shape(op, codes, sums.numel());
   const PackedWeights w = packed_weights(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
@@ -156,9 +157,9 @@ Tensor linear(const Tensor& codes, const Tensor& x_scale, const Tensor& x_offset
   return y;
 }
 
-Tensor conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed, const Tensor& sums,
-                           at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                           at::IntArrayRef dilation) {
+Tensor integer_conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
+                                   const Tensor& sums, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                   at::IntArrayRef padding, at::IntArrayRef dilation) {
   const char* op = "integer_conv2d_accumulators";
   const ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
   const Tensor one = at::ones({}, at::kFloat);
@@ -171,7 +172,8 @@ Tensor conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, const Te
   return y;
 }
 
-Tensor linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed, const Tensor& sums) {
+Tensor integer_linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Tensor& packed,
+                                   const Tensor& sums) {
   const char* op = "integer_linear_accumulators";
   const ConvShape s = linear_shape(op, codes, sums.numel());
   const Tensor one = at::ones({}, at::kFloat);
@@ -186,11 +188,11 @@ Tensor linear_accumulators(const Tensor& codes, const Tensor& x_offset, const Te
 }
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("integer_conv2d_accumulators", conv2d_accumulators);
-  m.impl("integer_linear_accumulators", linear_accumulators);
-  m.impl("integer_conv2d", conv2d);
-  m.impl("integer_conv2d_codes", conv2d_codes);
-  m.impl("integer_linear", linear);
+  m.impl("integer_conv2d_accumulators", integer_conv2d_accumulators);
+  m.impl("integer_linear_accumulators", integer_linear_accumulators);
+  m.impl("integer_conv2d", integer_conv2d);
+  m.impl("integer_conv2d_codes", integer_conv2d_codes);
+  m.impl("integer_linear", integer_linear);
 }
 
 }  // namespace

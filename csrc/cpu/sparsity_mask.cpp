@@ -26,7 +26,7 @@ Tensor mask_2to4(const Tensor& w, int64_t axis) {
   return mask;
 }
 
-void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
+void refresh_mask_(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
   axis = check_refresh("refresh_mask_", w, mask, step, update_freq, axis);
   int64_t& count = *static_cast<int64_t*>(step.mutable_data_ptr());
   if (update_freq == 0 ? count == 0 : count % update_freq == 0) {
@@ -80,8 +80,8 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std
   const void* in = source.const_data_ptr();
   uint8_t* keep = static_cast<uint8_t*>(mask.mutable_data_ptr());
   void* out = y ? y->mutable_data_ptr() : nullptr;
-  const auto mask_plane = kernels().mask_plane[element_of(source)];
-  const auto sparsify = kernels().sparsify_plane[element_of(source)];
+  const auto mask_plane = loops().mask_plane[element_of(source)];
+  const auto sparsify = loops().sparsify_plane[element_of(source)];
   // A few groups at a time: so threads also share one long plane, and a mask is applied while its weights are in the L1
   // cache.
   const int64_t group = 4 * view.inner, groups = (view.size + 3) / 4;
@@ -100,7 +100,7 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const std
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
   m.impl("mask_2to4", mask_2to4);
-  m.impl("refresh_mask_", refresh_mask);
+  m.impl("refresh_mask_", refresh_mask_);
   m.impl("pack_mask", pack_mask);
   m.impl("unpack_mask", unpack_mask);
 }

@@ -25,7 +25,7 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   const uint8_t* bits = static_cast<const uint8_t*>(keep.const_data_ptr());
   void* out = y.mutable_data_ptr();
   const size_t size = w.element_size();
-  const auto loop = kernels().apply_mask[element_of(w)];
+  const auto loop = loops().apply_mask[element_of(w)];
   for_blocks(w.numel(), [&](int64_t, int64_t begin, int64_t end) {
     loop(element_ptr(in, begin, size), bits + begin, element_ptr(out, begin, size), end - begin);
   });
@@ -74,7 +74,7 @@ int64_t address_of(const Tensor& t) { return static_cast<int64_t>(reinterpret_ca
 // The mask of `source` and the quantised weights in job.y, a row at a time: each row is masked just before it is
 // quantised, so that it is still in the L1 or L2 cache.
 void mask_and_quantize_rows(const Tensor& source, int64_t axis, const Tensor& mask, const ArqJob& job, int num_bits) {
-  const auto sparsify_and_range = kernels().sparsify_and_range[element_of(source)];
+  const auto sparsify_and_range = loops().sparsify_and_range[element_of(source)];
   const int64_t rows = source.size(0), row = source.numel() / rows;
   AxisView view = axis_view(source, axis);
   // One or two weights along the axis are all kept, however the row is split.
@@ -96,26 +96,26 @@ void mask_and_quantize_rows(const Tensor& source, int64_t axis, const Tensor& ma
   });
 }
 
-std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
-                                      std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                    std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
   check_mask(op, mask, w);
   if (channel_axis) channel_axis = check_axis(op, "channel_axis", w, *channel_axis);
   ArqJob job = arq_job(w, mask, channel_axis);
-  run_arq({job}, static_cast<int>(num_bits));
+  arq_quantize({job}, static_cast<int>(num_bits));
   return {std::move(job.y), std::move(job.scale)};
 }
 
-std::tuple<Tensor, Tensor> sparse_arq_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
                                              std::optional<int64_t> channel_axis, double decay) {
   check_decaying("sparse_arq_fake_quantize_sr_ste", w, mask, decay);
-  return sparse_arq(w, mask, num_bits, channel_axis);
+  return sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
-                                                   std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
+                                                                 std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize_2to4";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
     mask_and_quantize_rows(source, axis, mask, job, bits);
   } else {
     make_mask(source, axis, mask, job.y);
-    run_arq({job}, bits);
+    arq_quantize({job}, bits);
   }
   return {std::move(job.y), std::move(job.scale), mask};
 }
@@ -139,10 +139,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
   m.impl("apply_mask", apply_mask);
   m.impl("sparsify_2to4", sparsify_2to4);
-  m.impl("sparse_arq_fake_quantize", sparse_arq);
-  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
+  m.impl("sparse_arq_fake_quantize", sparse_arq_fake_quantize);
+  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_fake_quantize_2to4);
   m.impl("apply_mask_sr_ste", apply_mask_sr_ste);
-  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_sr_ste);
+  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_fake_quantize_sr_ste);
   m.impl("sr_ste_backward", sr_ste_backward);
 }
 

@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 
 namespace amct_ext::cpu {
 

@@ -29,20 +29,20 @@ struct WorkItem {
   int64_t first, last;
 };
 
-std::tuple<Tensor, Tensor> arq_forward(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor> arq_fake_quantize(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
   channel_axis = check_weight("arq_fake_quantize", w, num_bits, channel_axis);
   ArqJob job = arq_job(w, {}, channel_axis);
-  run_arq({job}, static_cast<int>(num_bits));
+  arq_quantize({job}, static_cast<int>(num_bits));
   return {std::move(job.y), std::move(job.scale)};
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
-                                                              at::IntArrayRef channel_axes) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights, int64_t num_bits,
+                                                                            at::IntArrayRef channel_axes) {
   const auto axes = check_weights("arq_fake_quantize_many", weights, num_bits, channel_axes);
   std::vector<ArqJob> jobs;
   jobs.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) jobs.push_back(arq_job(weights[i], {}, axes[i]));
-  run_arq(jobs, static_cast<int>(num_bits));
+  arq_quantize(jobs, static_cast<int>(num_bits));
   std::vector<Tensor> ys, scales;
   for (ArqJob& job : jobs) {
     ys.push_back(std::move(job.y));
@@ -54,8 +54,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList wei
 }  // namespace
 
 Range merge(Range a, Range b) {
-  const bool nan = a.largest != a.largest || b.largest != b.largest;
-  return nan ? Range{NAN, NAN} : Range{std::max(a.largest, b.largest), std::min(a.smallest, b.smallest)};
+  const bool nan = a.max != a.max || b.max != b.max;
+  return nan ? Range{NAN, NAN} : Range{std::max(a.max, b.max), std::min(a.min, b.min)};
 }
 
 ArqWeight::ArqWeight(const ArqJob& job, int num_bits)
@@ -86,7 +86,7 @@ void ArqWeight::quantize_channels(int64_t begin, int64_t end) const {
     }
     return;
   }
-  const auto quantize_and_range = kernels().quantize_and_range[element_];
+  const auto quantize_and_range = loops().quantize_and_range[element_];
   Range range = range_at(begin * n, n);
   for (int64_t c = begin; c < end; ++c) {
     const SymmetricParams params = params_of(range);
@@ -122,7 +122,7 @@ void ArqWeight::quantize_per_tensor() const {
 }
 
 Range ArqWeight::range(const void* in, const uint8_t* mask, int64_t n) const {
-  return mask ? kernels().masked_range[element_](in, mask, n) : kernels().range[element_](in, n);
+  return mask ? loops().masked_range[element_](in, mask, n) : loops().range[element_](in, n);
 }
 
 Range ArqWeight::range_at(int64_t begin, int64_t n) const {
@@ -132,9 +132,9 @@ Range ArqWeight::range_at(int64_t begin, int64_t n) const {
 void ArqWeight::quantize(const void* in, const uint8_t* mask, void* out, int64_t n,
                          const SymmetricParams& params) const {
   if (mask) {
-    kernels().masked_quantize[element_](in, mask, out, n, params);
+    loops().masked_quantize[element_](in, mask, out, n, params);
   } else {
-    kernels().quantize[element_](in, out, n, params);
+    loops().quantize[element_](in, out, n, params);
   }
 }
 
@@ -145,9 +145,9 @@ void ArqWeight::quantize_at(int64_t begin, int64_t n, const SymmetricParams& par
 SymmetricParams ArqWeight::params_of(Range range) const {
   const auto codes = math::code_range(num_bits_);
   const double scale = element_ == kFloat64
-                           ? math::symmetric_scale(range.largest, range.smallest, num_bits_)
-                           : static_cast<double>(math::symmetric_scale(static_cast<float>(range.largest),
-                                                                       static_cast<float>(range.smallest), num_bits_));
+                           ? math::symmetric_scale(range.max, range.min, num_bits_)
+                           : static_cast<double>(math::symmetric_scale(static_cast<float>(range.max),
+                                                                       static_cast<float>(range.min), num_bits_));
   return {scale, codes.lowest, codes.highest};
 }
 
@@ -165,7 +165,7 @@ ArqJob arq_job(const Tensor& w, const Tensor& mask, std::optional<int64_t> chann
           at::empty({channel_axis ? w.size(*channel_axis) : 1}, w.options().dtype(accumulate_type(w))), channel_axis};
 }
 
-void run_arq(const std::vector<ArqJob>& jobs, int num_bits) {
+void arq_quantize(const std::vector<ArqJob>& jobs, int num_bits) {
   std::vector<ArqWeight> weights;
   weights.reserve(jobs.size());  // work items point to them
   std::vector<WorkItem> work;
@@ -200,8 +200,8 @@ void run_arq(const std::vector<ArqJob>& jobs, int num_bits) {
 }
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("arq_fake_quantize", arq_forward);
-  m.impl("arq_fake_quantize_many", arq_many);
+  m.impl("arq_fake_quantize", arq_fake_quantize);
+  m.impl("arq_fake_quantize_many", arq_fake_quantize_many);
 }
 
 }  // namespace amct_ext::cpu

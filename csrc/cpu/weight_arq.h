@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/layout.h"
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 
 namespace amct_ext::cpu {
 
@@ -62,6 +62,6 @@ class ArqWeight {
 };
 
 // All jobs in one parallel region, except those with a single scale or with channels in short runs.
-void run_arq(const std::vector<ArqJob>& jobs, int num_bits);
+void arq_quantize(const std::vector<ArqJob>& jobs, int num_bits);
 
 }  // namespace amct_ext::cpu

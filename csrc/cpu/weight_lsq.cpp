@@ -16,8 +16,8 @@ namespace {
 
 using at::Tensor;
 
-Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
-                   std::optional<double>) {
+Tensor lsq_fake_quantize(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
+                         std::optional<double>) {
   const char* op = "lsq_fake_quantize";
   channel_axis = check_scaled_weight(op, w, scale, num_bits, channel_axis);
   const auto range = math::code_range(static_cast<int>(num_bits));
@@ -27,7 +27,7 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
   const void* in = source.const_data_ptr();
   void* out = y.mutable_data_ptr();
   const size_t size = w.element_size();
-  const auto loop = kernels().quantize[element_of(w)];
+  const auto loop = loops().quantize[element_of(w)];
   const AxisView view = axis_view(source, channel_axis);
   if (has_short_runs(view)) {
     for_gathered_rows<1>(view, {{{in, size}}}, out, size, [&](int64_t channel, const auto& row, char* to, int64_t n) {
@@ -42,8 +42,8 @@ Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::
   return y;
 }
 
-Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
-                    std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
+Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
+                                  std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
   const char* op = "lsq_fake_quantize_backward";
   channel_axis = check_weight(op, w, num_bits, channel_axis);
   check_floating(op, "grad", grad);
@@ -55,7 +55,7 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
   const Tensor source = to_type(dense(w), common_type(grad, w)), upstream = match_layout(grad, source);
   const void *in = source.const_data_ptr(), *up = upstream.const_data_ptr();
   const size_t size = source.element_size();
-  const auto loop = kernels().lsq_backward[element_of(source)];
+  const auto loop = loops().lsq_backward[element_of(source)];
   const AxisView view = axis_view(source, channel_axis);
   std::vector<double> sums(view.size, 0.0);
   if (has_short_runs(view)) {
@@ -78,8 +78,8 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
-  m.impl("lsq_fake_quantize", lsq_forward);
-  m.impl("lsq_fake_quantize_backward", lsq_backward);
+  m.impl("lsq_fake_quantize", lsq_fake_quantize);
+  m.impl("lsq_fake_quantize_backward", lsq_fake_quantize_backward);
 }
 
 }  // namespace amct_ext::cpu

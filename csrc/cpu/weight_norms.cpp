@@ -20,7 +20,7 @@ Tensor filter_norms(const Tensor& w, int64_t axis) {
   const Tensor source = dense(w);
   const void* in = source.const_data_ptr();
   const size_t size = w.element_size();
-  const auto loop = kernels().sum_squares[element_of(w)];
+  const auto loop = loops().sum_squares[element_of(w)];
   std::vector<double> sums = channel_sums(axis_view(source, axis), [&](int64_t, int64_t begin, int64_t n) {
     return loop(element_ptr(in, begin, size), n);
   });

@@ -22,7 +22,7 @@ Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits, s
   const void* in = source.const_data_ptr();
   int8_t* out = static_cast<int8_t*>(y.mutable_data_ptr());
   const size_t size = w.element_size();
-  const auto loop = kernels().quantize_codes[element_of(w)];
+  const auto loop = loops().quantize_codes[element_of(w)];
   for_channel_blocks(axis_view(source, channel_axis), [&](int64_t channel, int64_t begin, int64_t n) {
     loop(element_ptr(in, begin, size), out + begin, n, {scales[channel], range.lowest, range.highest});
   });

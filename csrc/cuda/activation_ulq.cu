@@ -69,11 +69,11 @@ struct UlqForward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_forward(const Tensor& x, const Tensor& clip_max,
-                                                                       const Tensor& clip_min,
-                                                                       const Tensor& prev_clip_max,
-                                                                       const Tensor& prev_clip_min, int64_t num_bits,
-                                                                       bool fixed_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(const Tensor& x, const Tensor& clip_max,
+                                                                             const Tensor& clip_min,
+                                                                             const Tensor& prev_clip_max,
+                                                                             const Tensor& prev_clip_min,
+                                                                             int64_t num_bits, bool fixed_min) {
   const char* op = "ulq_fake_quantize";
   check_floating(op, "x", x);
   check_bits(op, num_bits);
@@ -181,8 +181,9 @@ void launch_backward(const Tensor& grad, const Tensor& x, const Tensor& dx, cons
   reduce<kVecSize<T>, false>(job, {1, 1, x.numel()}, vector_aligned(job.grad, job.x, job.dx), x.options());
 }
 
-std::tuple<Tensor, Tensor, Tensor> ulq_backward(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
-                                                const Tensor& clip_min, int64_t num_bits) {
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
+                                                              const Tensor& clip_max, const Tensor& clip_min,
+                                                              int64_t num_bits) {
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
   const c10::DeviceGuard guard(x.device());
   const at::ScalarType given = grad.scalar_type(), type = common_type(grad, x);
@@ -205,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> ulq_backward(const Tensor& grad, const Tensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
-  m.impl("ulq_fake_quantize", ulq_forward);
-  m.impl("ulq_fake_quantize_backward", ulq_backward);
+  m.impl("ulq_fake_quantize", ulq_fake_quantize);
+  m.impl("ulq_fake_quantize_backward", ulq_fake_quantize_backward);
 }
 
 }  // namespace amct_ext::cuda

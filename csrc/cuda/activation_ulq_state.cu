@@ -29,14 +29,13 @@ __global__ void write_state(QuantiserState state) {
   if (*state.found_invalid) *state.invalid = true;
 }
 
-std::tuple<Tensor, Tensor, Tensor> ulq_forward_and_update(const Tensor& x, const Tensor& clip_max,
-                                                          const Tensor& clip_min, const Tensor& prev_clip_max,
-                                                          const Tensor& prev_clip_min, const Tensor& scale,
-                                                          const Tensor& offset, const Tensor& invalid, int64_t num_bits,
-                                                          bool fixed_min) {
+std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min,
+                                                      const Tensor& prev_clip_max, const Tensor& prev_clip_min,
+                                                      const Tensor& scale, const Tensor& offset, const Tensor& invalid,
+                                                      int64_t num_bits, bool fixed_min) {
   check_state("ulq_fake_quantize_", x, scale, offset, invalid);
   auto [y, used_scale, used_offset, used_clip_max, used_clip_min, found_invalid] =
-      ulq_forward(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
+      ulq_fake_quantize(x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
   const c10::DeviceGuard guard(x.device());
   const QuantiserState state{const_scalars(used_scale),
                              const_scalars(used_offset),
@@ -56,6 +55,6 @@ std::tuple<Tensor, Tensor, Tensor> ulq_forward_and_update(const Tensor& x, const
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) { m.impl("ulq_fake_quantize_", ulq_forward_and_update); }
+TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) { m.impl("ulq_fake_quantize_", ulq_fake_quantize_); }
 
 }  // namespace amct_ext::cuda

@@ -87,7 +87,7 @@ struct SumRows {
   }
 };
 
-void shift_error(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
+void shift_error_(const Tensor& x, const Tensor& deq_scale, const Tensor& errors, int64_t channel_axis) {
   channel_axis = check_shift_error("shift_error_", x, deq_scale, errors, channel_axis);
   const int64_t channels = x.size(channel_axis);
   if (x.numel() == 0) return;
@@ -149,7 +149,7 @@ Tensor best_shift(const Tensor& errors) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
-  m.impl("shift_error_", shift_error);
+  m.impl("shift_error_", shift_error_);
   m.impl("best_shift", best_shift);
 }
 

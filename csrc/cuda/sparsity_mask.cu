@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   return {std::move(y), std::move(mask)};
 }
 
-void refresh_mask(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
+void refresh_mask_(const Tensor& w, const Tensor& mask, const Tensor& step, int64_t update_freq, int64_t axis) {
   axis = check_refresh("refresh_mask_", w, mask, step, update_freq, axis);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w), dense_mask = match_mask_layout(mask, source);
@@ -190,7 +190,7 @@ void make_mask(const Tensor& source, int64_t axis, const Tensor& mask, const Ten
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
   m.impl("mask_2to4", mask_2to4);
-  m.impl("refresh_mask_", refresh_mask);
+  m.impl("refresh_mask_", refresh_mask_);
   m.impl("sparsify_2to4", sparsify_2to4);
   m.impl("pack_mask", pack_mask);
   m.impl("unpack_mask", unpack_mask);

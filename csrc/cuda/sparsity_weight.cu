@@ -87,8 +87,8 @@ Tensor sr_ste_backward(const Tensor& grad, const Tensor& w, const Tensor& mask, 
   return d_w;
 }
 
-std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64_t num_bits,
-                                      std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                    std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
@@ -102,10 +102,10 @@ std::tuple<Tensor, Tensor> sparse_arq(const Tensor& w, const Tensor& mask, int64
   return {std::move(y), std::move(scale)};
 }
 
-std::tuple<Tensor, Tensor> sparse_arq_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
                                              std::optional<int64_t> channel_axis, double decay) {
   check_decaying("sparse_arq_fake_quantize_sr_ste", w, mask, decay);
-  return sparse_arq(w, mask, num_bits, channel_axis);
+  return sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
 }
 
 // A block per row of the weight: mask and range in one pass, codes in a second one. The second pass computes the mask
@@ -162,8 +162,8 @@ bool use_block_per_row(const Tensor& source, std::optional<int64_t> channel_axis
   return view.outer == 1 && view.size > 1 && (view.inner <= 16384 || view.size >= 128);
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
-                                                   std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
+                                                                 std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize_2to4";
   check_floating(op, "w", w);
   check_bits(op, num_bits);
@@ -199,10 +199,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_2to4(const Tensor& w, int64_t axis
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
   m.impl("apply_mask", apply_mask);
-  m.impl("sparse_arq_fake_quantize", sparse_arq);
-  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_2to4);
+  m.impl("sparse_arq_fake_quantize", sparse_arq_fake_quantize);
+  m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_fake_quantize_2to4);
   m.impl("apply_mask_sr_ste", apply_mask_sr_ste);
-  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_sr_ste);
+  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_fake_quantize_sr_ste);
   m.impl("sr_ste_backward", sr_ste_backward);
 }
 

@@ -138,7 +138,7 @@ void reduce_and_quantize(const Tensor& w, const Tensor& mask, const Tensor& y, c
   launch_quantize<T, T>(w, range.mask, y, scale, view, -static_cast<Acc<T>>(INFINITY), num_bits);
 }
 
-std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
+std::tuple<Tensor, Tensor> arq_fake_quantize(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis) {
   channel_axis = check_weight("arq_fake_quantize", w, num_bits, channel_axis);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w);
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> arq(const Tensor& w, int64_t num_bits, std::optional<
   return {std::move(y), std::move(scale)};
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_many(at::TensorList weights, int64_t num_bits,
-                                                              at::IntArrayRef channel_axes) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many(at::TensorList weights, int64_t num_bits,
+                                                                            at::IntArrayRef channel_axes) {
   const auto axes = check_weights("arq_fake_quantize_many", weights, num_bits, channel_axes);
   const int bits = static_cast<int>(num_bits);
   std::vector<Tensor> sources, ys, scales;
@@ -204,8 +204,8 @@ void arq_quantize(const Tensor& source, const Tensor& mask, const Tensor& y, con
 }
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
-  m.impl("arq_fake_quantize", arq);
-  m.impl("arq_fake_quantize_many", arq_many);
+  m.impl("arq_fake_quantize", arq_fake_quantize);
+  m.impl("arq_fake_quantize_many", arq_fake_quantize_many);
 }
 
 }  // namespace amct_ext::cuda

@@ -11,8 +11,8 @@ namespace {
 
 using at::Tensor;
 
-Tensor lsq_forward(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
-                   std::optional<double>) {
+Tensor lsq_fake_quantize(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis,
+                         std::optional<double>) {
   channel_axis = check_scaled_weight("lsq_fake_quantize", w, scale, num_bits, channel_axis);
   const c10::DeviceGuard guard(w.device());
   const Tensor source = dense(w), scales = scale.contiguous();
@@ -67,8 +67,8 @@ struct ScaleGradient : SumReduction {
   }
 };
 
-Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
-                    std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
+Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
+                                  std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
   const char* op = "lsq_fake_quantize_backward";
   channel_axis = check_scaled_weight(op, w, scale, num_bits, channel_axis);
   check_floating(op, "grad", grad);
@@ -97,8 +97,8 @@ Tensor lsq_backward(const Tensor& grad, const Tensor& w, const Tensor& scale, in
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
-  m.impl("lsq_fake_quantize", lsq_forward);
-  m.impl("lsq_fake_quantize_backward", lsq_backward);
+  m.impl("lsq_fake_quantize", lsq_fake_quantize);
+  m.impl("lsq_fake_quantize_backward", lsq_fake_quantize_backward);
 }
 
 }  // namespace amct_ext::cuda

@@ -1,8 +1,8 @@
 #include "ops/activation.h"
 
 #include "ops/autograd.h"
-#include "ops/dispatch.h"
 #include "ops/straight_through.h"
+#include "ops/typed_op.h"
 
 namespace amct_ext {
 

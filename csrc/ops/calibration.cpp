@@ -1,7 +1,7 @@
 #include "ops/calibration.h"
 
 #include "ops/autograd.h"
-#include "ops/dispatch.h"
+#include "ops/typed_op.h"
 
 namespace amct_ext {
 

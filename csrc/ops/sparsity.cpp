@@ -4,8 +4,8 @@
 #include <ATen/ops/zeros_like.h>
 
 #include "ops/autograd.h"
-#include "ops/dispatch.h"
 #include "ops/straight_through.h"
+#include "ops/typed_op.h"
 
 namespace amct_ext {
 

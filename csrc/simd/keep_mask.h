@@ -13,5 +13,5 @@
 #if AMCT_VEC_BYTES == 64
 #include "simd/keep_mask_avx512.h"
 #else
-#include "simd/keep_mask_vector.h"
+#include "simd/keep_mask_generic.h"
 #endif

@@ -1,9 +1,10 @@
 // Vec<A>: arithmetic a vector at a time, for loops where the order of a sum is fixed or where compilers miss a plain
-// loop. One file per instruction set holds what differs (README.md lists the verbs); what is common stands here.
+// loop. One file per instruction set holds what differs (README.md lists the operations); what is common stands here.
 #pragma once
 
 #if defined(__SSE2__)
-#include <immintrin.h>  // before the checks below: the header that tests put in its place defines the AVX-512 macros
+// Before the checks below: tests/native/avx512/immintrin.h, which tests put in its place, defines the AVX-512 macros.
+#include <immintrin.h>
 #endif
 
 #include "simd/element.h"

@@ -1,5 +1,5 @@
 // Prints a hash of what every loop computes, for each element type: the same text on every processor, or loops differ.
-// Needs no torch: built with csrc/cpu/dispatch.cpp and csrc/cpu/loops/table.cpp alone (.ci/aarch64-compile).
+// Needs no torch: built with csrc/cpu/loop_table.cpp and csrc/cpu/loops/table.cpp alone (.ci/aarch64-compile).
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/quant_math.h"
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 
 namespace {
 
@@ -60,13 +60,13 @@ class Hash {
   uint64_t state_ = 14695981039346656037u;
 };
 
-void weights(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
+void weights(const LoopTable& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
   std::vector<uint8_t> y(x.size()), mask(kCount);
   std::vector<int8_t> codes(kCount);
   const SymmetricParams symmetric{0.0123, -128, 127};
   Hash hash;
   const Range range = k.range[e](x.data(), kCount), extremes = k.range_with_zero[e](x.data(), kCount);
-  for (double v : {range.largest, range.smallest, extremes.largest, extremes.smallest}) hash.number(v);
+  for (double v : {range.max, range.min, extremes.max, extremes.min}) hash.number(v);
   k.quantize[e](x.data(), y.data(), kCount, symmetric);
   hash.all(y);
   k.quantize_codes[e](x.data(), codes.data(), kCount, symmetric);
@@ -85,8 +85,8 @@ void weights(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::
     sparse.all(mask);
   }
   const Range masked = k.masked_range[e](x.data(), mask.data(), kCount);
-  sparse.number(masked.largest);
-  sparse.number(masked.smallest);
+  sparse.number(masked.max);
+  sparse.number(masked.min);
   k.masked_quantize[e](x.data(), mask.data(), y.data(), kCount, symmetric);
   sparse.all(y);
   k.apply_mask[e](x.data(), mask.data(), y.data(), kCount);
@@ -99,7 +99,7 @@ void weights(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::
   sparse.print("sparse", e);
 }
 
-void activations(const Kernels& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
+void activations(const LoopTable& k, int e, const std::vector<uint8_t>& x, const std::vector<uint8_t>& grad) {
   std::vector<uint8_t> y(x.size());
   Hash hash;
   for (double scale : {0.0117, 0.5}) {
@@ -109,12 +109,12 @@ void activations(const Kernels& k, int e, const std::vector<uint8_t>& x, const s
     UlqSums sums;
     k.ulq_backward[e](grad.data(), x.data(), y.data(), kCount, {scale, 1.1, -0.9, 1.1, -0.9}, sums);
     hash.all(y);
-    for (double v : {sums.error, sums.above, sums.below}) hash.number(v);
+    for (double v : {sums.rounding_error, sums.above, sums.below}) hash.number(v);
   }
   hash.print("activation", e);
 }
 
-void searches(const Kernels& k, int e, const std::vector<uint8_t>& x) {
+void searches(const LoopTable& k, int e, const std::vector<uint8_t>& x) {
   Hash hash;
   std::vector<uint64_t> bins(size_t{1} << kMaxBinBits);
   k.histogram[e](x.data(), kCount, std::ldexp(1.0, kMaxBinBits + kFractionBits - 2), bins.data());
@@ -139,8 +139,8 @@ void searches(const Kernels& k, int e, const std::vector<uint8_t>& x) {
 int main() {
   for (int e = 0; e < kElements; ++e) {
     const auto x = values(static_cast<Element>(e), 1), grad = values(static_cast<Element>(e), 2);
-    activations(kernels(), e, x, grad);
-    weights(kernels(), e, x, grad);
-    searches(kernels(), e, x);
+    activations(loops(), e, x, grad);
+    weights(loops(), e, x, grad);
+    searches(loops(), e, x);
   }
 }

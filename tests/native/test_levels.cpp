@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 
 namespace amct_ext::cpu {
-extern const Kernels kernels_baseline, kernels_v3, kernels_v4, kernels_v4bf16;
+extern const LoopTable loops_baseline, loops_v3, loops_v4, loops_v4bf16;
 }
 
 namespace {
@@ -90,7 +90,7 @@ Bytes written(size_t size, const std::function<void(char*)>& run) {
 }
 
 Bytes as_bytes(Range range) {
-  double ends[2] = {range.largest + 0.0, range.smallest + 0.0};  // zero has no sign here
+  double ends[2] = {range.max + 0.0, range.min + 0.0};  // zero has no sign here
   Bytes bytes(sizeof(ends));
   std::memcpy(bytes.data(), ends, sizeof(ends));
   plain_nan(kFloat64, bytes);
@@ -106,7 +106,7 @@ Bytes as_bytes(const UlqSums& sums) {
 
 class Comparison {
  public:
-  explicit Comparison(const Kernels& level) : level_(level) {}
+  explicit Comparison(const LoopTable& level) : level_(level) {}
 
   void round() {
     const int e = below(kElements);
@@ -123,25 +123,25 @@ class Comparison {
     where_ = "element " + std::to_string(e) + ", n " + std::to_string(n) + ", kind " + std::to_string(kind) +
              ", scale " + std::to_string(scale) + ", bits " + std::to_string(bits);
 
-    values("quantize", e, size, [&](const Kernels& k, char* y) { k.quantize[e](w.data(), y, n, p); });
-    values("quantize in place", e, size, [&](const Kernels& k, char* y) {
+    values("quantize", e, size, [&](const LoopTable& k, char* y) { k.quantize[e](w.data(), y, n, p); });
+    values("quantize in place", e, size, [&](const LoopTable& k, char* y) {
       std::memcpy(y, w.data(), size);
       k.quantize[e](y, y, n, p);
     });
     values("quantize_and_range", e, size,
-           [&](const Kernels& k, char* y) { k.quantize_and_range[e](w.data(), y, n, p, next.data()); });
+           [&](const LoopTable& k, char* y) { k.quantize_and_range[e](w.data(), y, n, p, next.data()); });
     values("masked_quantize", e, size,
-           [&](const Kernels& k, char* y) { k.masked_quantize[e](w.data(), mask.data(), y, n, p); });
+           [&](const LoopTable& k, char* y) { k.masked_quantize[e](w.data(), mask.data(), y, n, p); });
     if (bits <= 8) {
       values("codes", kBFloat16, n,
-             [&](const Kernels& k, char* y) { k.quantize_codes[e](w.data(), reinterpret_cast<int8_t*>(y), n, p); });
+             [&](const LoopTable& k, char* y) { k.quantize_codes[e](w.data(), reinterpret_cast<int8_t*>(y), n, p); });
     }
     Bytes unused(size + 64);
-    const Range alone = kernels_baseline.range[e](next.data(), n);
+    const Range alone = loops_baseline.range[e](next.data(), n);
     same("range beside", as_bytes(alone),
          as_bytes(level_.quantize_and_range[e](w.data(), unused.data(), n, p, next.data())));
     same("range", as_bytes(alone), as_bytes(level_.range[e](next.data(), n)));
-    same("masked_range", as_bytes(kernels_baseline.masked_range[e](w.data(), mask.data(), n)),
+    same("masked_range", as_bytes(loops_baseline.masked_range[e](w.data(), mask.data(), n)),
          as_bytes(level_.masked_range[e](w.data(), mask.data(), n)));
 
     activations(e, w, next, p);
@@ -153,7 +153,7 @@ class Comparison {
   int failures() const { return failures_; }
 
  private:
-  using Loop = std::function<void(const Kernels&, char*)>;
+  using Loop = std::function<void(const LoopTable&, char*)>;
 
   // Clips on both sides, on one or on none; `upper` and `lower` lie half a step beyond them.
   void activations(int e, const Bytes& x, const Bytes& grad, const SymmetricParams& p) {
@@ -163,14 +163,14 @@ class Comparison {
     const UlqForwardParams forward{p.scale, offset, p.lowest, p.highest};
     bool bad[2];
     values("ulq_forward", e, size,
-           [&](const Kernels& k, char* y) { bad[&k == &level_] = k.ulq_forward[e](x.data(), y, n, forward); });
+           [&](const LoopTable& k, char* y) { bad[&k == &level_] = k.ulq_forward[e](x.data(), y, n, forward); });
     if (bad[0] != bad[1]) same("ulq_forward, not finite", {char(bad[0])}, {char(bad[1])});
     const double ends[] = {0, 1e30, std::fabs(normal(2))}, top = static_cast<float>(ends[below(3)]),
                  bottom = -static_cast<float>(ends[below(3)]);
     const UlqBackwardParams backward{p.scale, top, bottom, static_cast<float>(top + half),
                                      static_cast<float>(bottom - half)};
     UlqSums sums[2];
-    values("ulq_backward", e, size, [&](const Kernels& k, char* dx) {
+    values("ulq_backward", e, size, [&](const LoopTable& k, char* dx) {
       k.ulq_backward[e](grad.data(), x.data(), dx, n, backward, sums[&k == &level_]);
     });
     same("sums of ulq_backward", as_bytes(sums[0]), as_bytes(sums[1]));
@@ -180,23 +180,22 @@ class Comparison {
     const size_t kept = count * inner, size = kept * kSizes[e];
     where_ += ", inner " + std::to_string(inner);
     const auto bytes = [](auto* at) { return reinterpret_cast<uint8_t*>(at); };
-    const Bytes mask =
-        written(kept, [&](char* m) { kernels_baseline.mask_plane[e](w.data(), bytes(m), count, inner); });
+    const Bytes mask = written(kept, [&](char* m) { loops_baseline.mask_plane[e](w.data(), bytes(m), count, inner); });
     same("mask_plane", mask, written(kept, [&](char* m) { level_.mask_plane[e](w.data(), bytes(m), count, inner); }));
     const Bytes y = written(size, [&](char* to) {
-      kernels_baseline.apply_mask[e](w.data(), reinterpret_cast<const uint8_t*>(mask.data()), to, kept);
+      loops_baseline.apply_mask[e](w.data(), reinterpret_cast<const uint8_t*>(mask.data()), to, kept);
     });
     Bytes made(kept + 64, 0x55);
     same("sparsify_plane", y,
          written(size, [&](char* to) { level_.sparsify_plane[e](w.data(), bytes(made.data()), to, count, inner); }));
     same("the mask of sparsify_plane", mask, made);
     Bytes unused(size + 64);
-    same("sparsify_and_range", as_bytes(kernels_baseline.range[e](y.data(), kept)),
+    same("sparsify_and_range", as_bytes(loops_baseline.range[e](y.data(), kept)),
          as_bytes(level_.sparsify_and_range[e](w.data(), bytes(made.data()), unused.data(), count, inner)));
   }
 
   void values(const char* loop, int element, size_t size, const Loop& run) {
-    Bytes expected = written(size, [&](char* y) { run(kernels_baseline, y); });
+    Bytes expected = written(size, [&](char* y) { run(loops_baseline, y); });
     Bytes found = written(size, [&](char* y) { run(level_, y); });
     if (loop != std::string("codes")) {
       plain_nan(element, expected);
@@ -210,7 +209,7 @@ class Comparison {
     if (failures_++ < 10) std::printf("%s: %s differs from the baseline (%s)\n", level_.level, loop, where_.c_str());
   }
 
-  const Kernels& level_;
+  const LoopTable& level_;
   std::string where_;
   int failures_ = 0;
 };
@@ -219,20 +218,20 @@ class Comparison {
 
 int main() {
   int failures = 0;
-  const auto compare = [&](const Kernels& level) {
+  const auto compare = [&](const LoopTable& level) {
     Comparison comparison(level);
     for (int i = 0; i < 20000; ++i) comparison.round();
     std::printf("%s: %s\n", level.level, comparison.failures() ? "differs" : "as the baseline");
     failures += comparison.failures();
   };
 #if defined(AMCT_EMULATED)  // loops of level v4 that run anywhere
-  compare(kernels_v4);
+  compare(loops_v4);
 #else
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) compare(kernels_v3);
+  if (__builtin_cpu_supports("x86-64-v3")) compare(loops_v3);
   if (__builtin_cpu_supports("x86-64-v4")) {
-    compare(kernels_v4);
-    if (__builtin_cpu_supports("avx512bf16")) compare(kernels_v4bf16);
+    compare(loops_v4);
+    if (__builtin_cpu_supports("avx512bf16")) compare(loops_v4bf16);
   }
 #endif
   return failures != 0;

@@ -1,4 +1,4 @@
-"""The op library without Python: a C++ program finds it with CMake, links it and runs the ops."""
+"""The native parts without Python: C++ tests, a program that links the library, loops compared between levels."""
 
 from __future__ import annotations
 
@@ -88,9 +88,19 @@ def test_avx512_loops_agree_where_the_processor_has_none(tmp_path: Path) -> None
     for level in ("baseline", "v4"):
         choice = tmp_path / f"{level}.cpp"
         choice.write_text(
-            f'#include "cpu/dispatch.h"\nnamespace amct_ext::cpu {{\nextern const Kernels kernels_{level};\n'
-            f"const Kernels& kernels() {{ return kernels_{level}; }}\n}}\n"
+            f'#include "cpu/loop_table.h"\nnamespace amct_ext::cpu {{\nextern const LoopTable loops_{level};\n'
+            f"const LoopTable& loops() {{ return loops_{level}; }}\n}}\n"
         )
         run("c++", *INCLUDE, "-O1", sources / "kernel_bits.cpp", choice, *both, "-o", tmp_path / level)
         hashes.append(run(tmp_path / level))
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+def test_half_divider_rounds_as_the_division_next_to_every_tie(tmp_path: Path) -> None:
+    processor = Path("/proc/cpuinfo")
+    if shutil.which("c++") is None or not processor.exists() or "fma" not in processor.read_text().split():
+        pytest.skip("needs a C++ compiler and an x86 processor with FMA")
+    program, source = tmp_path / "half_divider", ROOT / "tests" / "native" / "half_divider.cpp"
+    run("c++", *INCLUDE, "-O2", "-march=x86-64-v3", "-ffp-contract=off", source, "-o", program)
+    print(run(program))

@@ -1,7 +1,7 @@
 // ULQ: fake quantisation of an activation and its gradients.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "simd/fixed_order_sum.h"
 #include "simd/reciprocal.h"
 #include "simd/vec2.h"
@@ -16,9 +16,9 @@ struct UlqQuantizer {
   Vec<A> scale, inverse, offset, lowest, highest, lowest_step, highest_step, signed_zero, zero = {};
   bool usable;
 
-  AMCT_INLINE UlqQuantizer(math::Affine<A> affine, const Reciprocal<A>& fast, A low, A high)
+  AMCT_INLINE UlqQuantizer(math::Affine<A> affine, const Reciprocal<A>& recip, A low, A high)
       : scale(broadcast(affine.scale)),
-        inverse(broadcast(fast.inverse)),
+        inverse(broadcast(recip.inverse)),
         offset(broadcast(affine.offset)),
         lowest(broadcast(low)),
         highest(broadcast(high)),
@@ -27,7 +27,7 @@ struct UlqQuantizer {
     const bool plus_zero = bit_cast<Bits<A>>(affine.offset) == 0;
     signed_zero = broadcast(plus_zero ? A(-0.0) : A(0.0));
     // With an offset of +0 results keep the sign of zero, which a product that underflows would lose.
-    usable = fast.usable && (!plus_zero || affine.scale <= A(0.5));
+    usable = recip.usable && (!plus_zero || affine.scale <= A(0.5));
   }
 
   // By division.
@@ -35,12 +35,13 @@ struct UlqQuantizer {
     return (clamp(round_even(v / scale + offset), lowest, highest) - offset) * scale;
   }
 
-  // By the reciprocal; `farthest` collects the distances from an integer, as bit patterns. The offset is an integer, so
-  // v is rounded without it and clamped to bounds less the offset. That leaves the sign of zeros: the exact form
-  // subtracts equal numbers, which gives +0, so +0 is added; with an offset of +0 it keeps the sign, so -0 is added.
-  AMCT_INLINE Vec<A> fast(Vec<A> v, Mask<A>& farthest) const {
+  // By the reciprocal; `max_distance` collects the distances from an integer, as bit patterns. The offset is an
+  // integer, so v is rounded without it and clamped to bounds less the offset. That leaves the sign of zeros: the exact
+  // form subtracts equal numbers, which gives +0, so +0 is added; with an offset of +0 it keeps the sign, so -0 is
+  // added.
+  AMCT_INLINE Vec<A> fast(Vec<A> v, Mask<A>& max_distance) const {
     const Vec<A> t = mul_add_zero(v, inverse, zero), code = round_even(t);
-    farthest = max(abs_bits<A>(t - code), farthest);
+    max_distance = max(abs_bits<A>(t - code), max_distance);
     return mul_add_zero(clamp(code, lowest_step, highest_step), scale, signed_zero);
   }
 };
@@ -67,8 +68,8 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
     for (int64_t i = begin; i < end; ++i) y[i] = narrow<T>(math::fake_quantize(widen(x[i]), affine, lowest, highest));
     return all_finite(x + begin, end - begin);
   };
-  const auto fast = reciprocal<A>(p.scale, p.lowest, p.highest);
-  const UlqQuantizer<T> quantizer(affine, fast, lowest, highest);
+  const auto recip = reciprocal<A>(p.scale, p.lowest, p.highest);
+  const UlqQuantizer<T> quantizer(affine, recip, lowest, highest);
   if (!quantizer.usable) return !by_element(0, n);
 
   constexpr int kGroup = 2 * kLanes2<T>;
@@ -77,16 +78,16 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
   for (int64_t i = 0; i < whole; i += kGroup) {
     prefetch<kGroup * sizeof(T)>(x + i, kPrefetchDistance);
     prefetch<kGroup * sizeof(T)>(y + i, kPrefetchDistance);
-    Mask<A> farthest = {};
+    Mask<A> max_distance = {};
     const auto quantize2 = [&](const T* from, T* to) __attribute__((always_inline)) {
       const Vec2<T> v = load2(from);
-      store2(to, Vec2<T>{quantizer.fast(v.first, farthest), quantizer.fast(v.second, farthest)});
+      store2(to, Vec2<T>{quantizer.fast(v.first, max_distance), quantizer.fast(v.second, max_distance)});
     };
     quantize2(x + i, y + i);
     quantize2(x + i + kLanes2<T>, y + i + kLanes2<T>);
-    if (__builtin_expect(any_ge<A>(farthest, fast.limit), 0)) {
+    if (__builtin_expect(any_ge<A>(max_distance, recip.max_safe_distance), 0)) {
       // Values that are not finite have NaN as their distance.
-      if (any_ge<A>(farthest, bit_cast<A>(Traits<A>::kInfBits))) {
+      if (any_ge<A>(max_distance, bit_cast<A>(Traits<A>::kInfBits))) {
         good &= by_element(i, i + kGroup);
         continue;
       }
@@ -99,7 +100,7 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
   return !(good & by_element(whole, n));
 }
 
-// One function, longer than most: its lambdas share the constants and sums, which so stay in registers.
+// One long function: its lambdas share constants and sums, and the compiler keeps them in registers.
 template <typename T>
 // NOLINTNEXTLINE(readability-function-size)
 void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
@@ -171,7 +172,7 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
       below.flush();
     }
   }
-  out.error += error.sums.total();
+  out.rounding_error += error.sums.total();
   out.above += above.sums.total();
   out.below += below.sums.total();
 }

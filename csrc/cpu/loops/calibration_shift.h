@@ -5,7 +5,7 @@
 // instruction set or memory layout, and needs no fixed partial sums.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "simd/reciprocal.h"
 #include "simd/vec.h"
 
@@ -40,14 +40,15 @@ bool accumulators_exact(const T* x, int n, double scale, int32_t* accumulators) 
 
 // The same by the reciprocal; false where a value comes too close to a tie for that, or is NaN.
 template <typename T>
-AMCT_INLINE bool accumulators_fast(const T* x, int n, const Reciprocal<double>& by, int32_t* accumulators) {
+AMCT_INLINE bool accumulators_fast(const T* x, int n, const Reciprocal<double>& recip, int32_t* accumulators) {
   const Vec<double> magic = broadcast(6755399441055744.0);  // 1.5 * 2^52: adding it rounds to an integer, half to even
-  const Vec<double> lowest = broadcast(-2147483648.0), highest = broadcast(2147483647.0), limit = broadcast(by.limit);
+  const Vec<double> lowest = broadcast(-2147483648.0), highest = broadcast(2147483647.0),
+                    max_safe_distance = broadcast(recip.max_safe_distance);
   Mask<double> close = {};
   for (int i = 0; i < n; i += kLanes<double>) {
-    const Vec<double> t = clamp(load_double(x + i) * by.inverse, lowest, highest), code = (t + magic) - magic;
+    const Vec<double> t = clamp(load_double(x + i) * recip.inverse, lowest, highest), code = (t + magic) - magic;
     const Vec<double> distance = reinterpret_cast<Vec<double>>(abs_bits<double>(t - code));
-    close |= ~(distance <= limit);  // NaN is not
+    close |= ~(distance <= max_safe_distance);  // NaN is not
     const Int32s result = __builtin_convertvector(code, Int32s);
     __builtin_memcpy(accumulators + i, &result, sizeof(result));
   }
@@ -105,14 +106,14 @@ AMCT_INLINE void add_overflow_errors(const ShiftChunk& c, int shift, WideSum* su
 template <typename T>
 bool shift_errors(const void* x_, int64_t n, double scale, WideSum* sums) {
   const T* x = static_cast<const T*>(x_);
-  const auto by = reciprocal<double>(scale, -2147483648.0, 2147483647.0);
+  const auto recip = reciprocal<double>(scale, -2147483648.0, 2147483647.0);
   bool nan = false;
   ShiftChunk c;
   for (int64_t begin = 0; begin < n; begin += kShiftChunk) {
     const int count = n - begin < kShiftChunk ? static_cast<int>(n - begin) : kShiftChunk, whole = count & ~7;
     c.blocks = (count + kPadding - 1) / kPadding;
     for (int i = count; i < c.blocks * kPadding; ++i) c.accumulators[i] = 0;
-    if (!by.usable || !accumulators_fast(x + begin, whole, by, c.accumulators)) {
+    if (!recip.usable || !accumulators_fast(x + begin, whole, recip, c.accumulators)) {
       nan |= accumulators_exact(x + begin, whole, scale, c.accumulators);
     }
     nan |= accumulators_exact(x + begin + whole, count - whole, scale, c.accumulators + whole);

@@ -23,14 +23,14 @@ AMCT_INLINE uint8_t code_byte(A code, A lowest, A highest) {
 template <typename T>
 AMCT_INLINE Bits<Acc<T>> codes_fast(const T* __restrict x, uint8_t* __restrict y, int64_t n, Acc<T> offset,
                                     Acc<T> inverse, Acc<T> lowest, Acc<T> highest) {
-  Bits<Acc<T>> farthest = 0;
+  Bits<Acc<T>> max_distance = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Acc<T> t = widen(x[i]) * inverse + offset, code = math::round_even(t);
     const Bits<Acc<T>> distance = abs_bits(t - code);
-    farthest = distance > farthest ? distance : farthest;
+    max_distance = distance > max_distance ? distance : max_distance;
     y[i] = code_byte(code, lowest, highest);
   }
-  return farthest;
+  return max_distance;
 }
 
 template <typename T>
@@ -38,15 +38,15 @@ bool ulq_codes(const void* x_, uint8_t* y, int64_t n, const UlqForwardParams& p)
   const T* x = static_cast<const T*>(x_);
   const Acc<T> scale = static_cast<Acc<T>>(p.scale), offset = static_cast<Acc<T>>(p.offset),
                lowest = static_cast<Acc<T>>(p.lowest), highest = static_cast<Acc<T>>(p.highest);
-  const auto fast = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
-  const auto limit = bit_cast<Bits<Acc<T>>>(fast.limit);
+  const auto recip = reciprocal<Acc<T>>(p.scale, p.lowest, p.highest);
+  const auto max_safe_distance = bit_cast<Bits<Acc<T>>>(recip.max_safe_distance);
   bool good = true;
   for (int64_t begin = 0; begin < n; begin += kCodesStep<T>) {
     const int64_t count = n - begin < kCodesStep<T> ? n - begin : kCodesStep<T>;
     const T* __restrict in = x + begin;
     uint8_t* __restrict out = y + begin;
     good &= all_finite(in, count);
-    if (!fast.usable || codes_fast(in, out, count, offset, fast.inverse, lowest, highest) >= limit) {
+    if (!recip.usable || codes_fast(in, out, count, offset, recip.inverse, lowest, highest) >= max_safe_distance) {
       for (int64_t i = 0; i < count; ++i) {
         out[i] = code_byte(math::round_even(widen(in[i]) / scale + offset), lowest, highest);
       }

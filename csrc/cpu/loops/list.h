@@ -1,5 +1,5 @@
 // Every loop that is compiled for each element type: AMCT_LOOP(result, name, parameters). No include guard:
-// cpu/dispatch.h makes the list pointers, table.cpp fills them with name<T>; each defines AMCT_LOOP for that.
+// cpu/loop_table.h makes the list pointers, table.cpp fills them with name<T>; each defines AMCT_LOOP for that.
 
 // True: a value is not finite.
 AMCT_LOOP(bool, ulq_forward, (const void* x, void* y, int64_t n, const UlqForwardParams&))

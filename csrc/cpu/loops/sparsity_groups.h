@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "cpu/loops/sparsity_keep_mask.h"
 #include "cpu/loops/weight_range.h"
 #include "simd/vec.h"
@@ -15,7 +15,7 @@ namespace {
 
 // Prefetches what follows `n` values at the prefetch distance.
 template <typename T>
-AMCT_INLINE void prefetch_range(const T* from, int64_t n) {
+AMCT_INLINE void prefetch_span(const T* from, int64_t n) {
   constexpr int64_t line = 64 / sizeof(T);
   for (int64_t i = 0; i < n; i += line) prefetch<1>(from + i, kPrefetchDistance);
 }
@@ -24,12 +24,12 @@ AMCT_INLINE void prefetch_range(const T* from, int64_t n) {
 //   prefetch(at, n)      before the values [at, at + n) are masked
 //   (raw, keep, at)      a vector that begins at `at`
 //   without_range()      the sink to use where values come twice and must not count in a range
-//   add_range(b, e)      values [b, e) that the sink without range got
+//   add_span_to_range(b, e)      values [b, e) that the sink without range got
 struct MaskSink {
   AMCT_INLINE void prefetch(int64_t, int64_t) {}
   AMCT_INLINE void operator()(auto, auto, int64_t) {}
   AMCT_INLINE MaskSink& without_range() { return *this; }
-  AMCT_INLINE void add_range(int64_t, int64_t) {}
+  AMCT_INLINE void add_span_to_range(int64_t, int64_t) {}
 };
 
 // Writes the weights with +0 where they are not kept.
@@ -37,10 +37,10 @@ template <typename T>
 struct ApplySink {
   using K = KeepMask<sizeof(T)>;
   T* y;
-  AMCT_INLINE void prefetch(int64_t at, int64_t n) { prefetch_range(y + at, n); }
+  AMCT_INLINE void prefetch(int64_t at, int64_t n) { prefetch_span(y + at, n); }
   AMCT_INLINE void operator()(IVec<T> raw, typename K::Keep keep, int64_t at) { store(y + at, K::apply(raw, keep)); }
   AMCT_INLINE ApplySink& without_range() { return *this; }
-  AMCT_INLINE void add_range(int64_t, int64_t) {}
+  AMCT_INLINE void add_span_to_range(int64_t, int64_t) {}
 };
 
 // Also takes the range of what it writes.
@@ -52,7 +52,7 @@ struct ApplyAndRangeSink : ApplySink<T> {
     ApplySink<T>::operator()(raw, keep, at);
     range.add(K::apply(raw, keep));
   }
-  AMCT_INLINE void add_range(int64_t begin, int64_t end) {
+  AMCT_INLINE void add_span_to_range(int64_t begin, int64_t end) {
     range.template add_all<false>(this->y + begin, nullptr, end - begin);
   }
 };
@@ -83,7 +83,7 @@ AMCT_INLINE void mask_group(const T* w, uint8_t* mask, int64_t start, int64_t in
   constexpr int64_t width = kLanes<T>;
   if (inner < width) {
     mask_4_rows(w, mask, start, inner, sink.without_range());
-    sink.add_range(start, start + 4 * inner);
+    sink.add_span_to_range(start, start + 4 * inner);
     return;
   }
   for (int64_t i = 0; i < inner; i += width) {

@@ -56,7 +56,7 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
   if (inner == 1) {
     int64_t at = 0;
     for (; at + 4 * width <= size; at += 4 * width) {
-      prefetch_range(w + at, 4 * width);
+      prefetch_span(w + at, 4 * width);
       prefetch<1>(mask + at, kPrefetchDistance);
       sink.prefetch(at, 4 * width);
       mask_contiguous(w, mask, at, sink);
@@ -67,7 +67,7 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
   if constexpr (kHas3x3<T>) {
     constexpr int64_t block = k3x3 * width, read = width < k3x3 ? block : block - k3x3 + width;
     for (; inner == k3x3 && g * 4 * k3x3 + read <= size; g += k3x3Groups<T>) {
-      prefetch_range(w + g * 4 * k3x3, block);
+      prefetch_span(w + g * 4 * k3x3, block);
       sink.prefetch(g * 4 * k3x3, block);
       mask_3x3(w, mask, g * 4 * k3x3, sink);
     }
@@ -75,7 +75,7 @@ AMCT_INLINE int64_t mask_groups(const T* w, uint8_t* mask, int64_t groups, int64
   for (; g < groups; ++g) {
     const int64_t start = g * 4 * inner;
     if (inner < width && start + 3 * inner + width > size) return g;
-    prefetch_range(w + start, 4 * inner);
+    prefetch_span(w + start, 4 * inner);
     sink.prefetch(start, 4 * inner);
     mask_group(w, mask, start, inner, sink);
   }
@@ -132,7 +132,7 @@ AMCT_INLINE void sparsify(const T* w, uint8_t* mask, int64_t count, int64_t inne
   if (done == n) return;
   mask_plane<T>(w + done, mask + done, count - 4 * groups, inner);
   apply_mask<T>(w + done, mask + done, sink.y + done, n - done);
-  sink.add_range(done, n);
+  sink.add_span_to_range(done, n);
 }
 
 template <typename T>

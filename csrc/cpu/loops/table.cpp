@@ -1,7 +1,7 @@
 // The table of all loops for one instruction set: compiled once for each (cmake/simd.cmake), AMCT_LEVEL being its name.
 // Nothing here may include a header with inline functions of external linkage: the linker keeps one copy of those for
 // the whole library, perhaps one that was compiled for a newer processor.
-#include "cpu/dispatch.h"
+#include "cpu/loop_table.h"
 #include "cpu/loops/activation_ulq.h"
 #include "cpu/loops/calibration_search.h"
 #include "cpu/loops/calibration_shift.h"
@@ -20,8 +20,8 @@
 
 namespace amct_ext::cpu {
 
-extern const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL);
-const Kernels AMCT_JOIN(kernels_, AMCT_LEVEL) = {
+extern const LoopTable AMCT_JOIN(loops_, AMCT_LEVEL);
+const LoopTable AMCT_JOIN(loops_, AMCT_LEVEL) = {
     .level = AMCT_TEXT(AMCT_LEVEL),
     .transpose_bytes = transpose_bytes,
 #include "cpu/loops/list.h"

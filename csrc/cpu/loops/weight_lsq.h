@@ -1,7 +1,7 @@
 // Weights: the gradient of a learned scale, sums of squares.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "simd/fixed_order_sum.h"
 
 namespace amct_ext::cpu {

@@ -1,16 +1,16 @@
 // Weights: symmetric fake quantisation and integer codes. The loops are bound by memory, so they prefetch.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "cpu/loops/weight_range.h"
-#include "simd/quotient.h"
+#include "simd/half_divider.h"
 #include "simd/reciprocal.h"
 #include "simd/vec2.h"
 
 namespace amct_ext::cpu {
 namespace {
 
-// Stores codes times `scale`, or the codes themselves as int8.
+// Stores codes times `scale`, or the codes themselves as int8: of one element, and of a Vec2.
 template <typename T>
 AMCT_INLINE void store_code(T* y, Acc<T> code, Acc<T> scale) {
   *y = narrow<T>(code * scale);
@@ -78,9 +78,9 @@ AMCT_INLINE void quantize_vec2(const T* w, const uint8_t* mask, Out* y, int64_t 
                                Lookahead& lookahead) {
   using A = Acc<T>;
   constexpr int kStep = 2 * kLanes2<T>;
-  const auto fast = reciprocal<A>(p.scale, p.lowest, p.highest);
-  const A limit = fast.usable ? fast.limit : A(0);  // no step is below it
-  const Vec<A> scale = broadcast(static_cast<A>(p.scale)), inverse = broadcast(fast.inverse),
+  const auto recip = reciprocal<A>(p.scale, p.lowest, p.highest);
+  const A max_safe_distance = recip.usable ? recip.max_safe_distance : A(0);  // 0: every step takes the division
+  const Vec<A> scale = broadcast(static_cast<A>(p.scale)), inverse = broadcast(recip.inverse),
                lowest = broadcast(static_cast<A>(p.lowest)), highest = broadcast(static_cast<A>(p.highest));
   const auto load2_at = [&](int64_t i) __attribute__((always_inline)) {
     return kMasked ? load2_masked(w + i, mask + i) : load2(w + i);
@@ -89,11 +89,11 @@ AMCT_INLINE void quantize_vec2(const T* w, const uint8_t* mask, Out* y, int64_t 
     return Vec2<T>{clamp(round_even(v.first / scale), lowest, highest),
                    clamp(round_even(v.second / scale), lowest, highest)};
   };
-  Mask<A> farthest;
+  Mask<A> max_distance;
   const auto code = [&](Vec<A> v) __attribute__((always_inline)) {
-    const Vec<A> t = v * inverse, whole = round_even(t);
-    farthest = max(farthest, abs_bits<A>(t - whole));
-    return clamp(whole, lowest, highest);
+    const Vec<A> t = v * inverse, rounded = round_even(t);
+    max_distance = max(max_distance, abs_bits<A>(t - rounded));
+    return clamp(rounded, lowest, highest);
   };
   const bool overlap = n % kLanes2<T> != 0;
   const Vec2<T> last = overlap ? exact(load2_at(n - kLanes2<T>)) : Vec2<T>{};
@@ -101,15 +101,15 @@ AMCT_INLINE void quantize_vec2(const T* w, const uint8_t* mask, Out* y, int64_t 
   for (; i + kStep <= n; i += kStep) {
     look_ahead<T>(lookahead, y, i);
     look_ahead<T>(lookahead, y, i + kLanes2<T>);
-    farthest = Mask<A>{};
-    const Vec2<T> v = load2_at(i), u = load2_at(i + kLanes2<T>);
-    Vec2<T> first = {code(v.first), code(v.second)}, second = {code(u.first), code(u.second)};
-    if (any_ge<A>(farthest, limit)) [[unlikely]] {
-      first = exact(v);
-      second = exact(u);
+    max_distance = Mask<A>{};
+    const Vec2<T> v0 = load2_at(i), v1 = load2_at(i + kLanes2<T>);
+    Vec2<T> code0 = {code(v0.first), code(v0.second)}, code1 = {code(v1.first), code(v1.second)};
+    if (any_ge<A>(max_distance, max_safe_distance)) [[unlikely]] {
+      code0 = exact(v0);
+      code1 = exact(v1);
     }
-    store2_code(y + i, first, scale);
-    store2_code(y + i + kLanes2<T>, second, scale);
+    store2_code(y + i, code0, scale);
+    store2_code(y + i + kLanes2<T>, code1, scale);
   }
   if (i + kLanes2<T> <= n) {
     lookahead.vec2(i);
@@ -122,7 +122,7 @@ AMCT_INLINE void quantize_vec2(const T* w, const uint8_t* mask, Out* y, int64_t 
 
 // The same for half formats with results of that format: there the results are clamped instead of the codes.
 template <bool kMasked, typename T, typename Lookahead>
-AMCT_INLINE void quantize_half(const T* w, const uint8_t* mask, T* y, int64_t n, const Quotient& quotient,
+AMCT_INLINE void quantize_half(const T* w, const uint8_t* mask, T* y, int64_t n, const HalfDivider& divide,
                                const SymmetricParams& p, Lookahead& lookahead) {
   const float scale = static_cast<float>(p.scale);
   const Vec<float> scales = broadcast(scale);
@@ -134,7 +134,7 @@ AMCT_INLINE void quantize_half(const T* w, const uint8_t* mask, T* y, int64_t n,
   const auto all_finite_at = [&](int64_t i) __attribute__((always_inline)) {
     return !any_ge<T>(abs_bits<T>(bits(i)), bit_cast<T>(Traits<T>::kInfBits));
   };
-  const auto value = [&](Vec<float> v) __attribute__((always_inline)) { return round_even(quotient(v)) * scales; };
+  const auto value = [&](Vec<float> v) __attribute__((always_inline)) { return round_even(divide(v)) * scales; };
   const auto values = [&](int64_t i) __attribute__((always_inline)) {
     const Vec2<T> v = kMasked ? widen2<T>(bits(i)) : load2(w + i);
     return Vec2<T>{value(v.first), value(v.second)};
@@ -142,7 +142,7 @@ AMCT_INLINE void quantize_half(const T* w, const uint8_t* mask, T* y, int64_t n,
   const auto by_element = [&](int64_t begin, int64_t end) {
     quantize_elements<kMasked>(w + begin, kMasked ? mask + begin : nullptr, y + begin, end - begin, p);
   };
-  const bool whole = n % kLanes2<T> == 0 || !all_finite_at(n - kLanes2<T>);
+  const bool tail_by_element = n % kLanes2<T> == 0 || !all_finite_at(n - kLanes2<T>);
   const Vec2<T> last = values(n - kLanes2<T>);
   int64_t i = 0;
   for (; i + kLanes2<T> <= n; i += kLanes2<T>) {
@@ -154,7 +154,7 @@ AMCT_INLINE void quantize_half(const T* w, const uint8_t* mask, T* y, int64_t n,
     }
   }
   lookahead.elements(i, n);
-  if (whole) return by_element(i, n);
+  if (tail_by_element) return by_element(i, n);
   store2_clamped(y + n - kLanes2<T>, last, bottom, top);
 }
 
@@ -163,14 +163,14 @@ template <bool kMasked, typename T, typename Out, typename Lookahead>
 AMCT_INLINE void quantize_row(const T* w, const uint8_t* mask, Out* y, int64_t n, const SymmetricParams& p,
                               Lookahead& lookahead) {
   if constexpr (sizeof(Out) == 2) {
-    const Quotient quotient(static_cast<float>(p.scale));
-    if (quotient.usable && n >= kLanes2<T>) return quantize_half<kMasked>(w, mask, y, n, quotient, p, lookahead);
+    const HalfDivider divide(static_cast<float>(p.scale));
+    if (divide.usable && n >= kLanes2<T>) return quantize_half<kMasked>(w, mask, y, n, divide, p, lookahead);
     lookahead.elements(0, n);
-    if (!quotient.usable) return quantize_elements<kMasked>(w, mask, y, n, p);
+    if (!divide.usable) return quantize_elements<kMasked>(w, mask, y, n, p);
     T padded[kLanes2<T>] = {};
     for (int64_t i = 0; i < n; ++i) padded[i] = load_element<kMasked>(w, mask, i);
-    PrefetchOnly<T> alone = {padded, 0};
-    quantize_half<false>(padded, nullptr, padded, kLanes2<T>, quotient, p, alone);
+    PrefetchOnly<T> no_lookahead = {padded, 0};
+    quantize_half<false>(padded, nullptr, padded, kLanes2<T>, divide, p, no_lookahead);
     for (int64_t i = 0; i < n; ++i) y[i] = padded[i];
   } else {
     if (n >= kLanes2<T>) return quantize_vec2<kMasked>(w, mask, y, n, p, lookahead);
@@ -181,8 +181,8 @@ AMCT_INLINE void quantize_row(const T* w, const uint8_t* mask, Out* y, int64_t n
 
 template <bool kMasked, typename T, typename Out>
 AMCT_INLINE void quantize_row(const T* w, const uint8_t* mask, Out* y, int64_t n, const SymmetricParams& p) {
-  PrefetchOnly<T> alone = {w, p.prefetch_distance};
-  quantize_row<kMasked>(w, mask, y, n, p, alone);
+  PrefetchOnly<T> no_lookahead = {w, p.prefetch_distance};
+  quantize_row<kMasked>(w, mask, y, n, p, no_lookahead);
 }
 
 template <typename T>

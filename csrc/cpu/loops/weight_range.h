@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "simd/vec.h"
 
 namespace amct_ext::cpu {

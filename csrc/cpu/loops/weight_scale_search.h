@@ -1,7 +1,7 @@
 // Weights: how well the codes of each scale that is tried fit.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/loop_params.h"
 #include "simd/fixed_order_sum.h"
 
 namespace amct_ext::cpu {

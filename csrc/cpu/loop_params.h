@@ -1,6 +1,4 @@
-// Runtime dispatch of the compiled loops: raw pointers, one thread, no tensors. Each instruction set has one table of
-// function pointers (loops/table.cpp); `kernels()` is the best one for this processor. Arrays run over the element
-// types in the order of `Element`.
+// What loops take and return: element types, parameters and results. Plain structs, no tensors.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +27,11 @@ struct SymmetricParams {
 
 // Sums of the ULQ backward: rounding error times gradient, gradient above, gradient below.
 struct UlqSums {
-  double error = 0, above = 0, below = 0;
+  double rounding_error = 0, above = 0, below = 0;
 };
 
 struct Range {
-  double largest, smallest;  // both NaN where one value is NaN
+  double max, min;  // both NaN where one value is NaN
 };
 
 // One range of the search. `end` bounds a symmetric range; offset and code range serve the asymmetric one.
@@ -54,16 +52,5 @@ constexpr int64_t kHistogramCapacity = (int64_t{1} << (64 - kCountShift)) - 1;
 
 // Sum of squares of 32-bit integers, exact: 2^64 of them fit.
 __extension__ typedef unsigned __int128 WideSum;
-
-// The members are those of loops/list.h.
-struct Kernels {
-  const char* level;
-  void (*transpose_bytes)(const uint8_t* from, int64_t stride, int rows, uint8_t* to, int64_t width, int64_t n);
-#define AMCT_LOOP(result, name, parameters) result(*name[kElements]) parameters;
-#include "cpu/loops/list.h"
-#undef AMCT_LOOP
-};
-
-const Kernels& kernels();
 
 }  // namespace amct_ext::cpu

@@ -1,0 +1,190 @@
+"""How much each quantised layer costs in accuracy, and which ones to leave at higher precision for a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext.common.layer_kinds import Family, kind_of
+from amct_ext.common.references import copy_model
+from amct_ext.common.validation import check_types
+from amct_ext.common.wrapping import unwrap
+from amct_ext.errors import InvalidDataError, StaleStateError
+from amct_ext.explain.sensitivity import LayerSensitivity, Sensitivity
+from amct_ext.flows.calibrate import check_batches
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.run import tensors_in
+from amct_ext.layers.classes import to_float
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.model_surgery.lookup import compressed_layers
+from amct_ext.model_surgery.session import session_of
+
+Forward = Callable[..., Any]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@torch.no_grad()
+def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = None) -> Sensitivity:
+    """Measure how far each quantised layer, alone, moves the output of the network; the result prints as a table.
+
+        report = amct_ext.sensitivity(model, batches)
+        print(report)
+        print(report.configuration(0.1))  # at most 10 % of the multiplications above 8 bits
+
+    ``model``: compressed and calibrated. ``loader``: some batches, each in a form that create takes as ``input_data``,
+    on the model's device; all are used, 2 evaluations per layer and batch. A layer's error is the squared difference
+    between the output with this layer quantised, all others float, and the float output, relative to the latter's
+    square (all floating tensors of the output together). With ``loss``, ``(model, batch) -> scalar``, it is how much
+    the mean loss rises; batches may then have any form. Errors of layers add up to about that of the whole where they
+    are small. 2:4 masks count as part of the float layer. The evaluations run on a copy of the model; nothing of
+    ``model`` or its record changes. Errors: ModelError (not a compressed model), StaleStateError (not calibrated),
+    TypeError (one batch instead of several), ValueError (no batch, nothing quantised), InvalidDataError (an output
+    without floating tensors). Source: layer-wise sensitivity analysis as in HAWQ (Dong et al. 2019), measured instead
+    of estimated by curvature.
+    """
+    check_types(model=(model, nn.Module))
+    check_batches(loader)
+    session_of(unwrap(model))
+    network = copy_model(unwrap(model)).eval()
+    layers = {name: layer for name, layer in compressed_layers(network) if layer.weight_quantizers}
+    _check_ready(layers)
+    for layer in layers.values():
+        layer.search_n, layer.integer = None, None
+    of_float = {name: _float_layers(layer) for name, layer in layers.items()}
+    measure = _Measure(network, layers, of_float, loss)
+    for batch in loader:
+        measure.add(batch)
+    if not measure.batches:
+        raise ValueError("loader holds no batch, so there is nothing to measure with")
+    return measure.result()
+
+
+class _Measure:
+    """Errors gathered over batches."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: dict[str, CompressedLayer],
+        of_float: dict[str, tuple[Forward, Forward]],
+        loss: Loss | None,
+    ) -> None:
+        self.network, self.layers, self.of_float, self.loss = network, layers, of_float, loss
+        self.batches = 0
+        self._macs = dict.fromkeys(layers, 0)
+        self._whole = 0.0
+        self._own, self._weights = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+
+    def add(self, batch: Any) -> None:
+        """Measure every layer on one batch."""
+        exact = {name: plain for name, (plain, _) in self.of_float.items()}
+        with self._counted(), _forwards(self.layers, exact):
+            reference = self._run(batch)
+        self._whole += self._error(self._run(batch), reference)
+        for name in self.layers:
+            others = {key: plain for key, plain in exact.items() if key != name}
+            with _forwards(self.layers, others):
+                self._own[name] += self._error(self._run(batch), reference)
+            with _forwards(self.layers, {**others, name: self.of_float[name][1]}):
+                self._weights[name] += self._error(self._run(batch), reference)
+        self.batches += 1
+
+    def result(self) -> Sensitivity:
+        """The report."""
+        total = max(sum(self._macs.values()), 1)
+        rows = []
+        for name, layer in self.layers.items():
+            kind, activation = kind_of(layer), layer.activation
+            assert kind is not None and activation is not None
+            bits = activation.num_bits, layer.weight_quantizers[0].num_bits
+            own, weights = self._own[name] / self.batches, self._weights[name] / self.batches
+            rows.append(LayerSensitivity(layer.layer_name, kind.name, *bits, own, weights, self._macs[name] / total))
+        return Sensitivity(rows, self._whole / self.batches, "error" if self.loss is None else "loss")
+
+    def _run(self, batch: Any) -> list[Tensor]:
+        if self.loss is not None:
+            return [self.loss(self.network, batch).detach().double()]
+        output = parse_inputs(self.network, batch).copied().call(self.network)
+        found = [x.detach().double() for x in tensors_in(output) if x.is_floating_point()]
+        if not found:
+            raise InvalidDataError("the model returns no floating tensor to compare; give a loss")
+        return found
+
+    def _error(self, seen: list[Tensor], reference: list[Tensor]) -> float:
+        if self.loss is not None:
+            return float(seen[0] - reference[0])
+        if [x.shape for x in seen] != [x.shape for x in reference]:
+            raise InvalidDataError("the shapes of the model's output depend on its values; give a loss")
+        size = sum(float(x.square().sum()) for x in reference)
+        return sum(float((x - y).square().sum()) for x, y in zip(seen, reference, strict=True)) / max(size, 1e-300)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count the multiplications of each layer in the forwards inside."""
+        names = {layer: name for name, layer in self.layers.items()}
+
+        def count(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            assert isinstance(layer, CompressedLayer)
+            self._macs[names[layer]] += _multiplications(layer, args[0], output)
+
+        handles = [layer.register_forward_hook(count) for layer in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _check_ready(layers: dict[str, CompressedLayer]) -> None:
+    if not layers:
+        raise ValueError("no layer of the model is quantised, so there is nothing to measure")
+    waiting = [name for name, layer in layers.items() if not layer.ready]
+    if waiting:
+        raise StaleStateError(
+            f"layer '{waiting[0]}' ({len(waiting)} in all) is not calibrated: train, or call amct_ext.calibrate, first"
+        )
+
+
+def _float_layers(layer: CompressedLayer) -> tuple[Forward, Forward]:
+    """The forward of the float layer, and of the float layer with the quantised weight."""
+    plain, rounded = to_float(layer), to_float(layer)
+    names: tuple[str, ...] = ("weight",)
+    if isinstance(layer, CompressedRNN):
+        names = ("weight_ih_l0", "weight_hh_l0")
+        weights = [
+            quantizer(getattr(layer, name)) for name, quantizer in zip(names, layer.weight_quantizers, strict=True)
+        ]
+        vars(rounded)["_flat_weights"] = list(vars(rounded)["_flat_weights"])
+    else:
+        weights = [layer.compressed_weight()]
+    rounded._parameters = dict(rounded._parameters)
+    for name, weight in zip(names, weights, strict=True):
+        setattr(rounded, name, nn.Parameter(weight.detach(), requires_grad=False))
+    return plain.forward, rounded.forward
+
+
+@contextmanager
+def _forwards(layers: dict[str, CompressedLayer], forwards: dict[str, Forward]) -> Iterator[None]:
+    """Other forwards for some layers."""
+    try:
+        for name, forward in forwards.items():
+            vars(layers[name])["forward"] = forward
+        yield
+    finally:
+        for name in forwards:
+            vars(layers[name]).pop("forward", None)
+
+
+def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
+    kind = kind_of(layer)
+    assert kind is not None
+    if isinstance(layer, CompressedRNN):
+        return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
+    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each place of its input
+    width = int(getattr(layer, kind.widths[0 if of_input else 1]))
+    return (x if of_input else output).numel() // max(width, 1) * layer.weight.numel()
