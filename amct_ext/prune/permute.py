@@ -152,7 +152,8 @@ def _tensors_of(
         kind = None if module is None else kind_of(module)
         if module is None or kind is None:
             continue  # an operator without parameters
-        names, axis = ("weight",), kind.weight_axes[1 if produces else 0]
+        names: tuple[str, ...] = ("weight",)
+        axis = kind.weight_axes[1 if produces else 0]
         if kind.family is Family.BATCH_NORM:
             names = _BATCH_NORM_TENSORS
         elif produces or is_depthwise(module):
@@ -163,7 +164,7 @@ def _tensors_of(
                 continue
             along = 0 if name != "weight" else axis
             # A depthwise weight or bias has `multiplier` places for each that is read.
-            multiplier = tensor.shape[along] // module.in_channels if is_depthwise(module) and not produces else 1  # type: ignore[operator]
+            multiplier = tensor.shape[along] // module.in_channels if is_depthwise(module) and not produces else 1
             begin, repeat = member.begin * multiplier, member.repeat * multiplier
             places = list(range(tensor.shape[along]))
             places[begin : begin + group.count * repeat] = [

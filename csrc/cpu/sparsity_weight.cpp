@@ -45,7 +45,7 @@ Tensor sr_ste_backward(const Tensor& grad, const Tensor& w, const Tensor& mask, 
   const uint8_t* bits = static_cast<const uint8_t*>(keep.const_data_ptr());
   void* out = d_w.mutable_data_ptr();
   const size_t size = w.element_size();
-  const auto loop = kernels().sr_ste_backward[element_of(w)];
+  const auto loop = loops().sr_ste_backward[element_of(w)];
   for_blocks(w.numel(), [&](int64_t, int64_t begin, int64_t end) {
     loop(element_ptr(up, begin, size), element_ptr(in, begin, size), bits + begin, element_ptr(out, begin, size),
          end - begin, decay);
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tenso
 }
 
 std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
-                                             std::optional<int64_t> channel_axis, double decay) {
+                                                           std::optional<int64_t> channel_axis, double decay) {
   check_decaying("sparse_arq_fake_quantize_sr_ste", w, mask, decay);
   return sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
 }

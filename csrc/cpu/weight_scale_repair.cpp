@@ -44,15 +44,15 @@ std::vector<Squares> squares_of(const AxisView& view, const void* in, size_t siz
 }
 
 double scale_of_range(const AxisView& view, const Tensor& source, int64_t channel, int num_bits, double scale) {
-  const auto loop = kernels().range[element_of(source)];
+  const auto loop = loops().range[element_of(source)];
   const auto range_at = [&](int64_t outer) {
     const int64_t begin = (outer * view.size + channel) * view.inner;
     return loop(element_ptr(source.const_data_ptr(), begin, source.element_size()), view.inner);
   };
   Range range = range_at(0);
   for (int64_t o = 1; o < view.outer; ++o) range = merge(range, range_at(o));
-  if (is_double(source)) return math::repaired_scale(range.largest, range.smallest, num_bits, scale);
-  return math::repaired_scale(static_cast<float>(range.largest), static_cast<float>(range.smallest), num_bits, scale);
+  if (is_double(source)) return math::repaired_scale(range.max, range.min, num_bits, scale);
+  return math::repaired_scale(static_cast<float>(range.max), static_cast<float>(range.min), num_bits, scale);
 }
 
 void repair_weight_scale(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis) {
@@ -63,7 +63,7 @@ void repair_weight_scale(const Tensor& w, const Tensor& scale, int64_t num_bits,
   const std::vector<double> scales = floored_scales(scale, w);
   const Tensor source = dense(w);
   const AxisView view = axis_view(source, channel_axis);
-  const auto loop = kernels().squares_left[element_of(w)];
+  const auto loop = loops().squares_left[element_of(w)];
   const std::vector<Squares> squares = squares_of(view, source.const_data_ptr(), w.element_size(),
                                                   [&](int64_t channel, const void* in, int64_t n, double* sums) {
                                                     loop(in, n, {scales[channel], codes.lowest, codes.highest}, sums);

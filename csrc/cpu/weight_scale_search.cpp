@@ -31,22 +31,22 @@ class ScaleSearch {
         mask_(mask.defined() ? static_cast<const uint8_t*>(mask.const_data_ptr()) : nullptr) {}
 
   Range range(const void* in, const uint8_t* mask, int64_t n) const {
-    return mask ? kernels().masked_range[element_](in, mask, n) : kernels().range[element_](in, n);
+    return mask ? loops().masked_range[element_](in, mask, n) : loops().range[element_](in, n);
   }
   Range range_at(int64_t begin, int64_t n) const { return range(element_ptr(in_, begin, size_), mask_at(begin), n); }
 
   void add_fits(const void* in, const uint8_t* mask, int64_t n, double range_scale, Fits& fits) const {
     const auto codes = math::code_range(num_bits_);
-    kernels().scale_fits[element_](in, mask, n, {range_scale, codes.lowest, codes.highest}, fits.data());
+    loops().scale_fits[element_](in, mask, n, {range_scale, codes.lowest, codes.highest}, fits.data());
   }
   void add_fits_at(int64_t begin, int64_t n, double range_scale, Fits& fits) const {
     add_fits(element_ptr(in_, begin, size_), mask_at(begin), n, range_scale, fits);
   }
 
   double range_scale(Range range) const {
-    if (element_ == kFloat64) return math::symmetric_scale(range.largest, range.smallest, num_bits_);
+    if (element_ == kFloat64) return math::symmetric_scale(range.max, range.min, num_bits_);
     return static_cast<double>(
-        math::symmetric_scale(static_cast<float>(range.largest), static_cast<float>(range.smallest), num_bits_));
+        math::symmetric_scale(static_cast<float>(range.max), static_cast<float>(range.min), num_bits_));
   }
 
   GatherInput weights() const { return {in_, size_}; }

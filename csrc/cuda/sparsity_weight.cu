@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tenso
 }
 
 std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
-                                             std::optional<int64_t> channel_axis, double decay) {
+                                                           std::optional<int64_t> channel_axis, double decay) {
   check_decaying("sparse_arq_fake_quantize_sr_ste", w, mask, decay);
   return sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
 }
