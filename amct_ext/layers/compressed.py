@@ -257,11 +257,14 @@ class CompressedLayer(nn.Module):
 
     @torch.no_grad()
     def repair_scales(self) -> None:
-        """Set back learned scales as the next forward would; not where the weight is sharded, which no rank holds."""
+        """Before the state is taken: set back learned scales as the next forward would.
+
+        Not where the weight is sharded, for no rank holds it; nor where the scale was loaded and not trained since.
+        """
         for quantizer, weight in zip(self.weight_quantizers, self._quantised_weights(), strict=True):
             if quantizer.learned and not weight.is_meta and not hasattr(weight, "full_tensor"):
                 mask = None if self.sparsity is None else self.sparsity.mask
-                quantizer.repair(self._to_rows(masked(weight, mask)))
+                quantizer.repair_for_state(self._to_rows(masked(weight, mask)))
 
     def _quantised_weights(self) -> tuple[Tensor, ...]:
         """The weights of `weight_quantizers`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from amct_ext import ops
 from amct_ext.config.plan import WeightQuant
-from amct_ext.layers.cached_item import CachedItem
+from amct_ext.layers.cached_item import CachedItem, VersionGuard
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
@@ -45,6 +45,7 @@ class WeightQuantizer(KeepsPrecision):
         start = self._scale_of(weight)
         self.tracker = ForwardTracker()
         self._initialised = CachedItem(0, settled=1)
+        self._loaded = VersionGuard()  # knows a learned scale that was loaded and not trained since
         if self.learned:
             self.scale = nn.Parameter(start.clone())
             self.register_buffer("initialised", torch.zeros((), dtype=torch.float32, device=weight.device))
@@ -106,6 +107,11 @@ class WeightQuantizer(KeepsPrecision):
         if self.learned and self._flag_is_set:
             ops.repair_weight_scale_(weight.detach(), self.scale, self.num_bits, self.channel_axis)
 
+    def repair_for_state(self, weight: Tensor) -> None:
+        """`repair`, before the state is taken; what was loaded leaves as it came."""
+        if not self._loaded.unchanged(self.scale):
+            self.repair(weight)
+
     @torch.no_grad()
     def last_scale(self) -> Tensor:
         """The scale that the last forward used, at least FLT_EPSILON where it is learned."""
@@ -136,6 +142,7 @@ class WeightQuantizer(KeepsPrecision):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._loaded.remember(self.scale)
         if self.learned and self._initialised.read(self.initialised) <= 0:
             self.start = self.scale.detach().clone()
 

@@ -17,7 +17,7 @@ __all__ = ["repair_weight_scale_"]
 def repair_weight_scale_(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> None:
     """Set learned scales with which a channel would be lost to the scale of the channel's range, in place.
 
-    A channel counts as lost where quantising leaves less than an eighth of its norm: a step of the optimizer has moved
+    A channel counts as lost where quantising leaves less than a tenth of its norm: a step of the optimizer has moved
     the scale far below what the weights need (or below zero, which counts as FLT_EPSILON), or far above. All other
     scales keep their bits, and so do those of channels that hold NaN or Inf or whose range is too small for a scale.
 
@@ -54,5 +54,5 @@ def repair_weight_scale_reference(w: Tensor, scale: Tensor, num_bits: int = 8, c
     top, bottom = top.abs(), bottom.abs()
     levels = torch.where(top < bottom, torch.full_like(top, -lowest), torch.full_like(top, highest))
     widest = torch.maximum(top, bottom) / levels
-    lost = (64 * after < before) & (widest >= FLT_EPSILON) & torch.isfinite(widest)
+    lost = (100 * after < before) & (widest >= FLT_EPSILON) & torch.isfinite(widest)
     scale.copy_(torch.where(lost.reshape(scale.shape), widest.reshape(scale.shape).to(scale.dtype), scale))

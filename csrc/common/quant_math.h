@@ -159,9 +159,9 @@ AMCT_INLINE double best_scale(const double* sums, double range_scale) {
   return scale;
 }
 
-// Whether quantising costs a channel: less than an eighth of its norm is left. From the sums of squares before and
+// Whether quantising costs a channel: less than a tenth of its norm is left. From the sums of squares before and
 // after.
-AMCT_INLINE bool channel_is_lost(double before, double after) { return 64 * after < before; }
+AMCT_INLINE bool channel_is_lost(double before, double after) { return 100 * after < before; }
 
 // The scale that a lost channel takes; the one it has where its range gives none.
 template <typename Acc>

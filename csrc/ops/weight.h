@@ -50,7 +50,7 @@ AMCT_API Tensor search_weight_scale(const Tensor& w, int64_t num_bits = 8,
                                     std::optional<int64_t> channel_axis = std::nullopt,
                                     const std::optional<Tensor>& mask = std::nullopt);
 
-// Sets each scale (as lsq_fake_quantize takes it) with which less than an eighth of its channel's norm would be left to
+// Sets each scale (as lsq_fake_quantize takes it) with which less than a tenth of its channel's norm would be left to
 // the scale of the channel's range; all others stay as they are, and those of channels whose range is no finite number
 // or too small for a scale. num_bits 2 to 8.
 AMCT_API void repair_weight_scale_(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,

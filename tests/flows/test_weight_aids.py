@@ -185,6 +185,16 @@ class TestScalesKeepTheirChannels:
         assert self.same(other, right)
         assert torch.equal(evaluate(job.restore(tmp_path / "state.pth")), y)
 
+    def test_what_was_loaded_leaves_as_it_came(self, tmp_path: Path) -> None:
+        job, model, _ = self.lost(tmp_path)
+        state = {key: value.clone() for key, value in nn.Module.state_dict(model, keep_vars=False).items()}
+        key = next(key for key in state if key.endswith("weight_quant.scale"))
+        state[key][0] = -0.5
+        model.load_state_dict(state)
+        assert model.state_dict()[key][0] == -0.5
+        model(small.batch(2)[0])
+        assert model.state_dict()[key][0] > 0
+
     def test_gradient_checkpointing_and_integers_see_the_same(self, tmp_path: Path) -> None:
         _, model, right = self.lost(tmp_path)
         x = small.batch(2)[0].requires_grad_()

@@ -65,7 +65,7 @@ def test_only_lost_channels_change(num_bits: int, device: torch.device) -> None:
     assert same_bits(after[3:], by_range[3:])
     assert same_bits(repaired(ops.repair_weight_scale_, w, after, num_bits, 0), after)
     kept = ops.lsq_fake_quantize(w, after, num_bits, 0).norm(dim=1) / w.norm(dim=1)
-    assert (kept > 0.125).all()
+    assert (kept > 0.1).all()
 
 
 def test_channels_that_no_scale_fits_keep_theirs(device: torch.device) -> None:
