@@ -186,8 +186,8 @@ class TestScalesKeepTheirChannels:
         assert torch.equal(evaluate(job.restore(tmp_path / "state.pth")), y)
 
     def test_what_was_loaded_leaves_as_it_came(self, tmp_path: Path) -> None:
-        job, model, _ = self.lost(tmp_path)
-        state = {key: value.clone() for key, value in nn.Module.state_dict(model, keep_vars=False).items()}
+        _, model, _ = self.lost(tmp_path)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
         key = next(key for key in state if key.endswith("weight_quant.scale"))
         state[key][0] = -0.5
         model.load_state_dict(state)
