@@ -1,6 +1,6 @@
 """Third-party architectures from the transformers package as they come, small, with random weights.
 
-Used by tests/frameworks/test_real_models.py, tests/prune/test_prune_proof.py and tools/model_table.py. Nothing is
+Used by tests/frameworks/test_real_models.py, tests/prune/test_removal.py and tools/model_table.py. Nothing is
 downloaded and nothing is adapted to amct_ext: model class, configuration and example input are all there is.
 """
 

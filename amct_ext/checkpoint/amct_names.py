@@ -145,13 +145,13 @@ def _write_wrapper(layer: CompressedLayer, with_activation: bool) -> dict[str, T
         scales.fill_(float("nan"))
     out: dict[str, Tensor] = {}
     if with_activation:
-        out.update((theirs, getattr(act, ours).detach().clone()) for theirs, ours in _ACT_PARAMS.items())
+        out.update((amct_key, getattr(act, key).detach().clone()) for amct_key, key in _ACT_PARAMS.items())
     out["wts_scales"] = scales
     out["wts_offsets"] = torch.where(scales.isnan(), scales, torch.zeros_like(scales))
     ran = _ran(layer) if wts is not None else sparsity is not None and int(sparsity.step) > 0
     out["cur_batch"] = _scalar(ran, device)
     if with_activation:
-        out.update((theirs, getattr(act, ours).detach().clone()) for theirs, ours in _ACT_BUFFERS.items())
+        out.update((amct_key, getattr(act, key).detach().clone()) for amct_key, key in _ACT_BUFFERS.items())
     out["prune_cur_batch"] = _scalar(0 if sparsity is None else int(sparsity.step), device)
     dense = torch.full_like(layer.weight, float("nan"), requires_grad=False)
     out["wts_mask"] = dense if sparsity is None else sparsity.mask.to(layer.weight.dtype)
@@ -191,25 +191,25 @@ def _read_layer(
     if layer.act_quant is not None:
         # AMCT may keep the shared quantiser at another layer; every follower carries a copy.
         pre = "" if owner == name else "acts_comp_reuse."
-        ours = f"{name}.act_quant."
-        for theirs, key in (_ACT_PARAMS | _ACT_BUFFERS).items():
-            if pre + theirs in taken:
-                out[ours + key] = taken[pre + theirs]
+        own_prefix = f"{name}.act_quant."
+        for amct_key, key in (_ACT_PARAMS | _ACT_BUFFERS).items():
+            if pre + amct_key in taken:
+                out[own_prefix + key] = taken[pre + amct_key]
         finite = all(pre + k in taken and is_finite(taken[pre + k]) for k in list(_ACT_BUFFERS)[:2])
-        out[ours + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
-        out[ours + "invalid"] = torch.tensor(False)
+        out[own_prefix + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
+        out[own_prefix + "invalid"] = torch.tensor(False)
     if layer.weight_quant is not None and "wts_scales" in taken:
         ran = has_run(taken) and is_finite(taken["wts_scales"])
-        ours = f"{name}.weight_quant."
+        own_prefix = f"{name}.weight_quant."
         if layer.weight_quant.learned:
-            out[ours + "scale"] = taken["wts_scales"] if ran else fallback[ours + "scale"]
-            out[ours + "initialised"] = torch.tensor(ran)
+            out[own_prefix + "scale"] = taken["wts_scales"] if ran else fallback[own_prefix + "scale"]
+            out[own_prefix + "initialised"] = torch.tensor(ran)
         else:
-            out[ours + "scale"] = taken["wts_scales"]
+            out[own_prefix + "scale"] = taken["wts_scales"]
         out.update((k, torch.zeros_like(fallback[k])) for k in fallback if k.startswith(f"{name}.search_n."))
     if layer.sparsity is not None and {"wts_mask", "prune_cur_batch"} <= set(taken):
-        ours, mask = f"{name}.sparsity.", taken["wts_mask"]
+        own_prefix, mask = f"{name}.sparsity.", taken["wts_mask"]
         # A wrapper that never ran has no mask yet; the one made from record or weights stays.
-        out[ours + "mask"] = fallback[ours + "mask"] if mask.isnan().any() else mask.bool()
-        out[ours + "step"] = taken["prune_cur_batch"].to(torch.int64)
+        out[own_prefix + "mask"] = fallback[own_prefix + "mask"] if mask.isnan().any() else mask.bool()
+        out[own_prefix + "step"] = taken["prune_cur_batch"].to(torch.int64)
     return out

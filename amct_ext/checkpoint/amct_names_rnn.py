@@ -108,42 +108,42 @@ def has_run(taken: Mapping[str, Tensor]) -> bool:
 
 def _copy(out: dict[str, Tensor], acts: list[tuple[str, ActivationQuantizer]], names: Mapping[str, str]) -> None:
     for prefix, quantizer in acts:
-        out |= {prefix + theirs: getattr(quantizer, ours).detach().clone() for theirs, ours in names.items()}
+        out |= {prefix + amct_key: getattr(quantizer, key).detach().clone() for amct_key, key in names.items()}
         if names is _PARAMS and not quantizer.ready and int(quantizer.batches_seen) == 0:
             out[prefix + "clip_min"] = -out[prefix + "clip_max"]  # AMCT's start for recurrent layers
 
 
 def _read_activation(
-    out: dict[str, Tensor], ours: str, taken: Mapping[str, Tensor], prefix: str, quantizer: ActivationQuantizer
+    out: dict[str, Tensor], own_prefix: str, taken: Mapping[str, Tensor], prefix: str, quantizer: ActivationQuantizer
 ) -> None:
-    for theirs, key in (_PARAMS | _PREVIOUS | _FACTORS).items():
-        if prefix + theirs in taken:
-            out[ours + key] = taken[prefix + theirs]
+    for amct_key, key in (_PARAMS | _PREVIOUS | _FACTORS).items():
+        if prefix + amct_key in taken:
+            out[own_prefix + key] = taken[prefix + amct_key]
     finite = all(prefix + key in taken and is_finite(taken[prefix + key]) for key in _PREVIOUS)
-    if not finite and ours + "clip_max" in out:  # AMCT's start is a range, ours is none
-        out[ours + "clip_min"] = out[ours + "clip_max"]
-    out[ours + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
-    out[ours + "invalid"] = torch.tensor(False)
+    if not finite and own_prefix + "clip_max" in out:  # AMCT's start is a range, ours is none
+        out[own_prefix + "clip_min"] = out[own_prefix + "clip_max"]
+    out[own_prefix + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
+    out[own_prefix + "invalid"] = torch.tensor(False)
 
 
 def _read_weight(
     out: dict[str, Tensor],
-    ours: str,
+    own_prefix: str,
     scales: Tensor,
     ran: bool,
     quantizer: WeightQuantizer,
     fallback: Mapping[str, Tensor],
 ) -> None:
-    own = fallback[ours + "scale"]
+    own = fallback[own_prefix + "scale"]
     # One scale for the whole weight stands once per gate in the file.
     scales = scales[:1] if own.numel() == 1 and scales.dim() else scales
     if quantizer.learned:
         # AMCT's own learned scales of recurrent layers are NaN: they start from the weight's range.
         ran = ran and is_finite(scales)
-        out[ours + "initialised"] = torch.tensor(ran)
-        out[ours + "scale"] = scales if ran else own
+        out[own_prefix + "initialised"] = torch.tensor(ran)
+        out[own_prefix + "scale"] = scales if ran else own
     else:
-        out[ours + "scale"] = scales
+        out[own_prefix + "scale"] = scales
 
 
 def _present(layer: CompressedRNN) -> list[str]:

@@ -32,7 +32,7 @@ def amct_parameters(model: nn.Module) -> dict[str, str | None]:
     """
     model = unwrap(model)
     session = session_of(model)
-    ours = {id(parameter): name for name, parameter in model.named_parameters()}
+    names_by_id = {id(parameter): name for name, parameter in model.named_parameters()}
     wrapped = {key: value for name, layer in compressed_layers(model) for key, value in _wrapped(name, layer)}
     for conv, norm in session.conv_bn.items():
         wrapped |= {f"{conv}.bn_module.{key}": value for key, value in model.get_submodule(norm).named_parameters()}
@@ -47,7 +47,7 @@ def amct_parameters(model: nn.Module) -> dict[str, str | None]:
             found[key] = None
         elif id(parameter) not in seen:
             seen.add(id(parameter))
-            found[key] = ours[id(parameter)]
+            found[key] = names_by_id[id(parameter)]
     return found
 
 
@@ -95,15 +95,15 @@ def from_amct_optimizer_state_dict(
     AMCT's, an optimizer of another kind or grouping); CheckpointError (no state of an optimizer, or of another shape).
     """
     inner = unwrap(model)
-    ours = amct_parameters(inner)
+    own_names = amct_parameters(inner)
     if not _is_optimizer_state(state):
         given = type(state).__name__
         if isinstance(state, Mapping):
             given = f"a dict of {', '.join(map(str, state))[:200] or 'nothing'}"
         raise CheckpointError(f"state must be what an optimizer's state_dict() returned in AMCT's job, not {given}")
     groups = list(state["param_groups"])
-    listed = _names(groups, names, list(ours))
-    entries, origin = _by_our_names(listed, groups, state["state"], ours)
+    listed = _names(groups, names, list(own_names))
+    entries, origin = _by_our_names(listed, groups, state["state"], own_names)
     present = {id(parameter): name for name, parameter in inner.named_parameters()}
     result: dict[str, Any] = {"state": {}, "param_groups": []}
     fresh: list[str] = []
@@ -111,12 +111,12 @@ def from_amct_optimizer_state_dict(
     for number, group in enumerate(optimizer.param_groups):
         held = [(present.get(id(parameter)), parameter) for parameter in group["params"]]
         options = _options(number, group, {origin[name] for name, _ in held if name in origin}, groups)
-        places = list(range(index, index + len(held)))
+        positions = list(range(index, index + len(held)))
         index += len(held)
-        result["param_groups"].append({**options, "params": places})
-        for place, (name, parameter) in zip(places, held, strict=True):
+        result["param_groups"].append({**options, "params": positions})
+        for position, (name, parameter) in zip(positions, held, strict=True):
             if name in entries:
-                result["state"][place] = _checked(str(name), parameter, entries[name])
+                result["state"][position] = _checked(str(name), parameter, entries[name])
             elif name not in origin:
                 fresh.append(str(name))
     if fresh:
@@ -136,9 +136,9 @@ def _is_optimizer_state(state: object) -> bool:
 
 def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str]) -> dict[int, str]:
     """Index in the optimizer -> AMCT's name."""
-    places = [place for group in groups for place in group["params"]]
+    positions = [position for group in groups for position in group["params"]]
     kept = [name for group in groups for name in group.get("param_names", ())]
-    if names is None and len(kept) == len(places):
+    if names is None and len(kept) == len(positions):
         names = [name.removeprefix("module.") for name in kept]
     if names is None:
         if len(groups) > 1:
@@ -147,22 +147,22 @@ def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str
                 "AMCT's parameter names group after group"
             )
         names = order
-    if len(names) != len(places):
+    if len(names) != len(positions):
         raise ValueError(
-            f"the optimizer's state has {len(places)} parameters, AMCT's model {len(order)} "
+            f"the optimizer's state has {len(positions)} parameters, AMCT's model {len(order)} "
             f"({len(names)} names given): it belongs to another model, or to a part of the parameters; give their names"
         )
     strangers = [name for name in names if name not in order]
     if strangers:
         raise ValueError(f"'{strangers[0]}' is no parameter of AMCT's model; it has: {', '.join(order[:9])}, ...")
-    return dict(zip(places, names, strict=True))
+    return dict(zip(positions, names, strict=True))
 
 
 def _by_our_names(
     listed: Mapping[int, str],
     groups: Sequence[Group],
     states: Mapping[int, Entry],
-    ours: Mapping[str, str | None],
+    own_names: Mapping[str, str | None],
 ) -> tuple[dict[str | None, Entry], dict[str | None, int]]:
     """Our parameter -> its state, and -> the number of its group."""
     entries: dict[str | None, Entry] = {}
@@ -170,14 +170,14 @@ def _by_our_names(
     dropped: list[str] = []
     trained: list[str] = []
     for number, group in enumerate(groups):
-        for place in group["params"]:
-            name = ours[listed[place]]
+        for position in group["params"]:
+            name = own_names[listed[position]]
             if name is None:
-                (trained if states.get(place) else dropped).append(listed[place])
+                (trained if states.get(position) else dropped).append(listed[position])
                 continue
             origin[name] = number
-            if states.get(place):
-                entries[name] = states[place]
+            if states.get(position):
+                entries[name] = states[position]
     if dropped:
         logger.info("no parameters here, and without a state in AMCT: %s", ", ".join(dropped))
     if trained:
@@ -196,11 +196,11 @@ def _options(number: int, group: Group, origins: set[int], groups: Sequence[Grou
         raise ValueError(
             f"group {number} of the optimizer holds parameters of AMCT's groups {sorted(origins)}: group them alike"
         )
-    theirs = {key: value for key, value in groups[origins.pop()].items() if key not in _NOT_OPTIONS}
-    unknown = [key for key in theirs if key not in own and key != "initial_lr"]
+    recorded = {key: value for key, value in groups[origins.pop()].items() if key not in _NOT_OPTIONS}
+    unknown = [key for key in recorded if key not in own and key != "initial_lr"]
     if unknown:
         raise ValueError(f"the state is that of another kind of optimizer: its groups have '{unknown[0]}'")
-    return own | theirs
+    return own | recorded
 
 
 def _checked(name: str, parameter: Tensor, entry: Entry) -> dict[str, object]:

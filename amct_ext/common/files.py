@@ -137,14 +137,14 @@ def _lock(handle: int) -> bool:
 
 def _still_there(handle: int, name: str) -> bool:
     """Whether the open file has this name. Errors: OSError where it is no plain file of one name."""
-    ours = os.fstat(handle)
-    if not stat.S_ISREG(ours.st_mode) or ours.st_nlink > 1:
+    opened = os.fstat(handle)
+    if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
         raise OSError(f"'{name}' is no plain file")
     try:
         present = os.stat(name, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return (ours.st_dev, ours.st_ino) == (present.st_dev, present.st_ino)
+    return (opened.st_dev, opened.st_ino) == (present.st_dev, present.st_ino)
 
 
 def _sweep(target: Path) -> None:

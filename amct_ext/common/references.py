@@ -54,10 +54,10 @@ def copy_model(model: nn.Module) -> nn.Module:
 def _copy_of_scripted(module: torch.jit.ScriptModule) -> Any:
     """A copy whose parameters can be trained: torch's own copy makes them results of a computation."""
     with torch.no_grad():
-        twin = copy.deepcopy(module)
-    for old, new in zip(module.parameters(), twin.parameters(), strict=True):
+        duplicate = copy.deepcopy(module)
+    for old, new in zip(module.parameters(), duplicate.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
-    return twin
+    return duplicate
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -278,15 +278,15 @@ class _Rewriter:
         for cell in leading:
             self._cells.setdefault(id(cell), types.CellType())  # empty; functions that shared it go on sharing
         closure = tuple(self._cells.get(id(cell), cell) for cell in old)
-        twin = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
-        functools.update_wrapper(twin, function)
+        duplicate = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, closure)
+        functools.update_wrapper(duplicate, function)
         if not hasattr(function, "__wrapped__"):
-            del twin.__wrapped__  # type: ignore[attr-defined]
-        self._done[id(function)] = (function, twin)  # its cells may hold itself
+            del duplicate.__wrapped__  # type: ignore[attr-defined]
+        self._done[id(function)] = (function, duplicate)  # its cells may hold itself
         for cell in leading:
             self._cells[id(cell)].cell_contents = self.run(cell.cell_contents)
-        twin.__defaults__, twin.__kwdefaults__ = self._defaults(function)
-        return twin
+        duplicate.__defaults__, duplicate.__kwdefaults__ = self._defaults(function)
+        return duplicate
 
     def _defaults(self, function: types.FunctionType) -> tuple[Any, Any]:
         values = function.__defaults__, function.__kwdefaults__

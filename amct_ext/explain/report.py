@@ -17,9 +17,9 @@ _COLUMNS = ("layer", "type", "quantised", "pruned")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `quantised` and `pruned` say what was done, '' for nothing; then the `not_` twin says why.
+    """One layer. `quantised` and `pruned` say what was done, '' for nothing; then the field with `not_` says why.
 
-    Both `pruned` and `not_pruned` are set where a layer only lost input channels: the twin speaks of its own outputs.
+    Both `pruned` and `not_pruned` are set where a layer only lost input channels: `not_pruned` is about its outputs.
     """
 
     name: str

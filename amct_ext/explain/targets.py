@@ -43,7 +43,7 @@ _METHODS = {
     "channel_pruning": "channel pruning",
     "sparsity_2to4": "2:4 sparsity",
 }
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 def find_target(name: str) -> Target:
@@ -69,10 +69,10 @@ def check_target(
     for method, label in _METHODS.items():
         where = [] if getattr(family, method) else list(dict.fromkeys(_users(model_or_config, method)))
         if where:
-            more = f" and {len(where) - _SHOWN} more" if len(where) > _SHOWN else ""
+            more = f" and {len(where) - _MAX_LISTED} more" if len(where) > _MAX_LISTED else ""
             warnings.append(
                 f"{label} is no gain on {family.name} ({', '.join(family.products)}): "
-                f"asked for by {', '.join(where[:_SHOWN])}{more}; the model works, but is not faster for it"
+                f"asked for by {', '.join(where[:_MAX_LISTED])}{more}; the model works, but is not faster for it"
             )
     for warning in warnings:
         _log.warning("%s", warning)

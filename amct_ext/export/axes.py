@@ -73,7 +73,7 @@ def check_axes(input_names: object, output_names: object, dynamic_axes: object) 
         if isinstance(axes, Mapping):
             named = dict(axes)
         elif isinstance(axes, (list, tuple)):
-            named = {axis: f"{tensor}_dynamic_axes_{place + 1}" for place, axis in enumerate(axes)}
+            named = {axis: f"{tensor}_dynamic_axes_{index + 1}" for index, axis in enumerate(axes)}
         else:
             raise ExportError(
                 f"dynamic_axes[{tensor!r}] must be a list of int or a dict of int -> str, not {type(axes)}"

@@ -24,8 +24,8 @@ from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import trace
 
 OPSET = 18  # the lowest that the exporter writes without converting versions, so the most widely read
-_SHOWN = 5
-_LONGEST = 300
+_MAX_LISTED = 5
+_MAX_CHARS = 300
 _ADVICE = ("For ", "The error above occurred", "If you suspect", "consider using", "(Refer to")
 logger = logging.getLogger("amct_ext")
 
@@ -86,11 +86,11 @@ def capture(
             program = _export(model, inputs, names, axes)
         except ExportError as error:
             # Sizes that cannot be dynamic are the caller's affair: a trace would not make them so.
-            if axes.sizes and _exports(model, inputs, names):
+            if axes.sizes and _can_export(model, inputs, names):
                 raise
             traced, cause = str(error), error
         else:
-            return _finished(Captured(program), axes)
+            return _finalize(Captured(program), axes)
     else:
         cause = None
     try:
@@ -100,15 +100,15 @@ def capture(
         if cause is not None:
             raise ExportError(f"{cause}\nnor be traced: {_summary(error)}") from error
         raise ExportError(f"the model cannot be traced for ONNX: {_summary(error)}") from error
-    return _finished(Captured(program, traced), axes)
+    return _finalize(Captured(program, traced), axes)
 
 
 def trace_note(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequence[str]) -> str:
     """For the user: what a trace fixed and where, '' where there was none. `names`: those of the inputs."""
     if not captured.why_traced:
         return ""
-    places = list_places(trace(model, inputs).export_risks)
-    where, reason = f" ({places})" if places else "", captured.why_traced.splitlines()[0]
+    risks = format_risks(trace(model, inputs).export_risks)
+    where, reason = f" ({risks})" if risks else "", captured.why_traced.splitlines()[0]
     left = {value.name for value in captured.model.graph.inputs}
     lost = [name for name in names if name not in left]
     without = f" Nothing else hangs on {', '.join(lost)}: no inputs of the files." if lost else ""
@@ -116,15 +116,15 @@ def trace_note(captured: Captured, model: torch.nn.Module, inputs: Inputs, names
         "one forward was traced, because torch.export cannot follow the model's: sizes, branches and numbers that it "
         f"takes from tensors{where} are constants in the files, those of input_data.{without} To have them computed, "
         "take them from shapes, or use torch.where and the like. torch.export says: "
-        f"{reason[:_LONGEST]}"
+        f"{reason[:_MAX_CHARS]}"
     )
 
 
-def list_places(export_risks: Sequence[ExportRisk]) -> str:
+def format_risks(export_risks: Sequence[ExportRisk]) -> str:
     """The first of them, for a message."""
-    places = list(dict.fromkeys(map(str, export_risks)))
-    more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    return "; ".join(places[:_SHOWN]) + more
+    lines = list(dict.fromkeys(map(str, export_risks)))
+    more = f" and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
+    return "; ".join(lines[:_MAX_LISTED]) + more
 
 
 def optimise(captured: Captured) -> ir.Model:
@@ -134,7 +134,7 @@ def optimise(captured: Captured) -> ir.Model:
     return captured.model
 
 
-def _finished(captured: Captured, axes: Axes) -> Captured:
+def _finalize(captured: Captured, axes: Axes) -> Captured:
     graph = captured.model.graph
     returned, given = len(graph.outputs), len(axes.output_names or ())
     if given > returned:
@@ -150,7 +150,7 @@ def _finished(captured: Captured, axes: Axes) -> Captured:
     return captured
 
 
-def _exports(model: torch.nn.Module, inputs: Inputs, names: list[str]) -> bool:
+def _can_export(model: torch.nn.Module, inputs: Inputs, names: list[str]) -> bool:
     try:
         with quiet(), torch.no_grad(), flat_call(model, inputs, names):
             torch.export.export(model, tuple(inputs.copied().tensors()), strict=False)
@@ -202,6 +202,9 @@ def _summary(error: BaseException) -> str:
     # the outermost error of a chain only says that the export failed, the next one names the operator
     texts = [str(cause).strip().splitlines() for cause in chain[1:] or chain]
     lines = [
-        line[:_LONGEST] for text in (texts[0], texts[-1]) for line in text[:8] if line and not line.startswith(_ADVICE)
+        line[:_MAX_CHARS]
+        for text in (texts[0], texts[-1])
+        for line in text[:8]
+        if line and not line.startswith(_ADVICE)
     ]
     return "\n".join(dict.fromkeys(lines)) or type(error).__name__

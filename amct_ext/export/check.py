@@ -44,13 +44,13 @@ def check_files(
         return
     if len(outputs) != len(expected):
         raise ExportError(f"{fake_quant} would have {len(outputs)} outputs, the model returns {len(expected)} tensors")
-    for place, (seen, wanted) in enumerate(zip(outputs, expected, strict=True)):
+    for index, (seen, wanted) in enumerate(zip(outputs, expected, strict=True)):
         problem = _difference(seen, wanted)
         if problem:
             logger.warning(
                 "%s: output %d is not what the model computes for input_data: %s. Compare the two before the file is "
                 "used; a model that draws random numbers, or results that hang on single rounding ties, differ rightly",
-                fake_quant, place, problem,
+                fake_quant, index, problem,
             )  # fmt: skip
 
 

@@ -73,9 +73,9 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     name, value.shape, value.type = result.name, result.shape, result.type
     for use in tuple(result.uses()):
         use.node.replace_input_with(use.idx, value)
-    for place, output in enumerate(graph.outputs):
+    for index, output in enumerate(graph.outputs):
         if output is result:
-            graph.outputs[place] = value
+            graph.outputs[index] = value
     graph.remove(old, safe=True)
     value.name = name
 

@@ -73,4 +73,4 @@ def _computed(tensors: Sequence[torch.Tensor], known: Sequence[torch.Tensor]) ->
 
 def _identifiers(names: Sequence[str]) -> list[str]:
     """Distinct Python names for the tensors; the exporters make their own names of them."""
-    return [f"{re.sub(r'[^0-9a-zA-Z]', '_', name)}__{place}" for place, name in enumerate(names)]
+    return [f"{re.sub(r'[^0-9a-zA-Z]', '_', name)}__{index}" for index, name in enumerate(names)]

@@ -121,12 +121,12 @@ def replace_uses(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | 
     for use in tuple(old.uses()):
         if use.node is not keep:
             use.node.replace_input_with(use.idx, new)
-    places = [place for place, output in enumerate(graph.outputs) if output is old]
-    if places:
+    indices = [index for index, output in enumerate(graph.outputs) if output is old]
+    if indices:
         name, old.name = old.name, f"{old.name}.accumulator"
         new.name = name
-    for place in places:
-        graph.outputs[place] = new
+    for index in indices:
+        graph.outputs[index] = new
 
 
 def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:

@@ -159,8 +159,8 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node, outputs: int) -> None:
     """Put `new` in place of `old`; readers of its outputs move over."""
     new.resize_outputs(outputs)
     graph.insert_before(old, new)
-    for place, (before, after) in enumerate(zip(old.outputs, new.outputs, strict=True)):
-        after.name, after.shape = f"{new.name or before.name}.{new.op_type}.output{place}", before.shape
+    for index, (before, after) in enumerate(zip(old.outputs, new.outputs, strict=True)):
+        after.name, after.shape = f"{new.name or before.name}.{new.op_type}.output{index}", before.shape
         after.type = ir.TensorType(ir.DataType.FLOAT)
         replace_uses(graph, before, after)
     graph.remove(old, safe=True)

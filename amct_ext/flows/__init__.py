@@ -1,1 +1,1 @@
-"""The verbs: create, restore and save of each flow, calibration, settings, the search for pruning ratios."""
+"""The public functions: create, restore and save of each flow, calibration, settings, the search for pruning ratios."""

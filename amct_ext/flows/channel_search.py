@@ -1,4 +1,4 @@
-"""The verb `auto_channel_prune_search`: how many channels each layer can lose so that the model gets cheaper."""
+"""`auto_channel_prune_search`: how many channels each layer can lose so that the model gets cheaper."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def _viable(
     for group in groups:
         blocks = group.blocks or 1
         most = search_space.removable(group, settings.ascend_optimized, settings.max_prune_ratio)[-1]
-        size, gone = group.count // blocks, most // blocks
-        records.append(group.record([block * size + place for block in range(blocks) for place in range(gone)]))
+        size, removed = group.count // blocks, most // blocks
+        records.append(group.record([block * size + index for block in range(blocks) for index in range(removed)]))
     kept = apply_channels(copy_model(model), graph, records, traced)
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 

@@ -1,4 +1,4 @@
-"""The verbs of the compressed flow: create, restore, save."""
+"""The functions of the compressed flow: create, restore, save."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.explain.reasons import layer_reasons
-from amct_ext.export.capture import list_places
+from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import standard_class
@@ -23,7 +23,7 @@ from amct_ext.model_surgery.lookup import planned_layers
 from amct_ext.model_surgery.session import Session
 
 logger = logging.getLogger("amct_ext")
-_SHOWN = 9  # layers named in a message
+_MAX_LISTED = 9  # layers named in a message
 
 
 def warn_of_left_alone(graph: Graph) -> None:
@@ -82,8 +82,8 @@ def check_pruned(session: Session, source: str) -> None:
         return
     dropped = "the model fails without its channels (see the log)"
     lines = [f"{name}: {layer_reasons(session, name).not_pruned or dropped}" for name in asked]
-    if len(lines) > _SHOWN:
-        lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more (amct_ext.explain lists them)"]
+    if len(lines) > _MAX_LISTED:
+        lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more (amct_ext.explain lists them)"]
     raise ConfigError(
         f"{source}: channel pruning is asked for, but no layer can lose channels, nothing is left to prune:\n  "
         + "\n  ".join(lines)
@@ -97,10 +97,10 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     """
     if not graph.export_risks:
         return ""
-    places = list_places(graph.export_risks)
+    risks = format_risks(graph.export_risks)
     try:
         try_capture(model, input_data)
-        fixed = list_places([risk for risk in graph.export_risks if risk.specializes])
+        fixed = format_risks([risk for risk in graph.export_risks if risk.specializes])
         if not fixed:
             return ""
         note = (
@@ -109,7 +109,7 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
         )
     except Exception as error:  # whatever it is, save would meet it too
         note = (
-            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {places}. Take it out "
+            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {risks}. Take it out "
             "of forward, or save a model without it"
         )
     logger.warning("%s: %s", type(model).__name__, note)

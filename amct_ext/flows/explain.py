@@ -1,4 +1,4 @@
-"""The verb `explain`: a report on a compressed model, or on what create would make of a float one."""
+"""`explain`: a report on a compressed model, or on what create would make of a float one."""
 
 from __future__ import annotations
 

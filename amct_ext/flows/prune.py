@@ -1,4 +1,4 @@
-"""The verbs of the pruning flow: channel pruning and 2:4 sparsity without quantisation."""
+"""The functions of the pruning flow: channel pruning and 2:4 sparsity without quantisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs of the quantisation flow: a JSON configuration, create, restore, save."""
+"""The functions of the quantisation flow: a JSON configuration, create, restore, save."""
 
 from __future__ import annotations
 
@@ -141,19 +141,22 @@ def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
         if getattr(asked, name) != getattr(made, name)
     ]
     for name in dict.fromkeys([*made.layers, *asked.layers]):
-        ours = made.layers[name].quant if name in made.layers else None
-        theirs = asked.layers[name].quant if name in asked.layers else None
-        if ours is None or theirs is None:
-            if ours is not theirs:
+        present = made.layers[name].quant if name in made.layers else None
+        asked_quant = asked.layers[name].quant if name in asked.layers else None
+        if present is None or asked_quant is None:
+            if present is not asked_quant:
                 differences.append(
-                    f"layer '{name}' is {'left float' if theirs is None else 'quantised'} by the file and "
-                    f"{'float' if ours is None else 'quantised'} in the model"
+                    f"layer '{name}' is {'left float' if asked_quant is None else 'quantised'} by the file and "
+                    f"{'float' if present is None else 'quantised'} in the model"
                 )
             continue
         differences += [
             f"layer '{name}': {part}.{item.name} is {getattr(there, item.name)} in the file and "
             f"{getattr(here, item.name)} in the model"
-            for part, here, there in (("data", ours.data, theirs.data), ("weight", ours.weight, theirs.weight))
+            for part, here, there in (
+                ("data", present.data, asked_quant.data),
+                ("weight", present.weight, asked_quant.weight),
+            )
             for item in fields(here)
             if getattr(here, item.name) != getattr(there, item.name)
         ]

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from amct_ext.errors import InputDataError
 from amct_ext.graph.run import preserved_state, tensors_in
 
-_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Inputs:
         """A name for each of `tensors()`: forward's argument, with the way to the tensor where it is inside of one."""
         signature = _signature(model)
         found: list[str] = []
-        places = [] if signature is None else list(signature.parameters.values())
-        for place, value in enumerate(self.args):
-            name = f"input_{place}"
-            if place < len(places) and places[place].kind in _BY_PLACE:
-                name = places[place].name
+        parameters = [] if signature is None else list(signature.parameters.values())
+        for index, value in enumerate(self.args):
+            name = f"input_{index}"
+            if index < len(parameters) and parameters[index].kind in _POSITIONAL:
+                name = parameters[index].name
             found += [leaf for leaf, _ in _leaves(value, name)]
         for key, value in self.kwargs.items():
             found += [leaf for leaf, _ in _leaves(value, key)]
@@ -118,11 +118,15 @@ def _named(model: nn.Module, head: tuple[Any, ...], last: Mapping[str, Any]) -> 
     signature = _signature(model)
     if signature is None or _binds(signature, *by_name.args, **by_name.kwargs):
         return by_name
-    place = [p for p in signature.parameters.values() if p.kind in (*_BY_PLACE, inspect.Parameter.VAR_POSITIONAL)]
-    next_one = place[min(len(head), len(place) - 1)] if place else None
+    positional = [
+        p for p in signature.parameters.values() if p.kind in (*_POSITIONAL, inspect.Parameter.VAR_POSITIONAL)
+    ]
+    next_one = positional[min(len(head), len(positional) - 1)] if positional else None
     unknown = [name for name in last if name not in signature.parameters]
-    meant_by_place = len(unknown) == len(last) and next_one is not None and next_one.default is inspect.Parameter.empty
-    if meant_by_place and _binds(signature, *head, last):
+    meant_by_position = (
+        len(unknown) == len(last) and next_one is not None and next_one.default is inspect.Parameter.empty
+    )
+    if meant_by_position and _binds(signature, *head, last):
         return Inputs((*head, last))
     takes = ", ".join(signature.parameters) or "nothing"
     problem = f"names {', '.join(map(repr, unknown))}" if unknown else f"({by_name}) is not a call"

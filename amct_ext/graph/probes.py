@@ -26,9 +26,9 @@ _TRAINING_FORWARDS = 16
 def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collection[nn.Parameter]) -> frozenset[str]:
     """Layers that ran in the recorded evaluation and do not run in training mode: nothing would ever train them.
 
-    So are blocks that train with branches and evaluate with one merged layer. ``read``: parameters that ops outside of
-    layers read. Empty where every layer and every trainable parameter took part in the evaluation (what trains is what
-    is evaluated, then) and where the model cannot run in training mode on these arguments.
+    Example: a block with branches in training that are merged into one layer for evaluation. ``read``: parameters that
+    ops outside of layers read. Empty where every layer and every trainable parameter took part in the evaluation (what
+    trains is what is evaluated, then) and where the model cannot run in training mode on these arguments.
     """
     candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
     idle = any(name not in calls for name, module in model.named_modules() if keeps_forward(module))
@@ -37,10 +37,10 @@ def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collect
     if not idle and all(id(parameter) in used or not parameter.requires_grad for parameter in model.parameters()):
         return frozenset()
     try:
-        scratch = copy_model(model).train()
-        with preserved_random_state(scratch), _reported_to(scratch, candidates):
+        model_copy = copy_model(model).train()
+        with preserved_random_state(model_copy), _removing_called(model_copy, candidates):
             for _ in range(_TRAINING_FORWARDS):
-                inputs.copied().call(scratch)
+                inputs.copied().call(model_copy)
                 if not candidates:
                     break
     except Exception:
@@ -59,9 +59,9 @@ def left_out_by_eval(model: nn.Module, inputs: Inputs, calls: Calls) -> frozense
         return frozenset()
     candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
     try:
-        scratch = copy_model(model).eval()
-        with preserved_random_state(scratch), _reported_to(scratch, candidates):
-            inputs.copied().call(scratch)
+        model_copy = copy_model(model).eval()
+        with preserved_random_state(model_copy), _removing_called(model_copy, candidates):
+            inputs.copied().call(model_copy)
     except Exception:
         return frozenset()
     return frozenset(candidates)
@@ -91,11 +91,11 @@ def confirmed_unread(model: nn.Module, inputs: Inputs, unread: Collection[str]) 
 
 
 @contextmanager
-def _reported_to(model: nn.Module, missing: set[str]) -> Iterator[None]:
-    """Take the name of every layer that runs out of ``missing``."""
+def _removing_called(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Take the name of every layer that runs out of ``names``."""
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: missing.discard(name))
-        for name in tuple(missing)
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: names.discard(name))
+        for name in tuple(names)
     ]
     try:
         yield
@@ -106,12 +106,12 @@ def _reported_to(model: nn.Module, missing: set[str]) -> Iterator[None]:
 
 @contextmanager
 def _returning_nan(model: nn.Module, layers: Collection[str]) -> Iterator[None]:
-    def spoiled(_: nn.Module, __: Any, output: Any) -> Any:
+    def return_nan(_: nn.Module, __: Any, output: Any) -> Any:
         return pytree.tree_map_only(
             torch.Tensor, lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, output
         )
 
-    handles = [model.get_submodule(name).register_forward_hook(spoiled) for name in layers]
+    handles = [model.get_submodule(name).register_forward_hook(return_nan) for name in layers]
     try:
         yield
     finally:

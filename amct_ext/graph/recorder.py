@@ -170,7 +170,7 @@ class _Recorder(TorchDispatchMode):
             results = list(tensors_in(output))
             if not results:  # the call failed, and the model caught that
                 return
-            if isinstance(module, torch.jit.ScriptModule):  # what happens inside is not ours to know
+            if isinstance(module, torch.jit.ScriptModule):  # ops inside a script are not recorded
                 node = Node("scripted", name, None, inputs, tuple(value_of(tensor) for tensor in results))
             else:
                 node = Node(str(layer_type(module)), name, name, inputs, tuple(value_of(tensor) for tensor in results))

@@ -41,7 +41,7 @@ def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    ours = (_before_forward, _after_forward, _end_forward, _before_state_dict, _after_load)
+    attached = (_before_forward, _after_forward, _end_forward, _before_state_dict, _after_load)
     every = (
         model._forward_pre_hooks,
         model._forward_hooks,
@@ -49,7 +49,7 @@ def detach(model: nn.Module) -> None:
         model._load_state_dict_post_hooks,
     )
     for hooks in every:
-        for key in [key for key, hook in hooks.items() if hook in ours]:
+        for key in [key for key, hook in hooks.items() if hook in attached]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
 
@@ -72,9 +72,9 @@ def _before_forward(model: nn.Module, args: object) -> None:
 
 
 def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
-    """Before an evaluation: shifts that were searched on another state, which each layer feels, start over.
+    """Before an evaluation, reset shifts that were searched on another state.
 
-    Of what was loaded or copied the scales tell.
+    A change by load or copy is recognised by the scales.
     """
     state = state_versions(model)
     if state == session.evaluated or _on_meta_device(model):

@@ -130,9 +130,9 @@ def check_record(model: nn.Module, record: Record, source: str) -> None:
     recorded = {entry.key: entry for entry in record.quant}
     wrong = [key for key in present if key not in recorded] + [key for key in recorded if key not in present]
     for key in present.keys() & recorded.keys():
-        ours, theirs = present[key], recorded[key]
-        same = (ours.offset_d, ours.offset_h) == (theirs.offset_d, theirs.offset_h)
-        if not (same and _nearly_equal(_scales(ours), _scales(theirs))):
+        actual, written = present[key], recorded[key]
+        same = (actual.offset_d, actual.offset_h) == (written.offset_d, written.offset_h)
+        if not (same and _nearly_equal(_scales(actual), _scales(written))):
             wrong.append(key)
     if wrong:
         raise StaleStateError(
@@ -240,7 +240,7 @@ def _round_to_fp16(value: float) -> float:
     return float(root * root)
 
 
-def _nearly_equal(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+def _nearly_equal(first: Sequence[float], second: Sequence[float]) -> bool:
     """Equal as float32 up to the last digits that another device's reduction order may change."""
-    a, b = torch.tensor(ours, dtype=torch.float32), torch.tensor(theirs, dtype=torch.float32)
+    a, b = torch.tensor(first, dtype=torch.float32), torch.tensor(second, dtype=torch.float32)
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=0.0))

@@ -63,23 +63,23 @@ def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dic
     """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to leave them.
 
     An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
-    twins in the place of the layers. State changed: none, all is put back.
+    copies in the place of the layers. State changed: none, all is put back.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    twins = {}
+    copies = {}
     for layer in layers.values():
-        twins[layer] = object.__new__(type(layer))
-        take_attributes(twins[layer], layer)
+        copies[layer] = object.__new__(type(layer))
+        take_attributes(copies[layer], layer)
     ran: set[int] = set()
-    handles = [nn.Module.register_forward_pre_hook(layer, lambda module, _: ran.add(id(module))) for layer in twins]
-    replace_modules(model, twins)
+    handles = [nn.Module.register_forward_pre_hook(layer, lambda module, _: ran.add(id(module))) for layer in copies]
+    replace_modules(model, copies)
     try:
         with preserved_state(model), torch.no_grad():
             inputs.copied().call(model)
-    except Exception as error:  # the model ran before: something in it tells a twin from the layer
-        logger.debug("no forward with twins of the layers: %s", error)
+    except Exception as error:  # the model ran before: something in it tells a copy from the layer
+        logger.debug("no forward with copies of the layers: %s", error)
     finally:
-        replace_modules(model, {twin: layer for layer, twin in twins.items()})
+        replace_modules(model, {other: layer for layer, other in copies.items()})
         for handle in handles:
             handle.remove()
     return {name: _UNREPLACEABLE for name, layer in layers.items() if id(layer) in ran}
@@ -93,7 +93,7 @@ def fold_layers(model: nn.Module) -> nn.Module:
 def sharing_groups(graph: Graph, plan: Plan) -> list[tuple[str, ...]]:
     """Groups (two and more) of quantised layers that read one tensor with equal settings, in execution order.
 
-    None where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must
+    Empty where 2:4 is on anywhere in the flow: there AMCT gives every layer clips of its own, and checkpoints must
     agree.
     """
     if any(isinstance(layer.prune, SparsePrune) for layer in plan.layers.values()):

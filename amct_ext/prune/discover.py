@@ -27,11 +27,13 @@ class Discovery:
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
         """The groups whose channels may go."""
-        return tuple(group for group in self.groups if not group.frozen)
+        return tuple(group for group in self.groups if not group.why_frozen)
 
     def why_not(self) -> dict[str, str]:
         """Layers that the plan would prune but that stay whole: name -> reason."""
-        return {member.name: group.frozen for group in self.groups if group.frozen for member in group.producers}
+        return {
+            member.name: group.why_frozen for group in self.groups if group.why_frozen for member in group.producers
+        }
 
 
 def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:

@@ -10,9 +10,9 @@ from amct_ext.record.types import ChannelRecord, PruneNode
 
 @dataclass(frozen=True)
 class Member:
-    """A node that produces or reads a group's channels: they take the places begin .. begin + count * repeat there.
+    """A node that produces or reads a group's channels: they take the indices begin .. begin + count * repeat there.
 
-    type: the ONNX operator. repeat: how many adjacent places one channel takes (a flattened feature map, a depthwise
+    type: the ONNX operator. repeat: how many adjacent indices one channel takes (a flattened feature map, a depthwise
     multiplier). group: the group count of a grouped convolution.
     """
 
@@ -22,9 +22,9 @@ class Member:
     repeat: int = 1
     group: int | None = None
 
-    def places(self, channels: Iterable[int]) -> tuple[int, ...]:
+    def indices(self, channels: Iterable[int]) -> tuple[int, ...]:
         """Where the given channels lie in this node."""
-        return tuple(self.begin + channel * self.repeat + place for channel in channels for place in range(self.repeat))
+        return tuple(self.begin + channel * self.repeat + copy for channel in channels for copy in range(self.repeat))
 
 
 @dataclass(eq=False)
@@ -32,14 +32,14 @@ class ChannelGroup:
     """Channels that can only go together. After a merge the survivor speaks for both: ask `root` first.
 
     blocks: the channels lie in this many equal blocks that must lose equally many (grouped convolutions); None: no such
-    condition. frozen: why the channels must stay, '' where they may go.
+    condition. why_frozen: why the channels must stay, '' where they may go.
     """
 
     count: int
     producers: list[Member]
     consumers: list[Member] = field(default_factory=list)
     blocks: int | None = None
-    frozen: str = ""
+    why_frozen: str = ""
     _parent: ChannelGroup | None = field(default=None, repr=False)
 
     @property
@@ -53,7 +53,7 @@ class ChannelGroup:
     def freeze(self, reason: str) -> None:
         """Keep the channels; the first reason is the one that is told."""
         root = self.root
-        root.frozen = root.frozen or reason
+        root.why_frozen = root.why_frozen or reason
 
     def read_by(self, member: Member) -> None:
         """Add a consumer."""
@@ -71,18 +71,18 @@ class ChannelGroup:
 
     def absorb(self, other: ChannelGroup, where: str) -> None:
         """Couple two groups; this one's producers and consumers come first."""
-        root, gone = self.root, other.root
-        if root is gone:
+        root, merged = self.root, other.root
+        if root is merged:
             return
-        if root.count != gone.count:
-            raise AssertionError(f"{where}: groups of {root.count} and {gone.count} channels cannot be coupled")
-        gone._parent = root
-        root.producers.extend(gone.producers)
-        root.consumers.extend(gone.consumers)
-        if gone.frozen:
-            root.freeze(gone.frozen)
-        if gone.blocks is not None:
-            root.in_blocks(gone.blocks, where)
+        if root.count != merged.count:
+            raise AssertionError(f"{where}: groups of {root.count} and {merged.count} channels cannot be coupled")
+        merged._parent = root
+        root.producers.extend(merged.producers)
+        root.consumers.extend(merged.consumers)
+        if merged.why_frozen:
+            root.freeze(merged.why_frozen)
+        if merged.blocks is not None:
+            root.in_blocks(merged.blocks, where)
 
     @staticmethod
     def of(record: ChannelRecord) -> ChannelGroup:
@@ -107,7 +107,7 @@ class ChannelGroup:
                 end=member.begin + self.count * member.repeat,
                 group=member.group,
                 prune_group=blocks,
-                prune_index=member.places(removed),
+                prune_index=member.indices(removed),
             )
 
         return ChannelRecord(
@@ -118,7 +118,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of places along a channel axis: `count` channels of `repeat` places each. group None: they stay."""
+    """A run of indices along a channel axis: `count` channels of `repeat` indices each. group None: they stay."""
 
     group: ChannelGroup | None
     count: int
@@ -128,8 +128,8 @@ class Segment:
     def size(self) -> int:
         return self.count * self.repeat
 
-    def same_places(self, other: Segment) -> bool:
-        """Whether channel i of both takes the same places."""
+    def same_layout(self, other: Segment) -> bool:
+        """Whether channel i of both takes the same indices."""
         return self.count == other.count and self.repeat == other.repeat
 
 
@@ -154,7 +154,7 @@ class Layout:
         return Layout(axis, self.segments)
 
     def repeated(self, times: int) -> Layout:
-        """Every place taken `times` times."""
+        """Every index taken `times` times."""
         return Layout(self.axis, tuple(Segment(part.group, part.count, part.repeat * times) for part in self.segments))
 
     def freeze(self, reason: str) -> None:
@@ -163,7 +163,7 @@ class Layout:
             group.freeze(reason)
 
     def begins(self) -> list[tuple[int, Segment]]:
-        """Each segment with the place where it begins."""
+        """Each segment with the index where it begins."""
         result, begin = [], 0
         for segment in self.segments:
             result.append((begin, segment))

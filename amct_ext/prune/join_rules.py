@@ -41,7 +41,7 @@ def _couple(node: Node, first: Layout, other: Layout) -> None:
     if first.axis != other.axis:
         raise CannotFollow(f"{node.name} combines tensors whose channels lie along different axes")
     pairs = list(zip(first.segments, other.segments, strict=False))
-    if len(first.segments) != len(other.segments) or not all(one.same_places(two) for one, two in pairs):
+    if len(first.segments) != len(other.segments) or not all(one.same_layout(two) for one, two in pairs):
         raise CannotFollow(f"{node.name} combines tensors whose channels are cut differently")
     for one, two in pairs:
         if one.group is not None and two.group is not None:

@@ -11,13 +11,13 @@ from torch import nn
 from amct_ext.common.layer_kinds import LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
 from amct_ext.record.types import ChannelRecord
 
-# ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to cut.
+# ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to remove.
 LAYER_OPERATORS = frozenset(operator for kind in LAYER_KINDS if kind.input_prunable for operator in kind.onnx)
 _BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Removal:
-    """All removals of some records, made at once: a layer that several records touch is cut once per axis."""
+    """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis."""
 
     def __init__(self, model: nn.Module, records: Iterable[ChannelRecord]) -> None:
         self._modules = dict(model.named_modules())
@@ -32,14 +32,14 @@ class Removal:
                     self._inputs.setdefault(node.name, set()).update(node.prune_index)
 
     def apply(self) -> str:
-        """Cut the layers; returns what went wrong, '' for nothing."""
-        # Inputs first: an output cut would shift the blocks of a grouped convolution.
-        for cut, all_places in ((self._cut_input, self._inputs), (self._cut_output, self._outputs)):
-            for name, places in all_places.items():
-                if not places:
+        """Remove the channels; returns what went wrong, '' for nothing."""
+        # Inputs first: removing outputs would shift the blocks of a grouped convolution.
+        for remove, all_indices in ((self._remove_input, self._inputs), (self._remove_output, self._outputs)):
+            for name, indices in all_indices.items():
+                if not indices:
                     continue
                 try:
-                    cut(self._modules[name], places)
+                    remove(self._modules[name], indices)
                 except (RuntimeError, IndexError) as error:
                     return f"{name} cannot be cut: {error}"
         return ""
@@ -50,49 +50,49 @@ class Removal:
             holder[key] = old
         self._undo.clear()
 
-    def _cut_output(self, module: nn.Module, places: set[int]) -> None:
+    def _remove_output(self, module: nn.Module, indices: set[int]) -> None:
         kind = _kind_of(module)
-        self._cut(module, "weight", kind.weight_axes[1], places)
-        self._cut(module, "bias", 0, places)
-        self._decrease(module, kind.widths[1], len(places))
+        self._remove(module, "weight", kind.weight_axes[1], indices)
+        self._remove(module, "bias", 0, indices)
+        self._decrease(module, kind.widths[1], len(indices))
 
-    def _cut_input(self, module: nn.Module, places: set[int]) -> None:
+    def _remove_input(self, module: nn.Module, indices: set[int]) -> None:
         kind = _kind_of(module)
         if is_depthwise(module):
-            self._cut_depthwise(module, places, kind.family is Family.TRANSPOSED_CONV)
+            self._remove_depthwise(module, indices, kind.family is Family.TRANSPOSED_CONV)
         elif kind.family is Family.CONV:
-            self._cut_convolution_input(module, places)
+            self._remove_convolution_input(module, indices)
         else:
             # Of a transposed weight with groups too: the input channels of its groups lie one after another.
             for name in _BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
-                self._cut(module, name, kind.weight_axes[0], places)
-            self._decrease(module, kind.widths[0], len(places))
+                self._remove(module, name, kind.weight_axes[0], indices)
+            self._decrease(module, kind.widths[0], len(indices))
 
-    def _cut_depthwise(self, module: nn.Module, places: set[int], transposed: bool) -> None:
+    def _remove_depthwise(self, module: nn.Module, indices: set[int], transposed: bool) -> None:
         multiplier = int(getattr(module, "out_channels", 0)) // int(getattr(module, "in_channels", 1))
-        own = {place * multiplier + copy for place in places for copy in range(multiplier)}
+        outputs = {index * multiplier + copy for index in indices for copy in range(multiplier)}
         # A transposed weight is (in, multiplier, ...), a plain one (in * multiplier, 1, ...).
-        self._cut(module, "weight", 0, places if transposed else own)
-        self._cut(module, "bias", 0, own)
-        self._decrease(module, "in_channels", len(places))
-        self._decrease(module, "groups", len(places))
-        self._decrease(module, "out_channels", len(own))
+        self._remove(module, "weight", 0, indices if transposed else outputs)
+        self._remove(module, "bias", 0, outputs)
+        self._decrease(module, "in_channels", len(indices))
+        self._decrease(module, "groups", len(indices))
+        self._decrease(module, "out_channels", len(outputs))
 
-    def _cut_convolution_input(self, module: nn.Module, places: set[int]) -> None:
+    def _remove_convolution_input(self, module: nn.Module, indices: set[int]) -> None:
         weight, groups = module.get_parameter("weight"), int(getattr(module, "groups", 1))
         per_block = weight.shape[1]
         outputs = weight.shape[0] // groups
         blocks = []
         for block in range(groups):
-            inside = {place - block * per_block for place in places if place // per_block == block}
-            blocks.append(_without(weight.detach()[block * outputs : (block + 1) * outputs], 1, inside))
+            inside = {index - block * per_block for index in indices if index // per_block == block}
+            blocks.append(_drop(weight.detach()[block * outputs : (block + 1) * outputs], 1, inside))
         self._replace(module, "weight", _like(weight, torch.cat(blocks)))
-        self._decrease(module, "in_channels", len(places))
+        self._decrease(module, "in_channels", len(indices))
 
-    def _cut(self, module: nn.Module, name: str, axis: int, places: set[int]) -> None:
+    def _remove(self, module: nn.Module, name: str, axis: int, indices: set[int]) -> None:
         tensor = getattr(module, name, None)
         if tensor is not None:
-            self._replace(module, name, _like(tensor, _without(tensor.detach(), axis, places)))
+            self._replace(module, name, _like(tensor, _drop(tensor.detach(), axis, indices)))
 
     def _replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
@@ -110,9 +110,9 @@ def _kind_of(module: nn.Module) -> LayerKind:
     return kind
 
 
-def _without(tensor: torch.Tensor, axis: int, places: Sequence[int] | set[int]) -> torch.Tensor:
-    gone = set(places)
-    keep = [place for place in range(tensor.shape[axis]) if place not in gone]
+def _drop(tensor: torch.Tensor, axis: int, indices: Sequence[int] | set[int]) -> torch.Tensor:
+    dropped = set(indices)
+    keep = [index for index in range(tensor.shape[axis]) if index not in dropped]
     return tensor.index_select(axis, torch.tensor(keep, dtype=torch.long, device=tensor.device))
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks of whole training steps and of the verbs around them."""
+"""Benchmarks of whole training steps and of the functions around them."""

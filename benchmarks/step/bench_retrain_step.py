@@ -5,7 +5,7 @@
 The models of a network take turns in one process, so a busy moment of the machine hits them all. Printed: medians,
 their ratios to the float model's, the first step (which searches the clip ranges), what the graph holds for backward,
 peak memory of a process of its own, and the time of create, restore, record and save. ``--quick``: fewer rounds, no
-peak memory, no verbs. ``--write`` puts the tables into docs/performance.md.
+peak memory, no times of create to save. ``--write`` puts the tables into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.document import write_part
-from benchmarks.step import memory, verbs
+from benchmarks.step import flow_functions, memory
 from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import EAGER, FLOAT, VARIANTS, bytes_kept, make, stepper
 from benchmarks.timing import processor
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--compile", action="store_true", help="every model through torch.compile")
-    parser.add_argument("--quick", action="store_true", help="two rounds, neither peak memory nor verbs")
+    parser.add_argument("--quick", action="store_true", help="two rounds, no peak memory, no times of the flow")
     parser.add_argument("--write", action="store_true", help="replace this part of docs/performance.md")
     args = parser.parse_args()
     args.rounds = 2 if args.quick else args.rounds
@@ -124,8 +124,8 @@ def main() -> None:
             peaks(name, found, args)
         title = f"{name}, batch {args.batch or JOBS[name].samples}"
         if not args.quick:
-            taken = verbs.times(JOBS[name])
-            title += ", 2:4 + INT8: " + ", ".join(f"{verb} {taken[verb]:.1f} s" for verb in verbs.NAMES)
+            taken = flow_functions.times(JOBS[name])
+            title += ", 2:4 + INT8: " + ", ".join(f"{name} {taken[name]:.1f} s" for name in flow_functions.NAMES)
         table.add_row(f"[bold]{title}[/bold]", end_section=False)
         rows = [cells(v, figures, found[FLOAT]) for v, figures in found.items()]
         for row in rows:

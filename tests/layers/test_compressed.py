@@ -1,10 +1,9 @@
-"""Compressed layers one by one: structure, sharing, searchN, what an evaluation does, torch.compile."""
+"""Compressed layers: structure, modes, what an evaluation does, other dtypes, torch.compile."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from support import small_models as small
@@ -12,9 +11,7 @@ from support.retrain_job import Job, evaluate, optimizer_of, train
 from torch import nn
 
 import amct_ext
-from amct_ext import ops
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
 
@@ -47,108 +44,6 @@ def test_mode_and_original_are_kept(tmp_path: Path, training: bool) -> None:
     assert all(m.training is training for n, m in model.named_modules() if n != "bn1") and not model.bn1.training
     assert all(torch.equal(v, before[k]) for k, v in original.state_dict().items())
     assert not any(isinstance(m, CompressedLayer) for m in original.modules())
-
-
-def test_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(tmp_path, small.QUANT)
-    assert model.down.act_quant is None and model.down.activation is model.conv1.act_quant
-    assert not any(k.startswith("down.act_quant") for k in model.state_dict())
-    calls = []
-    real = ops.ulq_fake_quantize_
-    monkeypatch.setattr(ops, "ulq_fake_quantize_", lambda x, *args: calls.append(x.numel()) or real(x, *args))
-    model.train()(small.batch(0)[0])
-    assert len([n for n in calls if n]) == 4  # stem, conv1 = down, conv2, fc
-    assert model.conv1.act_quant.shared.empty  # nothing outlives the forward
-
-
-def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = make(tmp_path, small.QUANT)
-    train(model, optimizer_of(model), range(1))
-    x = torch.randn(2, 8, 6, 6) * 3
-    quantiser = model.conv1.act_quant
-    model.zero_grad()
-    (model.conv1(x).sum() + model.down(x).sum() * 2).backward()
-    both = quantiser.clip_max.grad.clone()
-    quantiser.clip_max.grad = None
-    y = quantiser._quantize(x)[0]
-    weights = (model.conv1.compressed_weight(), model.down.compressed_weight())
-    one = nn.functional.conv2d(y, weights[0], None, 2, 1).sum()
-    (one + nn.functional.conv2d(y, weights[1], model.down.bias, 2).sum() * 2).backward()
-    torch.testing.assert_close(both, quantiser.clip_max.grad)
-
-
-def test_reader_without_the_owner(tmp_path: Path) -> None:
-    """A reader whose input is not the one that was quantised last computes its own, with the shared clips."""
-    model = make(tmp_path, small.QUANT)
-    train(model, optimizer_of(model), range(1))
-    x = torch.randn(2, 8, 6, 6)
-    alone = model.down(x)
-    model.conv1(x)
-    assert torch.equal(model.down(x), alone)
-
-
-def numpy_shift(x: np.ndarray, deq: np.ndarray) -> np.ndarray:
-    """searchN by its definition, channels on axis 1."""
-    s = np.clip(np.round(x.astype(np.float64) / deq.astype(np.float64)[None, :, None, None]), -(2**31), 2**31 - 1)
-    errors = []
-    for n in range(1, 17):
-        squeezed = np.clip(np.floor(s / 2**n), -32768, 32767) * 2**n
-        errors.append(((squeezed - s) ** 2).sum((0, 2, 3)))
-    return np.stack(errors, 1)
-
-
-def test_search_n(tmp_path: Path) -> None:
-    model = make(tmp_path, "batch_num: 2\n" + small.QUANT)
-    train(model, optimizer_of(model), range(3))
-    with pytest.raises(RuntimeError, match="eval"):
-        amct_ext.shift_bits(model)
-    seen: dict[str, list[torch.Tensor]] = {"bn1": [], "down": []}
-    hooks = [
-        model.get_submodule(n).register_forward_hook(lambda m, a, y, n=n: seen[n].append(y.detach().clone()))
-        for n in seen
-    ]
-    model.eval()
-    with torch.no_grad():
-        for i in range(3):  # the third batch is not needed any more
-            model(small.batch(i)[0] * 50)
-    for hook in hooks:
-        hook.remove()
-    found = amct_ext.shift_bits(model)
-    assert set(found) == {n for n, _ in compressed_layers(model)}
-    for layer, source in (("conv1", "bn1"), ("down", "down")):
-        deq = model.get_submodule(layer).deq_scale().numpy()
-        expected = sum(numpy_shift(y.numpy(), deq) for y in seen[source][:2])
-        assert found[layer] == (expected.argmin(1) + 1).tolist()
-        np.testing.assert_allclose(model.get_submodule(layer).search_n.errors.numpy(), expected, rtol=1e-9)
-    train(model, optimizer_of(model), range(1))
-    with pytest.raises(RuntimeError, match="eval"):
-        amct_ext.shift_bits(model)
-    evaluate(model)
-    assert amct_ext.shift_bits(model).keys() == found.keys()
-
-
-def test_search_n_identity_and_first_layers_only_in_eval(tmp_path: Path) -> None:
-    model = make(tmp_path, small.QUANT)
-    train(model, optimizer_of(model), range(2))
-    assert all(int(layer.search_n.batches) == 0 for _, layer in compressed_layers(model))
-    first = evaluate(model)
-    assert torch.equal(first, evaluate(model))
-    assert all(int(layer.search_n.batches) == 1 for _, layer in compressed_layers(model))
-
-
-def test_shift_bit_in_the_record_only_when_asked(tmp_path: Path) -> None:
-    for name, config, expected in (("no", small.QUANT, False), ("yes", "write_shift_bit: true\n" + small.QUANT, True)):
-        (tmp_path / name).mkdir()
-        job = Job(tmp_path / name, config)
-        model = job.create()
-        train(model, optimizer_of(model), range(1))
-        evaluate(model)
-        record = read_record(str(job.record))
-        assert [bool(entry.shift_bit) for entry in record.quant] == [expected] * 5
-        if expected:
-            assert {e.key: list(e.shift_bit) for e in record.quant} == amct_ext.shift_bits(model)
-            assert all(len(e.shift_bit) == len(e.scale_w) for e in record.quant)
 
 
 def test_first_forward_in_eval_mode_works(tmp_path: Path) -> None:
@@ -191,31 +86,6 @@ def test_a_training_step_touches_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("builtins.open", "os.open", "io.open", "pathlib.Path.open"):
         monkeypatch.setattr(name, refuse)
     train(model, optimizer, range(3))
-
-
-def test_evaluation_does_not_touch_masks_or_their_counter(tmp_path: Path) -> None:
-    model = make(tmp_path, small.CONFIGS["sparse_refreshed"])
-    train(model, optimizer_of(model), range(3))
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        model.conv1.weight.copy_(torch.randn_like(model.conv1.weight))
-    evaluate(model)
-    for key, value in model.state_dict().items():
-        if "sparsity" in key:
-            assert torch.equal(value, before[key]), key
-    assert int(model.conv1.sparsity.step) == 3
-    train(model, optimizer_of(model), range(3, 4))  # step 3 of a refresh every 2: not due
-    assert torch.equal(model.conv1.sparsity.mask, before["conv1.sparsity.mask"])
-    weight = model.conv1.weight.detach().clone()
-    train(model, optimizer_of(model), range(4, 5))  # step 4: due
-    assert torch.equal(model.conv1.sparsity.mask, ops.mask_2to4(weight, 1))
-
-
-def test_masked_elements_get_no_gradient(tmp_path: Path) -> None:
-    model = make(tmp_path, small.CONFIGS["sparse_quant"])
-    model.train()(small.batch(0)[0]).sum().backward()
-    mask = model.conv1.sparsity.mask
-    assert (model.conv1.weight.grad[~mask] == 0).all() and (model.conv1.weight.grad[mask] != 0).any()
 
 
 def test_no_graph_under_no_grad(tmp_path: Path) -> None:

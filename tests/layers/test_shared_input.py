@@ -8,10 +8,11 @@ import pytest
 import torch
 from support import small_models as small
 from support.quantizers import quantizers
-from support.retrain_job import Job
+from support.retrain_job import Job, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext
+from amct_ext import ops
 
 
 class Heads(nn.Module):
@@ -91,3 +92,42 @@ def test_gradients_do_not_get_lost_between_parts_with_and_without(tmp_path: Path
     model = amct_ext.create_compressed_retrain_model(Monitored(False), x, str(job.config), str(job.record)).train()
     model(x).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Job(tmp_path, small.QUANT).create()
+    assert model.down.act_quant is None and model.down.activation is model.conv1.act_quant
+    assert not any(k.startswith("down.act_quant") for k in model.state_dict())
+    calls = []
+    real = ops.ulq_fake_quantize_
+    monkeypatch.setattr(ops, "ulq_fake_quantize_", lambda x, *args: calls.append(x.numel()) or real(x, *args))
+    model.train()(small.batch(0)[0])
+    assert len([n for n in calls if n]) == 4  # stem, conv1 = down, conv2, fc
+    assert model.conv1.act_quant.shared.empty  # nothing outlives the forward
+
+
+def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Job(tmp_path, small.QUANT).create()
+    train(model, optimizer_of(model), range(1))
+    x = torch.randn(2, 8, 6, 6) * 3
+    quantiser = model.conv1.act_quant
+    model.zero_grad()
+    (model.conv1(x).sum() + model.down(x).sum() * 2).backward()
+    both = quantiser.clip_max.grad.clone()
+    quantiser.clip_max.grad = None
+    y = quantiser._quantize(x)[0]
+    weights = (model.conv1.compressed_weight(), model.down.compressed_weight())
+    one = nn.functional.conv2d(y, weights[0], None, 2, 1).sum()
+    (one + nn.functional.conv2d(y, weights[1], model.down.bias, 2).sum() * 2).backward()
+    torch.testing.assert_close(both, quantiser.clip_max.grad)
+
+
+def test_reader_without_the_owner(tmp_path: Path) -> None:
+    """A reader whose input is not the one that was quantised last computes its own, with the shared clips."""
+    model = Job(tmp_path, small.QUANT).create()
+    train(model, optimizer_of(model), range(1))
+    x = torch.randn(2, 8, 6, 6)
+    alone = model.down(x)
+    model.conv1(x)
+    assert torch.equal(model.down(x), alone)

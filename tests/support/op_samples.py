@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ULQ_CLIPS = ((1.7, -0.9), (0.0, -1.0), (2.0, 0.0), (30.0, -20.0), (1e-9, 0.0))  # upper, lower
 SHAPES = ((0,), (1,), (7,), (17,), (65537,), (3, 5, 7), (8, 6, 3, 3), (5, 1, 1, 1), (2, 0, 3))
 
 

@@ -17,7 +17,7 @@ NAMES = ("create", "restore", "record", "save")
 
 
 def times(job: Job) -> dict[str, float]:
-    """Seconds of each verb on the model with 2:4 sparsity and INT8."""
+    """Seconds of each function of the flow on the model with 2:4 sparsity and INT8."""
     torch.manual_seed(0)
     x, _ = job.batch(2)
     seconds: dict[str, float] = {}

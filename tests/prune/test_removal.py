@@ -1,85 +1,14 @@
-"""Pruning is right, not only runnable: pruned output = masked output, for written, random and third-party networks."""
+"""Channels are removed rightly: the pruned network computes what the masked one does."""
 
 from __future__ import annotations
 
 import pytest
-import real_models
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.graph_nets import Net
+from support.pruning_nets import Bottleneck, Dense, Inverted, conv, head, image
 from support.pruning_proof import prove
 from torch import nn
-
-
-def conv(cin, cout, kernel=3, **kwargs):
-    return nn.Conv2d(cin, cout, kernel, padding=kernel // 2, **kwargs)
-
-
-def image(channels=3, batch=2, size=8):
-    return torch.randn(batch, channels, size, size)
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, cin, cout, stride=1):
-        super().__init__()
-        self.a, self.na = conv(cin, cout // 2, 1, bias=False), nn.BatchNorm2d(cout // 2)
-        self.b, self.nb = conv(cout // 2, cout // 2, stride=stride, bias=False), nn.BatchNorm2d(cout // 2)
-        self.c, self.nc = conv(cout // 2, cout, 1, bias=False), nn.BatchNorm2d(cout)
-        self.down = None
-        if stride != 1 or cin != cout:
-            self.down = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
-
-    def forward(self, x):
-        y = F.relu(self.na(self.a(x)))
-        y = self.nc(self.c(F.relu(self.nb(self.b(y)), inplace=True)))
-        y += x if self.down is None else self.down(x)
-        return F.relu(y)
-
-
-class SqueezeExcite(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.reduce, self.expand = nn.Conv2d(channels, 5, 1), nn.Conv2d(5, channels, 1)
-
-    def forward(self, x):
-        gate = F.silu(self.reduce(F.adaptive_avg_pool2d(x, 1)))
-        return x * torch.sigmoid(self.expand(gate))
-
-
-class Inverted(nn.Module):
-    def __init__(self, cin, hidden, cout, act=nn.Hardswish, multiplier=1):
-        super().__init__()
-        wide = hidden * multiplier
-        self.expand, self.n1 = conv(cin, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
-        self.depth, self.n2 = conv(hidden, wide, groups=hidden), nn.BatchNorm2d(wide)
-        self.se, self.project, self.n3 = SqueezeExcite(wide), conv(wide, cout, 1), nn.BatchNorm2d(cout)
-        self.act, self.same = act(), cin == cout
-
-    def forward(self, x):
-        y = self.act(self.n1(self.expand(x)))
-        y = self.se(self.act(self.n2(self.depth(y))))
-        y = self.n3(self.project(y))
-        return x + y if self.same else y
-
-
-class Dense(nn.Module):
-    def __init__(self, cin, growth, layers):
-        super().__init__()
-        self.parts = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), conv(width, growth))
-            for width in range(cin, cin + layers * growth, growth)
-        )
-
-    def forward(self, x):
-        for part in self.parts:
-            x = torch.cat([x, part(x)], 1)
-        return x
-
-
-def head(channels, classes=5):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 def inception(m, x):
@@ -189,13 +118,13 @@ NETWORKS = {
                     a=nn.Linear(3, 10), b=nn.Linear(10, 6), c=conv(6, 4)),
         image(), {"a", "b"},
     ),
-    "attention over places": (
+    "attention over positions": (
         lambda: Net(lambda m, x: m.out((lambda y: y * torch.sigmoid(m.att(y)))(m.a(x))),
                     a=conv(3, 8), att=conv(8, 1), out=conv(8, 2)),
         image(), {"a"},
     ),
-    "normalised over places": (
-        lambda: Net(lambda m, x: m.out(_over_places(m.a(x))), a=conv(3, 8), out=conv(8, 2)),
+    "normalised over positions": (
+        lambda: Net(lambda m, x: m.out(_over_positions(m.a(x))), a=conv(3, 8), out=conv(8, 2)),
         image(), {"a"},
     ),
     "unsqueeze, stack, expand": (
@@ -209,7 +138,7 @@ def _residual(m, a):
     return a + m.c(F.leaky_relu(m.bn(m.b(a))))
 
 
-def _over_places(y):
+def _over_positions(y):
     y = (y - y.mean((2, 3), keepdim=True)) / (y.var((2, 3), keepdim=True) + 1e-3).sqrt()
     return y * F.softmax(y.flatten(2), -1).view_as(y) + F.layer_norm(y, y.shape[-2:]) + y.flip(3).roll(1, 2)
 
@@ -226,95 +155,3 @@ def test_network(name):
     skip = ("stays",)
     cut, stays = prove(build(), data, skip=skip)
     assert cut == expected, stays
-
-
-# Random networks
-
-
-class Random(nn.Module):
-    """A network from a list of numbers: each pair picks an operation and the tensors it works on."""
-
-    def __init__(self, numbers, flat):
-        super().__init__()
-        self.layers, self.steps, self.flat = nn.ModuleList(), [], flat
-        widths = [3]
-        for kind, pick in numbers:
-            self._add(kind, pick, widths)
-        self.head = nn.Linear(widths[-1] * (16 if flat else 1), 3)
-
-    def _add(self, kind, pick, widths):
-        source = max(0, len(widths) - 1 - pick % 3)  # mostly deep
-        width = widths[source]
-        same = [i for i, other in enumerate(widths) if other == width]
-        partner = same[(pick // 7) % len(same)]
-        new = [4, 6, 8, 12][pick % 4]
-        layer = {
-            0: lambda: (conv(width, new), new),
-            1: lambda: (nn.BatchNorm2d(width), width),
-            2: lambda: (conv(width, width * (1 + pick % 2), groups=width), width * (1 + pick % 2)),
-            3: lambda: (SqueezeExcite(width), width),
-            4: lambda: ([nn.SiLU(), nn.ReLU(), nn.Sigmoid(), nn.PReLU()][pick % 4], width),
-            5: lambda: (conv(width, 12, groups=2 if width % 2 == 0 else 1), 12),
-            6: lambda: (nn.ConvTranspose2d(width, new, 3, padding=1), new),
-        }.get(kind)
-        if layer is not None:
-            module, width = layer()
-            self.layers.append(module)
-            self.steps.append(("layer", len(self.layers) - 1, source))
-        elif kind in (7, 8):
-            self.steps.append(("add" if kind == 7 else "mul", source, partner))
-        else:
-            other = (pick // 5) % len(widths)
-            width += widths[other]
-            if width > 40:
-                return
-            self.steps.append(("cat", source, other))
-        widths.append(width)
-
-    def forward(self, x):
-        tensors = [x]
-        for kind, one, two in self.steps:
-            if kind == "layer":
-                tensors.append(self.layers[one](tensors[two]))
-            elif kind == "cat":
-                tensors.append(torch.cat([tensors[one], tensors[two]], 1))
-            else:
-                tensors.append(tensors[one] + tensors[two] if kind == "add" else tensors[one] * tensors[two].tanh())
-        return self.head(tensors[-1].flatten(1) if self.flat else tensors[-1].mean((2, 3)))
-
-
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    numbers=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 999)), min_size=4, max_size=14),
-    batch=st.integers(1, 2),
-    flat=st.booleans(),
-    ratio=st.sampled_from([0.2, 0.5, 0.8]),
-    seed=st.integers(0, 99),
-)
-def test_random_network(numbers, batch, flat, ratio, seed):
-    torch.manual_seed(seed)
-    prove(Random([(0, numbers[0][1]), *numbers], flat), image(3, batch, 4), ratio, tolerance=1e-4)
-
-
-# Third-party architectures, as they come
-
-
-def unscaled(model):
-    """ConvNeXt starts its blocks at a millionth of their size: what they compute would vanish in rounding."""
-    for name, parameter in model.named_parameters():
-        if "layer_scale" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("name", "at_least"),
-    [("ResNet", 17), ("MobileNetV2", 30), ("ConvNeXt", 5), ("EfficientNet", 25), ("RegNet", 15), ("ViT", 1),
-     ("Swin", 4), ("BERT", 1), ("Llama", 2)],
-)  # fmt: skip
-def test_third_party(name, at_least):
-    pytest.importorskip("transformers", reason="the architectures come from the transformers package")
-    model = unscaled(real_models.build(name))
-    cut, stays = prove(model, real_models.sample(name, batch=2), tolerance=1e-4)
-    assert len(cut) >= at_least, stays
-    assert all(stays.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 from collections.abc import Iterator
 
@@ -139,3 +140,26 @@ def test_threads_never_get_the_same_block() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_memory_of_large_results_is_used_again_but_never_shared() -> None:
+    high, low, none = torch.tensor(1.0), torch.tensor(-1.0), torch.tensor(math.nan)
+
+    def quantised(x: Tensor) -> Tensor:
+        return ops.ulq_fake_quantize(x, high, low, none, none)[0]
+
+    x = torch.randn(300, 400)
+    first = quantised(x)
+    address, kept = first.data_ptr(), first.clone()
+    others = [quantised(torch.randn(300, 400)) for _ in range(4)]
+    assert len({y.data_ptr() for y in (first, *others)}) == 5
+    assert torch.equal(first, kept)
+    view = first[3:]
+    del first, others
+    assert quantised(x).data_ptr() != address  # a view still holds it
+    del view
+    smaller = quantised(x[:250])
+    assert smaller.data_ptr() == address
+    assert torch.equal(smaller, kept[:250])
+    smaller.resize_(600, 400)
+    assert torch.equal(smaller[:250], kept[:250])
