@@ -34,5 +34,5 @@ def fill_prune(prune: FilterPrune | SparsePrune, profile: str, has_loss: bool) -
     return replace(
         prune,
         mask_gradient=prune.mask_gradient or "SR_STE",
-        permute_channels=bool(prune.permute_channels),
+        permute_channels=True if prune.permute_channels is None else prune.permute_channels,
     )

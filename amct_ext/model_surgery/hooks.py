@@ -139,6 +139,8 @@ def _on_meta_device(model: nn.Module) -> bool:
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
+    for layer in every_layer(model):
+        layer.repair_scales()
 
 
 def _after_load(model: nn.Module, incompatible: object) -> None:
