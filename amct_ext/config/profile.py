@@ -11,7 +11,7 @@ def fill_data(data: DataQuant, profile: str) -> DataQuant:
     """The settings of an activation, with the profile's range search where none is asked for."""
     if profile != "BEST" or data.range_search is not None:
         return data
-    return replace(data, range_search="ABSOLUTE_ERROR")
+    return replace(data, range_search="OUTPUT")
 
 
 def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
@@ -34,5 +34,5 @@ def fill_prune(prune: FilterPrune | SparsePrune, profile: str, has_loss: bool) -
     return replace(
         prune,
         mask_gradient=prune.mask_gradient or "SR_STE",
-        permute_channels=bool(prune.permute_channels),
+        permute_channels=True if prune.permute_channels is None else prune.permute_channels,
     )

@@ -44,6 +44,7 @@ from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
 from amct_ext.prune.gate_taylor import PruningLoss
+from amct_ext.prune.permute import asks_for_permutation, permute_channels
 from amct_ext.record.types import ChannelRecord, Record
 
 
@@ -101,6 +102,8 @@ def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | Non
     warn_of_left_alone(start.graph)
     records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
     channel = apply_channels(start.model, start.graph, records, start.inputs)
+    if asks_for_permutation(start.plan):
+        permute_channels(start.model, trace(start.model, start.inputs), start.plan, start.inputs)
     return _insert(start, record_file, channel)
 
 

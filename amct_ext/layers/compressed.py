@@ -22,7 +22,7 @@ from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.shift_search import ShiftSearch
-from amct_ext.layers.sparsity import Sparsity
+from amct_ext.layers.sparsity import Sparsity, masked
 from amct_ext.layers.stash import stashed
 from amct_ext.layers.weight_quantizer import WeightQuantizer
 
@@ -114,8 +114,10 @@ class CompressedLayer(nn.Module):
         weight = self.weight
         if self.weight_quant is None:
             return weight if self.sparsity is None else self.sparsity(weight)
-        mask = None if self.sparsity is None else self._to_rows(self.sparsity.mask_for_forward(weight))
-        return self._from_rows(self.weight_quant(self._to_rows(weight), mask))
+        if self.sparsity is None:
+            return self._from_rows(self.weight_quant(self._to_rows(weight)))
+        mask = self._to_rows(self.sparsity.mask_for_forward(weight))
+        return self._from_rows(self.weight_quant(self._to_rows(weight), mask, self.sparsity.decay))
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         """The computation of the float class with another weight."""
@@ -217,7 +219,8 @@ class CompressedLayer(nn.Module):
     def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
         weight = self.weight
         if isinstance(plan.prune, SparsePrune):
-            self.sparsity = Sparsity(weight, self.in_axis, plan.prune.update_freq)
+            decay = plan.prune.decay if plan.prune.mask_gradient == "SR_STE" else None
+            self.sparsity = Sparsity(weight, self.in_axis, plan.prune.update_freq, decay)
         if plan.quant is not None:
             wts = plan.quant.weight
             self.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, weight.device)
@@ -248,9 +251,24 @@ class CompressedLayer(nn.Module):
 
     @torch.no_grad()
     def initialise_scales(self) -> None:
-        """Set learned scales that no training forward has set yet, from the range of the weight."""
+        """Set learned scales that no training forward has set yet, from the weight."""
         if self.weight_quant is not None:
             self.weight_quant.initialise(self._to_rows(self.masked_weight()))
+
+    @torch.no_grad()
+    def repair_scales(self) -> None:
+        """Before the state is taken: set back learned scales as the next forward would.
+
+        Not where the weight is sharded, for no rank holds it; nor where the scale was loaded and not trained since.
+        """
+        for quantizer, weight in zip(self.weight_quantizers, self._quantised_weights(), strict=True):
+            if quantizer.learned and not weight.is_meta and not hasattr(weight, "full_tensor"):
+                mask = None if self.sparsity is None else self.sparsity.mask
+                quantizer.repair_for_state(self._to_rows(masked(weight, mask)))
+
+    def _quantised_weights(self) -> tuple[Tensor, ...]:
+        """The weights of `weight_quantizers`."""
+        return () if self.weight_quant is None else (self.weight,)
 
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module; a change of mode is also where weights may have been swapped through ``weight.data``."""

@@ -74,8 +74,11 @@ class CompressedRNN(CompressedLayer):
 
     @torch.no_grad()
     def initialise_scales(self) -> None:
-        for quantizer, weight in zip(self.weight_quantizers, (self.weight_ih_l0, self.weight_hh_l0), strict=False):
+        for quantizer, weight in zip(self.weight_quantizers, self._quantised_weights(), strict=True):
             quantizer.initialise(weight)
+
+    def _quantised_weights(self) -> tuple[Tensor, ...]:
+        return (self.weight_ih_l0, self.weight_hh_l0) if self.weight_quantizers else ()
 
     # -- the forward
 

@@ -10,22 +10,31 @@ from amct_ext.layers.cached_item import VersionGuard
 from amct_ext.layers.forward_context import state_updates_disabled
 
 
+def masked(weight: Tensor, mask: Tensor | None, decay: float | None = None) -> Tensor:
+    """The masked weight (without a mask the weight itself); ``decay``: that of SR-STE, None for a masked gradient."""
+    if mask is None:
+        return weight
+    return ops.apply_mask(weight, mask) if decay is None else ops.apply_mask_sr_ste(weight, mask, decay)
+
+
 class Sparsity(nn.Module):
     """Masks a weight so that at most two of every four neighbours along its input-channel axis stay.
 
     State: ``mask`` (bool, shape of the weight) and ``step`` (int64, training forwards so far). The mask is made at
     construction; a training forward renews it when ``step == 0`` (``update_freq == 0``) or ``step % update_freq ==
     0``; evaluation never does, nor does a forward that gradient checkpointing runs again. The dense weight is kept, so
-    a renewal can revive a masked element; masked elements get a zero gradient. A mask that was written from elsewhere
+    a renewal can revive a masked element. Masked elements get a zero gradient, or with ``decay`` that of SR-STE: as if
+    they were not masked, and a pull towards zero. A mask that was written from elsewhere
     and keeps more than two of four (averaging models gives the union of their masks) is made again.
-    Source: AMCT's L1 selective pruning (M4N2).
+    Sources: AMCT's L1 selective pruning (M4N2); Zhou et al. 2021 (SR-STE).
     """
 
     mask: Tensor
     step: Tensor
 
-    def __init__(self, weight: Tensor, axis: int, update_freq: int) -> None:
+    def __init__(self, weight: Tensor, axis: int, update_freq: int, decay: float | None = None) -> None:
         super().__init__()
+        self.decay = decay
         self.axis = axis
         self.update_freq = update_freq
         self.register_buffer("mask", ops.mask_2to4(weight.detach(), axis))
@@ -36,7 +45,7 @@ class Sparsity(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the masked weight, renewing the mask first where that is due."""
-        return ops.apply_mask(weight, self.mask_for_forward(weight))
+        return masked(weight, self.mask_for_forward(weight), self.decay)
 
     def mask_for_forward(self, weight: Tensor) -> Tensor:
         """The mask of this forward: a training forward counts, and renews it where that is due."""
@@ -57,4 +66,5 @@ class Sparsity(nn.Module):
         self._valid_mask.remember(self.mask)
 
     def extra_repr(self) -> str:
-        return f"axis={self.axis}, update_freq={self.update_freq}"
+        decay = "" if self.decay is None else f", SR-STE with decay={self.decay}"
+        return f"axis={self.axis}, update_freq={self.update_freq}{decay}"

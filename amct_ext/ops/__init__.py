@@ -10,17 +10,21 @@ from amct_ext import backends
 from amct_ext.ops._registration import OPS
 from amct_ext.ops.activation_ulq import *
 from amct_ext.ops.calibration_histogram import *
+from amct_ext.ops.calibration_robust import *
 from amct_ext.ops.calibration_search import *
 from amct_ext.ops.calibration_shift import *
 from amct_ext.ops.integer_accumulators import *
 from amct_ext.ops.integer_codes import *
 from amct_ext.ops.integer_product import *
 from amct_ext.ops.sparsity_mask import *
+from amct_ext.ops.sparsity_sr_ste import *
 from amct_ext.ops.sparsity_weight import *
 from amct_ext.ops.weight_arq import *
 from amct_ext.ops.weight_lsq import *
 from amct_ext.ops.weight_norms import *
 from amct_ext.ops.weight_quantize import *
+from amct_ext.ops.weight_scale_repair import *
+from amct_ext.ops.weight_scale_search import *
 
 __all__ = sorted(OPS)
 

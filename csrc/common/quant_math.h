@@ -31,6 +31,14 @@ AMCT_TABLE float kRatios[kCandidates] = {
     1.17999995f,  1.19000006f,  1.20000005f,  1.21000004f,  1.22000003f,  1.23000002f,  1.24000001f,  1.25f,
     1.25999999f,  1.26999998f,  1.27999997f,  1.28999996f,  1.29999995f};
 
+// The factors on a weight's range scale that the scale search tries: eight in each of the first two octaves, four in
+// each of the four below, where the error is flat. The range itself comes first.
+constexpr int kScaleFactors = 32;
+AMCT_INLINE constexpr double scale_factor(int i) {
+  return i < 16 ? (16 - i % 8) / static_cast<double>(16 << i / 8)
+                : (8 - i % 4) / static_cast<double>(32 << (i - 16) / 4);
+}
+
 // The shifts that the shift search tries: 1 to 16.
 constexpr int kShifts = 16;
 
@@ -129,6 +137,39 @@ AMCT_INLINE Acc symmetric_scale(Acc largest, Acc smallest, int num_bits) {
   const Acc top = largest < Acc(0) ? -largest : largest, bottom = smallest < Acc(0) ? -smallest : smallest;
   const Acc scale = top < bottom ? bottom / static_cast<Acc>(-range.lowest) : top / static_cast<Acc>(range.highest);
   return scale < Acc(FLT_EPSILON) ? Acc(1) : scale;
+}
+
+// How well the codes of one scale that is tried fit: `products` the sum of weight times code, `squares` that of code
+// squared. The best scale for these codes is products / squares; it takes products^2 / squares off the squared error.
+AMCT_INLINE double fit_gain(double products, double squares) {
+  const double gain = products * products / squares;
+  return squares > 0 && is_finite(gain) ? gain : 0;
+}
+
+// The scale of the first best fit, `range_scale` where none is any good; the sums of the scales tried stand in pairs.
+AMCT_INLINE double best_scale(const double* sums, double range_scale) {
+  double best = 0, scale = range_scale;
+  for (int i = 0; i < kScaleFactors; ++i) {
+    const double gain = fit_gain(sums[2 * i], sums[2 * i + 1]);
+    if (gain > best) {
+      best = gain;
+      scale = at_least(sums[2 * i] / sums[2 * i + 1], static_cast<double>(FLT_EPSILON));
+    }
+  }
+  return scale;
+}
+
+// Whether quantising costs a channel: less than a tenth of its norm is left. From the sums of squares before and
+// after.
+AMCT_INLINE bool channel_is_lost(double before, double after) { return 100 * after < before; }
+
+// The scale that a lost channel takes; the one it has where its range gives none.
+template <typename Acc>
+AMCT_INLINE double repaired_scale(Acc largest, Acc smallest, int num_bits, double scale) {
+  const CodeRange range = code_range(num_bits);
+  const Acc top = largest < Acc(0) ? -largest : largest, bottom = smallest < Acc(0) ? -smallest : smallest;
+  const Acc widest = top < bottom ? bottom / static_cast<Acc>(-range.lowest) : top / static_cast<Acc>(range.highest);
+  return widest >= Acc(FLT_EPSILON) && is_finite(widest) ? static_cast<double>(widest) : scale;
 }
 
 template <typename Acc>

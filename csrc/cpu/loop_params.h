@@ -39,6 +39,11 @@ struct Candidate {
   double scale, offset, end, lowest, highest;
 };
 
+// What a channel's scale search needs besides the weights.
+struct ScaleSearchParams {
+  double range_scale, lowest, highest;
+};
+
 // A histogram word counts values in its upper bits and adds up their positions within the bin in the lower ones: one
 // addition per value. It holds 2^24 values before it must be flushed.
 constexpr int kMaxBinBits = 15, kFractionBits = 15, kCountShift = 40;

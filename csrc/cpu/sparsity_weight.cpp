@@ -32,6 +32,27 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   return y;
 }
 
+Tensor apply_mask_sr_ste(const Tensor& w, const Tensor& mask, double decay) {
+  check_decaying("apply_mask_sr_ste", w, mask, decay);
+  return apply_mask(w, mask);
+}
+
+Tensor sr_ste_backward(const Tensor& grad, const Tensor& w, const Tensor& mask, double decay) {
+  check_decaying_backward("sr_ste_backward", grad, w, mask, decay);
+  const Tensor upstream = dense(grad), source = match_layout(w, upstream), keep = match_mask_layout(mask, upstream);
+  Tensor d_w = pooled_like(upstream, Lifetime::kStep);
+  const void *up = upstream.const_data_ptr(), *in = source.const_data_ptr();
+  const uint8_t* bits = static_cast<const uint8_t*>(keep.const_data_ptr());
+  void* out = d_w.mutable_data_ptr();
+  const size_t size = w.element_size();
+  const auto loop = loops().sr_ste_backward[element_of(w)];
+  for_blocks(w.numel(), [&](int64_t, int64_t begin, int64_t end) {
+    loop(element_ptr(up, begin, size), element_ptr(in, begin, size), bits + begin, element_ptr(out, begin, size),
+         end - begin, decay);
+  });
+  return d_w;
+}
+
 std::tuple<Tensor, Tensor> sparsify_2to4(const Tensor& w, int64_t axis) {
   const char* op = "sparsify_2to4";
   check_floating(op, "w", w);
@@ -87,6 +108,12 @@ std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tenso
   return {std::move(job.y), std::move(job.scale)};
 }
 
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                           std::optional<int64_t> channel_axis, double decay) {
+  check_decaying("sparse_arq_fake_quantize_sr_ste", w, mask, decay);
+  return sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
+}
+
 std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
                                                                  std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize_2to4";
@@ -114,6 +141,9 @@ TORCH_LIBRARY_IMPL(amct_ext, CPU, m) {
   m.impl("sparsify_2to4", sparsify_2to4);
   m.impl("sparse_arq_fake_quantize", sparse_arq_fake_quantize);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_fake_quantize_2to4);
+  m.impl("apply_mask_sr_ste", apply_mask_sr_ste);
+  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_fake_quantize_sr_ste);
+  m.impl("sr_ste_backward", sr_ste_backward);
 }
 
 }  // namespace amct_ext::cpu

@@ -43,6 +43,50 @@ Tensor apply_mask(const Tensor& w, const Tensor& mask) {
   return y;
 }
 
+Tensor apply_mask_sr_ste(const Tensor& w, const Tensor& mask, double decay) {
+  check_decaying("apply_mask_sr_ste", w, mask, decay);
+  return apply_mask(w, mask);
+}
+
+template <typename T>
+struct SrSteBackward {
+  const T *grad, *w;
+  const bool* mask;
+  T* d_w;
+  Acc<T> decay;
+
+  __device__ int prepare() const { return 0; }
+  template <int V>
+  __device__ void run(int, int64_t i) const {
+    using A = Acc<T>;
+    const auto upstream = load_vector<V>(grad + i), in = load_vector<V>(w + i);
+    const auto keep = load_vector<V>(mask + i);
+    AlignedVector<T, V> out;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const A dropped = keep.val[k] ? A(0) : static_cast<A>(in.val[k]);
+      out.val[k] = static_cast<T>(static_cast<A>(upstream.val[k]) + decay * dropped);
+    }
+    store_vector(d_w + i, out);
+  }
+};
+
+Tensor sr_ste_backward(const Tensor& grad, const Tensor& w, const Tensor& mask, double decay) {
+  check_decaying_backward("sr_ste_backward", grad, w, mask, decay);
+  const c10::DeviceGuard guard(w.device());
+  const Tensor upstream = dense(grad), source = match_layout(w, upstream), keep = match_mask_layout(mask, upstream);
+  Tensor d_w = at::empty_like(upstream);
+  if (w.numel() == 0) return d_w;
+  dispatch_floating(w.scalar_type(), [&]<typename T>() {
+    const SrSteBackward<T> job{static_cast<const T*>(upstream.const_data_ptr()),
+                               static_cast<const T*>(source.const_data_ptr()),
+                               static_cast<const bool*>(keep.const_data_ptr()), static_cast<T*>(d_w.mutable_data_ptr()),
+                               static_cast<Acc<T>>(decay)};
+    map<kVecSize<T>>(job, w.numel(), vector_aligned(job.grad, job.w, job.mask, job.d_w));
+  });
+  return d_w;
+}
+
 std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tensor& mask, int64_t num_bits,
                                                     std::optional<int64_t> channel_axis) {
   const char* op = "sparse_arq_fake_quantize";
@@ -56,6 +100,12 @@ std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tenso
   if (w.numel() == 0) return {std::move(y), scale.fill_(1)};
   arq_quantize(source, keep, y, scale, static_cast<int>(num_bits), channel_axis);
   return {std::move(y), std::move(scale)};
+}
+
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                           std::optional<int64_t> channel_axis, double decay) {
+  check_decaying("sparse_arq_fake_quantize_sr_ste", w, mask, decay);
+  return sparse_arq_fake_quantize(w, mask, num_bits, channel_axis);
 }
 
 // A block per row of the weight: mask and range in one pass, codes in a second one. The second pass computes the mask
@@ -151,6 +201,9 @@ TORCH_LIBRARY_IMPL(amct_ext, AMCT_DEVICE_KEY, m) {
   m.impl("apply_mask", apply_mask);
   m.impl("sparse_arq_fake_quantize", sparse_arq_fake_quantize);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_fake_quantize_2to4);
+  m.impl("apply_mask_sr_ste", apply_mask_sr_ste);
+  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_fake_quantize_sr_ste);
+  m.impl("sr_ste_backward", sr_ste_backward);
 }
 
 }  // namespace amct_ext::cuda

@@ -25,6 +25,12 @@ TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
       "sparse_arq_fake_quantize_2to4(Tensor w, int axis=1, int num_bits=8, int? channel_axis=None) "
       "-> (Tensor y, Tensor scale, Tensor mask)",
       tags);
+  m.def("apply_mask_sr_ste(Tensor w, Tensor mask, float decay=2e-4) -> Tensor", tags);
+  m.def(
+      "sparse_arq_fake_quantize_sr_ste(Tensor w, Tensor mask, int num_bits=8, int? channel_axis=None, "
+      "float decay=2e-4) -> (Tensor y, Tensor scale)",
+      tags);
+  m.def("sr_ste_backward(Tensor grad, Tensor w, Tensor mask, float decay=2e-4) -> Tensor", tags);
 }
 
 Tensor mask_2to4(const Tensor& w, int64_t axis) { return op<mask_2to4>("mask_2to4").call(w, axis); }
@@ -54,6 +60,20 @@ std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, const Tenso
 std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(const Tensor& w, int64_t axis, int64_t num_bits,
                                                                  std::optional<int64_t> channel_axis) {
   return op<sparse_arq_fake_quantize_2to4>("sparse_arq_fake_quantize_2to4").call(w, axis, num_bits, channel_axis);
+}
+
+Tensor apply_mask_sr_ste(const Tensor& w, const Tensor& mask, double decay) {
+  return op<apply_mask_sr_ste>("apply_mask_sr_ste").call(w, mask, decay);
+}
+
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask, int64_t num_bits,
+                                                           std::optional<int64_t> channel_axis, double decay) {
+  return op<sparse_arq_fake_quantize_sr_ste>("sparse_arq_fake_quantize_sr_ste")
+      .call(w, mask, num_bits, channel_axis, decay);
+}
+
+Tensor sr_ste_backward(const Tensor& grad, const Tensor& w, const Tensor& mask, double decay) {
+  return op<sr_ste_backward>("sr_ste_backward").call(grad, w, mask, decay);
 }
 
 namespace {
@@ -113,6 +133,50 @@ std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4_autograd(const 
   return {std::move(y), std::move(scale), std::move(mask)};
 }
 
+// The gradient passes, and masked weights decay. `run` calls the op, keeps its other results and returns y.
+struct SrSteFunction : torch::autograd::Function<SrSteFunction> {
+  template <typename Run>
+  static Variable forward(AutogradContext* ctx, const Variable& w, const Tensor& mask, double decay, const Run& run) {
+    ctx->save_for_backward({w, mask});
+    ctx->saved_data["decay"] = decay;
+    return below_autograd(run);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    return {sr_ste_backward(grads[0], saved[0], saved[1], ctx->saved_data["decay"].toDouble()), {}, {}, {}};
+  }
+};
+
+// A decay is the gradient of no function of the result, so under torch.func the gradient passes without it.
+template <typename Run>
+Tensor sr_ste_y(const Tensor& w, const Tensor& mask, double decay, const Run& run) {
+  if (under_functorch()) return straight(below_autograd(run), w);
+  return SrSteFunction::apply(w, mask, decay, run);
+}
+
+Tensor apply_mask_sr_ste_autograd(const Tensor& w, const Tensor& mask, double decay) {
+  return sr_ste_y(w, mask, decay, [&] { return apply_mask_sr_ste(w, mask, decay); });
+}
+
+std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste_autograd(const Tensor& w, const Tensor& mask,
+                                                                    int64_t num_bits,
+                                                                    std::optional<int64_t> channel_axis, double decay) {
+  Tensor scale;
+  Tensor y = sr_ste_y(w, mask, decay, [&] {
+    auto results = sparse_arq_fake_quantize_sr_ste(w, mask, num_bits, channel_axis, decay);
+    scale = std::move(std::get<1>(results));
+    return std::move(std::get<0>(results));
+  });
+  return {std::move(y), std::move(scale)};
+}
+
+Tensor sr_ste_backward_autograd(const Tensor& grad, const Tensor& w, const Tensor& mask, double decay) {
+  Tensor d_w = below_autograd([&] { return sr_ste_backward(grad, w, mask, decay); });
+  if (!needs_double_backward(grad) && !needs_double_backward(w)) return d_w;
+  return straight(d_w, grad.add(at::where(mask, at::zeros_like(w), w), decay));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
@@ -120,6 +184,9 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("sparsify_2to4", sparsify_2to4_autograd);
   m.impl("sparse_arq_fake_quantize", sparse_arq_fake_quantize_autograd);
   m.impl("sparse_arq_fake_quantize_2to4", sparse_arq_fake_quantize_2to4_autograd);
+  m.impl("apply_mask_sr_ste", apply_mask_sr_ste_autograd);
+  m.impl("sparse_arq_fake_quantize_sr_ste", sparse_arq_fake_quantize_sr_ste_autograd);
+  m.impl("sr_ste_backward", sr_ste_backward_autograd);
   without_gradient(m, {"mask_2to4"});
 }
 

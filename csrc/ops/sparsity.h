@@ -43,4 +43,15 @@ AMCT_API std::tuple<Tensor, Tensor> sparse_arq_fake_quantize(const Tensor& w, co
 AMCT_API std::tuple<Tensor, Tensor, Tensor> sparse_arq_fake_quantize_2to4(
     const Tensor& w, int64_t axis = 1, int64_t num_bits = 8, std::optional<int64_t> channel_axis = std::nullopt);
 
+// apply_mask and sparse_arq_fake_quantize with the gradient of SR-STE (Zhou et al. 2021): straight through, also to
+// masked weights, plus decay (0 or more) times the weight at those.
+AMCT_API Tensor apply_mask_sr_ste(const Tensor& w, const Tensor& mask, double decay = 2e-4);
+AMCT_API std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste(const Tensor& w, const Tensor& mask,
+                                                                    int64_t num_bits = 8,
+                                                                    std::optional<int64_t> channel_axis = std::nullopt,
+                                                                    double decay = 2e-4);
+
+// That gradient, like grad, from grad, that of the masked weight (shape and type of w).
+AMCT_API Tensor sr_ste_backward(const Tensor& grad, const Tensor& w, const Tensor& mask, double decay = 2e-4);
+
 }  // namespace amct_ext

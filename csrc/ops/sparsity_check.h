@@ -14,6 +14,22 @@ inline void check_mask(const char* op, const at::Tensor& mask, const at::Tensor&
   check_device(op, "mask", mask, "w", w);
 }
 
+// A weight, its mask and how fast masked weights decay.
+inline void check_decaying(const char* op, const at::Tensor& w, const at::Tensor& mask, double decay) {
+  check_floating(op, "w", w);
+  check_mask(op, mask, w);
+  TORCH_CHECK_VALUE(decay >= 0, op, ": decay must be 0 or more, not ", decay);
+}
+
+// The same, and the gradient of the masked weight.
+inline void check_decaying_backward(const char* op, const at::Tensor& grad, const at::Tensor& w, const at::Tensor& mask,
+                                    double decay) {
+  check_decaying(op, w, mask, decay);
+  check_type(op, "grad", grad, w.scalar_type());
+  check_same_shape(op, "grad", grad, "w", w);
+  check_device(op, "grad", grad, "w", w);
+}
+
 // What refresh_mask_ takes; returns the axis of the mask.
 inline int64_t check_refresh(const char* op, const at::Tensor& w, const at::Tensor& mask, const at::Tensor& step,
                              int64_t update_freq, int64_t axis) {

@@ -21,6 +21,8 @@ TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
       "float? grad_factor=None) -> Tensor",
       tags);
   m.def("quantize_weight(Tensor w, Tensor scale, int num_bits=8, int? channel_axis=None) -> Tensor", tags);
+  m.def("search_weight_scale(Tensor w, int num_bits=8, int? channel_axis=None, Tensor? mask=None) -> Tensor", tags);
+  m.def("repair_weight_scale_(Tensor w, Tensor(a!) scale, int num_bits=8, int? channel_axis=None) -> ()", tags);
   m.def("filter_norms(Tensor w, int axis=0) -> Tensor", tags);
 }
 
@@ -46,6 +48,15 @@ Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, const Ten
 
 Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis) {
   return op<quantize_weight>("quantize_weight").call(w, scale, num_bits, channel_axis);
+}
+
+Tensor search_weight_scale(const Tensor& w, int64_t num_bits, std::optional<int64_t> channel_axis,
+                           const std::optional<Tensor>& mask) {
+  return op<search_weight_scale>("search_weight_scale").call(w, num_bits, channel_axis, mask);
+}
+
+void repair_weight_scale_(const Tensor& w, const Tensor& scale, int64_t num_bits, std::optional<int64_t> channel_axis) {
+  op<repair_weight_scale_>("repair_weight_scale_").call(w, scale, num_bits, channel_axis);
 }
 
 Tensor filter_norms(const Tensor& w, int64_t axis) { return op<filter_norms>("filter_norms").call(w, axis); }
@@ -154,7 +165,7 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("arq_fake_quantize_many", arq_fake_quantize_many_autograd);
   m.impl("lsq_fake_quantize", lsq_fake_quantize_autograd);
   m.impl("lsq_fake_quantize_backward", lsq_fake_quantize_backward_autograd);
-  without_gradient(m, {"quantize_weight", "filter_norms"});
+  without_gradient(m, {"quantize_weight", "search_weight_scale", "repair_weight_scale_", "filter_norms"});
 }
 
 }  // namespace amct_ext

@@ -43,6 +43,19 @@ AMCT_API Tensor lsq_fake_quantize_backward(const Tensor& grad, const Tensor& w, 
 AMCT_API Tensor quantize_weight(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
                                 std::optional<int64_t> channel_axis = std::nullopt);
 
+// The scales of least squared error of w (floating): shape (channels,) or (1,), float32, for a float64 weight float64.
+// num_bits 2 to 8. mask: bool, shape of w; what it drops counts as zero. As the scale of arq_fake_quantize where a
+// channel is not finite or its range too small. No gradient.
+AMCT_API Tensor search_weight_scale(const Tensor& w, int64_t num_bits = 8,
+                                    std::optional<int64_t> channel_axis = std::nullopt,
+                                    const std::optional<Tensor>& mask = std::nullopt);
+
+// Sets each scale (as lsq_fake_quantize takes it) with which less than a tenth of its channel's norm would be left to
+// the scale of the channel's range; all others stay as they are, and those of channels whose range is no finite number
+// or too small for a scale. num_bits 2 to 8.
+AMCT_API void repair_weight_scale_(const Tensor& w, const Tensor& scale, int64_t num_bits = 8,
+                                   std::optional<int64_t> channel_axis = std::nullopt);
+
 // The L2 norm of each slice of w (floating) along an axis: shape (channels,), float32, for a float64 weight float64.
 // No gradient.
 AMCT_API Tensor filter_norms(const Tensor& w, int64_t axis = 0);

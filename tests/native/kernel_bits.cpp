@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/quant_math.h"
 #include "cpu/loop_table.h"
 
 namespace {
@@ -72,6 +73,10 @@ void weights(const LoopTable& k, int e, const std::vector<uint8_t>& x, const std
   hash.all(codes);
   hash.number(k.lsq_backward[e](grad.data(), x.data(), kCount, symmetric));
   hash.number(k.sum_squares[e](x.data(), kCount));
+  std::vector<double> sums(2 * amct_ext::math::kScaleFactors + 2);
+  k.scale_fits[e](x.data(), nullptr, kCount, {0.31, -8, 7}, sums.data());
+  k.squares_left[e](x.data(), kCount, symmetric, sums.data() + 2 * amct_ext::math::kScaleFactors);
+  hash.all(sums);
   hash.print("weight", e);
 
   Hash sparse;
@@ -86,6 +91,11 @@ void weights(const LoopTable& k, int e, const std::vector<uint8_t>& x, const std
   sparse.all(y);
   k.apply_mask[e](x.data(), mask.data(), y.data(), kCount);
   sparse.all(y);
+  k.sr_ste_backward[e](grad.data(), x.data(), mask.data(), y.data(), kCount, 0.1);
+  sparse.all(y);
+  std::vector<double> fits(2 * amct_ext::math::kScaleFactors);
+  k.scale_fits[e](x.data(), mask.data(), kCount, {0.31, -8, 7}, fits.data());
+  sparse.all(fits);
   sparse.print("sparse", e);
 }
 
@@ -113,6 +123,10 @@ void searches(const LoopTable& k, int e, const std::vector<uint8_t>& x) {
   std::vector<int64_t> relative_bins(2 << (32 - dropped_bits));
   k.range_histogram[e](x.data(), kCount, uint32_t{127 - 24} << 23, dropped_bits, relative_bins.data());
   hash.all(relative_bins);
+  std::vector<int64_t> signed_bins(4 << (32 - dropped_bits));
+  k.signed_range_histogram[e](x.data(), kCount, uint32_t{127 - 24} << 23, dropped_bits, signed_bins.data(),
+                              2 << (32 - dropped_bits));
+  hash.all(signed_bins);
   const Candidate candidates[] = {{0.01f, 0, 1.27f, -128, 127}, {0.0131f, -5, 1.6f, -128, 127}};
   std::vector<double> sums(4);
   k.losses[e](x.data(), kCount, candidates, 2, sums.data());

@@ -34,6 +34,8 @@ CALLS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
     "sparsify": lambda o, x, a, b: o.sparsify_2to4(x)[0],
     "sparse arq": lambda o, x, a, b: o.sparse_arq_fake_quantize(x, _MASK, 8, 0)[0],
     "sparse arq, 2:4": lambda o, x, a, b: o.sparse_arq_fake_quantize_2to4(x, 1, 8, 0)[0],
+    "sr-ste": lambda o, x, a, b: o.apply_mask_sr_ste(x, _MASK, 0.0),
+    "sr-ste arq": lambda o, x, a, b: o.sparse_arq_fake_quantize_sr_ste(x, _MASK, 8, 0, 0.0)[0],
     "arq, many": lambda o, x, a, b: torch.stack(o.arq_fake_quantize_many([x, 2 * x], 8, [0, -1])[0]).sum(0),
 }
 

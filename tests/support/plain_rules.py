@@ -86,6 +86,15 @@ class PlainOps:
         y, scale = ops.sparse_arq_fake_quantize(w.detach(), mask, *rest)
         return masked(w, y, mask), scale
 
+    def apply_mask_sr_ste(self, w: Tensor, mask: Tensor, decay: float) -> Tensor:
+        assert decay == 0
+        return straight(w, ops.apply_mask(w.detach(), mask))
+
+    def sparse_arq_fake_quantize_sr_ste(self, w: Tensor, mask: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        assert rest[-1] == 0
+        y, scale = ops.sparse_arq_fake_quantize(w.detach(), mask, *rest[:-1])
+        return straight(w, y), scale
+
     def sparse_arq_fake_quantize_2to4(self, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         y, scale, mask = ops.sparse_arq_fake_quantize_2to4(w.detach(), *rest)
         return masked(w, y, mask), scale, mask

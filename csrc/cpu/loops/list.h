@@ -18,6 +18,11 @@ AMCT_LOOP(void, masked_quantize, (const void* w, const uint8_t* mask, void* y, i
 AMCT_LOOP(void, quantize_codes, (const void* w, int8_t* y, int64_t n, const SymmetricParams&))
 AMCT_LOOP(double, lsq_backward, (const void* grad, const void* w, int64_t n, const SymmetricParams&))
 AMCT_LOOP(double, sum_squares, (const void* w, int64_t n))
+// Adds the sums of squares of the weights and of what quantising leaves of them.
+AMCT_LOOP(void, squares_left, (const void* w, int64_t n, const SymmetricParams&, double* sums))
+// Adds, for each of the kScaleFactors scales that are tried, the sums of weight times code and of code squared. A mask
+// may be null.
+AMCT_LOOP(void, scale_fits, (const void* w, const uint8_t* mask, int64_t n, const ScaleSearchParams&, double* sums))
 
 // 2:4 along `count` rows of `inner` values.
 AMCT_LOOP(void, mask_plane, (const void* w, uint8_t* mask, int64_t count, int64_t inner))
@@ -25,12 +30,17 @@ AMCT_LOOP(void, sparsify_plane, (const void* w, uint8_t* mask, void* y, int64_t 
 // The same, and the range of `y`.
 AMCT_LOOP(Range, sparsify_and_range, (const void* w, uint8_t* mask, void* y, int64_t count, int64_t inner))
 AMCT_LOOP(void, apply_mask, (const void* w, const uint8_t* mask, void* y, int64_t n))
+// The gradient, and `decay` times the weights that the mask drops.
+AMCT_LOOP(void, sr_ste_backward,
+          (const void* grad, const void* w, const uint8_t* mask, void* d_w, int64_t n, double decay))
 
 AMCT_LOOP(Range, range_with_zero, (const void* x, int64_t n))
 // Bins of equal width; magnitudes times `scale` must stay below 2^31.
 AMCT_LOOP(void, histogram, (const void* x, int64_t n, double scale, uint64_t* bins))
 // Bins of equal relative width.
 AMCT_LOOP(void, range_histogram, (const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins))
+AMCT_LOOP(void, signed_range_histogram,
+          (const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins, int64_t negative))
 AMCT_LOOP(void, losses, (const void* x, int64_t n, const Candidate*, int count, double* sums))
 AMCT_LOOP(void, offset_losses, (const void* x, int64_t n, const Candidate*, int count, double* sums))
 

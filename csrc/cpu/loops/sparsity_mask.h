@@ -97,6 +97,20 @@ void apply_mask(const void* w_, const uint8_t* __restrict mask, void* y_, int64_
 }
 
 template <typename T>
+void sr_ste_backward(const void* grad_, const void* w_, const uint8_t* __restrict mask, void* d_w_, int64_t n,
+                     double decay) {
+  const T* __restrict grad = static_cast<const T*>(grad_);
+  const T* __restrict w = static_cast<const T*>(w_);
+  T* __restrict d_w = static_cast<T*>(d_w_);
+  const Acc<T> factor = static_cast<Acc<T>>(decay);
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits<T> dropped = static_cast<Bits<T>>(static_cast<Bits<T>>(mask[i]) - 1);  // no bit where the mask is 1
+    const T v = bit_cast<T>(static_cast<Bits<T>>(bit_cast<Bits<T>>(w[i]) & dropped));
+    d_w[i] = narrow<T>(widen(grad[i]) + factor * widen(v));
+  }
+}
+
+template <typename T>
 void mask_plane(const void* w_, uint8_t* mask, int64_t count, int64_t inner) {
   const T* w = static_cast<const T*>(w_);
   if (count <= 2) {

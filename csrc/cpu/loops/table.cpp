@@ -10,6 +10,7 @@
 #include "cpu/loops/weight_lsq.h"
 #include "cpu/loops/weight_quantize.h"
 #include "cpu/loops/weight_range.h"
+#include "cpu/loops/weight_scale_search.h"
 
 #define AMCT_JOIN_(a, b) a##b
 #define AMCT_JOIN(a, b) AMCT_JOIN_(a, b)

@@ -72,5 +72,28 @@ double sum_squares(const void* w_, int64_t n) {
   });
 }
 
+template <typename T>
+void squares_left(const void* w_, int64_t n, const SymmetricParams& p, double* sums) {
+  using A = Acc<T>;
+  const T* __restrict w = static_cast<const T*>(w_);
+  const A scale = static_cast<A>(p.scale), inverse = A(1) / scale, lowest = static_cast<A>(p.lowest),
+          highest = static_cast<A>(p.highest);
+  double before[kSumLanes] = {}, after[kSumLanes] = {};
+  const auto add = [&](A v, int lane) __attribute__((always_inline)) {
+    const A left = math::clamp(math::round_even(v * inverse), lowest, highest) * scale;
+    before[lane] += static_cast<double>(v) * static_cast<double>(v);
+    after[lane] += static_cast<double>(left) * static_cast<double>(left);
+  };
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    for (int l = 0; l < kSumLanes; ++l) add(widen(w[i + l]), l);
+  }
+  for (int l = 0; i < n; ++i, ++l) add(widen(w[i]), l);
+  for (int l = 0; l < kSumLanes; ++l) {
+    sums[0] += before[l];
+    sums[1] += after[l];
+  }
+}
+
 }  // namespace
 }  // namespace amct_ext::cpu
