@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+import amct_ext as amct
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
 from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
@@ -28,6 +31,7 @@ class Aids:
     scale_start: str | None = None
     importance: str | None = None
     mask_gradient: str | None = None
+    permute_channels: str | None = None
 
     def concern(self, setting: Setting) -> bool:
         """Whether one of the aids changes anything in this setting."""
@@ -38,6 +42,7 @@ class Aids:
             "scale_start": setting.weight_bits == 4,
             "importance": setting.prune > 0,
             "mask_gradient": setting.sparse,
+            "permute_channels": setting.sparse,
         }
         chosen = [field.name for field in fields(self) if getattr(self, field.name)]
         return not chosen or any(applies[name] for name in chosen)
@@ -61,6 +66,7 @@ def configuration(task: Task, setting: Setting, aids: Aids) -> str:
         lines.append(f"profile: {aids.profile}")
     if setting.sparse:
         how = f"update_freq: {_MASK_STEPS}{_field('mask_gradient', aids.mask_gradient)}"
+        how += _field("permute_channels", aids.permute_channels)
         lines.append(f"prune_config {{ n_out_of_m_pruner {{ l1_selective_prune {{ {how} }} }} }}")
     if setting.prune:
         how = f"prune_ratio: {setting.prune} ascend_optimized: false{_field('importance', aids.importance)}"
@@ -88,16 +94,24 @@ def groups(model: nn.Module, lr: float) -> list[Group]:
     return made
 
 
+def _loss_for_pruning(task: Task, setting: Setting, aids: Aids) -> dict[str, Any]:
+    """The argument of create that GATE_TAYLOR takes, and BEST where it prunes: losses of the calibration batches."""
+    taken = setting.prune > 0 and (aids.importance == "GATE_TAYLOR" or aids.profile == "BEST")
+    if not taken or "pruning_loss" not in inspect.signature(amct.create_compressed_retrain_model).parameters:
+        return {}
+    batches = task.labelled_calibration(CALIBRATION_BATCHES)
+    return {"pruning_loss": lambda model: (task.loss(model(x), y) for x, y in batches)}
+
+
 def compress(model: nn.Module, task: Task, setting: Setting, aids: Aids, trained: bool = True) -> Trainee:
     """Compressed, and calibrated in training forwards: a pruned network has no statistics of its own yet."""
-    import amct_ext as amct
-
     if not aids.concern(setting):
         raise NotOfferedError("changes nothing in this setting")
     with tempfile.TemporaryDirectory() as folder:
         config, record = Path(folder) / "compression.cfg", Path(folder) / "record.txt"
         config.write_text(configuration(task, setting, aids))
-        model = amct.create_compressed_retrain_model(model.eval(), task.example(), str(config), str(record))
+        paths, loss = (str(config), str(record)), _loss_for_pruning(task, setting, aids)
+        model = amct.create_compressed_retrain_model(model.eval(), task.example(), *paths, **loss)
         model.train()
         with torch.no_grad():
             for batch in task.calibration(CALIBRATION_BATCHES):

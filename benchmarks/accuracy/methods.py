@@ -102,6 +102,7 @@ _LIST = (
     Method("amct-l2", "importance: GROUP_L2", _ours(importance="GROUP_L2"), kind="aid"),
     Method("amct-taylor", "importance: GATE_TAYLOR", _ours(importance="GATE_TAYLOR"), kind="aid"),
     Method("amct-sr-ste", "mask_gradient: SR_STE", _ours(mask_gradient="SR_STE"), kind="aid"),
+    Method("amct-permute", "permute_channels", _ours(permute_channels="true"), kind="aid"),
     Method("amct-distil", "DistillationLoss", _distilled(_ours()), kind="aid"),
 )
 METHODS = {method.name: method for method in _LIST}

@@ -67,7 +67,7 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     if setting.prune:
         raise NotOfferedError("its channel pruning searches sub-networks under a budget, not a given share")
     if setting.sparse:
-        model = mts.sparsify(model, "sparse_magnitude")[0]
+        model = mts.sparsify(model, "sparse_magnitude")
     model = mtq.quantize(model, _config(task, setting))
     _calibrate(model, task.calibration(CALIBRATION_BATCHES), task.percentile)
     return Trainee(model)
