@@ -55,7 +55,7 @@ def test_tables_have_means_leaders_costs_and_reasons() -> None:
     assert "**2.2000 (1 seed)**" in next(line for line in table if line.startswith("| NNCF"))
     assert "**" not in next(line for line in table if line.startswith("| Brevitas"))
     assert "0 + 5" in next(line for line in costs_table(results) if "float + budget" in line)
-    assert skipped_list(results) == ["* NNCF: no masks (lm sparse)"]
+    assert skipped_list(results) == ["* NNCF: no masks"]
 
 
 def test_float_networks_run_once_for_a_task() -> None:

@@ -34,7 +34,7 @@ class Aids:
     permute_channels: str | None = None
 
     def concern(self, setting: Setting) -> bool:
-        """Whether one of the aids changes anything in this setting."""
+        """Whether each of the aids changes something in this setting."""
         applies = {
             "profile": True,
             "learned_scales": setting.weight_bits == 4,
@@ -45,7 +45,7 @@ class Aids:
             "permute_channels": setting.sparse,
         }
         chosen = [field.name for field in fields(self) if getattr(self, field.name)]
-        return not chosen or any(applies[name] for name in chosen)
+        return all(applies[name] for name in chosen)
 
 
 def _field(name: str, value: str | None) -> str:

@@ -93,6 +93,7 @@ _LIST = (
     Method("pruning-taylor", "Torch-Pruning, Taylor", _peer("torch_pruning", importance="taylor"), "torch-pruning"),
     Method("amct", "amct_ext, default", _ours(), kind="ours"),
     Method("amct-best", "amct_ext, BEST", _BEST, kind="ours"),
+    Method("amct-best-learned", "amct_ext, BEST, ulq_retrain", _ours(profile="BEST", learned_scales=True), kind="ours"),
     Method("amct-best-distil", "amct_ext, BEST + DistillationLoss", _distilled(_BEST), kind="ours"),
     Method("amct-learned", "ulq_retrain", _ours(learned_scales=True), kind="aid"),
     Method("amct-percentile", "range_search: PERCENTILE", _ours(range_search="PERCENTILE"), kind="aid"),

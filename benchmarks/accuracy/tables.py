@@ -99,11 +99,9 @@ def costs_table(results: Sequence[Result]) -> list[str]:
 
 
 def skipped_list(results: Sequence[Result]) -> list[str]:
-    """Why a peer has no number."""
-    reasons: dict[str, dict[str, None]] = {}
+    """Why peers have no number; each reason once."""
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for result in results:
         if result.skipped and METHODS[result.method].kind == "peer":
-            reasons.setdefault(f"{METHODS[result.method].label}: {result.skipped}", {})[
-                f"{result.task} {result.setting}"
-            ] = None
-    return [f"* {reason} ({', '.join(where)})" for reason, where in reasons.items()] or ["Nothing."]
+            reasons[METHODS[result.method].label][result.skipped] = None
+    return [f"* {label}: {'; '.join(found)}" for label, found in reasons.items()] or ["Nothing."]

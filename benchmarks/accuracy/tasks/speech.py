@@ -43,6 +43,7 @@ class Vad(Task):
         "8 languages under 7 kinds of noise, test on 24 others"
     )
     score_name = "area under the ROC curve over chunks, %"
+    decimals = 3
     budget = Budget(steps=100, lr=2e-4, batch=16)
     # The convolutions stay still at first: it is the shipped ones whose outputs have heavy tails.
     float_phases = (Phase(400, 1e-3, ("conv",)), Phase(250, 3e-4))
