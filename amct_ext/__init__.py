@@ -2,6 +2,7 @@
 
 from amct_ext._library import build_info, release_memory
 from amct_ext.auto_channel_prune_search import (
+    GateTaylorSensitivity,
     GreedySearch,
     SearchChannelBase,
     SensitivityBase,
@@ -43,6 +44,7 @@ __all__ = [
     "AmctError",
     "DistillationLoss",
     "Explanation",
+    "GateTaylorSensitivity",
     "GreedySearch",
     "LayerReport",
     "LayerSensitivity",

@@ -1,6 +1,7 @@
 """AMCT's import path of the ratio search: sample jobs import its classes from here. The code is in flows."""
 
 from amct_ext.flows.channel_search import (
+    GateTaylorSensitivity,
     GreedySearch,
     SearchChannelBase,
     SensitivityBase,
@@ -9,6 +10,7 @@ from amct_ext.flows.channel_search import (
 )
 
 __all__ = [
+    "GateTaylorSensitivity",
     "GreedySearch",
     "SearchChannelBase",
     "SensitivityBase",

@@ -27,7 +27,7 @@ import torch
 from amct_ext import _library
 
 GROUP = "amct_ext.backends"
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def load() -> None:
@@ -79,5 +79,5 @@ def _run(what: str, register: Callable[[], Any]) -> None:
     try:
         register()
     except Exception as error:
-        _log.warning("%s failed to register (%s: %s); the references serve instead. AMCT_BACKENDS=0 leaves back ends "
+        logger.warning("%s failed to register (%s: %s); the references serve instead. AMCT_BACKENDS=0 leaves back ends "
                      "out", what, type(error).__name__, error)  # fmt: skip

@@ -11,6 +11,49 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 300  # lines
+MIRRORED = ("export", "graph", "model_surgery", "prune")
+# Modules of these folders without a file of their name: the file whose tests go through them.
+COVERED_BY = {
+    "export": {
+        "axes": "export/test_export_files.py",
+        "capture": "graph/test_host_reads.py",
+        "cleanup": "export/test_saved_files.py",
+        "deploy": "export/test_write.py",
+        "factors": "export/test_write.py",
+        "fake_quant": "export/test_write.py",
+        "files": "export/test_export_files.py",
+        "flat_call": "graph/test_inputs.py",
+        "fold_batchnorm": "export/test_write.py",
+        "precision": "export/test_saved_files.py",
+        "rnn": "export/test_rnn_files.py",
+        "rnn_factors": "export/test_rnn_files.py",
+        "safe_names": "model_surgery/test_after_create.py",
+        "scripted": "model_surgery/test_scripted_parts.py",
+        "traced": "graph/test_host_reads.py",
+    },
+    "graph": {
+        "export_risks": "graph/test_host_reads.py",
+        "onnx_names": "graph/test_trace.py",
+        "probes": "model_surgery/test_escapes.py",
+        "recorder": "graph/test_trace.py",
+        "run": "graph/test_trace.py",
+        "tensor_values": "graph/test_trace.py",
+        "values": "graph/test_trace.py",
+    },
+    "model_surgery": {
+        "batchnorm_links": "layers/test_bn_fold.py",
+        "rank_ranges": "frameworks/test_distributed.py",
+        "session": "model_surgery/test_copies.py",
+    },
+    "prune": {
+        "check": "prune/test_prune_check.py",
+        "join_rules": "prune/test_removal.py",
+        "op_rules": "prune/test_removal.py",
+        "rule_types": "prune/test_removal.py",
+        "search_space": "flows/test_channel_search.py",
+        "shape_rules": "prune/test_removal.py",
+    },
+}
 FAMILIES = ("activation_", "calibration_", "integer_", "sparsity_", "weight_")
 OPS = sorted(path.stem for path in (ROOT / "amct_ext" / "ops").glob("*.py") if path.stem.startswith(FAMILIES))
 
@@ -68,3 +111,12 @@ def test_kernels_lie_in_a_file_named_like_their_reference(device: str) -> None:
     ]
     assert kernels
     assert not [path.name for path in kernels if not path.stem.startswith(tuple(OPS))]
+
+
+@pytest.mark.parametrize("folder", MIRRORED)
+def test_modules_have_a_test_file_or_share_a_named_one(folder: str) -> None:
+    modules = {path.stem for path in sources(f"amct_ext/{folder}")} - {"__init__"}
+    own = {stem for stem in modules if (ROOT / "tests" / folder / f"test_{stem}.py").is_file()}
+    shared = COVERED_BY[folder]
+    assert modules - own == set(shared)
+    assert not [file for file in shared.values() if not (ROOT / "tests" / file).is_file()]

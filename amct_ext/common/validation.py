@@ -23,3 +23,10 @@ def check_record_name(path: str, argument: str = "record_file") -> None:
         raise ValueError(
             f"{argument} must name a file (1 to {_LONGEST_NAME} characters after the last '/'), not '{path}'"
         )
+
+
+def check_callable(**arguments: object) -> None:
+    """Each ``name=value``; raises TypeError, naming the argument, where the value is neither callable nor None."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be callable or None, not {type(value).__name__}")

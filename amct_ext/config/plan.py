@@ -63,8 +63,8 @@ class Plan:
     prune_active: bool = False
 
 
-def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
-    """The plan of every layer in `traits` (named_modules order).
+def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits], has_loss: bool = False) -> Plan:
+    """The plan of every layer in `traits` (named_modules order). `has_loss`: there is one to rank channels by.
 
     Quantisation: override_layer_configs > override_layer_types > skip lists > global settings. Pruning: skip lists >
     override_layer_configs > override_layer_types > global settings. The two halves are looked up separately: an
@@ -74,7 +74,7 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Plan:
     check_against_model(config, traits)
     notes = _Notes()
     layers = {
-        name: LayerPlan(name, trait.type, _quant(config, name, trait, notes), _prune(config, name, trait))
+        name: LayerPlan(name, trait.type, _quant(config, name, trait, notes), _prune(config, name, trait, has_loss))
         for name, trait in traits.items()
     }
     if all(layer.quant is None and layer.prune is None for layer in layers.values()):
@@ -199,7 +199,7 @@ def _quant_skipped(config: RetrainConfig, name: str, trait: LayerTraits) -> bool
     )
 
 
-def _prune(config: RetrainConfig, name: str, trait: LayerTraits) -> FilterPrune | SparsePrune | None:
+def _prune(config: RetrainConfig, name: str, trait: LayerTraits, has_loss: bool) -> FilterPrune | SparsePrune | None:
     if name in (*config.skip_layers, *config.regular_prune_skip_layers):
         return None
     if trait.type in (*config.skip_layer_types, *config.regular_prune_skip_types):
@@ -214,4 +214,4 @@ def _prune(config: RetrainConfig, name: str, trait: LayerTraits) -> FilterPrune 
     else:
         return None
     eligible = trait.filter_prunable if isinstance(chosen, FilterPrune) else trait.sparse_prunable
-    return fill_prune(chosen, config.profile) if eligible else None
+    return fill_prune(chosen, config.profile, has_loss) if eligible else None

@@ -11,7 +11,7 @@ def fill_data(data: DataQuant, profile: str) -> DataQuant:
     """The settings of an activation, with the profile's range search where none is asked for."""
     if profile != "BEST" or data.range_search is not None:
         return data
-    return replace(data, range_search="ABSOLUTE_ERROR")
+    return replace(data, range_search="OUTPUT")
 
 
 def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
@@ -25,12 +25,12 @@ def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
     )
 
 
-def fill_prune(prune: FilterPrune | SparsePrune, profile: str) -> FilterPrune | SparsePrune:
+def fill_prune(prune: FilterPrune | SparsePrune, profile: str, has_loss: bool) -> FilterPrune | SparsePrune:
     """The settings of pruning, with the profile's importance or mask gradient where none is asked for."""
     if profile != "BEST":
         return prune
     if isinstance(prune, FilterPrune):
-        return replace(prune, importance=prune.importance or "GROUP_L2")
+        return replace(prune, importance=prune.importance or ("GATE_TAYLOR" if has_loss else "GROUP_L2"))
     return replace(
         prune,
         mask_gradient=prune.mask_gradient or "SR_STE",

@@ -17,7 +17,7 @@ from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, RetrainConfig, SparsePrune
 from amct_ext.model_surgery.session import session_of
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_target(
                 f"asked for by {', '.join(where[:_MAX_LISTED])}{more}; the model works, but is not faster for it"
             )
     for warning in warnings:
-        _log.warning("%s", warning)
+        logger.warning("%s", warning)
     return warnings
 
 

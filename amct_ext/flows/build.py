@@ -26,6 +26,7 @@ from amct_ext.explain.reasons import layer_reasons
 from amct_ext.flows.check import check_model
 from amct_ext.flows.diagnosis import (
     check_pruned,
+    check_pruning_loss,
     export_note,
     float_in_checkpoint,
     uncalled_layers,
@@ -42,6 +43,7 @@ from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import Discovery, discover
+from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.permute import asks_for_permutation, permute_channels
 from amct_ext.record.types import ChannelRecord, Record
 
@@ -50,19 +52,21 @@ from amct_ext.record.types import ChannelRecord, Record
 class Planner:
     """How a flow turns the traits of a model's layers into a plan; ``config`` is what it reads.
 
-    splits_recurrent: LSTM and GRU layers may be split, so that all of them can be quantised.
+    splits_recurrent: LSTM and GRU layers may be split, so that all of them can be quantised. has_loss: create was given
+    one to rank channels by.
     """
 
     resolve: Callable[[Mapping[str, LayerTraits]], Plan]
     config: RetrainConfig | JsonConfig
     splits_recurrent: bool = False
+    has_loss: bool = False
 
     @classmethod
-    def of(cls, config: RetrainConfig | JsonConfig) -> Planner:
+    def of(cls, config: RetrainConfig | JsonConfig, has_loss: bool = False) -> Planner:
         """The planner that does what a configuration (text or JSON) says."""
         if isinstance(config, JsonConfig):
             return cls(lambda traits: resolve_json(config, traits), config, True)
-        return cls(lambda traits: resolve(config, traits), config, True)
+        return cls(lambda traits: resolve(config, traits, has_loss), config, True, has_loss)
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,26 @@ class Examined:
     findings: Findings
 
 
-def create(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
+def create(
+    model: nn.Module, input_data: Any, planner: Planner, record_file: str, pruning_loss: PruningLoss | None = None
+) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
-    inner = compress(model, input_data, planner, record_file)
+    start = _examine(model, input_data, planner)
+    check_pruning_loss(start.groups.prunable, start.plan, pruning_loss, planner.config.source)
+    inner = _compress(start, record_file, pruning_loss)
     check_pruned(session_of(inner), planner.config.source)
     start_record(inner)
     return wrap_like(model, inner)
 
 
 def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
-    """The copy that ``create`` returns, without its DistributedDataParallel wrapper; writes nothing."""
-    start = _examine(model, input_data, planner)
+    """What ``create`` would return, without its wrapper and without a loss: other channels may go; writes nothing."""
+    return _compress(_examine(model, input_data, planner), record_file)
+
+
+def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
     warn_of_left_alone(start.graph)
-    records = plan_channels(start.groups, start.plan, start.model)
+    records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
     channel = apply_channels(start.model, start.graph, records, start.inputs)
     if asks_for_permutation(start.plan):
         permute_channels(start.model, trace(start.model, start.inputs), start.plan, start.inputs)
@@ -165,7 +176,7 @@ def _split_recurrent(
         model, graph, settings = split_recurrent(model, graph, inputs, config.settings)
         return model, graph, Planner.of(replace(config, settings=settings))
     model, graph, config = split_recurrent(model, graph, inputs, config)
-    return model, graph, Planner.of(config)
+    return model, graph, Planner.of(config, planner.has_loss)
 
 
 def _insert(

@@ -28,6 +28,7 @@ from amct_ext.prune.discover import discover, onnx_operator
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_config import SearchConfig, dumps, read_search_config
 from amct_ext.prune.search_methods import (
+    GateTaylorSensitivity,
     GreedySearch,
     SearchChannelBase,
     SensitivityBase,
@@ -36,6 +37,7 @@ from amct_ext.prune.search_methods import (
 from amct_ext.prune.selection import removal_count
 
 __all__ = [
+    "GateTaylorSensitivity",
     "GreedySearch",
     "SearchChannelBase",
     "SensitivityBase",
@@ -60,11 +62,13 @@ def auto_channel_prune_search(
     ``config``: text file with compress_ratio (how many times fewer bit operations), ascend_optimized, max_prune_ratio,
     test_iteration (samples used) and override_prune_cfg (layers to skip, or with given ratios). ``input_data``: a list
     [data, label]; data is what create takes as input_data and label a tensor, samples along axis 0 of every tensor.
-    ``output_cfg``: written atomically once all has succeeded. ``sensitivity``, ``search_alg``: the built-in ones, or
-    objects of classes derived from ``SensitivityBase`` and ``SearchChannelBase``. The model is not changed. Errors:
-    TypeError (argument types), ValueError (configuration values, override file, unknown sensitivity or algorithm, what
-    an own one returns, nothing to search), RuntimeError (configuration text, too few samples, a model or loss that
-    rejects them, labels that would have to be broadcast), FileNotFoundError. Source: AMCT's function of the same name.
+    ``output_cfg``: written atomically once all has succeeded. ``sensitivity``: "TaylorLossSensitivity",
+    "GateTaylorSensitivity" (the written configuration then asks for `importance: GATE_TAYLOR`), or an object of a class
+    derived from ``SensitivityBase``; ``search_alg``: "GreedySearch" or an object derived from ``SearchChannelBase``.
+    The model is not changed. Errors: TypeError (argument types), ValueError (configuration values, override file,
+    unknown sensitivity or algorithm, what an own one returns, nothing to search), RuntimeError (configuration text, too
+    few samples, a model or loss that rejects them, labels that would have to be broadcast), FileNotFoundError. Source:
+    AMCT's function of the same name; GateTaylorSensitivity is ours.
     """
     check_types(
         model=(model, nn.Module),
@@ -75,7 +79,8 @@ def auto_channel_prune_search(
         search_alg=(search_alg, str, SearchChannelBase),
     )
     check_record_name(output_cfg, "output_cfg")
-    measure = _built_in(sensitivity, {"TaylorLossSensitivity": TaylorLossSensitivity}, "sensitivity")
+    measures = {each.__name__: each for each in (TaylorLossSensitivity, GateTaylorSensitivity)}
+    measure = _built_in(sensitivity, measures, "sensitivity")
     algorithm = _built_in(search_alg, {"GreedySearch": GreedySearch}, "search_alg")
     settings = read_search_config(config)
     inner = float_copy(model).eval()
@@ -98,7 +103,8 @@ def auto_channel_prune_search(
     search_space.write_costs(info, records)
     prune_config = (settings.compress_ratio, settings.ascend_optimized, settings.max_prune_ratio)
     removed = _removed(algorithm.channel_prune_search(info, records, prune_config), groups, settings.ascend_optimized)
-    write_atomic(output_cfg, _output(settings, plan, dict(zip(groups, removed, strict=True)), given))
+    importance = "GATE_TAYLOR" if isinstance(measure, GateTaylorSensitivity) else None
+    write_atomic(output_cfg, _output(settings, plan, dict(zip(groups, removed, strict=True)), given, importance))
 
 
 def _output(
@@ -106,10 +112,14 @@ def _output(
     plan: Plan,
     removed: Mapping[ChannelGroup, int],
     given: Sequence[tuple[ChannelGroup, FilterPrune]],
+    importance: str | None,
 ) -> str:
-    """The text of the configuration: found ratios by layer, given ones, and the layers that stay whole."""
+    """The text of the configuration: found ratios by layer, given ones, and the layers that stay whole.
+
+    `importance`: how the channels were ranked that the ratios were found for; None: as the search does by default.
+    """
     ratios = {
-        member.name: FilterPrune(count / group.count, settings.ascend_optimized)
+        member.name: FilterPrune(count / group.count, settings.ascend_optimized, importance)
         for group, count in removed.items()
         for member in group.producers
         if count

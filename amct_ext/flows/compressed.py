@@ -7,31 +7,43 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.validation import check_callable, check_record_name, check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.config.text import parse_config
 from amct_ext.flows import build, saving
 from amct_ext.model_surgery.session import session_of
+from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.record.text import read_record
 
 
 @outside_inference_mode
 def create_compressed_retrain_model(
-    model: nn.Module, input_data: Any, config_defination: str, record_file: str
+    model: nn.Module,
+    input_data: Any,
+    config_defination: str,
+    record_file: str,
+    *,
+    pruning_loss: PruningLoss | None = None,
 ) -> nn.Module:
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
     ``input_data``: what ``model`` accepts, used to trace it: a tensor, a tuple (a dict at its end holds arguments by
     name, as for torch.onnx.export), or a dict by name. ``config_defination``: configuration text file. ``record_file``:
     written (atomically, once everything succeeded) with the channel groups and 2:4 masks; the eval phases of the
-    returned model add the quantisation factors. The caller's model is not changed; the copy keeps its train/eval mode
-    and, where it was wrapped, its DistributedDataParallel wrapper. What a save will meet is told in a warning. Errors:
-    TypeError (argument types), ValueError (configuration, record name, nothing to compress), RuntimeError (the model
-    rejects the input, or is compressed already). Source: AMCT's function of the same name.
+    returned model add the quantisation factors. ``pruning_loss``: for `importance: GATE_TAYLOR`; given the float model
+    (a copy in eval mode), it yields scalar losses, one per batch: ``lambda model: (loss(model(x), y) for x, y in
+    batches)``. In a distributed job all ranks give one, and the mean of their measures counts. The caller's model is
+    not changed; the copy keeps its train/eval mode and, where it was wrapped, its DistributedDataParallel wrapper. What
+    a save will meet is told in a warning. Errors: TypeError (argument types), ValueError (configuration, record name,
+    nothing to compress, GATE_TAYLOR without a loss), RuntimeError (the model rejects the input, or is compressed
+    already; losses that are no finite scalars of the model). Source: AMCT's function of the same name; `pruning_loss`
+    is ours.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
-    return build.create(model, input_data, build.Planner.of(parse_config(config_defination)), record_file)
+    check_callable(pruning_loss=pruning_loss)
+    planner = build.Planner.of(parse_config(config_defination), pruning_loss is not None)
+    return build.create(model, input_data, planner, record_file, pruning_loss)
 
 
 @outside_inference_mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
 from amct_ext.model_surgery.session import Session
+from amct_ext.prune.gate_taylor import PruningLoss
+from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.selection import measure_of
 
 logger = logging.getLogger("amct_ext")
 _MAX_LISTED = 9  # layers named in a message
@@ -68,6 +71,20 @@ def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor
         if kept and not any(key.startswith(own) for key in state):
             found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
     return found
+
+
+def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: PruningLoss | None, source: str) -> None:
+    """Raise ConfigError where channels are to be ranked by a loss that was not given; warn of one that ranks none."""
+    asked = [group.producers[0].name for group in groups if measure_of(group, plan) == "GATE_TAYLOR"]
+    if asked and given is None:
+        raise ConfigError(
+            f"{source}: '{asked[0]}' is to be pruned by importance: GATE_TAYLOR, which needs a loss; give create "
+            "pruning_loss=lambda model: (loss(model(x), y) for x, y in batches), or choose GROUP_L2"
+        )
+    if given is not None and groups and not asked:
+        logger.warning(
+            "%s: pruning_loss has no effect, for no layer that can be pruned asks for importance: GATE_TAYLOR", source
+        )
 
 
 def check_pruned(session: Session, source: str) -> None:

@@ -10,33 +10,45 @@ from typing import Any
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
-from amct_ext.common.validation import check_record_name, check_types
+from amct_ext.common.validation import check_callable, check_record_name, check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.config.plan import Plan, resolve
 from amct_ext.config.text import parse_config
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, ModelError
 from amct_ext.flows import build, saving
+from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.record.text import read_record
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @outside_inference_mode
 def create_prune_retrain_model(
-    model: nn.Module, input_data: Any, config_defination: str, record_file: str
+    model: nn.Module,
+    input_data: Any,
+    config_defination: str,
+    record_file: str,
+    *,
+    pruning_loss: PruningLoss | None = None,
 ) -> nn.Module:
     """Return a pruned and/or 2:4-sparse copy of ``model``, ready to be retrained.
 
     ``config_defination``: configuration text file; its quantisation fields are checked and otherwise ignored.
-    ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks. The caller's
-    model is not changed; the copy keeps its train/eval mode and its DistributedDataParallel wrapper. Errors: TypeError
-    (argument types), ValueError (configuration, record name, nothing to prune), RuntimeError (the model rejects the
-    input, or is compressed already). Source: AMCT's function of the same name.
+    ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks.
+    ``pruning_loss``: for `importance: GATE_TAYLOR`; given the float model (a copy in eval mode), it yields scalar
+    losses, one per batch: ``lambda model: (loss(model(x), y) for x, y in batches)``. In a distributed job all ranks
+    give one, and the mean of their measures counts. The caller's model is not changed; the copy keeps its train/eval
+    mode and its DistributedDataParallel wrapper. Errors: TypeError (argument types), ValueError (configuration, record
+    name, nothing to prune, GATE_TAYLOR without a loss), RuntimeError (the model rejects the input, or is compressed
+    already; losses that are no finite scalars of the model). Source: AMCT's function of the same name; `pruning_loss`
+    is ours.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
-    return build.create(model, input_data, _planner(config_defination), record_file)
+    check_callable(pruning_loss=pruning_loss)
+    planner = _planner(config_defination, pruning_loss is not None)
+    return build.create(model, input_data, planner, record_file, pruning_loss)
 
 
 @outside_inference_mode
@@ -67,7 +79,7 @@ def restore_prune_retrain_model(
     planner = _planner(config_defination)
     record = read_record(record_file)
     if not (record.channel or record.sparse):
-        _log.warning("%s: no prune_record, so no channels are removed", record_file)
+        logger.warning("%s: no prune_record, so no channels are removed", record_file)
     return build.restore(model, input_data, planner, record, record_file, pth_file, state_dict_name)
 
 
@@ -98,11 +110,11 @@ def save_prune_retrain_model(
     saving.save_plain(inner, save_path, input_data, names)
 
 
-def _planner(config_defination: str) -> build.Planner:
+def _planner(config_defination: str, has_loss: bool = False) -> build.Planner:
     config = parse_config(config_defination)
 
     def prune_only(traits: Mapping[str, LayerTraits]) -> Plan:
-        plan = resolve(config, traits)
+        plan = resolve(config, traits, has_loss)
         layers = {name: replace(layer, quant=None) for name, layer in plan.layers.items()}
         if all(layer.prune is None for layer in layers.values()):
             reason = "every layer is skipped" if plan.prune_active else "there is no prune_config"

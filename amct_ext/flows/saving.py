@@ -27,7 +27,7 @@ from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, sess
 from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ExportNames(TypedDict):
@@ -164,7 +164,7 @@ def save_quantised(
             )
     for name in session.order:
         if name not in placed:
-            _log.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
+            logger.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
     plain = plain or to_plain_model(model, input_data)
     inputs, pairs = plain.inputs, present_pairs(model)
     watched = {*quantised_layers(model), *pairs.values()}

@@ -49,7 +49,7 @@ def configure(
     compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of at each
     step; forward hooks in the model then see tensors whose values are computed when they are read.
     ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
-    values until the last batch; "histogram" keeps 2.4 MiB per quantiser however many there are, and the range found is
+    values until the last batch; "histogram" keeps 4.8 MiB per quantiser however many there are, and the range found is
     within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any
     time; begun as a histogram it ends as one, also in a model restored with "exact", for the values are gone.
     Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a

@@ -34,6 +34,37 @@ def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Buffers, attributes of modules and the random state come back exactly; modules keep the mode they have.
+
+    Buffers are replaced by copies for a while, so that a backward that has saved them finds them as they were.
+    """
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    modules = [module for module in model.modules() if module not in scripted]
+    attributes = [(module, dict(vars(module))) for module in modules]
+    buffers = [(module, dict(module._buffers)) for module in modules]
+    copies: dict[torch.Tensor, torch.Tensor] = {}
+    kept = [(held, held.clone()) for module in scripted for held in module.buffers(recurse=False)]
+    for module, owned in buffers:
+        for name, held in owned.items():
+            if held is not None:
+                module._buffers[name] = copies[held] = copies[held] if held in copies else held.clone()
+    with preserved_random_state(model):
+        try:
+            yield
+        finally:
+            for module, before in attributes:
+                vars(module).clear()
+                vars(module).update(before)
+            for module, owned in buffers:
+                module._buffers.clear()
+                module._buffers.update(owned)
+            for held, copy in kept:
+                if not torch.equal(held, copy):
+                    held.copy_(copy)
+
+
+@contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Eval or train mode for a while; each module's own comes back.
 

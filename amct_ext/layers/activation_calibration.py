@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from amct_ext.common.ranks import several_ranks
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.activation_types import ClipRange
 from amct_ext.layers.cached_item import CachedItem
-from amct_ext.layers.calibration_data import CalibrationData, batch_range, is_resumable
+from amct_ext.layers.calibration_data import CalibrationData, Values, is_resumable
 from amct_ext.layers.forward_context import host_can_read, state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
+from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch
 
 _NAN = float("nan")
 _EPS = torch.finfo(torch.float32).eps
+_log = logging.getLogger("amct_ext")
 
 
 class CalibratedClips(KeepsPrecision):
@@ -42,6 +46,7 @@ class CalibratedClips(KeepsPrecision):
         self.layer = layer
         self.num_bits = plan.num_bits
         self.fixed_min = fixed_min
+        self.search = RangeSearch.of(plan, fixed_min)
         self.batch_num = 0 if plan.clip_max is not None else batch_num
         # Equal clips mean "not set". An average over floating-point entries alone, made before the calibration, keeps
         # them equal.
@@ -57,6 +62,9 @@ class CalibratedClips(KeepsPrecision):
         self.uncalibrated_range: ClipRange | None = None  # of the last evaluation before the calibration; not state
         self.tracker = ForwardTracker()
         self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
+        self.found: FoundRange | None = None  # with it, until it was shared and told
+        self.candidates: tuple[Clips, ...] = ()  # between which the output of the network has yet to decide
+        self.chosen = self.search.method != "OUTPUT"
         self._seen = CachedItem(0, settled=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
@@ -131,6 +139,32 @@ class CalibratedClips(KeepsPrecision):
             self._seen.wrote(self.batches_seen, self.batch_num)
 
     @torch.no_grad()
+    def set_range(self, clips: Clips) -> None:
+        """Take other clips for those that the calibration found."""
+        self.clip_max.copy_(clips.high)
+        self.clip_min.copy_(clips.low)
+        self.prev_clip_max.copy_(clips.high)
+        self.prev_clip_min.copy_(clips.low)
+
+    def tell_range(self) -> None:
+        """Log, once after a calibration, that a robust range took the place of AMCT's, or no output was compared."""
+        if self.candidates:  # of a compiled graph, which cannot run again
+            self.candidates = ()
+            _log.warning(
+                "layer '%s': range_search: OUTPUT takes a calibration outside of compiled graphs; the range of least "
+                "absolute error stays", self.layer,
+            )  # fmt: skip
+        found, self.found = self.found, None
+        if found is None or found.amct is None or found.replaced is None or not bool(found.replaced):
+            return
+        _log.warning(
+            "layer '%s': AMCT's range %s would put more than half of the non-zero values of an activation into the "
+            "code of zero, because of a few large ones; a range that these do not decide, %s, is used. "
+            "range_search: AMCT in ulq_quantize keeps AMCT's",
+            self.layer, found.amct.text(), found.clips.text(),
+        )  # fmt: skip
+
+    @torch.no_grad()
     def _clips_are_set(self) -> bool:
         """Whether the clips are a range at all; reads the device, so only asked before the calibration is finished."""
         return bool(self.clip_max - self.clip_min > _EPS)
@@ -142,7 +176,7 @@ class CalibratedClips(KeepsPrecision):
         Where the host cannot read the clips, the device decides: clips that are set take precedence.
         """
         last = self._seen.value + 1 >= self.batch_num
-        clip_max, clip_min = batch_range(_flat_values(x.detach()), self.num_bits, last)
+        clip_max, clip_min = self.search.find(Values(_flat_values(x.detach())), last).clips
         if not host_can_read(self.clip_max) and self._seen.value == 0:
             usable = self.clip_max - self.clip_min > _EPS
             clip_max = torch.where(usable, self.clip_max, clip_max)
@@ -157,7 +191,8 @@ class CalibratedClips(KeepsPrecision):
             self.calibration.clear()
             seen = 0
         last = seen + 1 >= self.batch_num
-        clip_max, clip_min = self.calibration.add(_flat_values(x), self.num_bits, last, self.layer)
+        result = self.calibration.add(_flat_values(x), self.search, last, self.layer)
+        clip_max, clip_min = result.clips
         found: list[tuple[Tensor, Tensor]] = [(self.clip_max, clip_max), (self.clip_min, clip_min)]
         if last:
             found += [(self.prev_clip_max, clip_max), (self.prev_clip_min, clip_min)]
@@ -165,11 +200,16 @@ class CalibratedClips(KeepsPrecision):
         for own, value in [*found, (self.batches_seen, count)]:
             own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
         self.found_clips = "final" if last else "provisional"
+        self.found = result if last else None
+        self.candidates = result.candidates if last else ()
+        if not (several_ranks() or torch.compiler.is_compiling() or self.candidates):
+            self.tell_range()
         self._seen.wrote(self.batches_seen, seen + 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.uncalibrated_range = None
         self.calibration.clear()
+        self.candidates, self.chosen = (), self.search.method != "OUTPUT"
         data = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if data is not None and data.numel() and is_resumable(data):

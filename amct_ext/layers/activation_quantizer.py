@@ -29,6 +29,7 @@ class ActivationQuantizer(CalibratedClips):
         super().__init__(plan, fixed_min, batch_num, layer, device)
         self.validate_now = False
         self.stash = True
+        self.bypassed = False  # the input goes through as it is
         self.num_readers = 1
         self.shared: SharedInputCache[FakeQuantized] = SharedInputCache()
         self.shared_codes: SharedInputCache[QuantizedActivation] = SharedInputCache()
@@ -61,6 +62,8 @@ class ActivationQuantizer(CalibratedClips):
         return result.y
 
     def _fake_quantize(self, x: Tensor) -> FakeQuantized:
+        if self.bypassed:
+            return FakeQuantized(x, x, self.clip_max, self.clip_min)
         clips = self.clips_for(x)
         if not clips.is_state or x.numel() == 0 or state_updates_disabled():
             y, _, _, clip_max, clip_min, invalid = self._quantize(x, clips)
@@ -79,7 +82,7 @@ class ActivationQuantizer(CalibratedClips):
     def quantize_step(self, state: Tensor, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> Tensor:
         """Quantise the state of one step of a sequence; ``steps`` collects what ``end_sequence`` needs."""
         steps.append(self._quantize(state, clips))
-        return steps[-1][0]
+        return state if self.bypassed else steps[-1][0]
 
     def end_sequence(self, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> None:
         """Write the effective clips back, once per sequence: they are the same at every step, as are those of AMCT."""

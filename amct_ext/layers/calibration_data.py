@@ -9,10 +9,14 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
-from amct_ext.ops.calibration_histogram import BINS
+from amct_ext.layers.forward_context import host_can_read
+from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch, Sample
+from amct_ext.ops.calibration_histogram import BINS, HALVES
 
+_CACHED = 32768  # values
 _EXTREMES = 1024  # kept on either side: exact percentiles for up to 1.02e9 values
-_LENGTH = 2 * BINS + _EXTREMES
+_LENGTH = 4 * BINS + _EXTREMES
+_LENGTH_WITHOUT_SIGNS = 2 * BINS + _EXTREMES  # of version 0.1
 
 
 class CalibrationMethod(Protocol):
@@ -21,8 +25,8 @@ class CalibrationMethod(Protocol):
     def add(self, data: Tensor, x: Tensor) -> Tensor:
         """A new tensor with the values of ``x`` (float32 or float64, one dimension) added."""
 
-    def clips(self, data: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-        """The clips (maximum, minimum) that the range search finds; NaN where values were not finite."""
+    def sample(self, data: Tensor) -> Sample:
+        """The batches as the range search looks at them."""
 
 
 class ExactValues:
@@ -31,29 +35,78 @@ class ExactValues:
     def add(self, data: Tensor, x: Tensor) -> Tensor:
         return torch.cat([data.to(x), x])
 
-    def clips(self, data: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-        _, _, clip_max, clip_min = ops.search_clip_range(data, num_bits)
-        return clip_max, clip_min
+    def sample(self, data: Tensor) -> Sample:
+        return Values(data)
 
 
 class ValueHistogram:
-    """A histogram (int64, 2.4 MiB) however much data there is; the bound is that of `search_clip_range_histogram`.
+    """A histogram (int64, 4.8 MiB) however much data there is; the bound is that of `search_clip_range_histogram`.
 
     Data of `ExactValues` is counted into the histogram.
     """
 
     def add(self, data: Tensor, x: Tensor) -> Tensor:
         if is_histogram(data):
-            result = data.clone()
+            result = _with_signs(data.clone())
         else:
             result = torch.zeros(_LENGTH, dtype=torch.int64, device=x.device)
             ops.range_histogram_(data, *_parts(result))
         ops.range_histogram_(x, *_parts(result))
         return result
 
-    def clips(self, data: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
-        _, _, clip_max, clip_min, _ = ops.search_clip_range_histogram(*_parts(data), num_bits)
-        return clip_max, clip_min
+    def sample(self, data: Tensor) -> Sample:
+        return BinnedSample(data)
+
+
+class Values:
+    """A sample whose values are all there: one dimension, float32 or float64."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def amct_range(self, num_bits: int) -> Clips:
+        return Clips(*ops.search_clip_range(self.x, num_bits)[2:])
+
+    def ends(self) -> Clips:
+        return Clips(self.x.max(), self.x.min())
+
+    def mostly_below(self, magnitude: Tensor) -> Tensor:
+        # Parts that stay in the cache: the intermediate results are never written to memory.
+        in_parts = self.x.device.type == "cpu" and host_can_read(self.x)
+        parts = self.x.split(_CACHED) if in_parts else (self.x,)
+        within = torch.stack([torch.count_nonzero(part.abs() <= magnitude) for part in parts]).sum()
+        if in_parts and 2 * int(within) <= self.x.numel():  # whatever the number of zeros among them
+            return torch.zeros((), dtype=torch.bool)
+        nonzero = torch.stack([torch.count_nonzero(part) for part in parts]).sum()
+        return 2 * (within - (self.x.numel() - nonzero)) > nonzero
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        data = ValueHistogram().add(self.x.new_zeros(0), self.x)
+        return _parts(data)
+
+
+class BinnedSample:
+    """A sample of which a histogram was kept. What is below 2^-24 counts as zero."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = _with_signs(data)
+
+    def amct_range(self, num_bits: int) -> Clips:
+        return Clips(*ops.search_clip_range_histogram(*_parts(self.data), num_bits)[2:4])
+
+    def ends(self) -> Clips:
+        largest, smallest = _parts(self.data)[1][:, 0].unbind()
+        return Clips(largest, -smallest)
+
+    def mostly_below(self, magnitude: Tensor) -> Tensor:
+        one = torch.zeros(HALVES, dtype=torch.int64, device=self.data.device)
+        ops.range_histogram_(magnitude.abs().reshape(1), one, torch.zeros(2, 1, device=self.data.device))
+        counts = _parts(self.data)[0][:, 1:, 0].sum(0)
+        until = one[0, 1:, 0].flip(0).cumsum(0).flip(0)  # 1 up to the bin of the magnitude, that included
+        return 2 * (counts * until).sum() > counts.sum()
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        return _parts(self.data)
 
 
 class CalibrationData:
@@ -64,25 +117,25 @@ class CalibrationData:
         self.data: Tensor | None = None
         self.batches = 0  # taken so far
 
-    def add(self, x: Tensor, num_bits: int, last: bool, layer: str) -> tuple[Tensor, Tensor]:
-        """Add a batch (one dimension). Returns the clips (maximum, minimum) of the batch or, with the last one, of all.
+    def add(self, x: Tensor, search: RangeSearch, last: bool, layer: str) -> FoundRange:
+        """Add a batch (one dimension). Returns the clips for the batch or, with the last one, for all batches.
 
         A single batch is searched as it is, whatever the method: nothing need be kept. A calibration that has begun as
         a histogram stays one, for its values are gone. Errors: InvalidDataError where values are not finite; the batch
         is not added then.
         """
-        data = None
-        if last and self.data is None:
-            clip_max, clip_min = batch_range(x, num_bits, search=True)
-        else:
+        data: Tensor | None = None
+        sample: Sample = Values(x)
+        if not last or self.data is not None:
             method = ValueHistogram() if self.is_histogram else self.method
             data = method.add(x.new_zeros(0) if self.data is None else self.data.to(x.device), x)
-            clip_max, clip_min = method.clips(data, num_bits) if last else batch_range(x, num_bits, search=False)
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(clip_max) & torch.isfinite(clip_min)):
+            sample = method.sample(data) if last else sample
+        found = search.find(sample, last)
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(torch.stack(found.clips)).all()):
             raise InvalidDataError(f"layer '{layer}': its input holds NaN or Inf, no clip range can be found")
         self.data = None if last else data
         self.batches += 1
-        return clip_max, clip_min
+        return found
 
     def clear(self) -> None:
         """Free the data."""
@@ -98,11 +151,6 @@ class CalibrationData:
         return self.data is not None and is_histogram(self.data)
 
 
-def batch_range(x: Tensor, num_bits: int, search: bool) -> tuple[Tensor, Tensor]:
-    """The clips (maximum, minimum) for one batch: those that the range search finds, or the extremes."""
-    return ExactValues().clips(x, num_bits) if search else (x.max(), x.min())
-
-
 def is_histogram(data: Tensor) -> bool:
     """Whether the tensor holds a histogram, which is told by its dtype."""
     return data.dtype == torch.int64
@@ -110,10 +158,19 @@ def is_histogram(data: Tensor) -> bool:
 
 def is_resumable(data: Tensor) -> bool:
     """Whether this version of the library can continue with calibration data that another version saved."""
-    known = data.numel() == _LENGTH if is_histogram(data) else data.is_floating_point()
+    known = data.numel() in (_LENGTH, _LENGTH_WITHOUT_SIGNS) if is_histogram(data) else data.is_floating_point()
     return known and data.dim() == 1
 
 
+def _with_signs(data: Tensor) -> Tensor:
+    """The data with a half for negative values; where signs are unknown, half of the values if there are any."""
+    if data.numel() == _LENGTH:
+        return data
+    magnitudes, extremes = data[: 2 * BINS], data[2 * BINS :]
+    below = torch.where(extremes.view(torch.float32)[_EXTREMES] > 0, magnitudes // 2, 0)
+    return torch.cat([magnitudes - below, below, extremes])
+
+
 def _parts(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (int64, BINS x 2) and extremes (float32, 2 x 1024) as views of the data of a histogram."""
-    return data[: 2 * BINS].view(BINS, 2), data[2 * BINS :].view(torch.float32).view(2, _EXTREMES)
+    """Counts (int64, 2 x BINS x 2) and extremes (float32, 2 x 1024) as views of the data of a histogram."""
+    return data[: 4 * BINS].view(HALVES), data[4 * BINS :].view(torch.float32).view(2, _EXTREMES)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -9,18 +13,31 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _TRACERS = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def frozen_state() -> Iterator[None]:
+    """Forwards in this thread change no state of compressed layers for a while."""
+    before = getattr(_thread, "frozen", False)
+    _thread.frozen = True
+    try:
+        yield
+    finally:
+        _thread.frozen = before
 
 
 def state_updates_disabled() -> bool:
     """Whether the current forward must not change any state.
 
     True inside a backward (gradient checkpointing runs a part again, whose results must be those of the first run),
-    under a transform of torch.func, in a tracer or an exporter.
+    under a transform of torch.func, in a tracer or an exporter, in `frozen_state`.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (
-        in_backward()
+        getattr(_thread, "frozen", False)
+        or in_backward()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or _in_tracer()

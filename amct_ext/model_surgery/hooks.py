@@ -15,6 +15,7 @@ from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
 from amct_ext.model_surgery.lookup import every_layer
+from amct_ext.model_surgery.output_ranges import choose_ranges, hold_input
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
@@ -31,6 +32,9 @@ def attach(model: nn.Module, session: Session) -> None:
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
+    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
+    if session.ranges_to_choose:
+        model.register_forward_pre_hook(_hold_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     model.register_forward_hook(_end_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
@@ -41,7 +45,7 @@ def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    attached = (_before_forward, _after_forward, _end_forward, _before_state_dict, _after_load)
+    attached = (_before_forward, _hold_input, _after_forward, _end_forward, _before_state_dict, _after_load)
     every = (
         model._forward_pre_hooks,
         model._forward_hooks,
@@ -52,6 +56,7 @@ def detach(model: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook in attached]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def outside_dynamo(function: Callable[..., None]) -> Callable[..., None]:
@@ -69,6 +74,11 @@ def _before_forward(model: nn.Module, args: object) -> None:
             link_batchnorms(model, session.conv_bn)
         if not state_updates_disabled():
             _reset_stale_shifts(model, session)
+
+
+def _hold_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    if getattr(model, ATTRIBUTE).ranges_to_choose:
+        hold_input(model, args, kwargs)
 
 
 def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
@@ -99,10 +109,12 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    if several_ranks() and not state_updates_disabled():
+    if (several_ranks() or session.ranges_to_choose) and not state_updates_disabled():
         quantizers = own_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
             share_ranges(quantizers)
+            if session.ranges_to_choose and not torch.compiler.is_compiling():
+                choose_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if learning:
@@ -134,3 +146,4 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
+    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from amct_ext.common.ranks import sum_
+from amct_ext.common.ranks import several_ranks, sum_
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 
 
@@ -16,25 +16,35 @@ def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
 
     Called on all ranks after each training forward until every calibration is finished. What is sent has a place for
     every quantiser, whichever layers a rank ran. Where a rank has finished the calibration of a layer, that range
-    counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else.
+    counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else. The
+    robust ranges of all ranks count where one rank had to replace AMCT's.
     """
-    if all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
+    if not several_ranks() or all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
         return
     first = quantizers[0].clip_max
     dtype = torch.float64 if any(q.clip_max.dtype == torch.float64 for q in quantizers) else torch.float32
-    table = torch.zeros(len(quantizers), 2, 3, dtype=dtype, device=first.device)  # final or not; count, clips
+    # Of each quantiser: clips that are final, that are not, that are robust; how many ranks, and the sums of the clips.
+    table = torch.zeros(len(quantizers), 3, 3, dtype=dtype, device=first.device)
     for row, quantizer in zip(table, quantizers, strict=True):
         if quantizer.found_clips:
             found = row[0 if quantizer.found_clips == "final" else 1]
             found[0] = 1
             found[1:] = torch.stack([quantizer.clip_max, quantizer.clip_min])
+        robust = None if quantizer.found is None else quantizer.found.robust
+        if robust is not None and quantizer.found is not None and quantizer.found.replaced is not None:
+            row[2, 0] = quantizer.found.replaced
+            row[2, 1:] = torch.stack(robust)
         quantizer.found_clips = ""
+        if not quantizer.candidates:
+            quantizer.tell_range()
     sum_(table)
     counts = table[..., 0].tolist()
-    for (finished, provisional), row, quantizer in zip(counts, table, quantizers, strict=True):
+    for (finished, provisional, replaced), row, quantizer in zip(counts, table, quantizers, strict=True):
         if not finished and not provisional:
             continue
         clips = row[0 if finished else 1, 1:] / (finished or provisional)
+        if replaced:  # AMCT's range is too wide on a rank: all take what is robust on their data
+            clips = row[2, 1:] / finished
         quantizer.clip_max.copy_(clips[0])
         quantizer.clip_min.copy_(clips[1])
         if finished:

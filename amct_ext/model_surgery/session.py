@@ -14,6 +14,7 @@ from amct_ext.config.plan import Plan
 from amct_ext.config.text import RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
+from amct_ext.graph.inputs import Inputs
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
@@ -58,14 +59,17 @@ class Session:
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
+    ranges_to_choose: bool = False  # by the output of the model, once they are calibrated
+    held_input: Inputs | None = None  # of a calibrating forward under way, where the output is to choose ranges
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"evaluated": None, "recorded": None}  # identities of this process
+        # identities of this process, and what belongs to one forward
+        return vars(self) | {"evaluated": None, "recorded": None, "held_input": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.written = None
+        new.record_file = new.written = new.held_input = None
         new.tracker = copy.deepcopy(self.tracker, memo)
         return new
 
@@ -106,3 +110,5 @@ def raise_if_invalid(model: nn.Module) -> None:
     if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
+    for quantiser in quantisers:
+        quantiser.tell_range()  # of a calibration in a compiled graph

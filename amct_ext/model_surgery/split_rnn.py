@@ -16,7 +16,7 @@ from amct_ext.graph.trace import Graph, trace
 from amct_ext.graph.traits import why_not_usable
 from amct_ext.layers.rnn_stack import RecurrentStack
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 def split_recurrent(
@@ -42,7 +42,7 @@ def split_recurrent(
             stack = RecurrentStack.of(module)
             parts[name] = [f"{name}.{child}" if name else child for child, _ in stack.named_children()]
             model = replace_modules(model, {module: stack})
-            _log.info("layer '%s' is quantised as single layers: %s", name, ", ".join(parts[name]))
+            logger.info("layer '%s' is quantised as single layers: %s", name, ", ".join(parts[name]))
     # A layer that stays whole cannot be quantised, which a plan takes as a reason to refuse its name in these lists.
     config = replace(
         config,

@@ -10,6 +10,7 @@ from amct_ext import backends
 from amct_ext.ops._registration import OPS
 from amct_ext.ops.activation_ulq import *
 from amct_ext.ops.calibration_histogram import *
+from amct_ext.ops.calibration_robust import *
 from amct_ext.ops.calibration_search import *
 from amct_ext.ops.calibration_shift import *
 from amct_ext.ops.integer_accumulators import *

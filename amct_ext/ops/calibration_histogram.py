@@ -16,6 +16,8 @@ _CUT = 13
 _PER_OCTAVE = 1 << (23 - _CUT)
 _FIRST = (127 - 24) * _PER_OCTAVE - 1
 BINS = 256 * _PER_OCTAVE - _FIRST
+MAGNITUDES = (BINS, 2)  # shape of a histogram
+HALVES = (2, BINS, 2)  # the same, of values not below zero and of those below
 
 __all__ = ["range_histogram_", "search_clip_range_histogram"]
 
@@ -29,7 +31,8 @@ def range_histogram_(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     Args:
         x: float32, float16 or bfloat16; float64 is rounded to float32.
         histogram: int64, (156673, 2): how many magnitudes fall into a bin, and the sum of the 13 bits that the bin
-            leaves open; updated. 2.4 MiB, whatever the amount of data.
+            leaves open; updated. 2.4 MiB, whatever the amount of data. Or (2, 156673, 2): the same for values not below
+            zero, then for those below.
         extremes: float32, (2, k): the k largest values and the k largest of the negated ones, falling, zeros where
             there are none; updated. k = 1024 makes the percentile exact for up to 1.02e9 values.
 
@@ -64,7 +67,7 @@ def search_clip_range_histogram(
     bits (float16, bfloat16) lie on edges: nothing is lost.
 
     Args:
-        histogram, extremes: as `range_histogram_` left them.
+        histogram, extremes: as `range_histogram_` left them; of two halves the sum counts.
         num_bits: 2 to 16.
 
     Returns: `(scale, offset, clip_max, clip_min, excess)`, 0-dim float32, excess float64: the mean squared error of the
@@ -84,13 +87,14 @@ def search_clip_range_histogram(
     return torch.ops.amct_ext.search_clip_range_histogram(histogram, extremes, num_bits)
 
 
-def _check_histogram(op: str, histogram: Tensor, extremes: Tensor) -> None:
+def check_histogram(op: str, histogram: Tensor, extremes: Tensor, *shapes: tuple[int, ...]) -> None:
+    """A histogram of one of these shapes, with extremes."""
     check_dtype(op, "histogram", histogram, torch.int64)
     check_dtype(op, "extremes", extremes, torch.float32)
     require(
-        histogram.shape == (BINS, 2),
+        histogram.shape in shapes,
         ValueError,
-        lambda: f"{op}: histogram must have shape ({BINS}, 2), not {tuple(histogram.shape)}",
+        lambda: f"{op}: histogram must have shape {' or '.join(map(str, shapes))}, not {tuple(histogram.shape)}",
     )
     require(
         extremes.dim() == 2 and extremes.shape[0] == 2 and extremes.shape[1] > 0,
@@ -99,9 +103,15 @@ def _check_histogram(op: str, histogram: Tensor, extremes: Tensor) -> None:
     )
 
 
+def holds_no_range(histogram: Tensor) -> Tensor:
+    """Whether there are no values, or some that are not finite; 0-dim."""
+    counts = histogram[..., 0]
+    return (counts.sum() == 0) | (counts[..., -_PER_OCTAVE:].sum() > 0)
+
+
 def _check_batch(op: str, x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     check_floating(op, "x", x)
-    _check_histogram(op, histogram, extremes)
+    check_histogram(op, histogram, extremes, MAGNITUDES, HALVES)
 
 
 @reference("range_histogram_", check=_check_batch, empty=lambda **_: None)
@@ -111,14 +121,20 @@ def range_histogram_reference(x: Tensor, histogram: Tensor, extremes: Tensor) ->
     keys = bits.clamp_min((_FIRST + 1) << _CUT).sub(_FIRST << _CUT)
     keys = torch.where(bits < (_FIRST + 1) << _CUT, torch.zeros_like(keys), keys)
     added = torch.stack([torch.ones_like(keys), keys & ((1 << _CUT) - 1)], 1).to(torch.int64)
-    histogram.index_add_(0, (keys >> _CUT).to(torch.int64), added)
+    bins = (keys >> _CUT).to(torch.int64)
+    if histogram.dim() == 3:
+        negative = (values.signbit() & (values != 0)).reshape(-1, 1)
+        histogram[0].index_add_(0, bins, torch.where(negative, 0, added))
+        histogram[1].index_add_(0, bins, torch.where(negative, added, 0))
+    else:
+        histogram.index_add_(0, bins, added)
     finite = torch.where(torch.isfinite(values), values, torch.zeros_like(values))
     both = torch.cat([extremes, torch.stack([finite, -finite]).clamp_min(0)], 1)
     extremes.copy_(both.topk(extremes.shape[1], 1).values)
 
 
 def _check_search(op: str, histogram: Tensor, extremes: Tensor, num_bits: int) -> None:
-    _check_histogram(op, histogram, extremes)
+    check_histogram(op, histogram, extremes, MAGNITUDES, HALVES)
     check_bits(op, num_bits)
 
 
@@ -132,12 +148,12 @@ def search_clip_range_histogram_reference(
     histogram: Tensor, extremes: Tensor, num_bits: int = 8
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lowest, highest = code_range(num_bits)
+    histogram = histogram.sum(0) if histogram.dim() == 3 else histogram
     counts = histogram[:, 0]
     total = counts.sum().to(torch.float64)
     rank = (total - torch.floor(PERCENTILE * total)).clamp(1, extremes.shape[1]).to(torch.int64) - 1
     largest, smallest = extremes.gather(1, rank.expand(2, 1)).reshape(2).unbind()
-    broken = (total == 0) | (counts[-_PER_OCTAVE:].sum() > 0)
-    largest = torch.where(broken, torch.full_like(largest, torch.nan), largest)
+    largest = torch.where(holds_no_range(histogram), torch.full_like(largest, torch.nan), largest)
     scales, offsets, ends = symmetric_candidates(largest, -smallest, num_bits)
 
     low, high, rounding = _loss_bounds(histogram, scales.to(torch.float64), ends.to(torch.float64), int(-lowest))
@@ -149,34 +165,68 @@ def search_clip_range_histogram_reference(
     return scale, offset, (highest - offset) * scale, (lowest - offset) * scale, excess
 
 
+class BinnedValues:
+    """The magnitudes of a histogram (BINS, 2) in float64: how many there are in a bin, and where in it they lie."""
+
+    def __init__(self, histogram: Tensor) -> None:
+        self.counts = histogram[:, 0].to(torch.float64)
+        # The bits of a float32 become those of the same float64 when the exponent is moved from one bias to the other.
+        keys = torch.arange(_FIRST, _FIRST + BINS + 1, device=histogram.device, dtype=torch.int64)
+        edges = ((keys + (1023 - 127) * _PER_OCTAVE) << (52 - 23 + _CUT)).view(torch.float64)
+        edges[0] = 0
+        self.bottom, self.width = edges[:-1], edges.diff()
+        self.inside = histogram[:, 1].to(torch.float64) * (self.width / 2**_CUT)  # sum of the distances from the bottom
+        self.sums = self.counts * self.bottom + self.inside
+        self._above_counts, self._above_sums = _sums_above(self.counts), _sums_above(self.sums)
+
+    def hinge_bounds(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of H(t), the sum of max(|v| - t, 0), from below and above; any shape, float64, not negative."""
+        at, into = self._place(t)
+        beyond = self._above_sums[at] - t * self._above_counts[at]
+        least = (self.inside[at] - self.counts[at] * into).clamp_min(0)
+        most = torch.maximum(self.inside[at] * (1 - into / self.width[at]), least)
+        return beyond + least, beyond + most
+
+    def above(self, t: Tensor) -> Tensor:
+        """H(t), halfway between its bounds."""
+        least, most = self.hinge_bounds(t)
+        return (least + most) / 2
+
+    def count_above(self, t: Tensor) -> Tensor:
+        """How many magnitudes lie above t, as if they were spread evenly within a bin."""
+        at, into = self._place(t)
+        return self._above_counts[at] + self.counts[at] * (1 - into / self.width[at]).clamp(0, 1)
+
+    def squares_above(self, t: Tensor) -> Tensor:
+        """The sum of max(|v| - t, 0)^2, as if the values of a bin were all its mean."""
+        at, into = self._place(t)
+        mean = self.inside / self.counts.clamp_min(1)
+        squares = _sums_above(self.counts * (self.bottom + mean).square())
+        beyond = squares[at] - 2 * t * self._above_sums[at] + t.square() * self._above_counts[at]
+        return beyond + self.counts[at] * (mean[at] - into).clamp_min(0).square()
+
+    def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The bin of t, and how far above its bottom t lies."""
+        bits = t.view(torch.int64) >> (52 - 23 + _CUT)
+        at = (bits - (1023 - 127) * _PER_OCTAVE - _FIRST).clamp(0, BINS - 1)
+        return at, (t - self.bottom[at]).clamp_min(0)
+
+
+def _sums_above(values: Tensor) -> Tensor:
+    return torch.cat([values.flip(0).cumsum(0).flip(0)[1:], values.new_zeros(1)])
+
+
 def _loss_bounds(histogram: Tensor, scales: Tensor, ends: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """The squared error of each scale less sum(v^2), from both sides, and how far float64 may be off."""
-    counts = histogram[:, 0].to(torch.float64)
-    # The bits of a float32 become those of the same float64 when the exponent is moved from one bias to the other.
-    keys = torch.arange(_FIRST, _FIRST + BINS + 1, device=histogram.device, dtype=torch.int64)
-    edges = ((keys + (1023 - 127) * _PER_OCTAVE) << (52 - 23 + _CUT)).view(torch.float64)
-    edges[0] = 0
-    bottom, width = edges[:-1], edges.diff()
-    inside = histogram[:, 1].to(torch.float64) * (width / 2**_CUT)  # sum of the distances from the lower edge
-    sums = counts * bottom + inside
-
-    def above(values: Tensor) -> Tensor:
-        return torch.cat([values.flip(0).cumsum(0).flip(0)[1:], values.new_zeros(1)])
-
+    values = BinnedValues(histogram)
     steps = torch.arange(levels, device=histogram.device, dtype=torch.float64)
-    s = scales.reshape(-1, 1)
-    t = (steps + 0.5) * s
+    t = (steps + 0.5) * scales.reshape(-1, 1)
     crossed = t < ends.reshape(-1, 1)  # what is clipped lies below the boundaries beyond
-    bits = t.view(torch.int64) >> (52 - 23 + _CUT)
-    at = (bits - (1023 - 127) * _PER_OCTAVE - _FIRST).clamp(0, BINS - 1)
-    beyond = above(sums)[at] - t * above(counts)[at]
-    into = (t - bottom[at]).clamp_min(0)
-    least = (inside[at] - counts[at] * into).clamp_min(0)
-    most = torch.maximum(inside[at] * (1 - into / width[at]), least)
-    zero = torch.zeros_like(beyond)
+    least, most = values.hinge_bounds(t)
+    zero = torch.zeros_like(t)
 
     def loss(hinge: Tensor) -> Tensor:
-        return -2 * scales * torch.where(crossed, beyond + hinge, zero).sum(1)
+        return -2 * scales * torch.where(crossed, hinge, zero).sum(1)
 
     # A running sum over all bins is off by BINS * 2^-53 of itself at most, in any order.
-    return loss(most), loss(least), BINS * 2.0**-51 * levels * scales.max() * sums.sum()
+    return loss(most), loss(least), BINS * 2.0**-51 * levels * scales.max() * values.sums.sum()

@@ -95,7 +95,7 @@ def _ratios(like: Tensor) -> Tensor:
 
 def first_smallest(loss: Tensor) -> Tensor:
     """Index of the first smallest, 0-dim; which of several equal ones argmin returns depends on the device."""
-    return (loss <= loss.min()).to(torch.int32).cumsum(0).eq(0).sum().clamp_max(CANDIDATES - 1)
+    return (loss <= loss.min()).to(torch.int32).cumsum(0).eq(0).sum().clamp_max(len(loss) - 1)
 
 
 def _check(op: str, x: Tensor, num_bits: int, **_: object) -> None:

@@ -73,22 +73,9 @@ def integer_conv2d(
         [4.0]
     """
     return torch.ops.amct_ext.integer_conv2d(
-        codes,
-        x_scale,
-        x_offset,
-        packed,
-        sums,
-        w_scale,
-        bias,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        channels_last,
-        addend,
-        lowest,
-        highest,
-    )
+        codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation,
+        channels_last, addend, lowest, highest,
+    )  # fmt: skip
 
 
 def integer_conv2d_codes(
@@ -135,26 +122,9 @@ def integer_conv2d_codes(
         [255, 255, 255, 255]
     """
     return torch.ops.amct_ext.integer_conv2d_codes(
-        codes,
-        x_scale,
-        x_offset,
-        packed,
-        sums,
-        w_scale,
-        bias,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        lowest,
-        highest,
-        clip_max,
-        clip_min,
-        prev_clip_max,
-        prev_clip_min,
-        num_bits,
-        fixed_min,
-    )
+        codes, x_scale, x_offset, packed, sums, w_scale, bias, kernel_size, stride, padding, dilation, lowest,
+        highest, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min,
+    )  # fmt: skip
 
 
 def integer_linear(

@@ -7,30 +7,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from amct_ext.common.references import copy_model
 from amct_ext.config.plan import Plan
 from amct_ext.errors import RecordError
 from amct_ext.graph.inputs import parse_inputs
-from amct_ext.graph.run import preserved_state, tensors_in
+from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state, tensors_in
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discover import Discovery
+from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
+from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal
-from amct_ext.prune.selection import select_channels
+from amct_ext.prune.selection import measure_of, select_channels
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
 
 
-def plan_channels(found: Discovery, plan: Plan, model: nn.Module) -> tuple[ChannelRecord, ...]:
+def plan_channels(
+    found: Discovery, plan: Plan, model: nn.Module, pruning_loss: PruningLoss | None = None
+) -> tuple[ChannelRecord, ...]:
     """One record per prunable group of what `discover` found; prune_index is empty where rounding keeps all.
 
-    Nothing is changed. Errors: InvalidDataError where a weight cannot be ranked.
+    `pruning_loss`: what GATE_TAYLOR measures; without it those groups are ranked by GROUP_L2. Nothing is changed.
+    Errors: InvalidDataError where a weight cannot be ranked, InputDataError for the losses.
     """
     for name, reason in found.why_not().items():
         _logger.info("%s is not pruned: %s", name, reason)
-    return tuple(group.record(select_channels(group, plan, model)) for group in found.prunable)
+    measured = [group for group in found.prunable if measure_of(group, plan) == "GATE_TAYLOR"]
+    scores: dict[ChannelGroup, Tensor] = {}
+    if measured and pruning_loss is not None:
+        copy = copy_model(model)  # whatever the callable does to it, `model` stays as it is
+        with preserved_random_state(copy), in_mode(copy, training=False):
+            scores = dict(zip(measured, gate_taylor(copy, measured, pruning_loss), strict=True))
+    return tuple(group.record(select_channels(group, plan, model, scores.get(group))) for group in found.prunable)
 
 
 def apply_channels(

@@ -108,6 +108,8 @@ def dumps(config: SearchConfig, ratios: Mapping[str, FilterPrune], untouched: Se
 def _fill(prune_config: Any, prune: FilterPrune) -> None:
     pruner = prune_config.filter_pruner.balanced_l2_norm_filter_prune
     pruner.prune_ratio, pruner.ascend_optimized = prune.ratio, prune.ascend_optimized
+    if prune.importance is not None:
+        pruner.importance = pruner.Importance.Value(prune.importance)
 
 
 def _parse(path: str | os.PathLike[str], kind: str) -> tuple[Any, Places]:

@@ -1,4 +1,4 @@
-"""Choice of channels: how many of a group go, and which (AMCT's balanced L2 norm rule)."""
+"""Choice of channels: how many of a group go, and which."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
-from amct_ext.errors import InvalidDataError
 from amct_ext.ops import filter_norms
 from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.importance import finite_weight, group_norms
 
 ASCEND_MULTIPLE = 16
+MEASURES = ("BALANCED_L2", "GROUP_L2", "GATE_TAYLOR")  # in this order each looks at more
 
 
 def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: int = 1) -> int:
@@ -31,8 +32,13 @@ def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: i
     return channels - (remain or blocks)
 
 
+def measure_of(group: ChannelGroup, plan: Plan) -> str:
+    """How the channels of a group are ranked: of what its producers ask for, the measure that looks at most."""
+    return max((prune.importance or MEASURES[0] for prune in _settings(group, plan)), key=MEASURES.index)
+
+
 def importance(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Importance of each output channel: L2 norms, brought to 0..1 per weight, summed over the coupled weights."""
+    """AMCT's importance of each output channel: L2 norms, brought to 0..1 per weight, summed over coupled weights."""
     total = torch.zeros(())
     for weight in weights:
         norms = filter_norms(weight.detach()) / (weight.numel() / weight.shape[0])
@@ -53,18 +59,21 @@ def least_important(scores: torch.Tensor, ratio: float, ascend_optimized: bool, 
     return tuple(sorted(places.flatten().tolist()))
 
 
-def select_channels(group: ChannelGroup, plan: Plan, model: nn.Module) -> tuple[int, ...]:
-    """The channels of a group that go: the producers' smallest ratio counts, and rounding if any asks for it."""
-    weights = []
-    settings = []
-    for member in group.producers:
-        weight = model.get_parameter(f"{member.name}.weight")
-        if not bool(torch.isfinite(weight).all()):
-            raise InvalidDataError(f"{member.name}: the weight holds NaN or Inf, so its channels cannot be ranked")
-        weights.append(weight)
-        prune = plan.layers[member.name].prune
-        if isinstance(prune, FilterPrune):
-            settings.append(prune)
+def select_channels(group: ChannelGroup, plan: Plan, model: nn.Module, scores: Tensor | None = None) -> tuple[int, ...]:
+    """The channels of a group that go: the producers' smallest ratio counts, and rounding if any asks for it.
+
+    `scores`: of GATE_TAYLOR. Without them (a dry run without a loss) GROUP_L2 stands in for it.
+    """
+    settings = _settings(group, plan)
+    if scores is None:
+        weights = [finite_weight(member, model) for member in group.producers]
+        balanced = measure_of(group, plan) == "BALANCED_L2"
+        scores = importance(weights) if balanced else group_norms(group, model)
     ratio = min(prune.ratio for prune in settings)
     ascend = any(prune.ascend_optimized for prune in settings)
-    return least_important(importance(weights).cpu(), ratio, ascend, group.blocks or 1)
+    return least_important(scores.cpu(), ratio, ascend, group.blocks or 1)
+
+
+def _settings(group: ChannelGroup, plan: Plan) -> list[FilterPrune]:
+    prunes = [plan.layers[member.name].prune for member in group.producers]
+    return [prune for prune in prunes if isinstance(prune, FilterPrune)]

@@ -72,12 +72,14 @@ void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& ex
   check_floating(op, "x", x);
   check_type(op, "histogram", histogram, at::kLong);
   check_type(op, "extremes", extremes, at::kFloat);
-  TORCH_CHECK_VALUE(histogram.dim() == 2 && histogram.size(0) == kBins && histogram.size(1) == 2, op,
-                    ": histogram must have shape (", kBins, ", 2), not ", histogram.sizes());
+  const bool with_sign = histogram.dim() == 3;
+  TORCH_CHECK_VALUE(
+      histogram.sizes() == at::IntArrayRef({kBins, 2}) || histogram.sizes() == at::IntArrayRef({2, kBins, 2}), op,
+      ": histogram must have shape (", kBins, ", 2) or (2, ", kBins, ", 2), not ", histogram.sizes());
   TORCH_CHECK_VALUE(extremes.dim() == 2 && extremes.size(0) == 2 && extremes.size(1) > 0, op,
                     ": extremes must have shape (2, k), k at least 1, not ", extremes.sizes());
   const Tensor source = dense(x), whole = histogram.contiguous(), top_k = extremes.contiguous();
-  const int64_t n = source.numel(), keep = top_k.size(1);
+  const int64_t n = source.numel(), places = whole.numel(), keep = top_k.size(1);
   float* top = static_cast<float*>(top_k.mutable_data_ptr());
   int64_t* bins = static_cast<int64_t*>(whole.mutable_data_ptr());
   const Element element = element_of(source);
@@ -89,12 +91,16 @@ void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& ex
   std::vector<std::vector<int64_t>> partial(parts);  // the first part adds to the result itself
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
-      partial[p].resize(p == 0 ? 0 : 2 * kBins);
+      partial[p].resize(p == 0 ? 0 : places);
       int64_t* to = p == 0 ? bins : partial[p].data();
       for (int64_t at = n * p / parts, end = n * (p + 1) / parts; at < end; at += kChunk) {
         const int64_t count = std::min(kChunk, end - at);
         const char* data = element_ptr(source.const_data_ptr(), at, source.element_size());
-        loops().range_histogram[element](data, count, kFirstBits, kDroppedBits, to);
+        if (with_sign) {
+          loops().signed_range_histogram[element](data, count, kFirstBits, kDroppedBits, to, 2 * kBins);
+        } else {
+          loops().range_histogram[element](data, count, kFirstBits, kDroppedBits, to);
+        }
         const Range range = loops().range_with_zero[element](data, count);
         const bool all_finite = math::is_finite(range.max) && math::is_finite(range.min);
         if (all_finite && !largest[p].admits(static_cast<float>(range.max)) &&
@@ -108,7 +114,7 @@ void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& ex
     }
   });
   for (int64_t p = 1; p < parts; ++p) {
-    for (int64_t i = 0; i < 2 * kBins; ++i) bins[i] += partial[p][i];
+    for (int64_t i = 0; i < places; ++i) bins[i] += partial[p][i];
     for (float v : largest[p].values()) largest[0].add(v);
     for (float v : smallest[p].values()) smallest[0].add(v);
   }

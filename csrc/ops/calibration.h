@@ -19,7 +19,8 @@ AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor> search_clip_range(const Tens
                                                                       bool with_offset = false);
 
 // Adds x (floating; float64 is rounded to float32) to a histogram that starts as zeros. Written to:
-// histogram, int64 (156673, 2), counts of magnitudes and sums of the bits that a bin leaves open;
+// histogram, int64 (156673, 2), counts of magnitudes and sums of the bits that a bin leaves open, or (2, 156673, 2),
+// the same for values not below zero and then for those below;
 // extremes, float32 (2, k), the k largest values and the k largest negated ones.
 AMCT_API void range_histogram_(const Tensor& x, const Tensor& histogram, const Tensor& extremes);
 
@@ -29,6 +30,18 @@ AMCT_API void range_histogram_(const Tensor& x, const Tensor& histogram, const T
 AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> search_clip_range_histogram(const Tensor& histogram,
                                                                                         const Tensor& extremes,
                                                                                         int64_t num_bits = 8);
+
+// Clips of a range that contains zero, from a histogram with two halves: those of least mean absolute (or squared)
+// error. The range reaches as far on either side, but never beyond the data. fixed_min: the lower end is 0.
+// Returns {clip_max, clip_min}, float32 scalars; NaN where values were not finite.
+AMCT_API std::tuple<Tensor, Tensor> search_clip_range_wide(const Tensor& histogram, const Tensor& extremes,
+                                                           int64_t num_bits = 8, bool fixed_min = false,
+                                                           bool squared = false);
+
+// The same: the clips within which `percentile` % of the values lie.
+AMCT_API std::tuple<Tensor, Tensor> percentile_clip_range(const Tensor& histogram, const Tensor& extremes,
+                                                          double percentile = 99.9, int64_t num_bits = 8,
+                                                          bool fixed_min = false);
 
 // Adds the squared errors that the shifts 1 to 16 make on x (floating), the output of a quantised layer, to errors:
 // float64 (channels, 16), or (1, 16) for one shift of the whole layer. deq_scale: one value or one per channel.

@@ -240,5 +240,5 @@ def test_golden_configurations(golden: Path):
             parse_config(path)
         except ConfigError as error:
             rejected[path.parent.name] = str(error)
-    assert set(rejected) == {"cnn_a4w4", "cnn_a4w8_error"}  # the reference raises ValueError there too
+    assert set(rejected) == {"cnn_a4w4", "cnn_a4w8_error"}  # AMCT raises ValueError there too
     assert all("INT4 activations" in message for message in rejected.values())

@@ -263,7 +263,7 @@ CNN = {"conv1": TRAITS["conv1"], "bn1": TRAITS["bn1"], "conv2": CONV, "conv3": C
         ("cnn_mixed_prune_quant", {"conv1": "QF", "conv2": "QF", "conv3": "QS", "fc": "QF"}),
         ("cnn_override_prune", {"conv1": "", "conv2": "F", "conv3": "F", "fc": "F"}),
         ("cnn_override_types", {"conv1": "Q", "conv2": "Q", "conv3": "Q", "fc": "Q"}),
-        # the reference refuses this one; here the Linear takes one scale and a note is logged
+        # AMCT refuses this one; here the Linear takes one scale and a note is logged
         ("cnn_linear_cw_error", {"conv1": "Q", "conv2": "Q", "conv3": "Q", "fc": "Q"}),
     ],
 )

@@ -79,7 +79,7 @@ def test_global_channel_wise_leaves_linear_per_tensor(case: Case) -> None:
 def test_created(case: Case) -> None:
     """Which layers are compressed, and what is shared."""
     if "module_types" not in case.facts:
-        case.deviates("the reference raises at create")
+        case.deviates("AMCT raises at create")
         assert list(compressed_layers(case.created)) == []
         return
     types = case.facts["module_types"]
@@ -240,23 +240,23 @@ def test_record_after_eval(case: Case) -> None:
 
 
 @every([name for name in RUNNABLE if name not in NOT_RESTORABLE])
-def test_restore_from_the_references_files(case: Case) -> None:
-    """AMCT's files restore here, and the learned clips stay (deviation: the reference searches them anew)."""
-    model = case.reference_restored
+def test_restore_from_amcts_files(case: Case) -> None:
+    """AMCT's files restore here, and the learned clips stay (deviation: AMCT searches them anew)."""
+    model = case.amct_restored
     ours, theirs = case.state(model), case.load.trained_state(case.name)
     assert list(ours) == list(theirs)
     for key, value in theirs.items():
         if key.rpartition(".")[2] in COUNTERS:
             assert bool(ours[key] > 0) == bool(value > 0), key
         elif ".replaced_module.bias_" in key:
-            case.deviates("the trained biases of a recurrent layer, which the reference drops, stand in both places")
+            case.deviates("the trained biases of a recurrent layer, which AMCT drops, stand in both places")
             assert torch.equal(ours[key], theirs[key.replace("replaced_module", "comp_module")]), key
-        elif key.rpartition(".")[2] not in ("scale_w", "scale_r"):  # the reference fills it at its first evaluation
+        elif key.rpartition(".")[2] not in ("scale_w", "scale_r"):  # AMCT fills it at its first evaluation
             assert torch.equal(ours[key].nan_to_num(7), value.nan_to_num(7)), key
     out = case.evaluate(model)
     if binds(case, "Y"):
         if not torch.equal(case.golden_results["restored_eval_out"], case.golden_results["eval_out"]):
-            case.deviates("the learned clips stay, where the reference searches them anew")
+            case.deviates("the learned clips stay, where AMCT searches them anew")
         torch.testing.assert_close(out, case.golden_results["eval_out"], rtol=1e-3, atol=2e-4)
 
 

@@ -79,7 +79,7 @@ def test_restored_model_saves_without_an_evaluation(tmp_path: Path) -> None:
 
 
 def test_int4_weights_of_a_layer_that_pruning_made_odd(tmp_path: Path) -> None:
-    """Packing needs an even number of input channels; the reference finds out only when it saves."""
+    """Packing needs an even number of input channels; AMCT finds out only when it saves."""
     int4 = small.QUANT.replace("arq_retrain { }", "arq_retrain { dst_type: INT4 }")
     job, model = trained(tmp_path, small.FILTER.replace("0.3", "0.2") + int4)
     bits = {name: layer.weight_quant.num_bits for name, layer in compressed_layers(model)}

@@ -152,3 +152,27 @@ def test_ranks_on_different_heads(
             assert torch.equal(value, second[key]), key
     assert 2 < first["a.act_quant.clip_max"] < 5 and 200 < first["b.act_quant.clip_max"] < 500
     assert first["a.act_quant.batches_seen"] == first["b.act_quant.batches_seen"] == batches
+
+
+def tails(rank: int, folder: Path, search: str) -> None:
+    """One rank; only rank 1 meets outliers."""
+    mine = own_folder(rank, folder)
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(rank))
+    if rank == 1:
+        x[:4, 0] = torch.tensor([4000.0, -3000.0, 2000.0, 1000.0])
+    model = amct_ext.create_compressed_retrain_model(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), x, str(folder / "compress.cfg"), str(mine / "r.txt")
+    ).train()
+    DistributedDataParallel(model)(x).square().mean().backward()
+    torch.save({k: v for k, v in model.state_dict().items() if "act_quant" in k}, mine / "state.pth")
+
+
+@pytest.mark.parametrize("search", ["", "range_search: PERCENTILE", "range_search: OUTPUT"])
+def test_ranks_agree_on_a_robust_range(tmp_path: Path, ranks: Ranks, search: str) -> None:
+    (tmp_path / "compress.cfg").write_text(small.QUANT.replace("ulq_quantize {", f"ulq_quantize {{ {search}", 1))
+    ranks.run(tails, tmp_path, search)
+    first, second = (torch.load(tmp_path / f"rank{rank}" / "state.pth") for rank in range(WORLD))
+    for key, value in first.items():
+        if "clip_m" in key or "batches_seen" in key:
+            assert torch.equal(value, second[key]), key
+    assert search.endswith("OUTPUT") or 2 < first["0.act_quant.clip_max"] < 10

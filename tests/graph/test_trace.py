@@ -269,4 +269,4 @@ def test_conv_bn_pairs_need_a_reader_and_a_batch_norm_of_their_own():
     assert trace(Net(forward, **layers), image()).conv_bn() == {"c1": "bn1"}
 
 
-# Against the reference
+# Against AMCT

@@ -122,7 +122,7 @@ def test_the_fast_path_of_a_transformer_layer_hides_no_layer():
 # Pairs and groups
 
 
-def test_eligible_layers_are_those_the_reference_wrapped(golden):
+def test_eligible_layers_are_those_that_amct_wrapped(golden):
     load, models = load_module(golden / "load.py"), load_module(golden / "models.py")
     checked = 0
     for case in load.cases():

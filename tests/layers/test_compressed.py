@@ -12,7 +12,6 @@ from torch import nn
 
 import amct_ext
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
 
 
@@ -138,22 +137,6 @@ def test_calibration_under_inference_mode(tmp_path: Path) -> None:
         for i in range(3):
             model.eval()(small.batch(i)[0])
     train(model, optimizer_of(model), range(2))
-
-
-def test_fold_gives_the_float_layers_back(tmp_path: Path) -> None:
-    job = Job(tmp_path, small.CONFIGS["sparse"])
-    model = job.create()
-    train(model, optimizer_of(model), range(2))
-    expected = evaluate(model)
-    plain = fold_layers(model)
-    assert type(plain.conv1) is nn.Conv2d and type(plain.fc) is nn.Linear
-    assert set(plain.state_dict()) == set(small.build().state_dict())
-    assert torch.equal(evaluate_plain(plain), expected)
-
-
-def evaluate_plain(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(small.batch(50)[0])
 
 
 def test_circular_padding_is_honoured(tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ void searches(const LoopTable& k, int e, const std::vector<uint8_t>& x) {
   std::vector<int64_t> relative_bins(2 << (32 - dropped_bits));
   k.range_histogram[e](x.data(), kCount, uint32_t{127 - 24} << 23, dropped_bits, relative_bins.data());
   hash.all(relative_bins);
+  std::vector<int64_t> signed_bins(4 << (32 - dropped_bits));
+  k.signed_range_histogram[e](x.data(), kCount, uint32_t{127 - 24} << 23, dropped_bits, signed_bins.data(),
+                              2 << (32 - dropped_bits));
+  hash.all(signed_bins);
   const Candidate candidates[] = {{0.01f, 0, 1.27f, -128, 127}, {0.0131f, -5, 1.6f, -128, 127}};
   std::vector<double> sums(4);
   k.losses[e](x.data(), kCount, candidates, 2, sums.data());

@@ -69,8 +69,8 @@ def test_slices_are_read_in_place(name: str, dtype: torch.dtype) -> None:
     ("given", "fixed_min", "effective"),
     [
         ((0.7, 0.7, 1.3, -0.9), False, (1.3, -0.9)),
-        ((0.3, 0.5, 1.0, -1.0), False, (1.0, -1.0)),  # crossed: the reference lets it through
-        ((1e-8, -1e-8, 1.0, -1.0), False, (1.0, -1.0)),  # below FLT_EPSILON: the reference lets it through
+        ((0.3, 0.5, 1.0, -1.0), False, (1.0, -1.0)),  # crossed: AMCT lets it through
+        ((1e-8, -1e-8, 1.0, -1.0), False, (1.0, -1.0)),  # below FLT_EPSILON: AMCT lets it through
         ((-0.1, -1.0, 1.1, -0.8), False, (1.1, -1.0)),
         ((2.0, 0.4, 1.1, -0.8), False, (2.0, -0.8)),
         ((-0.4, -1.0, 0.9, -0.3), True, (0.9, 0.0)),

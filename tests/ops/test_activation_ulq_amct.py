@@ -14,7 +14,7 @@ from torch import Tensor
 from amct_ext import ops
 from amct_ext.ops._activation_clips import affine
 
-# What ours does where the reference lets crossed clips through or moves a minimum that is fixed.
+# What ours does where AMCT lets crossed clips through or moves a minimum that is fixed.
 DEVIATIONS: dict[tuple[str, bool], tuple[float, float]] = {
     ("crossed_clips", False): (1.0, -1.0),
     ("crossed_both_positive", False): (1.0, -1.0),
@@ -33,7 +33,7 @@ def test_agrees_with_amct(golden: Path) -> None:
         y, scale, offset, high, low, invalid = ops.ulq_fake_quantize(
             item["x"], *clips, item["num_bits"], item["fixed_min"]
         )
-        if "error" in item:  # the reference raises where there are no previous clips; ours goes on with what it has
+        if "error" in item:  # AMCT raises where there are no previous clips; ours goes on with what it has
             assert not invalid.item()
             continue
         deviation = DEVIATIONS.get((item["name"], item["fixed_min"]))

@@ -76,6 +76,21 @@ def test_the_histogram_is_exact_in_any_order(dtype: torch.dtype, device: torch.d
         torch.testing.assert_close(total, large, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halves_for_either_sign_are_the_histogram_of_either_part(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.cat([values("normal", 3_000), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]).to(device, dtype)
+    found = []
+    for function in (ops.range_histogram_, histogram.range_histogram_reference):
+        state = torch.zeros(histogram.HALVES, dtype=torch.int64, device=device), torch.zeros(2, 8, device=device)
+        for part in (x[:1_000], x[1_000:]):
+            function(part, *state)
+        found.append(state)
+    assert same(*found)
+    for half, part in zip(found[0][0], (x[~(x < 0)], x[x < 0]), strict=True):
+        assert torch.equal(half, gathered([part])[0])
+    assert same(ops.search_clip_range_histogram(*found[0]), ops.search_clip_range_histogram(*gathered([x])))
+
+
 def test_every_layout(device: torch.device) -> None:
     for x in layouts(torch.randn(4, 5, 7, 9, device=device)):
         assert same(gathered([x]), gathered([x], histogram.range_histogram_reference))
@@ -190,6 +205,7 @@ def test_more_than_two_to_the_31_values() -> None:
 def test_bad_arguments() -> None:
     counts, extremes = gathered([torch.ones(3)])
     for error, state in (
+        (ValueError, (torch.zeros(3, histogram.BINS, 2, dtype=torch.int64), extremes)),
         (TypeError, (counts.int(), extremes)),
         (TypeError, (counts, extremes.double())),
         (ValueError, (counts[1:], extremes)),

@@ -38,7 +38,7 @@ def test_two_of_four_are_kept_and_they_are_the_largest(device: torch.device) -> 
 
 
 def test_ties_fall_as_in_the_selection_of_the_reference(device: torch.device) -> None:
-    """All orders of four magnitudes, against torch.topk on a CPU, which the reference uses."""
+    """All orders of four magnitudes, against torch.topk on a CPU, which AMCT uses."""
     groups = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.float32)
     dropped = groups.topk(2, largest=False).indices
     expected = torch.ones_like(groups, dtype=torch.bool).scatter_(1, dropped, False)

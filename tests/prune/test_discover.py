@@ -10,7 +10,7 @@ from support.graph_nets import Net, conv, image
 from torch import nn
 
 
-def test_a_record_names_every_node_with_its_own_places():
+def test_a_record_names_every_node_with_its_own_indices():
     net = Net(
         lambda m, x: m.out(m.depth(torch.cat([m.bn(m.a(x)) + m.b(x), m.c(x)], 1)).flatten(1)),
         a=conv(3, 4), bn=nn.BatchNorm2d(4), b=conv(3, 4), c=conv(3, 2), depth=conv(6, 12, groups=6),
@@ -32,7 +32,7 @@ def test_a_record_names_every_node_with_its_own_places():
     assert second.consumers[2].prune_index == tuple(range(288 + 72 * gone, 288 + 72 * (gone + 1)))
 
 
-def test_groups_are_written_as_the_reference_writes_them():
+def test_groups_are_written_as_amct_writes_them():
     net = nn.Sequential(conv(3, 8), conv(8, 8, groups=4), conv(8, 2)).eval()
     _, (first, second) = planned(net, image(), ratio=0.5)
     assert (first.producers[0].group, first.producers[0].prune_group, first.consumers[0].group) == (None, 4, 4)

@@ -24,9 +24,9 @@ EQUAL = [
     "cnn_override_prune", "concat_filter_asc", "concat_filter_quant", "encoder_filter", "mlp_filter_asc",
     "mlp_filter_quant", "mobile_filter_asc",
 ]  # fmt: skip
-# Producers coupled by an addition: the reference ranks by the first one alone, we by the sum.
+# Producers coupled by an addition: AMCT ranks by the first one alone, we by the sum.
 COUPLED = ["mobile_filter_noasc", "res_filter_asc", "res_filter_noasc", "res_filter_quant"]
-# Groups that we find and the reference does not: name of the producer, consumer, places per channel there.
+# Groups that we find and AMCT does not: name of the producer, consumer, places per channel there.
 MORE = {
     "deconv_filter": [("enc", "up1", 1)],  # before a transposed convolution
     "group_filter_asc": [("c2", "fc", 36)],  # flattened without pooling
@@ -66,7 +66,7 @@ def removed(record: ChannelRecord) -> list[int]:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_records_are_the_references(golden, name):
+def test_records_are_those_of_amct(golden, name):
     case = Case(golden, name)
     assert case.records() == case.reference
 
@@ -81,7 +81,7 @@ def test_coupled_producers_lose_as_many_but_not_always_the_same_channels(record_
     differ = [ours != theirs for ours, theirs in zip(records, case.reference, strict=True)]
     assert any(differ)
     for record, different in zip(records, differ, strict=True):
-        assert different == (len(record.producers) > 1), "a producer of its own is ranked as by the reference"
+        assert different == (len(record.producers) > 1), "a producer of its own is ranked as by AMCT"
 
 
 @pytest.mark.parametrize("name", COUPLED)
@@ -99,7 +99,7 @@ def test_coupled_producers_are_ranked_by_the_sum(golden, name):
 
 @pytest.mark.parametrize("name", MORE)
 def test_groups_that_only_we_find(record_property, golden, name):
-    record_property("deviation", "groups that the reference does not find are pruned")
+    record_property("deviation", "groups that AMCT does not find are pruned")
     case = Case(golden, name)
     records = case.records()
     ours = [record for record in records if record not in case.reference]
@@ -122,7 +122,7 @@ def test_a_reused_layer_keeps_its_neighbours_whole_instead_of_failing(record_pro
 
 
 @pytest.mark.parametrize("name", [*EQUAL, *COUPLED, *MORE])
-def test_the_references_record_replays_exactly(golden, name):
+def test_amcts_record_replays_exactly(golden, name):
     case = Case(golden, name)
     applied = apply_channels(case.model, case.graph, case.reference, case.data, strict=True)
     assert applied == case.reference
@@ -137,7 +137,7 @@ def test_the_references_record_replays_exactly(golden, name):
 
 
 def reference_name(name: str, created: dict) -> str:
-    """Where the reference keeps a float model's tensor: wrapping moves it, a BatchNorm goes into its convolution."""
+    """Where AMCT keeps a float model's tensor: wrapping moves it, a BatchNorm goes into its convolution."""
     layer, _, leaf = name.rpartition(".")
     for inside in (f"{layer}.", f"{layer}.quant_module.replaced_module.", f"{layer}.replaced_module."):
         if inside + leaf in created:

@@ -160,7 +160,7 @@ class Case:
         return self.load.results(self.name) if self.stored("results.pt") else {}
 
     def stored(self, file: str) -> bool:
-        """Whether the reference got far enough to leave this file."""
+        """Whether AMCT got far enough to leave this file."""
         return (self.golden / self.name / file).is_file()
 
     @functools.cached_property
@@ -229,7 +229,7 @@ class Case:
         )
 
     @functools.cached_property
-    def reference_restored(self) -> nn.Module:
+    def amct_restored(self) -> nn.Module:
         """Our restore from AMCT's own checkpoint and record."""
         record = self.folder / "reference_record.txt"
         record.write_text(self.load.record(self.name, "after_train"))

@@ -11,7 +11,14 @@ from amct_ext import ops
 from amct_ext.ops import calibration_histogram as histogram
 
 # These stay on the references, as the integer products do.
-_WITHOUT_CUDA_KERNEL = ("pack_weight", "range_histogram_", "search_clip_range_histogram", "ulq_quantize")
+_WITHOUT_CUDA_KERNEL = (
+    "pack_weight",
+    "percentile_clip_range",
+    "range_histogram_",
+    "search_clip_range_wide",
+    "search_clip_range_histogram",
+    "ulq_quantize",
+)
 WITH_CUDA_KERNEL = [
     name for name in ops.__all__ if name not in _WITHOUT_CUDA_KERNEL and not name.startswith("integer_")
 ]
@@ -27,6 +34,8 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     errors = torch.zeros(8, 16, dtype=torch.float64, device=device)
     gathered = torch.zeros(histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
     ops.range_histogram_(w, *gathered)
+    halves = torch.zeros(2, histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
+    ops.range_histogram_(w, *halves)
 
     codes, pixels = (torch.randint(0, 256, n, device=device, dtype=torch.uint8) for n in ((5, 8), (2, 8, 6, 5)))
     scale, offset = (torch.tensor(v, device=device) for v in (0.02, -7.0))
@@ -74,8 +83,10 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         ],
         "integer_linear_accumulators": [(codes, offset, *matrix)],
         "search_clip_range": [(w,), (w, 4, True)],
-        "range_histogram_": [(w, *gathered), (w.half(), *gathered)],
-        "search_clip_range_histogram": [gathered, (*gathered, 4)],
+        "range_histogram_": [(w, *gathered), (w.half(), *gathered), (w, *halves)],
+        "search_clip_range_histogram": [gathered, (*gathered, 4), halves],
+        "search_clip_range_wide": [halves, (*halves, 4, True)],
+        "percentile_clip_range": [halves, (*halves, 95.0, 4, True)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
         "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w.half(), scales[:1], 8, None, 0.5)],

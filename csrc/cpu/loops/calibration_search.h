@@ -82,6 +82,28 @@ void range_histogram(const void* x_, int64_t n, uint32_t first_bits, int dropped
   }
 }
 
+// The same with values below zero apart, in bins that begin `negative` places further on.
+template <typename T>
+void signed_range_histogram(const void* x_, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins,
+                            int64_t negative) {
+  constexpr uint32_t sign = 0x80000000u;  // higher than any key
+  const T* x = static_cast<const T*>(x_);
+  const uint32_t origin = first_bits - (1u << dropped_bits), low_mask = (1u << dropped_bits) - 1;
+  uint32_t key[kSearchChunk];
+  for (int64_t begin = 0; begin < n; begin += kSearchChunk) {
+    const int64_t count = n - begin < kSearchChunk ? n - begin : kSearchChunk;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t all = bit_cast<uint32_t>(static_cast<float>(widen(x[begin + i]))), bits = all & ~sign;
+      key[i] = (bits < first_bits ? 0 : bits - origin) | (all > sign ? sign : 0);  // -0 is not below zero
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t* bin = bins + 2 * ((key[i] & ~sign) >> dropped_bits) + (key[i] & sign ? negative : 0);
+      bin[0] += 1;
+      bin[1] += key[i] & low_mask;
+    }
+  }
+}
+
 // Adds the squared error of each symmetric candidate range.
 template <typename T>
 void losses(const void* x_, int64_t n, const Candidate* candidates, int count, double* sums) {

@@ -39,6 +39,8 @@ AMCT_LOOP(Range, range_with_zero, (const void* x, int64_t n))
 AMCT_LOOP(void, histogram, (const void* x, int64_t n, double scale, uint64_t* bins))
 // Bins of equal relative width.
 AMCT_LOOP(void, range_histogram, (const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins))
+AMCT_LOOP(void, signed_range_histogram,
+          (const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins, int64_t negative))
 AMCT_LOOP(void, losses, (const void* x, int64_t n, const Candidate*, int count, double* sums))
 AMCT_LOOP(void, offset_losses, (const void* x, int64_t n, const Candidate*, int count, double* sums))
 
