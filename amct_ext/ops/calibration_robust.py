@@ -44,8 +44,9 @@ def search_clip_range_wide(
 
     Source: this library's.
 
+        >>> from amct_ext.ops import range_histogram_
         >>> histogram, extremes = torch.zeros(2, 156673, 2, dtype=torch.int64), torch.zeros(2, 4)
-        >>> range_histogram_(torch.cat([torch.linspace(0, 1, 1001), torch.tensor([1000.0])]), histogram, extremes)
+        >>> range_histogram_(torch.cat([torch.linspace(0, 1, 10001), torch.tensor([40.0])]), histogram, extremes)
         >>> high, low = search_clip_range_wide(histogram, extremes)
         >>> 0.9 < high.item() < 1.1, low.item()
         (True, 0.0)
@@ -73,6 +74,7 @@ def percentile_clip_range(
 
     Source: this library's; percentiles are the usual way.
 
+        >>> from amct_ext.ops import range_histogram_
         >>> histogram, extremes = torch.zeros(2, 156673, 2, dtype=torch.int64), torch.zeros(2, 4)
         >>> range_histogram_(torch.arange(-100.0, 101), histogram, extremes)
         >>> high, low = percentile_clip_range(histogram, extremes, 90.0)

@@ -41,7 +41,7 @@ def quantizer(
 
 
 def clips(made: ActivationQuantizer) -> tuple[float, float]:
-    return float(made.clip_min), float(made.clip_max)
+    return float(made.clip_min.detach()), float(made.clip_max.detach())
 
 
 @pytest.mark.parametrize("histogram", [False, True])
