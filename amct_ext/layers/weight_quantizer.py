@@ -69,8 +69,10 @@ class WeightQuantizer(KeepsPrecision):
         used = self.scale
         if not self._flag_is_set and (self.training or self.tracker.training) and not state_updates_disabled():
             self.initialise(weight)
+            self.repair(weight)
         elif not self._flag_is_set:
             used = torch.where(self._scale_is_set(), self.scale, self._scale_of(weight))
+            self._repair(used.detach(), weight)
         elif not state_updates_disabled():
             self.repair(weight)
         return ops.lsq_fake_quantize(weight, used, self.num_bits, self.channel_axis, self.grad_factor)
@@ -102,16 +104,21 @@ class WeightQuantizer(KeepsPrecision):
         """Whether a learned scale is set (0-dim bool, on the device)."""
         return (self.initialised > 0) | (self.scale != self.start).any()
 
-    @torch.no_grad()
     def repair(self, weight: Tensor) -> None:
         """Set learned scales that would cost their channel of ``weight``, already masked, to those of the range."""
         if self.learned and self._flag_is_set:
-            ops.repair_weight_scale_(weight.detach(), self.scale, self.num_bits, self.channel_axis)
+            self._repair(self.scale, weight)
 
     def repair_for_state(self, weight: Tensor) -> None:
         """`repair`, before the state is taken; what was loaded leaves as it came."""
-        if not self._loaded.unchanged(self.scale):
-            self.repair(weight)
+        if self._loaded.unchanged(self.scale):
+            return
+        if self.learned and (self._flag_is_set or bool(self._scale_is_set())):
+            self._repair(self.scale, weight)
+
+    @torch.no_grad()
+    def _repair(self, scale: Tensor, weight: Tensor) -> None:
+        ops.repair_weight_scale_(weight.detach(), scale, self.num_bits, self.channel_axis)
 
     @torch.no_grad()
     def last_scale(self) -> Tensor:
@@ -123,7 +130,7 @@ class WeightQuantizer(KeepsPrecision):
         """The scale that a forward on ``weight`` would use now; changes no state."""
         if self.learned and self.ready:
             scale = self.scale.detach().clone()
-            ops.repair_weight_scale_(weight.detach(), scale, self.num_bits, self.channel_axis)
+            self._repair(scale, weight)
             return scale.clamp_min(torch.finfo(torch.float32).eps)
         return self._scale_of(weight)
 
