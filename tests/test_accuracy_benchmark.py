@@ -13,7 +13,7 @@ from benchmarks.accuracy.quick import LOOKS, broken
 from benchmarks.accuracy.report import wanted
 from benchmarks.accuracy.results import Result, append, read
 from benchmarks.accuracy.statistics import area_under_curve, summarise
-from benchmarks.accuracy.tables import accuracy_table, costs_table, skipped_list
+from benchmarks.accuracy.tables import accuracy_table, costs_table, skipped_list, standings_table
 from benchmarks.accuracy.tasks.image import Digits
 from benchmarks.accuracy.trainee import groups_beside
 from benchmarks.accuracy.training import rate
@@ -56,6 +56,13 @@ def test_tables_have_means_leaders_costs_and_reasons() -> None:
     assert "**" not in next(line for line in table if line.startswith("| Brevitas"))
     assert "0 + 5" in next(line for line in costs_table(results) if "float + budget" in line)
     assert skipped_list(results) == ["* NNCF: no masks"]
+
+
+def test_standings_pair_the_seeds_and_count_bits_downwards() -> None:
+    results = [Result("lm", "int8", "brevitas", seed, score=2.3 + seed / 10) for seed in range(3)]
+    results += [Result("lm", "int8", "amct", seed, score=2.2 + seed / 10) for seed in range(2)]
+    row = standings_table(results)[-1]
+    assert row == "| lm, INT8 | Brevitas | amct_ext, default | 0.1000 ± 0.0000 |"
 
 
 def test_float_networks_run_once_for_a_task() -> None:

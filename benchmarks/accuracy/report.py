@@ -20,12 +20,18 @@ from pathlib import Path
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.results import Result, read
 from benchmarks.accuracy.run import CACHE
-from benchmarks.accuracy.tables import accuracy_table, aids_table, costs_table, skipped_list
+from benchmarks.accuracy.tables import accuracy_table, aids_table, costs_table, skipped_list, standings_table
 from benchmarks.accuracy.tasks.registry import MEASURED
 from benchmarks.document import write_between
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "accuracy.md"
-_PARTS = {"accuracy": accuracy_table, "aids": aids_table, "costs": costs_table, "skipped": skipped_list}
+_PARTS = {
+    "accuracy": accuracy_table,
+    "standings": standings_table,
+    "skipped": skipped_list,
+    "aids": aids_table,
+    "costs": costs_table,
+}
 
 
 def wanted(tasks: Iterable[str], methods: Iterable[str]) -> list[tuple[str, str, str]]:

@@ -62,6 +62,25 @@ def accuracy_table(results: Sequence[Result]) -> list[str]:
     return lines[:-1]
 
 
+def standings_table(results: Sequence[Result]) -> list[str]:
+    """The best peer beside the best of ours, and the mean of their differences over the seeds that both have."""
+    kinds = {kind: [m.name for m in METHODS.values() if m.kind == kind] for kind in ("peer", "ours")}
+    rows = []
+    for task, settings in MEASURED.items():
+        sign = 1 if TASKS[task].higher_is_better else -1
+        for setting in settings:
+            peer, own = (_best(results, task, setting, kinds[kind]) for kind in ("peer", "ours"))
+            if peer is None or own is None:
+                continue
+            theirs, mine = ({r.seed: r.score for r in _of(results, task, setting, m)} for m in (peer, own))
+            pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
+            ahead = [sign * (a - b) for a, b in pairs if a is not None and b is not None]
+            if ahead:
+                told = summarise(ahead).text(TASKS[task].decimals)
+                rows.append([f"{task}, {SETTINGS[setting].about}", METHODS[peer].label, METHODS[own].label, told])
+    return _markdown(["", "best peer", "best of amct_ext", "amct_ext ahead by"], rows)
+
+
 def aids_table(results: Sequence[Result]) -> list[str]:
     """Each aid alone beside the default and BEST."""
     columns = [m for m in METHODS.values() if m.kind == "aid"]
