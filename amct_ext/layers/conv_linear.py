@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,10 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.rounding_compensation import convolution_inputs
 
 
 class _CompressedConv(CompressedLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of the float class
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def can_compensate(self) -> bool:
+        return self.groups == 1
+
+    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        return convolution_inputs(x, self, self.kernel_size, self.stride, self.dilation)
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return self._conv_forward(x, weight, self.bias)
@@ -33,6 +45,10 @@ class CompressedConv3d(_CompressedConv, nn.Conv3d):
 
 class CompressedLinear(CompressedLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
     channel_axis_out = -1
+    can_compensate = True
+
+    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        yield x.reshape(-1, x.shape[-1])
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return F.linear(x, weight, self.bias)
