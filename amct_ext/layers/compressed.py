@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, SupportsIndex
 
@@ -21,7 +21,6 @@ from amct_ext.layers.activation_types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
-from amct_ext.layers.rounding_compensation import RoundingCompensation
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity, masked
 from amct_ext.layers.stash import stashed
@@ -74,8 +73,6 @@ class CompressedLayer(nn.Module):
     act_quant: ActivationQuantizer | None
     search_n: ShiftSearch | None
     integer: ProductOnCodes | None  # None: the product is computed on floats
-    compensation: RoundingCompensation | None = None  # None: the calibration leaves the weight as it is
-    whole_weight_shape: torch.Size  # where there is one
 
     # -- the forward
 
@@ -88,8 +85,6 @@ class CompressedLayer(nn.Module):
         y = None if self.integer is None else self.integer(self, x)
         if y is None:
             y = self._float_forward(x, *args)
-        if self.compensation is not None:
-            self.compensation.observe(self, x)
         if self.search_n is not None:
             if self.training:
                 if not state_updates_disabled():
@@ -126,15 +121,6 @@ class CompressedLayer(nn.Module):
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         """The computation of the float class with another weight."""
-        raise NotImplementedError
-
-    @property
-    def can_compensate(self) -> bool:
-        """Whether the weight can be changed to make up for its rounding: its product is one matrix product."""
-        return False
-
-    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
-        """The input as matrices (positions, columns of the weight), where the layer `can_compensate`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -242,9 +228,6 @@ class CompressedLayer(nn.Module):
                 wts, self._to_rows(self.masked_weight()), 0, self._grad_factor(wts.num_bits, wts.channel_wise)
             )
             self.search_n = ShiftSearch(self.weight_quant.scale.numel(), batch_num, weight.device)
-            # Configured clips are not calibrated, and a 2:4 mask decides on the weight.
-            if wts.compensate and self.sparsity is None and self.can_compensate and self.act_quant.batch_num:
-                self.compensation, self.whole_weight_shape = RoundingCompensation(), weight.shape
 
     def share_act_quant(self, owner: CompressedLayer) -> None:
         """Use the quantiser of ``owner``, which runs first on the same tensor."""

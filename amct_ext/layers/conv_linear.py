@@ -9,20 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amct_ext.config.plan import LayerPlan
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rounding_compensation import convolution_inputs
+from amct_ext.layers.rounding_compensation import RoundingCompensation, convolution_inputs
 
 
-class _CompressedConv(CompressedLayer):
+class ProductLayer(CompressedLayer):
+    """A layer whose output is one matrix product of input and weight: its weight can compensate for its rounding."""
+
+    compensation: RoundingCompensation | None = None  # None: the calibration leaves the weight as it is
+
+    def _forward(self, x: Tensor, *args: Any) -> Tensor:
+        y = super()._forward(x, *args)
+        if self.compensation is not None:
+            self.compensation.observe(self, x)
+        return y
+
+    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        """The input as matrices (positions, columns of the weight), in parts."""
+        raise NotImplementedError
+
+    def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
+        super()._add_children(plan, batch_num, fixed_min)
+        if plan.quant is None or not plan.quant.weight.compensate:
+            return
+        # Configured clips are not calibrated; a 2:4 mask decides on the weight.
+        if self.sparsity is None and plan.quant.data.clip_max is None and getattr(self, "groups", 1) == 1:
+            self.compensation = RoundingCompensation(self.weight.shape)
+
+
+class _CompressedConv(ProductLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of the float class
-    groups: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
-
-    @property
-    def can_compensate(self) -> bool:
-        return self.groups == 1
 
     def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
         return convolution_inputs(x, self, self.kernel_size, self.stride, self.dilation)
@@ -43,9 +63,8 @@ class CompressedConv3d(_CompressedConv, nn.Conv3d):
     pass
 
 
-class CompressedLinear(CompressedLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
+class CompressedLinear(ProductLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
     channel_axis_out = -1
-    can_compensate = True
 
     def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
         yield x.reshape(-1, x.shape[-1])

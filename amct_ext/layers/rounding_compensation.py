@@ -34,10 +34,11 @@ class RoundingCompensation:
     """The second moments X^T X of a layer's float input over a calibration: in no state dict, but copied and pickled.
 
     ``settled``: the weight was changed, or is to stay. State: one matrix (columns of the weight, squared) in float32
-    (float64 where the input is), until then.
+    (float64 where the input is), until then. ``shape``: of the whole weight.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
         self.moment: Tensor | None = None
         self.settled = False
 
@@ -110,6 +111,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
         damped = hessian + damping * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed):
                 return upper

@@ -20,8 +20,8 @@ from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
 from amct_ext.model_surgery.weight_compensation import (
-    after_load,
     compensate_weights,
+    compensation_after_load,
     tell_uncompensated,
     weights_are_open,
 )
@@ -158,6 +158,6 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
-    after_load(model)
+    compensation_after_load(model)
     session.weights_to_compensate = weights_are_open(model)
     session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))

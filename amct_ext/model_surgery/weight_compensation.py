@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from amct_ext.common.ranks import average_, sum_
-from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rounding_compensation import compensated_weight
+from amct_ext.layers.conv_linear import ProductLayer
+from amct_ext.layers.rounding_compensation import RoundingCompensation, compensated_weight
 from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.session import ATTRIBUTE, Session
 
+_UNSEEN = "calibrated in a compiled graph, outside of the model's forward, or on zeros"
 _log = logging.getLogger("amct_ext")
 
 
 def weights_are_open(model: nn.Module) -> bool:
     """Whether a calibration is still to change weights."""
-    return any(layer.compensation is not None and not layer.compensation.settled for layer in every_layer(model))
+    return any(not compensation.settled for _, compensation in _compensated(model))
 
 
 @torch.no_grad()
@@ -34,11 +35,10 @@ def compensate_weights(model: nn.Module) -> None:
     """
     kept: dict[str, str] = {}
     owners: Counter[int] = Counter()
-    for layer in _calibrated(model):
+    for layer, compensation in _due(model):
         owners = owners or Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-        reason = _obstacle(layer, owners) or _compensate(layer)
-        assert layer.compensation is not None
-        layer.compensation.settle()
+        reason = _obstacle(layer, compensation, owners) or _compensate(layer, compensation)
+        compensation.settle()
         if reason:
             kept[layer.layer_name] = reason
     _tell(kept)
@@ -49,51 +49,52 @@ def compensate_weights(model: nn.Module) -> None:
 def tell_uncompensated(model: nn.Module) -> None:
     """Before the state is taken: log which layers were calibrated where nothing could be gathered."""
     kept: dict[str, str] = {}
-    for layer in _calibrated(model):
-        assert layer.compensation is not None
-        layer.compensation.settle()
+    for layer, compensation in _due(model):
+        compensation.settle()
         kept[layer.layer_name] = _UNSEEN
     _tell(kept)
 
 
-def after_load(model: nn.Module) -> None:
+def compensation_after_load(model: nn.Module) -> None:
     """What was loaded with a finished calibration holds the changed weights already."""
+    for layer, compensation in _compensated(model):
+        if not layer.weight.is_meta:
+            compensation.restart(settled=layer.activation is None or layer.activation.calibrated)
+
+
+def _compensated(model: nn.Module) -> Iterator[tuple[ProductLayer, RoundingCompensation]]:
     for layer in every_layer(model):
-        if layer.compensation is not None and not layer.weight.is_meta:
-            layer.compensation.restart(settled=layer.activation is None or layer.activation.calibrated)
+        if isinstance(layer, ProductLayer) and layer.compensation is not None:
+            yield layer, layer.compensation
 
 
-_UNSEEN = "it was calibrated in a compiled graph or outside of the model's forward"
-
-
-def _calibrated(model: nn.Module) -> list[CompressedLayer]:
+def _due(model: nn.Module) -> list[tuple[ProductLayer, RoundingCompensation]]:
     """The layers whose weight is to be changed now."""
-    found = []
-    for layer in every_layer(model):
-        if layer.compensation is None or layer.compensation.settled or layer.weight.is_meta:
-            continue
-        if layer.activation is not None and layer.activation.calibrated:
-            found.append(layer)
-    return found
+    return [
+        (layer, compensation)
+        for layer, compensation in _compensated(model)
+        if not (compensation.settled or layer.weight.is_meta)
+        and layer.activation is not None
+        and layer.activation.calibrated
+    ]
 
 
-def _obstacle(layer: CompressedLayer, owners: Counter[int]) -> str:
+def _obstacle(layer: ProductLayer, compensation: RoundingCompensation, owners: Counter[int]) -> str:
     """Why the weight of a layer stays; '' where nothing is in the way."""
-    weight = layer.weight
-    if hasattr(weight, "full_tensor") or weight.shape != layer.whole_weight_shape:
-        return "its weight is sharded"
-    if owners[id(weight)] > 1:
-        return "another module has its weight, too"
+    if hasattr(layer.weight, "full_tensor") or layer.weight.shape != compensation.shape:
+        return "the weight is sharded"
+    if owners[id(layer.weight)] > 1:
+        return "another module has the weight, too"
     return ""
 
 
-def _compensate(layer: CompressedLayer) -> str:
+def _compensate(layer: ProductLayer, compensation: RoundingCompensation) -> str:
     """Change the weight of one layer; returns why it was not."""
-    assert layer.weight_quant is not None and layer.compensation is not None
+    assert layer.weight_quant is not None
     layer.initialise_scales()
     weight = layer.weight.detach()
-    moment = layer.compensation.moment
-    if moment is None:
+    moment = compensation.moment
+    if moment is None:  # a layer that this rank did not run
         size = weight[0].numel()
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         moment = torch.zeros(size, size, dtype=dtype, device=weight.device)
@@ -101,9 +102,8 @@ def _compensate(layer: CompressedLayer) -> str:
     sum_(moment)
     if not bool(moment.any()):
         return _UNSEEN
-    changed = compensated_weight(
-        weight, moment, layer.weight_quant.current_scale(weight), layer.weight_quant.num_bits
-    ).contiguous()
+    bits, scale = layer.weight_quant.num_bits, layer.weight_quant.current_scale(weight)
+    changed = compensated_weight(weight, moment, scale, bits).contiguous()
     average_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
     if layer.integer is not None:
@@ -112,9 +112,9 @@ def _compensate(layer: CompressedLayer) -> str:
 
 
 def _tell(kept: dict[str, str]) -> None:
-    reasons: Iterable[str] = dict.fromkeys(kept.values())
     if kept:
-        listed = "; ".join(
-            f"{reason}: " + ", ".join(f"'{name}'" for name, why in kept.items() if why == reason) for reason in reasons
-        )
-        _log.warning("compensate_rounding: %d layer(s) keep their weights: %s", len(kept), listed)
+        parts = [
+            f"{', '.join(f'{name!r}' for name, why in kept.items() if why == reason)} ({reason})"
+            for reason in dict.fromkeys(kept.values())
+        ]
+        _log.warning("compensate_rounding: %d layer(s) keep their weights: %s", len(kept), "; ".join(parts))
