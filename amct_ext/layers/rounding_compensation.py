@@ -65,12 +65,13 @@ class RoundingCompensation:
         self.moment, self.settled = None, settled
 
 
-def compensated_weight(weight: Tensor, moment: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+def compensated_weight(weight: Tensor, moment: Tensor, scale: Tensor, num_bits: int, on_codes: bool = False) -> Tensor:
     """The weight whose rounding to codes of ``scale`` changes the layer's output least, column after column.
 
     Columns are taken in the order of falling second moments. What rounding one costs, the columns behind it make up by
     the least squares solution for the inputs seen. The result holds each column as it was when it was rounded, so its
-    codes are the compensated ones and what is left of it goes on in training.
+    codes are the compensated ones and what is left of it goes on in training; with ``on_codes`` the codes times the
+    scale, so that a scale that is searched on the result is this one again.
 
     weight: (rows, ...), floating point. moment: (columns, columns), X^T X. scale: 1 or one per row. Returns the shape,
     dtype and device of the weight; the weight itself where the moments are zero or not finite. Computes in float64.
@@ -95,6 +96,8 @@ def compensated_weight(weight: Tensor, moment: Tensor, scale: Tensor, num_bits: 
             rounded = torch.clamp(torch.round(column / step), low, high) * step
             error = errors[:, i - begin] = (column - rounded) / factor[i, i]
             columns[:, i + 1 : end] -= error[:, None] * factor[i, i + 1 : end]
+            if on_codes:
+                columns[:, i] = rounded
         columns[:, end:] -= errors @ factor[begin:end, end:]
     result = torch.empty_like(columns)
     result[:, order] = columns

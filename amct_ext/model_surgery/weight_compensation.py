@@ -102,8 +102,9 @@ def _compensate(layer: ProductLayer, compensation: RoundingCompensation) -> str:
     sum_(moment)
     if not bool(moment.any()):
         return _UNSEEN
-    bits, scale = layer.weight_quant.num_bits, layer.weight_quant.current_scale(weight)
-    changed = compensated_weight(weight, moment, scale, bits).contiguous()
+    quantizer = layer.weight_quant
+    scale = quantizer.current_scale(weight)
+    changed = compensated_weight(weight, moment, scale, quantizer.num_bits, not quantizer.learned).contiguous()
     average_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
     if layer.integer is not None:
