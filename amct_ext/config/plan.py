@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from amct_ext.common.layer_kinds import kind_named
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan_checks import check_against_model, check_enabled, prune_active, quant_active
-from amct_ext.config.profile import fill_data, fill_prune, fill_weight
+from amct_ext.config.profile import fill_data, fill_prune, fill_weight, scale_per_channel
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
@@ -124,6 +124,7 @@ def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
                 quant.weight,
                 num_bits=8,
                 least_squares=quant.weight.least_squares and quant.weight.algo == "ulq_retrain",
+                channel_wise=quant.weight.channel_wise and layer.type != "Linear",
                 compensate=False,
             )
             layers[name] = replace(layer, quant=replace(quant, weight=weight))
@@ -179,7 +180,7 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         notes.int4.append(name)
     channel_wise = weight.channel_wise
     kind = kind_named(trait.type)
-    per_channel = kind is None or kind.per_channel
+    per_channel = kind is None or kind.per_channel or scale_per_channel(bits, config.profile)
     if channel_wise is None:
         channel_wise = per_channel
     elif channel_wise and not per_channel:

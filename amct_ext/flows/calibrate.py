@@ -25,10 +25,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise training forwards do the same as
     they come. The model is in eval mode meanwhile and keeps its mode; dropout is off, BatchNorm uses its running
     statistics, and masks and gradients stay as they are; so do weights, but INT4 ones with `compensate_rounding`, which
-    change once: before an optimizer keeps a copy of them. In a distributed job all ranks call it with data of their own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one
-    batch instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers
-    that saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in
-    training forwards only.
+    change once: before an optimizer keeps a copy of them. In a distributed job all ranks call it with data of their
+    own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one batch
+    instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers that
+    saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in training
+    forwards only.
     """
     inner = unwrap(model)
     tracker = session_of(inner).tracker

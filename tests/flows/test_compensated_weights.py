@@ -200,9 +200,11 @@ def test_a_compiled_calibration_leaves_the_weights(tmp_path: Path, caplog: pytes
     assert caplog.text.count("calibrated in a compiled graph") == 1
 
 
-def test_saved_files_and_the_integer_forward_agree(tmp_path: Path) -> None:
-    job = Job(tmp_path, weight())
+@every_config
+def test_saved_files_and_the_integer_forward_agree(text: str, tmp_path: Path) -> None:
+    job = Job(tmp_path, text)
     model = job.create()
+    assert (model.fc.weight_quant.scale.numel() > 1) == ("BEST" in text)
     amct_ext.calibrate(model, batches)
     expected = evaluate(model)
     again = job.create()
@@ -210,13 +212,27 @@ def test_saved_files_and_the_integer_forward_agree(tmp_path: Path) -> None:
     amct_ext.calibrate(again, batches)
     torch.testing.assert_close(evaluate(again), expected, rtol=1e-3, atol=1e-3)
     pytest.importorskip("onnxruntime")
+    import numpy as np
+    from support.export_job import tensors
     from support.onnx_run import run_onnx
 
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
     x = small.batch(50)[0][: len(small.SAMPLE)]
-    torch.testing.assert_close(
-        run_onnx(tmp_path / "net_fake_quant_model.onnx", x), expected[: len(x)], rtol=1e-3, atol=1e-2
-    )
+    torch.testing.assert_close(run_onnx(tmp_path / "net_fake_quant_model.onnx", x), expected, rtol=1e-3, atol=1e-2)
+    deploy, fake = (tensors(tmp_path / f"net_{kind}_model.onnx") for kind in ("deploy", "fake_quant"))
+    assert deploy["fc.weight"].dtype == np.int8 and deploy["fc.weight"].shape[0] * 2 == fake["fc.weight"].shape[0]
+    factors = deploy["fc.dequant.param"].astype(np.uint32).view(np.float32)
+    np.testing.assert_allclose(factors, model.fc.deq_scale().numpy(), rtol=1e-6)
+
+
+def test_the_json_configuration_keeps_what_the_profile_chose(tmp_path: Path) -> None:
+    config, written = tmp_path / "best.cfg", tmp_path / "quant.json"
+    config.write_text(CONFIGS["best"])
+    amct_ext.create_quant_retrain_config(str(written), small.build(), small.SAMPLE, str(config))
+    assert '"compensate_rounding":true' in written.read_text()
+    model = amct_ext.create_quant_retrain_model(str(written), small.build(), str(tmp_path / "r.txt"), small.SAMPLE)
+    assert set(compensated(model)) == {"conv1", "conv2", "down", "fc"}
+    assert model.fc.weight_quant.scale.numel() == 5 and model.stem.weight_quant.num_bits == 8
 
 
 def _on_a_rank(rank: int, folder: Path) -> None:
