@@ -25,7 +25,7 @@ CLANG_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -n
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint tidy format sanitize sanitize-cuda proto clean clean-venv
+.PHONY: help venv demo test bench accuracy-quick lint tidy format sanitize sanitize-cuda proto clean clean-venv
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -70,6 +70,11 @@ test: venv ## all tests
 bench: venv ## fused against eager: every op, then one whole training step
 	$(BIN)/python -m benchmarks.ops.report --write $(ARGS)
 	$(BIN)/python -m benchmarks.step.bench_retrain_step
+
+# What it makes is kept in build/accuracy, so that a second run is quicker.
+accuracy-quick: export OMP_WAIT_POLICY ?= PASSIVE
+accuracy-quick: venv ## accuracy after compression on two small tasks, at most three minutes
+	$(BIN)/python -m benchmarks.accuracy.quick --cache build/accuracy $(ARGS)
 
 lint: venv ## ruff, clang-format, mypy, who imports whom, generated files up to date; changes nothing
 	$(BIN)/ruff check .

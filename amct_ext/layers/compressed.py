@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, SupportsIndex
@@ -24,7 +23,7 @@ from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity, masked
 from amct_ext.layers.stash import stashed
-from amct_ext.layers.weight_quantizer import WeightQuantizer
+from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -224,9 +223,8 @@ class CompressedLayer(nn.Module):
         if plan.quant is not None:
             wts = plan.quant.weight
             self.act_quant = ActivationQuantizer(plan.quant.data, fixed_min, batch_num, plan.name, weight.device)
-            self.weight_quant = WeightQuantizer(
-                wts, self._to_rows(self.masked_weight()), 0, self._grad_factor(wts.num_bits, wts.channel_wise)
-            )
+            rows = self._to_rows(self.masked_weight())
+            self.weight_quant = WeightQuantizer(wts, rows, 0, gradient_factor(rows, wts))
             self.search_n = ShiftSearch(self.weight_quant.scale.numel(), batch_num, weight.device)
 
     def share_act_quant(self, owner: CompressedLayer) -> None:
@@ -295,9 +293,3 @@ class CompressedLayer(nn.Module):
     def _from_rows(self, rows: Tensor) -> Tensor:
         """The inverse of `_to_rows`."""
         return rows
-
-    def _grad_factor(self, num_bits: int, channel_wise: bool) -> float:
-        rows = self._to_rows(self.weight)
-        # AMCT counts one filter for 2-D and 4-D weights also per tensor, but only the input channels for other ranks.
-        count = rows[0].numel() if channel_wise or rows.dim() in (2, 4) else rows.shape[1]
-        return 1.0 / math.sqrt(count * (2 ** (num_bits - 1) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -149,3 +150,10 @@ class WeightQuantizer(KeepsPrecision):
     def extra_repr(self) -> str:
         algo = ("learned scale" if self.learned else "ARQ") + (", least squares" if self.least_squares else "")
         return f"{algo}, num_bits={self.num_bits}, channel_axis={self.channel_axis}"
+
+
+def gradient_factor(rows: Tensor, plan: WeightQuant) -> float:
+    """AMCT's factor on the gradient of a learned scale; ``rows``: the weight with its output channels on axis 0."""
+    # One filter is counted for 2-D and 4-D weights also per tensor, but only the input channels for other ranks.
+    count = rows[0].numel() if plan.channel_wise or rows.dim() in (2, 4) else rows.shape[1]
+    return 1.0 / math.sqrt(count * (2 ** (plan.num_bits - 1) - 1))

@@ -1,0 +1,1 @@
+"""Other toolkits, one module each, at their best settings found here; imported when a run uses them."""

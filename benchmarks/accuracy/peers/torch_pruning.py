@@ -1,0 +1,37 @@
+"""Torch-Pruning chooses and removes the channels; what is left is quantised by amct_ext with AMCT's algorithms."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from benchmarks.accuracy.amct import Aids, compress
+from benchmarks.accuracy.tasks.base import Task
+from benchmarks.accuracy.tasks.registry import SETTINGS, Setting
+from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
+
+
+def _prune(model: nn.Module, task: Task, ratio: float, importance: str) -> None:
+    """In place, the same share of the channels in every group."""
+    import torch_pruning as tp
+
+    ranking = tp.importance.GroupTaylorImportance() if importance == "taylor" else None
+    pruner = tp.pruner.BasePruner(
+        model.eval(),
+        task.example(),
+        importance=ranking or tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[model.get_submodule(task.classifier)],
+    )
+    if ranking is not None:
+        for x, y in task.labelled_calibration(CALIBRATION_BATCHES):
+            task.loss(model(x), y).backward()
+    pruner.step()
+    model.zero_grad(set_to_none=True)
+
+
+def prepare(model: nn.Module, task: Task, setting: Setting, importance: str = "l2") -> Trainee:
+    """Pruned by the group's L2 norm or by the first-order Taylor term, then quantised."""
+    if not setting.prune:
+        raise NotOfferedError("it prunes only")
+    _prune(model, task, setting.prune, importance)
+    return compress(model, task, SETTINGS["int8"], Aids())

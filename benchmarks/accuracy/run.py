@@ -1,0 +1,109 @@
+"""Compress, train for the task's budget, score: one run for each seed.
+
+    python -m benchmarks.accuracy.run lm int4 amct-best --seeds 0 1 2
+    python -m benchmarks.accuracy.run vad int8 brevitas --no-write
+
+Prints a JSON line per run and appends it to the results. A run takes 10 to 90 seconds on one thread, the first of a
+task minutes more for data and float weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.accuracy.material.packages import MissingMaterialError
+from benchmarks.accuracy.methods import METHODS, Method
+from benchmarks.accuracy.results import Result, append
+from benchmarks.accuracy.tasks.base import Task
+from benchmarks.accuracy.tasks.registry import SETTINGS, TASKS, Setting, load_task
+from benchmarks.accuracy.trainee import NotOfferedError
+from benchmarks.accuracy.training import train
+
+CACHE = Path.home() / ".cache" / "amct_ext" / "accuracy"
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of this tree, "-dirty" after it where tracked files differ; "" where git does not know."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def run(task: Task, setting: Setting, method: Method, seed: int) -> Result:
+    """Raises NotOfferedError where the method has no such setting."""
+    model = task.start(seed)
+    began = time.perf_counter()
+    trainee = method.prepare(model, task, setting)
+    ready = time.perf_counter()
+    if trainee.trained:
+        train(trainee.model, task, task.budget, seed, trainee.groups, trainee.loss_of, trainee.before_step)
+    done = time.perf_counter()
+    return Result(
+        task.name,
+        setting.name,
+        method.name,
+        seed,
+        score=round(task.evaluate(trainee.model), 4),
+        prepare_seconds=round(ready - began, 1),
+        train_seconds=round(done - ready, 1),
+        version=(method.installed() if method.package else _commit()) or "",
+    )
+
+
+def attempts(
+    task_name: str, setting: Setting, method: Method, seeds: Iterable[int], cache: Path = CACHE
+) -> Iterator[Result]:
+    """A result for each seed, or one without a score and with the reason where something is missing or not offered.
+
+    Float networks have one setting, "float", whatever is asked for.
+    """
+    if method.kind == "float":
+        setting = SETTINGS["float"]
+    seeds = list(seeds)
+    reason = f"{method.package} is not installed"
+    if method.installed() is not None:
+        try:
+            task = load_task(task_name, cache)
+            for seed in seeds:
+                yield run(task, setting, method, seed)
+            return
+        except (NotOfferedError, MissingMaterialError) as error:
+            reason = str(error)
+    for seed in seeds:
+        yield Result(task_name, setting.name, method.name, seed, skipped=reason)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=list(TASKS))
+    parser.add_argument("setting", choices=list(SETTINGS))
+    parser.add_argument("method", choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"data and float weights (default: {CACHE})")
+    parser.add_argument("--no-write", action="store_true", help="print the result only")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # deprecations in other toolkits
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what toolkits print
+        for result in attempts(args.task, SETTINGS[args.setting], METHODS[args.method], args.seeds, args.cache):
+            print(json.dumps(asdict(result)), file=out, flush=True)
+            if not args.no_write:
+                append(result)
+
+
+if __name__ == "__main__":
+    main()

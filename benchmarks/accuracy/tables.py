@@ -1,0 +1,107 @@
+"""Results as Markdown: accuracy by task and method, aids, costs, what was left out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.results import Result, scores
+from benchmarks.accuracy.statistics import summarise
+from benchmarks.accuracy.tasks.registry import MEASURED, SETTINGS, TASKS
+
+_NONE = "-"
+
+
+def _of(results: Iterable[Result], task: str, setting: str, method: str) -> list[Result]:
+    setting = "float" if METHODS[method].kind == "float" else setting
+    return [r for r in results if (r.task, r.setting, r.method) == (task, setting, method)]
+
+
+def _cell(results: Sequence[Result], task: str, setting: str, method: str) -> str:
+    values = scores(_of(results, task, setting, method))
+    return summarise(values).text(TASKS[task].decimals) if values else _NONE
+
+
+def _best(results: Sequence[Result], task: str, setting: str, methods: Iterable[str]) -> str | None:
+    """The method with the best mean."""
+    means = {m: summarise(v).mean for m in methods if (v := scores(_of(results, task, setting, m)))}
+    sign = 1 if TASKS[task].higher_is_better else -1
+    return max(means, key=lambda m: sign * means[m]) if means else None
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def accuracy_table(results: Sequence[Result]) -> list[str]:
+    """One table for each task: methods that have a result, by setting; the best of the peers and of ours are bold."""
+    lines: list[str] = []
+    for task, settings in MEASURED.items():
+        listed = [m for m in METHODS.values() if m.kind != "aid"]
+        rows = []
+        leaders = {s: {_best(results, task, s, [m.name for m in listed if m.kind == "peer"])} for s in settings}
+        for setting in settings:
+            leaders[setting].add(_best(results, task, setting, [m.name for m in listed if m.kind == "ours"]))
+        for method in listed:
+            cells = [_cell(results, task, setting, method.name) for setting in settings]
+            if all(cell == _NONE for cell in cells):
+                continue
+            marked = [f"**{c}**" if method.name in leaders[s] else c for s, c in zip(settings, cells, strict=True)]
+            rows.append([method.label, *marked])
+        if not rows:
+            continue
+        budget = TASKS[task].budget
+        how = f"{budget.steps} steps of {budget.batch}, AdamW {budget.lr:g}"
+        lines += [f"**{task}**: {TASKS[task].about}. Score: {TASKS[task].score_name}; budget: {how}.", ""]
+        lines += [*_markdown(["", *(SETTINGS[setting].about for setting in settings)], rows), ""]
+    return lines[:-1]
+
+
+def aids_table(results: Sequence[Result]) -> list[str]:
+    """Each aid alone beside the default and BEST."""
+    columns = [m for m in METHODS.values() if m.kind == "aid"]
+    lines = []
+    for task, settings in MEASURED.items():
+        for setting in settings:
+            cells = {m.label: _cell(results, task, setting, m.name) for m in columns}
+            tried = {label: cell for label, cell in cells.items() if cell != _NONE}
+            if tried:
+                ours = [f"default {_cell(results, task, setting, 'amct')}"]
+                told = "; ".join([*ours, *(f"`{label}` {cell}" for label, cell in tried.items())])
+                lines.append(f"| {task}, {SETTINGS[setting].about} | {told} |")
+    return ["| task | each aid alone |", "|---|---|", *lines] if lines else ["No results yet."]
+
+
+def costs_table(results: Sequence[Result]) -> list[str]:
+    """Median seconds by method and task: to compress and calibrate, then to train."""
+    seconds: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        if result.score is not None:
+            seconds[result.method, result.task, result.setting].append(result)
+    columns = [(task, setting) for task, settings in MEASURED.items() for setting in settings]
+    rows = []
+    for method in METHODS.values():
+        cells = []
+        for task, setting in columns:
+            found = seconds.get((method.name, task, "float" if method.kind == "float" else setting), [])
+            middle = len(found) // 2
+            prepare = sorted(r.prepare_seconds for r in found)
+            train = sorted(r.train_seconds for r in found)
+            cells.append(f"{prepare[middle]:.0f} + {train[middle]:.0f}" if found else _NONE)
+        if any(cell != _NONE for cell in cells) and method.name != "float":
+            rows.append([method.label, *cells])
+    return _markdown(["s", *(f"{task} {setting}" for task, setting in columns)], rows)
+
+
+def skipped_list(results: Sequence[Result]) -> list[str]:
+    """Why peers have no number; each reason once."""
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    for result in results:
+        if result.skipped and METHODS[result.method].kind == "peer":
+            reasons[METHODS[result.method].label][result.skipped] = None
+    return [f"* {label}: {'; '.join(found)}" for label, found in reasons.items()] or ["Nothing."]

@@ -1,0 +1,1 @@
+"""The tasks, one module per family: image, speech, text, time series, face."""
