@@ -161,12 +161,12 @@ def test_bits_that_do_not_go_together(plan):
 
 def test_the_best_profile_gives_int4_weights_of_linear_layers_a_scale_per_channel(plan):
     four = "retrain_weight_quant_config { ulq_retrain { dst_type: INT4 %s } }\n"
+    set_by_name = by_name("fc", four % "channel_wise: true")
     for text, expected in (
         (four % "", True),
-        (four % "channel_wise: true", True),
+        (set_by_name, True),
         (four % "channel_wise: false", False),
         (QUANT, False),
-        (by_name("fc", four % "channel_wise: true"), True),
     ):
         weight = plan("profile: BEST\n" + text).layers["fc"].quant.weight
         assert weight.channel_wise is expected

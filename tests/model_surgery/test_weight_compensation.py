@@ -213,7 +213,7 @@ def test_saved_files_and_the_integer_forward_agree(text: str, tmp_path: Path) ->
     torch.testing.assert_close(evaluate(again), expected, rtol=1e-3, atol=1e-3)
     pytest.importorskip("onnxruntime")
     import numpy as np
-    from support.export_job import tensors
+    from support.export_models import tensors
     from support.onnx_run import run_onnx
 
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
