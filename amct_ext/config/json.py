@@ -25,7 +25,7 @@ FP16 = "FORCE_FP16_QUANT"
 TOP_KEYS = ("version", "fakequant_precision_mode", "batch_num", "write_shift_bit", "profile")
 _LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
 _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type", "range_search", "percentile")
-_WEIGHT_KEYS = ("algo", "channel_wise", "dst_type", "scale_start", "scale_gradient")
+_WEIGHT_KEYS = ("algo", "channel_wise", "dst_type", "scale_start", "scale_gradient", "compensate_rounding")
 _RANGE_SEARCHES = ("AMCT", "ABSOLUTE_ERROR", "PERCENTILE", "OUTPUT")
 _WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
 _MOST_BATCHES = 2**32 - 1  # as in a text configuration
@@ -176,7 +176,8 @@ class _Reader:
         channel_wise = self._typed(content, "channel_wise", bool, where, None)
         start = self._choice(content, "scale_start", ("RANGE", "LEAST_SQUARES"), where)
         gradient = self._choice(content, "scale_gradient", ("AMCT", "LSQ"), where)
-        return WeightSettings(algo, bits, channel_wise, start, gradient)
+        compensate = self._typed(content, "compensate_rounding", bool, where, None)
+        return WeightSettings(algo, bits, channel_wise, start, gradient, compensate)
 
     def _bits(self, content: _Object, where: str, what: str, allowed: tuple[str, ...]) -> int:
         kind = self._typed(content, "dst_type", str, where, "INT8")

@@ -92,4 +92,6 @@ def _layer_content(quant: QuantPlan, profile: str) -> dict[str, Any]:
         weight["scale_start"] = "LEAST_SQUARES" if quant.weight.least_squares else "RANGE"
     if quant.weight.lsq_gradient or profile != "AMCT":
         weight["scale_gradient"] = "LSQ" if quant.weight.lsq_gradient else "AMCT"
+    if quant.weight.compensate or profile != "AMCT":
+        weight["compensate_rounding"] = quant.weight.compensate
     return {"retrain_data_config": data, "retrain_weight_config": weight}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from amct_ext.common.layer_kinds import kind_named
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan_checks import check_against_model, check_enabled, prune_active, quant_active
-from amct_ext.config.profile import fill_data, fill_prune, fill_weight
+from amct_ext.config.profile import fill_data, fill_prune, fill_weight, scale_per_channel
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
@@ -23,7 +23,8 @@ class WeightQuant:
     """How a weight is quantised. algo: 'arq_retrain' (range of the current weight) or 'ulq_retrain' (learned scale).
 
     least_squares: scales of least squared error instead of the range; of learned scales at the start, of 'arq_retrain'
-    with INT4 in every forward. lsq_gradient: a scale's gradient counts all weights that share it.
+    with INT4 in every forward. lsq_gradient: a scale's gradient counts all weights that share it. compensate: INT4
+    weights are changed at the end of the calibration, to make up for their rounding.
     """
 
     algo: str = "arq_retrain"
@@ -31,6 +32,7 @@ class WeightQuant:
     channel_wise: bool = True
     least_squares: bool = False
     lsq_gradient: bool = False
+    compensate: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
                 quant.weight,
                 num_bits=8,
                 least_squares=quant.weight.least_squares and quant.weight.algo == "ulq_retrain",
+                channel_wise=quant.weight.channel_wise and layer.type != "Linear",
+                compensate=False,
             )
             layers[name] = replace(layer, quant=replace(quant, weight=weight))
             notes.int4.append(name)
@@ -176,7 +180,7 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         notes.int4.append(name)
     channel_wise = weight.channel_wise
     kind = kind_named(trait.type)
-    per_channel = kind is None or kind.per_channel
+    per_channel = kind is None or kind.per_channel or scale_per_channel(bits, config.profile)
     if channel_wise is None:
         channel_wise = per_channel
     elif channel_wise and not per_channel:
@@ -188,7 +192,9 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         channel_wise = False
         notes.per_tensor.append(name)
     least_squares = weight.scale_start == "LEAST_SQUARES" and (weight.algo == "ulq_retrain" or bits == 4)
-    return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise, least_squares, weight.scale_gradient == "LSQ"))
+    compensate = bool(weight.compensate_rounding) and bits == 4
+    lsq = weight.scale_gradient == "LSQ"
+    return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise, least_squares, lsq, compensate))
 
 
 def _quant_skipped(config: RetrainConfig, name: str, trait: LayerTraits) -> bool:

@@ -15,14 +15,20 @@ def fill_data(data: DataQuant, profile: str) -> DataQuant:
 
 
 def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
-    """The settings of a weight, with the profile's start and gradient of scales where none is asked for."""
+    """The settings of a weight, with the profile's start and gradient of scales and compensation where none is set."""
     if profile != "BEST":
         return weight
     return replace(
         weight,
         scale_start=weight.scale_start or "LEAST_SQUARES",
         scale_gradient=weight.scale_gradient or "AMCT",
+        compensate_rounding=True if weight.compensate_rounding is None else weight.compensate_rounding,
     )
+
+
+def scale_per_channel(num_bits: int, profile: str) -> bool:
+    """Whether weights that take one scale for AMCT may have one per output channel, and have where nothing is said."""
+    return profile == "BEST" and num_bits == 4
 
 
 def fill_prune(prune: FilterPrune | SparsePrune, profile: str, has_loss: bool) -> FilterPrune | SparsePrune:

@@ -46,7 +46,8 @@ class DataQuant:
 class WeightSettings:
     """What the file says on weights; channel_wise None: the layer type's default, which the plan fills in.
 
-    scale_start: 'RANGE' or 'LEAST_SQUARES'; scale_gradient: 'AMCT' or 'LSQ'; None: the profile's.
+    scale_start: 'RANGE' or 'LEAST_SQUARES'; scale_gradient: 'AMCT' or 'LSQ'; compensate_rounding: whether INT4 weights
+    are changed at the end of the calibration; None: the profile's.
     """
 
     algo: str = "arq_retrain"
@@ -54,6 +55,7 @@ class WeightSettings:
     channel_wise: bool | None = None
     scale_start: str | None = None
     scale_gradient: str | None = None
+    compensate_rounding: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ class _Reader:
             raise self._error((*path, algo, "dst_type"), "INT16 weights do not exist; INT8 and INT4 do")
         channel_wise = chosen.channel_wise if chosen.HasField("channel_wise") else None
         gradient = _label(chosen, "scale_gradient") if algo == "ulq_retrain" else None
-        return WeightSettings(algo, bits, channel_wise, _label(chosen, "scale_start"), gradient)
+        compensate = chosen.compensate_rounding if chosen.HasField("compensate_rounding") else None
+        return WeightSettings(algo, bits, channel_wise, _label(chosen, "scale_start"), gradient, compensate)
 
     def _prune(self, message: Any, path: tuple[str | int, ...]) -> FilterPrune | SparsePrune:
         strategy = message.WhichOneof("regular_prune_strategy")

@@ -24,11 +24,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     ``batches``: what the model is called with, each in a form that create takes as ``input_data``; on the model's
     device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise training forwards do the same as
     they come. The model is in eval mode meanwhile and keeps its mode; dropout is off, BatchNorm uses its running
-    statistics, and weights, masks and gradients stay as they are. In a distributed job all ranks call it with data of
-    their own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one
-    batch instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers
-    that saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in
-    training forwards only.
+    statistics, and masks and gradients stay as they are; so do weights, but INT4 ones with `compensate_rounding`, which
+    change once: before an optimizer keeps a copy of them. In a distributed job all ranks call it with data of their
+    own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one batch
+    instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers that
+    saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in training
+    forwards only.
     """
     inner = unwrap(model)
     tracker = session_of(inner).tracker

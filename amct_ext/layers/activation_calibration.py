@@ -74,6 +74,12 @@ class CalibratedClips(KeepsPrecision):
         return self._seen.read(self.batches_seen) >= self.batch_num
 
     @property
+    def took_batch(self) -> bool:
+        """Whether the forward of the model that is under way gave the calibration a batch."""
+        forward = self.tracker.forward_id
+        return forward is not None and forward == self._calibrated_in
+
+    @property
     def ready(self) -> bool:
         """Whether an evaluation can use the clips: calibrated here, or set from elsewhere.
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amct_ext.config.plan import LayerPlan
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.rounding_compensation import RoundingCompensation, convolution_inputs
 
 
-class _CompressedConv(CompressedLayer):
+class ProductLayer(CompressedLayer):
+    """A layer whose output is one matrix product of input and weight: its weight can compensate for its rounding."""
+
+    compensation: RoundingCompensation | None = None  # None: the calibration leaves the weight as it is
+
+    def _forward(self, x: Tensor, *args: Any) -> Tensor:
+        y = super()._forward(x, *args)
+        if self.compensation is not None:
+            self.compensation.observe(self, x)
+        return y
+
+    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        """The input as matrices (positions, columns of the weight), in parts."""
+        raise NotImplementedError
+
+    def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
+        super()._add_children(plan, batch_num, fixed_min)
+        if plan.quant is None or not plan.quant.weight.compensate:
+            return
+        # Configured clips are not calibrated; a 2:4 mask decides on the weight.
+        if self.sparsity is None and plan.quant.data.clip_max is None and getattr(self, "groups", 1) == 1:
+            self.compensation = RoundingCompensation(self.weight.shape)
+
+
+class _CompressedConv(ProductLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of the float class
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        return convolution_inputs(x, self, self.kernel_size, self.stride, self.dilation)
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return self._conv_forward(x, weight, self.bias)
@@ -31,8 +63,11 @@ class CompressedConv3d(_CompressedConv, nn.Conv3d):
     pass
 
 
-class CompressedLinear(CompressedLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
+class CompressedLinear(ProductLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
     channel_axis_out = -1
+
+    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+        yield x.reshape(-1, x.shape[-1])
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return F.linear(x, weight, self.bias)

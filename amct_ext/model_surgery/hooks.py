@@ -19,6 +19,12 @@ from amct_ext.model_surgery.output_ranges import choose_ranges, hold_input
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
+from amct_ext.model_surgery.weight_compensation import (
+    compensate_weights,
+    compensation_after_load,
+    tell_uncompensated,
+    weights_are_open,
+)
 
 
 def attach(model: nn.Module, session: Session) -> None:
@@ -33,6 +39,7 @@ def attach(model: nn.Module, session: Session) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
     session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
+    session.weights_to_compensate = weights_are_open(model)
     if session.ranges_to_choose:
         model.register_forward_pre_hook(_hold_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
@@ -109,10 +116,13 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    if (several_ranks() or session.ranges_to_choose) and not state_updates_disabled():
+    waiting = session.ranges_to_choose or session.weights_to_compensate
+    if (several_ranks() or waiting) and not state_updates_disabled():
         quantizers = own_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
             share_ranges(quantizers)
+            if session.weights_to_compensate and not torch.compiler.is_compiling():
+                compensate_weights(model)
             if session.ranges_to_choose and not torch.compiler.is_compiling():
                 choose_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
@@ -139,6 +149,8 @@ def _on_meta_device(model: nn.Module) -> bool:
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
+    if getattr(model, ATTRIBUTE).weights_to_compensate:
+        tell_uncompensated(model)
     for layer in every_layer(model):
         layer.repair_scales()
 
@@ -146,4 +158,6 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
+    compensation_after_load(model)
+    session.weights_to_compensate = weights_are_open(model)
     session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))

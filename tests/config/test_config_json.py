@@ -192,6 +192,7 @@ def layer(part: str, **values: Any) -> dict[str, Any]:
         (layer("weight", algo="ulq"), ValueError, ("ulq", "arq_retrain")),
         (layer("weight", dst_type="INT16"), ValueError, ("INT16 weights",)),
         (layer("weight", channel_wise=1), TypeError, ("channel_wise",)),
+        (layer("weight", compensate_rounding=1), TypeError, ("compensate_rounding", "bool")),
         ({"version": 1, "batch_num": 1, "fc": {"retrain_weight_config": {"channel_wise": True}}}, ValueError,
          ("fc", "channel_wise")),
         ({"version": 1, "batch_num": 1, "fc": {"retrain_data_config": {"dst_type": "INT16"},
