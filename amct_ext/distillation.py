@@ -33,7 +33,7 @@ class DistillationLoss(nn.Module):
     the float model, on the same device; takes the same inputs. weight: 0 to 1. distance, of two float tensors:
 
     * "kl": Kullback-Leibler divergence of class scores, times ``temperature``**2, mean over all other positions; the
-      classes lie along ``dim`` (None: the last axis of 2-D and 3-D outputs, else axis 1);
+      classes lie along ``dim`` (None: axis 1; to be given for 3-D outputs, where language models have them last);
     * "bce": binary cross-entropy of single logits with the teacher's probabilities;
     * "mse": squared error, relative to the variance of the teacher's output;
     * a callable ``(student, teacher) -> scalar``.
@@ -97,7 +97,12 @@ class DistillationLoss(nn.Module):
             return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
         if self.distance == "mse":
             return F.mse_loss(student, teacher) / teacher.var(correction=0).clamp_min(torch.finfo(torch.float32).eps)
-        dim = self.dim if self.dim is not None else (-1 if student.dim() <= 3 else 1)
+        if self.dim is None and student.dim() == 3:
+            raise InvalidDataError(
+                f"distance 'kl': say by dim where the classes of an output of shape {tuple(student.shape)} lie: -1 for "
+                "sequences of tokens, 1 as nn.CrossEntropyLoss has them"
+            )
+        dim = 1 if self.dim is None else self.dim
         if student.dim() < 2 or student.shape[dim] < 2:
             raise InvalidDataError(
                 f"distance 'kl' compares class scores along axis {dim}, of which an output of shape "

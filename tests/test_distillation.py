@@ -31,13 +31,19 @@ def test_kl_is_the_divergence_of_the_softened_classes():
     torch.testing.assert_close(distil(), expected)
 
 
-def test_classes_of_images_lie_along_axis_1_and_of_sequences_along_the_last():
+def test_classes_lie_along_axis_1_unless_told_and_three_axes_must_be_told():
     torch.manual_seed(0)
     for net, shape, axis in ((nn.Conv2d(3, 4, 1), (2, 3, 5, 5), 1), (nn.Linear(3, 4), (2, 5, 3), 2)):
         other, x = copy.deepcopy(net), torch.randn(shape)
         with torch.no_grad():
             other.weight.mul_(2)
-        distil = amct_ext.DistillationLoss(net, other)
+        if axis == 2:
+            net(x)
+            unsaid = amct_ext.DistillationLoss(net, other)
+            net(x)
+            with pytest.raises(InvalidDataError, match="say by dim"):
+                unsaid()
+        distil = amct_ext.DistillationLoss(net, other, dim=None if axis == 1 else axis)
         log_p, log_q = (m(x).log_softmax(axis) for m in (net, other))
         torch.testing.assert_close(distil(), (log_q.exp() * (log_q - log_p)).sum(axis).mean())
 

@@ -25,7 +25,7 @@ from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
 
 Forward = Callable[..., Any]
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor | float]
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ class _Measure:
 
     def _run(self, batch: Any) -> list[Tensor]:
         if self.loss is not None:
-            return [self.loss(self.network, batch).detach().double()]
+            return [torch.as_tensor(self.loss(self.network, batch), dtype=torch.float64)]
         output = parse_inputs(self.network, batch).copied().call(self.network)
         found = [x.detach().double() for x in tensors_in(output) if x.is_floating_point()]
         if not found:
@@ -128,11 +128,11 @@ class _Measure:
         """Count the multiplications of each layer in the forwards inside."""
         names = {layer: name for name, layer in self.layers.items()}
 
-        def count(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             assert isinstance(layer, CompressedLayer)
-            self._macs[names[layer]] += _multiplications(layer, args[0], output)
+            self._macs[names[layer]] += _multiplications(layer, args[0] if args else kwargs["input"], output)
 
-        handles = [layer.register_forward_hook(count) for layer in names]
+        handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in names]
         try:
             yield
         finally:

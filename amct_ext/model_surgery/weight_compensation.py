@@ -29,9 +29,10 @@ def compensate_weights(model: nn.Module) -> None:
     """Change the weights of the layers whose calibration has finished, once, in place.
 
     Called on all ranks after each training forward, when these agree which calibrations are finished. The moments of
-    all ranks are added. The write raises no version, for the backward of the forward just made may still come; the
-    optimizer's first step must not have come, nor a copy of the weights in float32 been made for it. Weights that are
-    sharded, that another module has, too, or whose layer calibrated in a compiled graph stay, with one warning.
+    all ranks are added. The write raises no version, for the backward of the forward just made may still come: its
+    gradient of a learned scale mixes the weight of before and after, once. The optimizer's first step must not have
+    come, nor a copy of the weights in float32 been made for it. Weights that are sharded, that another module has, too,
+    or whose layer calibrated in a compiled graph stay, with one warning.
     """
     kept: dict[str, str] = {}
     owners: Counter[int] = Counter()
@@ -104,7 +105,14 @@ def _compensate(layer: ProductLayer, compensation: RoundingCompensation) -> str:
         return _UNSEEN
     quantizer = layer.weight_quant
     scale = quantizer.current_scale(weight)
-    changed = compensated_weight(weight, moment, scale, quantizer.num_bits, not quantizer.learned).contiguous()
+    changed = compensated_weight(weight, moment, scale, quantizer.num_bits, not quantizer.learned)
+    if changed is weight:
+        return "the second moments of its inputs are not finite, or singular"
+    if not quantizer.learned:
+        # The scale that follows the weight must be this one again; else its channel would be rounded a second time.
+        same = torch.isclose(quantizer.current_scale(changed), scale, rtol=1e-3, atol=0.0)
+        changed = torch.where(same.reshape(-1, *[1] * (weight.dim() - 1)), changed, weight)
+    changed = changed.contiguous()
     average_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
     if layer.integer is not None:

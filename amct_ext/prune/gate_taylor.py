@@ -32,7 +32,7 @@ def gate_taylor(model: nn.Module, groups: Sequence[ChannelGroup], pruning_loss: 
     device = next(model.parameters()).device
     totals = [torch.zeros(group.count, dtype=torch.float64, device=device) for group in groups]
     count = 0
-    with torch.enable_grad(), _gated(_readers(model, groups)) as gates:
+    with torch.enable_grad(), _gated(model, _readers(model, groups)) as gates:
         losses = pruning_loss(model)
         if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
             raise InputDataError(
@@ -63,7 +63,7 @@ def _readers(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, nn.M
 
 
 @contextlib.contextmanager
-def _gated(readers: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
+def _gated(model: nn.Module, readers: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
     """Factors of one on what the readers are given; the list gets each with its layer's name, as forwards run."""
     gates: list[tuple[str, Tensor]] = []
 
@@ -81,16 +81,16 @@ def _gated(readers: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
 
         return open_gate
 
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            # cuDNN has no backward of recurrent layers in eval mode.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         for name, module in readers.items():
             kind = kind_of(module)
             assert kind is not None
-            handles.append(module.register_forward_pre_hook(hook(name, kind.channel_axis), with_kwargs=True))
+            handle = module.register_forward_pre_hook(hook(name, kind.channel_axis), with_kwargs=True)
+            stack.callback(handle.remove)
         yield gates
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gate_gradients(loss: Tensor, gates: list[tuple[str, Tensor]], number: int) -> list[tuple[str, Tensor]]:

@@ -97,7 +97,7 @@ def test_the_loss_of_the_user(tmp_path):
     _, model, x = calibrated(tmp_path)
     labels = torch.arange(8) % 5
     loss = lambda network, batch: nn.functional.cross_entropy(network(batch[0]), batch[1])  # noqa: E731
-    report = amct_ext.sensitivity(model, [(x, labels)], loss=loss)
+    report = amct_ext.sensitivity(model, [(x, labels)], loss=lambda network, batch: float(loss(network, batch)))
     with torch.no_grad():
         net, _ = network()
         expected = loss(model.eval(), (x, labels)) - loss(net, (x, labels))
@@ -111,7 +111,7 @@ def test_recurrent_and_transposed_layers(tmp_path):
             self.up, self.rnn, self.fc = nn.ConvTranspose1d(4, 6, 2, 2), nn.LSTM(6, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            return self.fc(self.rnn(self.up(x).permute(2, 0, 1))[0])
+            return self.fc(input=self.rnn(self.up(x).permute(2, 0, 1))[0])
 
     torch.manual_seed(0)
     _, model, x = calibrated(tmp_path, QUANT, Net().eval(), torch.randn(3, 4, 5))

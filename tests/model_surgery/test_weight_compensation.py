@@ -87,6 +87,19 @@ def test_the_error_of_every_output_falls(text: str, tmp_path: Path) -> None:
     assert sum(errors[0][name] for name in names) < 0.8 * sum(errors[1][name] for name in names)
 
 
+def test_adaptive_rows_that_changed_are_codes_of_the_scale_that_the_next_forward_finds(tmp_path: Path) -> None:
+    model = Job(tmp_path, weight("arq_retrain")).create().eval()
+    before = weights(model)
+    amct_ext.calibrate(model, batches)
+    rows = 0
+    for name, layer in compensated(model).items():
+        now, rounded = layer.weight.detach().flatten(1), layer.compressed_weight().detach().flatten(1)
+        changed = (now != before[name].flatten(1)).any(1)
+        rows += int(changed.sum())
+        torch.testing.assert_close(rounded[changed], now[changed], rtol=1e-3, atol=1e-6)
+    assert rows
+
+
 @every_config
 def test_restore_is_exact_and_changes_nothing_again(text: str, tmp_path: Path) -> None:
     job = Job(tmp_path, text)
