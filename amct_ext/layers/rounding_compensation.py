@@ -1,4 +1,4 @@
-"""Weights changed so that later input channels make up for what rounding earlier ones costs."""
+"""GPTQ: weights changed so that later input channels make up for what rounding earlier ones costs."""
 
 from __future__ import annotations
 
