@@ -168,7 +168,7 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     elif by_type is not None and by_type[1].quantizes:
         data, weight = by_type[1].data, by_type[1].weight
         place = ("override_layer_types", by_type[0])
-    elif _quant_skipped(config, name, trait):
+    elif quant_skipped(config, name, trait.type):
         return None
     else:
         data, weight, place = config.data, config.weight, ()
@@ -197,11 +197,12 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise, least_squares, lsq, compensate))
 
 
-def _quant_skipped(config: RetrainConfig, name: str, trait: LayerTraits) -> bool:
+def quant_skipped(config: RetrainConfig, name: str, type_name: str) -> bool:
+    """Whether a layer that no override quantises stays float: the file quantises nothing by default, or skips it."""
     return (
         (config.data is None and config.weight is None)
         or name in (*config.skip_layers, *config.quant_skip_layers)
-        or trait.type in (*config.skip_layer_types, *config.quant_skip_types)
+        or type_name in (*config.skip_layer_types, *config.quant_skip_types)
     )
 
 

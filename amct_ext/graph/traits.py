@@ -30,7 +30,7 @@ def layer_traits(
     `left_alone`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers.
     """
     modules = dict(model.named_modules())
-    owners = _owners(modules)
+    owners = parameter_owners(modules)
     read_by = {id(model.get_parameter(name)): nodes[0].name for name, nodes in readers.items()}
     result = {}
     for name, module in modules.items():
@@ -47,7 +47,7 @@ def layer_traits(
         shared = ", ".join(other or "the model itself" for other in others)
         # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
-        reason = usable or (shared and f"its weight is shared with {shared}") or _why_not_quantizable(kind, module)
+        reason = usable or (shared and f"its weight is shared with {shared}") or why_not_quantizable(kind, module)
         why_dense = usable or (reason if foreign else "")
         if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
             why_dense = f"its weight is also read by {reader}, outside of the layer"
@@ -63,7 +63,7 @@ def layer_traits(
     return result
 
 
-def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+def parameter_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     """Identity of each parameter -> the modules that hold it. Computed weights are new objects and never found here."""
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -98,7 +98,7 @@ def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str =
     return ""
 
 
-def _why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
+def why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
     """Limits of the quantised layers themselves, '' where there is none."""
     if kind.family is Family.RNN:
         for attribute, wanted in (("num_layers", 1), ("bidirectional", False), ("dropout", 0), ("proj_size", 0)):

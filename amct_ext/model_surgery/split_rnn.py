@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import ONNX_GATES, layer_type
+from amct_ext.common.layer_kinds import kind_of, layer_type
 from amct_ext.common.references import replace_modules
+from amct_ext.config.plan import quant_skipped
 from amct_ext.config.text import Override, RetrainConfig
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph, trace
-from amct_ext.graph.traits import why_not_usable
+from amct_ext.graph.traits import parameter_owners, why_not_quantizable, why_not_usable
 from amct_ext.layers.rnn_stack import RecurrentStack
 
 logger = logging.getLogger("amct_ext")
@@ -61,17 +62,11 @@ def _of_parts(overrides: tuple[Override, ...], parts: Mapping[str, list[str]]) -
 
 
 def _splits(model: nn.Module, graph: Graph, name: str, module: nn.RNNBase) -> bool:
-    if layer_type(module) not in ONNX_GATES or module.proj_size:
+    kind = kind_of(module)
+    if kind is None or not kind.quantizable or module.proj_size or not why_not_quantizable(kind, module):
         return False
-    if module.num_layers == 1 and not module.bidirectional and not module.dropout:
-        return False
-    own = {id(parameter) for parameter in module.parameters()}
-    shared = any(
-        id(parameter) in own
-        for other in model.modules()
-        if other is not module
-        for parameter in other.parameters(recurse=False)
-    )
+    owners = parameter_owners(dict(model.named_modules()))
+    shared = any(len(owners[id(parameter)]) > 1 for parameter in module.parameters())
     return not shared and not why_not_usable(graph.calls, name, module) and name not in graph.left_alone
 
 
@@ -81,8 +76,4 @@ def _asked_for(config: RetrainConfig, name: str, module: nn.RNNBase) -> bool:
     named = [item.target for item in config.override_layer_configs if item.quantizes]
     if any(target == name or target.startswith(part) for target in named):
         return True
-    return not (
-        (config.data is None and config.weight is None)
-        or name in (*config.skip_layers, *config.quant_skip_layers)
-        or layer_type(module) in (*config.skip_layer_types, *config.quant_skip_types)
-    )
+    return not quant_skipped(config, name, layer_type(module) or "")
