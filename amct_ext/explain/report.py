@@ -9,6 +9,7 @@ from torch import nn
 from amct_ext.config.plan import LayerPlan, QuantPlan
 from amct_ext.config.text import FilterPrune
 from amct_ext.explain.reasons import layer_reasons
+from amct_ext.explain.table import markdown_table
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import Session, session_of
 
@@ -53,12 +54,7 @@ class Explanation(dict[str, LayerReport]):
             )
             for item in self.values()
         ]
-        widths = [max(len(row[column]) for row in [_COLUMNS, *rows]) for column in range(len(_COLUMNS))]
-        lines = [_COLUMNS, tuple("-" * width for width in widths), *rows]
-        table = "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        table = markdown_table(_COLUMNS, rows)
         return f"{table}\n\nSaving: {self.export}" if self.export else table
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from amct_ext.explain.table import markdown_table
+
 _COLUMNS = (
     "layer",
     "type",
@@ -62,12 +64,7 @@ class Sensitivity:
             )
             for layer in self.layers
         ]  # fmt: skip
-        widths = [max(len(row[column]) for row in (_COLUMNS, *rows)) for column in range(len(_COLUMNS))]
-        lines = [_COLUMNS, tuple("-" * width for width in widths), *rows]
-        table = "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        table = markdown_table(_COLUMNS, rows)
         what = "relative squared error of the output" if self.measure == "error" else "rise of the loss"
         return f"{table}\n\nAll layers quantised: {what} {self.error:.2e}"
 
