@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from amct_ext.common.validation import check_types
 from amct_ext.errors import InvalidDataError, StaleStateError
+from amct_ext.graph.run import tensors_in
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # of the student's and the teacher's tensor, a scalar
 
@@ -151,6 +151,4 @@ def _logits(output: Any) -> Any:
 
 
 def _floating(output: Any) -> list[Tensor]:
-    leaves = list(output.values()) if isinstance(output, Mapping) else [output]
-    tensors = [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [x for x in tensors if x.dim()]
+    return [x for x in tensors_in(output) if x.is_floating_point() and x.dim()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
 from amct_ext.layers.sparsity import masked
+from amct_ext.ops.weight_lsq import default_grad_factor
 
 _NAN = float("nan")
 
@@ -163,4 +163,4 @@ def gradient_factor(rows: Tensor, plan: WeightQuant) -> float:
     """AMCT's factor on the gradient of a learned scale; ``rows``: the weight with its output channels on axis 0."""
     # One filter is counted for 2-D and 4-D weights also per tensor, but only the input channels for other ranks.
     count = rows[0].numel() if plan.channel_wise or rows.dim() in (2, 4) else rows.shape[1]
-    return 1.0 / math.sqrt(count * (2 ** (plan.num_bits - 1) - 1))
+    return default_grad_factor(count, plan.num_bits)
