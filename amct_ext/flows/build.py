@@ -103,7 +103,8 @@ def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | Non
     records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
     channel = apply_channels(start.model, start.graph, records, start.inputs)
     if asks_for_permutation(start.plan):
-        permute_channels(start.model, trace(start.model, start.inputs), start.plan, start.inputs)
+        graph = trace(start.model, start.inputs) if channel else start.graph
+        permute_channels(start.model, graph, start.plan, start.inputs)
     return _insert(start, record_file, channel)
 
 

@@ -35,9 +35,14 @@ class RecurrentStack(nn.Module):
             del vars(new)[name]
         vars(new)["_parameters"] = {}
         for layer in range(rnn.num_layers):
-            for suffix in ("", "_reverse") if rnn.bidirectional else ("",):
+            for suffix in new.suffixes:
                 setattr(new, f"l{layer}{suffix}", _part(rnn, layer, suffix))
         return new
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of a layer's directions end in."""
+        return ("", "_reverse") if self.bidirectional else ("",)
 
     def forward(self, input: Tensor, hx: Tensor | Sequence[Tensor] | None = None) -> tuple[Tensor, States]:
         """As the float class."""
@@ -47,7 +52,7 @@ class RecurrentStack(nn.Module):
         x = input
         for layer in range(self.num_layers):
             outputs = []
-            for suffix in ("", "_reverse") if self.bidirectional else ("",):
+            for suffix in self.suffixes:
                 state = None if given is None else tuple(part[len(last)].unsqueeze(0) for part in given)
                 y, end = getattr(self, f"l{layer}{suffix}")(
                     x.flip(time) if suffix else x, state[0] if state is not None and len(state) == 1 else state

@@ -38,14 +38,19 @@ def attach(model: nn.Module, session: Session) -> None:
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
-    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
-    session.weights_to_compensate = weights_are_open(model)
+    _note_unfinished(model, session)
     if session.ranges_to_choose:
         model.register_forward_pre_hook(_hold_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     model.register_forward_hook(_end_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
     model.register_load_state_dict_post_hook(_after_load)
+
+
+def _note_unfinished(model: nn.Module, session: Session) -> None:
+    """What the end of a calibration has yet to do, so that later forwards need not look for it."""
+    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
+    session.weights_to_compensate = weights_are_open(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -159,5 +164,4 @@ def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
     compensation_after_load(model)
-    session.weights_to_compensate = weights_are_open(model)
-    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
+    _note_unfinished(model, session)

@@ -66,9 +66,10 @@ def select_channels(group: ChannelGroup, plan: Plan, model: nn.Module, scores: T
     """
     settings = _settings(group, plan)
     if scores is None:
-        weights = [finite_weight(member, model) for member in group.producers]
-        balanced = measure_of(group, plan) == "BALANCED_L2"
-        scores = importance(weights) if balanced else group_norms(group, model)
+        if measure_of(group, plan) == "BALANCED_L2":
+            scores = importance([finite_weight(member, model) for member in group.producers])
+        else:
+            scores = group_norms(group, model)
     ratio = min(prune.ratio for prune in settings)
     ascend = any(prune.ascend_optimized for prune in settings)
     return least_important(scores.cpu(), ratio, ascend, group.blocks or 1)
