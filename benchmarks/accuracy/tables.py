@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from statistics import median_high
 
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.results import Result, scores
@@ -108,10 +109,8 @@ def costs_table(results: Sequence[Result]) -> list[str]:
         cells = []
         for task, setting in columns:
             found = seconds.get((method.name, task, "float" if method.kind == "float" else setting), [])
-            middle = len(found) // 2
-            prepare = sorted(r.prepare_seconds for r in found)
-            train = sorted(r.train_seconds for r in found)
-            cells.append(f"{prepare[middle]:.0f} + {train[middle]:.0f}" if found else _NONE)
+            seconds_of = [[r.prepare_seconds for r in found], [r.train_seconds for r in found]]
+            cells.append(" + ".join(f"{median_high(each):.0f}" for each in seconds_of) if found else _NONE)
         if any(cell != _NONE for cell in cells) and method.name != "float":
             rows.append([method.label, *cells])
     return _markdown(["s", *(f"{task} {setting}" for task, setting in columns)], rows)

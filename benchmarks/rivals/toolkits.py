@@ -32,7 +32,9 @@ class _QuantisedInput(nn.Module):
         return self.layer(self.stub(x))
 
 
-class _Whole(nn.Module):
+class Enclosed(nn.Module):
+    """A model one level down, for toolkits that cannot trace a Sequential at the top."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -146,7 +148,7 @@ def nncf(model: nn.Module, x: Tensor) -> nn.Module:
         raise RuntimeError("its kernels were not built; that takes ninja and a C++ compiler on PATH")
     floats = ["add", "__add__", "__iadd__", "embedding", "layer_norm", "scaled_dot_product_attention"]
     return toolkit.quantize(
-        _Whole(model).eval(),  # it cannot trace a Sequential at the top
+        Enclosed(model).eval(),
         toolkit.Dataset([x]),
         preset=toolkit.QuantizationPreset.MIXED,
         target_device=toolkit.TargetDevice.CPU,

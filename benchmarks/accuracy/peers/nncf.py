@@ -8,24 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
 from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee, groups_beside
+from benchmarks.rivals.toolkits import Enclosed
 
 _FLOAT = ("add", "__add__", "__iadd__", "embedding", "layer_norm", "scaled_dot_product_attention")
-
-
-class _Whole(nn.Module):
-    """It cannot trace a Sequential at the top."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
 
 
 def _toolkit() -> Any:
@@ -57,7 +47,7 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     ranges = estimators.MEAN_QUANTILE if task.heavy_tails else estimators.MEAN_MINMAX
     names = [f"model.{name}" for name, _ in model.named_parameters()]
     quantised = nncf.quantize(
-        _Whole(model).eval(),
+        Enclosed(model).eval(),
         nncf.Dataset(task.calibration(CALIBRATION_BATCHES)),
         preset=nncf.QuantizationPreset.MIXED,
         target_device=nncf.TargetDevice.CPU,
