@@ -31,8 +31,8 @@ AMCT_TABLE float kRatios[kCandidates] = {
     1.17999995f,  1.19000006f,  1.20000005f,  1.21000004f,  1.22000003f,  1.23000002f,  1.24000001f,  1.25f,
     1.25999999f,  1.26999998f,  1.27999997f,  1.28999996f,  1.29999995f};
 
-// The factors on a weight's range scale that the scale search tries: eight in each of the first two octaves, four in
-// each of the four below, where the error is flat. The range itself comes first.
+// The factors on a weight's range scale that the scale search tries: eight in each of the first two powers of two,
+// four in each of the four below, where the error is flat. The range itself comes first.
 constexpr int kScaleFactors = 32;
 AMCT_INLINE constexpr double scale_factor(int i) {
   return i < 16 ? (16 - i % 8) / static_cast<double>(16 << i / 8)

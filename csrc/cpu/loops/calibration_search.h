@@ -62,30 +62,11 @@ void histogram(const void* x_, int64_t n, double scale, uint64_t* bins) {
 }
 
 // Histogram with bins of equal relative width: float32 magnitudes by their bit patterns without the lowest
-// `dropped_bits`. A bin is a count and the sum of the dropped bits. Patterns below `first_bits` go to bin 0.
-template <typename T>
-void range_histogram(const void* x_, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins) {
-  const T* x = static_cast<const T*>(x_);
-  const uint32_t origin = first_bits - (1u << dropped_bits), low_mask = (1u << dropped_bits) - 1;
-  uint32_t key[kSearchChunk];
-  for (int64_t begin = 0; begin < n; begin += kSearchChunk) {
-    const int64_t count = n - begin < kSearchChunk ? n - begin : kSearchChunk;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(widen(x[begin + i]))) & 0x7fffffffu;
-      key[i] = bits < first_bits ? 0 : bits - origin;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t* bin = bins + 2 * (key[i] >> dropped_bits);
-      bin[0] += 1;
-      bin[1] += key[i] & low_mask;
-    }
-  }
-}
-
-// The same with values below zero apart, in bins that begin `negative` places further on.
-template <typename T>
-void signed_range_histogram(const void* x_, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins,
-                            int64_t negative) {
+// `dropped_bits`. A bin is a count and the sum of the dropped bits. Patterns below `first_bits` go to bin 0. Values
+// below zero, where they are to be kept apart, go to bins that begin `negative` numbers further on.
+template <typename T, bool kSigned>
+AMCT_INLINE void add_to_bins(const void* x_, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins,
+                             int64_t negative) {
   constexpr uint32_t sign = 0x80000000u;  // higher than any key
   const T* x = static_cast<const T*>(x_);
   const uint32_t origin = first_bits - (1u << dropped_bits), low_mask = (1u << dropped_bits) - 1;
@@ -94,14 +75,27 @@ void signed_range_histogram(const void* x_, int64_t n, uint32_t first_bits, int 
     const int64_t count = n - begin < kSearchChunk ? n - begin : kSearchChunk;
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t all = bit_cast<uint32_t>(static_cast<float>(widen(x[begin + i]))), bits = all & ~sign;
-      key[i] = (bits < first_bits ? 0 : bits - origin) | (all > sign ? sign : 0);  // -0 is not below zero
+      key[i] = bits < first_bits ? 0 : bits - origin;
+      if constexpr (kSigned) key[i] |= all > sign ? sign : 0;  // -0 is not below zero
     }
     for (int64_t i = 0; i < count; ++i) {
-      int64_t* bin = bins + 2 * ((key[i] & ~sign) >> dropped_bits) + (key[i] & sign ? negative : 0);
+      const uint32_t magnitude = kSigned ? key[i] & ~sign : key[i];
+      int64_t* bin = bins + 2 * (magnitude >> dropped_bits) + (kSigned && (key[i] & sign) ? negative : 0);
       bin[0] += 1;
-      bin[1] += key[i] & low_mask;
+      bin[1] += magnitude & low_mask;
     }
   }
+}
+
+template <typename T>
+void range_histogram(const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins) {
+  add_to_bins<T, false>(x, n, first_bits, dropped_bits, bins, 0);
+}
+
+template <typename T>
+void signed_range_histogram(const void* x, int64_t n, uint32_t first_bits, int dropped_bits, int64_t* bins,
+                            int64_t negative) {
+  add_to_bins<T, true>(x, n, first_bits, dropped_bits, bins, negative);
 }
 
 // Adds the squared error of each symmetric candidate range.
