@@ -28,7 +28,7 @@ def test_standard_error_of_the_mean() -> None:
 
 
 def test_area_under_the_curve_is_scikit_learns() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+    metrics = pytest.importorskip("sklearn.metrics", reason="what areas are compared with: pip install -e .[demo]")
     generator = torch.Generator().manual_seed(0)
     scores, labels = torch.rand(500, generator=generator), torch.rand(500, generator=generator) > 0.7
     scores += 0.2 * labels
@@ -72,7 +72,7 @@ def test_float_networks_run_once_for_a_task() -> None:
 
 
 def test_batches_depend_on_step_and_seed_alone(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install -e .[demo]")
     task = Digits(tmp_path)
     batches = [task.batch(step, seed)[0] for step, seed in ((3, 1), (3, 1), (4, 1), (3, 2))]
     assert torch.equal(batches[0], batches[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
 from torch import nn
 
 import amct_ext
@@ -25,15 +25,11 @@ def job(tmp_path: Path, name: str) -> Job:
 @every_config
 def test_train_restore_train_equals_train(job: Job, name: str, tmp_path: Path) -> None:
     whole = job.create()
-    train(whole, (optimizer := optimizer_of(whole)), range(6))
+    train(whole, optimizer_of(whole), range(6))
 
-    first = job.create()
-    train(first, (optimizer := optimizer_of(first)), range(3))
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "half.pth")
-    second = job.restore(tmp_path / "half.pth")
+    first = train_and_save(job, tmp_path / "half.pth", range(3))
+    second, optimizer = resume(job, tmp_path / "half.pth")
     assert_same_state(first, second)
-    optimizer = optimizer_of(second)
-    optimizer.load_state_dict(torch.load(tmp_path / "half.pth", weights_only=True)["optimizer"])
     train(second, optimizer, range(3, 6))
 
     assert_same_state(whole, second)

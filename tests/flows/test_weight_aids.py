@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,17 +47,13 @@ def job(tmp_path: Path, name: str) -> Job:
 @every_config
 def test_restore_is_exact(job: Job, tmp_path: Path) -> None:
     whole = job.create()
-    train(whole, (optimizer := optimizer_of(whole)), range(4))
-    first = job.create()
-    train(first, (optimizer := optimizer_of(first)), range(2))
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "half.pth")
-    second = job.restore(tmp_path / "half.pth")
+    train(whole, optimizer_of(whole), range(4))
+    first = train_and_save(job, tmp_path / "half.pth", range(2))
+    second, optimizer = resume(job, tmp_path / "half.pth")
     assert_same_state(first, second)
     expected, record = evaluate(first), job.record.read_text()
     assert torch.equal(evaluate(job.restore(tmp_path / "half.pth")), expected)
     assert job.record.read_text() == record
-    optimizer = optimizer_of(second)
-    optimizer.load_state_dict(torch.load(tmp_path / "half.pth", weights_only=True)["optimizer"])
     train(second, optimizer, range(2, 4))
     assert_same_state(whole, second)
     assert torch.equal(evaluate(whole), evaluate(second))
@@ -134,7 +130,7 @@ def test_the_saved_file_and_the_integer_forward_have_the_scale(algo: str, tmp_pa
     expected = evaluate(model)
     amct_ext.configure(model, forward="integer")
     torch.testing.assert_close(evaluate(model), expected, rtol=1e-4, atol=1e-4)
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
     from support.onnx_run import run_onnx
 
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import small_models as small
 from support.ranks import two_ranks
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
 from torch import nn
 
 import amct_ext
@@ -105,15 +105,11 @@ def test_restore_is_exact_and_changes_nothing_again(text: str, tmp_path: Path) -
     job = Job(tmp_path, text)
     whole = job.create()
     train(whole, optimizer_of(whole), range(6))
-    first = job.create()
-    train(first, (optimizer := optimizer_of(first)), range(4))
-    torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "half.pth")
-    second = job.restore(tmp_path / "half.pth")
+    first = train_and_save(job, tmp_path / "half.pth", range(4))
+    second, optimizer = resume(job, tmp_path / "half.pth")
     assert all(layer.compensation.settled for layer in compensated(second).values())
     assert_same_state(first, second)
     assert torch.equal(evaluate(first), evaluate(job.restore(tmp_path / "half.pth")))
-    optimizer = optimizer_of(second)
-    optimizer.load_state_dict(torch.load(tmp_path / "half.pth", weights_only=True)["optimizer"])
     train(second, optimizer, range(4, 6))
     assert_same_state(whole, second)
     job.config.write_text(weight(fields=""))
@@ -224,7 +220,7 @@ def test_saved_files_and_the_integer_forward_agree(text: str, tmp_path: Path) ->
     amct_ext.configure(again, forward="integer")
     amct_ext.calibrate(again, batches)
     torch.testing.assert_close(evaluate(again), expected, rtol=1e-3, atol=1e-3)
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
     import numpy as np
     from support.export_models import tensors
     from support.onnx_run import run_onnx

@@ -43,6 +43,22 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
+def train_and_save(job: Job, checkpoint: Path, steps: range) -> nn.Module:
+    """A new model of the job, trained, its state and the optimizer's in a file."""
+    model = job.create()
+    train(model, (optimizer := optimizer_of(model)), steps)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
+    return model
+
+
+def resume(job: Job, checkpoint: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model and the optimizer of such a file."""
+    model = job.restore(checkpoint)
+    optimizer = optimizer_of(model)
+    optimizer.load_state_dict(torch.load(checkpoint, weights_only=True)["optimizer"])
+    return model, optimizer
+
+
 def evaluate(model: nn.Module) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
