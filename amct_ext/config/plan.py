@@ -124,7 +124,7 @@ def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
                 quant.weight,
                 num_bits=8,
                 least_squares=quant.weight.least_squares and quant.weight.algo == "ulq_retrain",
-                channel_wise=quant.weight.channel_wise and layer.type != "Linear",
+                channel_wise=quant.weight.channel_wise and _takes_scale_per_channel(layer.type),
                 compensate=False,
             )
             layers[name] = replace(layer, quant=replace(quant, weight=weight))
@@ -179,8 +179,7 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         bits = 8
         notes.int4.append(name)
     channel_wise = weight.channel_wise
-    kind = kind_named(trait.type)
-    per_channel = kind is None or kind.per_channel or scale_per_channel(bits, config.profile)
+    per_channel = _takes_scale_per_channel(trait.type) or scale_per_channel(bits, config.profile)
     if channel_wise is None:
         channel_wise = per_channel
     elif channel_wise and not per_channel:
@@ -195,6 +194,11 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     compensate = bool(weight.compensate_rounding) and bits == 4
     lsq = weight.scale_gradient == "LSQ"
     return QuantPlan(data, WeightQuant(weight.algo, bits, channel_wise, least_squares, lsq, compensate))
+
+
+def _takes_scale_per_channel(type_name: str) -> bool:
+    kind = kind_named(type_name)
+    return kind is None or kind.per_channel
 
 
 def quant_skipped(config: RetrainConfig, name: str, type_name: str) -> bool:

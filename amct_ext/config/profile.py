@@ -15,13 +15,12 @@ def fill_data(data: DataQuant, profile: str) -> DataQuant:
 
 
 def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
-    """The settings of a weight, with the profile's start and gradient of scales and compensation where none is set."""
+    """The settings of a weight, with the profile's start of scales and compensation where none is set."""
     if profile != "BEST":
         return weight
     return replace(
         weight,
         scale_start=weight.scale_start or "LEAST_SQUARES",
-        scale_gradient=weight.scale_gradient or "AMCT",
         compensate_rounding=True if weight.compensate_rounding is None else weight.compensate_rounding,
     )
 

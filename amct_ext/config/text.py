@@ -46,8 +46,8 @@ class DataQuant:
 class WeightSettings:
     """What the file says on weights; channel_wise None: the layer type's default, which the plan fills in.
 
-    scale_start: 'RANGE' or 'LEAST_SQUARES'; scale_gradient: 'AMCT' or 'LSQ'; compensate_rounding: whether INT4 weights
-    are changed at the end of the calibration; None: the profile's.
+    scale_start: 'RANGE' or 'LEAST_SQUARES'; compensate_rounding: whether INT4 weights are changed at the end of the
+    calibration; None: the profile's. scale_gradient: 'AMCT' (also None) or 'LSQ'.
     """
 
     algo: str = "arq_retrain"
