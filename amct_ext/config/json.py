@@ -30,7 +30,7 @@ _RANGE_SEARCHES = ("AMCT", "ABSOLUTE_ERROR", "PERCENTILE", "OUTPUT")
 _WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
 _MOST_BATCHES = 2**32 - 1  # as in a text configuration
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # of normal float32 numbers
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class _Reader:
             raise ConfigError(f"{self._source}: layer '{name}': '{pruning[0]}': this file only quantises; remove it")
         unknown = [key for key in content if key not in _LAYER_KEYS]
         if unknown:
-            _log.warning(
+            logger.warning(
                 "%s: layer '%s': %s has no meaning here and is ignored", self._source, name, ", ".join(unknown)
             )
         where = f"layer '{name}': "

@@ -15,7 +15,7 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import close_matches
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class _Notes:
 
     def log(self, source: str) -> None:
         if self.int4:
-            _log.warning(
+            logger.warning(
                 "%s: INT8 instead of INT4 weights where the input channels are odd or grouped: %s",
                 source, ", ".join(self.int4),
             )  # fmt: skip
         if self.per_tensor:
-            _log.warning(
+            logger.warning(
                 "%s: channel_wise does not apply to Linear layers, their weights take one scale: %s",
                 source, ", ".join(self.per_tensor),
             )  # fmt: skip

@@ -19,7 +19,7 @@ from amct_ext.proto.text import close_matches
 
 _BIT_PAIRS = ((8, 8), (16, 8), (8, 4))  # bits of activations and weights that go together
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 def _overrides(config: RetrainConfig) -> tuple[Override, ...]:
@@ -184,7 +184,7 @@ def _type_overrides(config: RetrainConfig) -> Iterator[str]:
 
 def _note_empty(item: Override, label: str) -> None:
     if not item.quantizes and item.prune is None:
-        _log.warning("%s: the override sets nothing and has no effect", label)
+        logger.warning("%s: the override sets nothing and has no effect", label)
 
 
 def _unknown_layer(name: str, traits: Mapping[str, LayerTraits]) -> str:

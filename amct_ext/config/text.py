@@ -23,7 +23,7 @@ _NAME_LISTS = (
     "regular_prune_skip_layers",
     "regular_prune_skip_types",
 )
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Reader:
     def _names(self, message: Any, name: str) -> tuple[str, ...]:
         names = tuple(getattr(message, name))
         if len(names) != len(set(names)):
-            _log.warning("%s: %s names a layer or type more than once", self._places.source, name)
+            logger.warning("%s: %s names a layer or type more than once", self._places.source, name)
         return names
 
     def _overrides(self, message: Any, name: str, key: str) -> tuple[Override, ...]:

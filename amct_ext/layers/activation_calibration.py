@@ -20,7 +20,7 @@ from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch
 
 _NAN = float("nan")
 _EPS = torch.finfo(torch.float32).eps
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 class CalibratedClips(KeepsPrecision):
@@ -156,14 +156,14 @@ class CalibratedClips(KeepsPrecision):
         """Log, once after a calibration, that a robust range took the place of AMCT's, or no output was compared."""
         if self.candidates:  # of a compiled graph, which cannot run again
             self.candidates = ()
-            _log.warning(
+            logger.warning(
                 "layer '%s': range_search: OUTPUT takes a calibration outside of compiled graphs; the range of least "
                 "absolute error stays", self.layer,
             )  # fmt: skip
         found, self.found = self.found, None
         if found is None or found.amct is None or found.replaced is None or not bool(found.replaced):
             return
-        _log.warning(
+        logger.warning(
             "layer '%s': AMCT's range %s would put more than half of the non-zero values of an activation into the "
             "code of zero, because of a few large ones; a range that these do not decide, %s, is used. "
             "range_search: AMCT in ulq_quantize keeps AMCT's",

@@ -23,7 +23,7 @@ from amct_ext.layers.shared_input import SharedInputCache
 from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_quantizers
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 _ONE_BY_ONE = 8  # quantisers whose candidates are tried alone: those that differ most
 _DIFFERENT = 1.05  # widths of candidates that are worth a run
 _BETTER = 0.999  # error that a change must reach, relative to that without it
@@ -39,7 +39,7 @@ def hold_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         try:
             session.held_input = Inputs(args, kwargs).copied()
         except Exception as error:  # such an input cannot be given again
-            _log.debug("no copy of the input: %s", error)
+            logger.debug("no copy of the input: %s", error)
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def choose_ranges(model: nn.Module) -> None:
             chosen = _search(runs, candidates)
     except _CannotRunError as error:
         chosen = [each[0] for each in candidates]
-        _log.warning(
+        logger.warning(
             "range_search: OUTPUT: the model cannot be run again on its calibration input (%s); the ranges of least "
             "absolute error are taken, as range_search: ABSOLUTE_ERROR does: layer '%s'%s",
             error, quantizers[0].layer, "" if len(quantizers) == 1 else f" and {len(quantizers) - 1} more",

@@ -16,7 +16,7 @@ from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.session import ATTRIBUTE, Session
 
 _UNSEEN = "calibrated in a compiled graph, outside of the model's forward, or on zeros"
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 def weights_are_open(model: nn.Module) -> bool:
@@ -126,4 +126,4 @@ def _tell(kept: dict[str, str]) -> None:
             f"{', '.join(f'{name!r}' for name, why in kept.items() if why == reason)} ({reason})"
             for reason in dict.fromkeys(kept.values())
         ]
-        _log.warning("compensate_rounding: %d layer(s) keep their weights: %s", len(kept), "; ".join(parts))
+        logger.warning("compensate_rounding: %d layer(s) keep their weights: %s", len(kept), "; ".join(parts))
