@@ -17,7 +17,7 @@ from torch import Tensor
 _TEXT_BYTES = 3_200_000
 
 
-class MissingMaterialError(RuntimeError):
+class MissingDataError(RuntimeError):
     """A package or a program that a task is made of is not installed."""
 
 
@@ -25,7 +25,7 @@ def folder(package: str, install: str) -> Path:
     """The folder of an installed package; ``install`` is what to install where it is missing."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingMaterialError(f"package {package} is not installed (pip install --no-deps {install})")
+        raise MissingDataError(f"package {package} is not installed (pip install --no-deps {install})")
     return Path(spec.submodule_search_locations[0])
 
 

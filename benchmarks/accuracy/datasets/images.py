@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def spread(generator: torch.Generator, *shape: int) -> Tensor:
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
     """Uniform values of -1 to 1."""
     return torch.rand(*shape, generator=generator) * 2 - 1
 
@@ -15,15 +15,15 @@ def spread(generator: torch.Generator, *shape: int) -> Tensor:
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images turned, scaled, sheared, moved, dimmed and under noise; (count, channels, height, width), as MNIST's."""
     count = len(images)
-    angle = spread(generator, count) * 0.6
-    scale = torch.exp(spread(generator, count, 2) * 0.3)
-    shear = spread(generator, count) * 0.5
-    shift = spread(generator, count, 2) * 0.3
+    angle = uniform(generator, count) * 0.6
+    scale = torch.exp(uniform(generator, count, 2) * 0.3)
+    shear = uniform(generator, count) * 0.5
+    shift = uniform(generator, count, 2) * 0.3
     row0 = [angle.cos() / scale[:, 0], -angle.sin() + shear, shift[:, 0]]
     row1 = [angle.sin(), angle.cos() / scale[:, 1], shift[:, 1]]
     theta = torch.stack(row0 + row1, 1).reshape(count, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, align_corners=False)
-    dimmed = moved * (0.7 + 0.3 * spread(generator, count, 1, 1, 1))
+    dimmed = moved * (0.7 + 0.3 * uniform(generator, count, 1, 1, 1))
     noise = torch.randn(images.shape, generator=generator) * 0.125
-    return (dimmed + noise * (1 + spread(generator, count, 1, 1, 1)) - 0.13) / 0.31
+    return (dimmed + noise * (1 + uniform(generator, count, 1, 1, 1)) - 0.13) / 0.31

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.accuracy.material.packages import MissingMaterialError, docstrings
+from benchmarks.accuracy.datasets.packages import MissingDataError, docstrings
 
 CHUNKS, CHUNK, CONTEXT = 48, 512, 64
 RATE = 16_000
@@ -36,7 +36,7 @@ def _to_16_khz(signal: Tensor) -> Tensor:
 
 def _say(voice: str, text: str, speed: int, pitch: int, path: Path) -> Samples:
     if shutil.which("espeak-ng") is None:
-        raise MissingMaterialError("espeak-ng is not installed (Debian package espeak-ng)")
+        raise MissingDataError("espeak-ng is not installed (Debian package espeak-ng)")
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(path), text]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     with wave.open(str(path)) as file:

@@ -1,4 +1,4 @@
-"""Aids for weights: scales of least squared error, LSQ's gradient, SR-STE, scales that keep their channels."""
+"""Options for weights: scales of least squared error, LSQ's gradient, SR-STE, scales that keep their channels."""
 
 from __future__ import annotations
 
