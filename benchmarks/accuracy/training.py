@@ -52,7 +52,7 @@ def train(
     loss_fn: LossFn | None = None,
     before_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Train in place; without ``param_groups`` all parameters at the budget's rate, without ``loss_fn`` by the task's."""
+    """Train in place; without ``param_groups`` all parameters at the budget rate, without ``loss_fn`` by the task's."""
     torch.manual_seed(seed)
     param_groups = param_groups or [{"params": list(model.parameters()), "lr": budget.lr}]
     optimizer = torch.optim.AdamW(param_groups, weight_decay=WEIGHT_DECAY)

@@ -1,4 +1,4 @@
-"""One table of every op: ours, its rivals, the floor; writes the CPU part of docs/performance.md.
+"""One table of every op: ours, its baselines, the floor; writes the CPU part of docs/performance.md.
 
 python -m benchmarks.ops.report [--quick] [--seconds S] [--no-compile] [--write]
 """
@@ -30,8 +30,8 @@ HEAD = (
 
 def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
     calls = row.calls()
-    rivals = {"eager": calls.eager, "torch op": calls.torch_op, "Inductor": calls.inductor if compile_too else None}
-    present = [call for call in rivals.values() if call]
+    baselines = {"eager": calls.eager, "torch op": calls.torch_op, "Inductor": calls.inductor if compile_too else None}
+    present = [call for call in baselines.values() if call]
     with threads(count):
         floor, ours, *fresh = in_turns([calls.floor, calls.ours, *([calls.fresh] if calls.fresh else [])], seconds)
         beside, *slower = in_turns([calls.ours, *present], seconds / 4, 2, 1)
@@ -45,7 +45,7 @@ def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
         f"{ratio:.2f}",
         f"{calls.limit:.2f}{'' if ratio <= calls.limit else ' (missed)'}" if calls.limit else "",
         f"{times_slower(ours, fresh[0]):.2f}" if fresh else "",
-        *(next(ratios) if rival else "" for rival in rivals.values()),
+        *(next(ratios) if baseline else "" for baseline in baselines.values()),
     ]
     return "| " + " | ".join(cells) + " |"
 

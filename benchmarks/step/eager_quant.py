@@ -1,4 +1,4 @@
-"""The rivals: the same quantisation in ordinary tensor operations, as eager toolkits do it, and in torch's own ops."""
+"""The baselines: the same quantisation in plain tensor operations, as eager toolkits do it, and in torch's own ops."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError, split_param_groups
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.rivals.toolkits import Enclosed
+from benchmarks.peers.toolkits import WrappedModel
 
 _FLOAT = ("add", "__add__", "__iadd__", "embedding", "layer_norm", "scaled_dot_product_attention")
 
@@ -47,7 +47,7 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:
     ranges = estimators.MEAN_QUANTILE if task.heavy_tails else estimators.MEAN_MINMAX
     names = [f"model.{name}" for name, _ in model.named_parameters()]
     quantised = nncf.quantize(
-        Enclosed(model).eval(),
+        WrappedModel(model).eval(),
         nncf.Dataset(task.calibration(CALIBRATION_BATCHES)),
         preset=nncf.QuantizationPreset.MIXED,
         target_device=nncf.TargetDevice.CPU,

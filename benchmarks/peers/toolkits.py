@@ -32,7 +32,7 @@ class _QuantisedInput(nn.Module):
         return self.layer(self.stub(x))
 
 
-class Enclosed(nn.Module):
+class WrappedModel(nn.Module):
     """A model one level down, for toolkits that cannot trace a Sequential at the top."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -148,7 +148,7 @@ def nncf(model: nn.Module, x: Tensor) -> nn.Module:
         raise RuntimeError("its kernels were not built; that takes ninja and a C++ compiler on PATH")
     floats = ["add", "__add__", "__iadd__", "embedding", "layer_norm", "scaled_dot_product_attention"]
     return toolkit.quantize(
-        Enclosed(model).eval(),
+        WrappedModel(model).eval(),
         toolkit.Dataset([x]),
         preset=toolkit.QuantizationPreset.MIXED,
         target_device=toolkit.TargetDevice.CPU,
@@ -161,7 +161,7 @@ def nncf(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Peer:
     """A toolkit's way of training; ``observing``: whether its ranges are still observed (None: nothing to set)."""
 
     package: str
@@ -176,24 +176,24 @@ class Rival:
             return None
 
     def ready(self, model: nn.Module) -> None:
-        """Sets the observers of a model; several rivals may share one that differs in nothing else."""
+        """Sets the observers of a model; several peers may share one that differs in nothing else."""
         for module in model.modules():
             switch: Any = getattr(module, "enable_observer", None)
             if self.observing is not None and switch is not None:
                 switch(self.observing)
 
 
-RIVALS = {
-    "torch.ao eager": Rival("torch", torch_eager, True),
-    "torch.ao eager, ranges frozen": Rival("torch", torch_eager, False),
-    "torch.ao FX, ranges frozen": Rival("torch", torch_fx, False),
-    "torchao PT2E": Rival("torchao", torchao_pt2e, True),
-    "torchao PT2E, ranges frozen": Rival("torchao", torchao_pt2e, False),
-    "torchao linear, scales per token": Rival("torchao", torchao_linear),
-    "brevitas": Rival("brevitas", brevitas),
-    "NNCF": Rival("nncf", nncf),
+PEERS = {
+    "torch.ao eager": Peer("torch", torch_eager, True),
+    "torch.ao eager, ranges frozen": Peer("torch", torch_eager, False),
+    "torch.ao FX, ranges frozen": Peer("torch", torch_fx, False),
+    "torchao PT2E": Peer("torchao", torchao_pt2e, True),
+    "torchao PT2E, ranges frozen": Peer("torchao", torchao_pt2e, False),
+    "torchao linear, scales per token": Peer("torchao", torchao_linear),
+    "brevitas": Peer("brevitas", brevitas),
+    "NNCF": Peer("nncf", nncf),
 }
-COMPILED = {"torchao PT2E, ranges frozen, compiled": Rival("torchao", torchao_compiled, False)}
+COMPILED = {"torchao PT2E, ranges frozen, compiled": Peer("torchao", torchao_compiled, False)}
 _QUANTISERS = {
     "FusedMovingAvgObsFakeQuantize",
     "IntxFakeQuantizer",
@@ -204,5 +204,5 @@ _QUANTISERS = {
 
 
 def quantisers(model: nn.Module) -> int:
-    """How many tensors a rival's model quantises, activations and weights together."""
+    """How many tensors a peer's model quantises, activations and weights together."""
     return sum(type(module).__name__ in _QUANTISERS for module in model.modules())

@@ -1,10 +1,10 @@
 """One training step and one evaluation beside other toolkits: torch.ao, torchao, brevitas and NNCF.
 
-    python -m benchmarks.rivals.bench_rivals [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--write]
+    python -m benchmarks.peers.bench_peers [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--write]
 
-All models of a network quantise its convolutions and linear layers (`rivals.py` says how) and take turns; a step is
+All models of a network quantise its convolutions and linear layers (`toolkits.py` says how) and take turns; a step is
 forward, backward and SGD. Printed: medians, medians of the rounds' ratios to the float model, how many tensors are
-quantised (weights included), what the graph holds for backward. A rival that is not installed is named and left out,
+quantised (weights included), what the graph holds for backward. A peer that is not installed is named and left out,
 one that fails is listed with its error. ``--compile`` adds compiled models (minutes each); ``--clock cpu`` counts the
 process's own time: for one thread on a busy machine.
 """
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 import amct_ext as amct
 from benchmarks.document import write_part
 from benchmarks.integer.bench_integer import CLOCKS, turns
-from benchmarks.rivals.toolkits import COMPILED, LAYERS, RIVALS, Rival, quantisers, torchao_linear
+from benchmarks.peers.toolkits import COMPILED, LAYERS, PEERS, Peer, quantisers, torchao_linear
 from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, bytes_kept, make, stepper
 from benchmarks.timing import processor
 
-BEGIN, END = "<!-- rivals: begin (written by benchmarks/rivals/bench_rivals.py) -->", "<!-- rivals: end -->"
+BEGIN, END = "<!-- peers: begin (written by benchmarks/peers/bench_peers.py) -->", "<!-- peers: end -->"
 OURS = ("INT8", "INT8, forward auto")
 HEADINGS = ("", "quantisers", "step ms", "to float", "evaluation ms", "to float", "kept MiB", "to float")
 
@@ -48,12 +48,12 @@ class Entry:
     kept: float = 0.0
 
 
-def _run(model: nn.Module, x: Tensor, labels: Tensor, count: int, rival: Rival | None = None) -> Entry:
+def _run(model: nn.Module, x: Tensor, labels: Tensor, count: int, peer: Peer | None = None) -> Entry:
     model.train()
 
     def ready() -> None:
-        if rival is not None:
-            rival.ready(model)
+        if peer is not None:
+            peer.ready(model)
 
     entry = Entry(model, ready, stepper(model, x, labels), count)
     entry.step()  # searches or observes the ranges
@@ -74,12 +74,12 @@ def entries(job: Job, x: Tensor, labels: Tensor, compiled: bool) -> tuple[dict[s
             found[f"compiled: {name}"] = _run(make(name, job, x[:1], True), x, labels, found[name].quantisers)
     built: dict[object, nn.Module] = {}
     kinds = {type(module) for module in found[FLOAT].model.modules()}
-    for name, rival in {**RIVALS, **(COMPILED if compiled else {})}.items():
-        if rival.version() is None or (rival.build is torchao_linear and kinds & set(LAYERS) != {nn.Linear}):
+    for name, peer in {**PEERS, **(COMPILED if compiled else {})}.items():
+        if peer.version() is None or (peer.build is torchao_linear and kinds & set(LAYERS) != {nn.Linear}):
             continue
         try:
-            model = built.get(rival.build) or built.setdefault(rival.build, rival.build(job.model(), x))
-            found[name] = _run(model, x, labels, quantisers(model), rival)
+            model = built.get(peer.build) or built.setdefault(peer.build, peer.build(job.model(), x))
+            found[name] = _run(model, x, labels, quantisers(model), peer)
         except Exception as error:  # whatever another toolkit raises is a result here
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return found, failed
@@ -125,7 +125,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # deprecations in other toolkits
     started = time.perf_counter()
 
-    versions = {rival.package: rival.version() for rival in RIVALS.values()}
+    versions = {peer.package: peer.version() for peer in PEERS.values()}
     how = f"threads: {args.threads}, medians of {args.rounds} rounds, {args.clock} time"
     present = ", ".join(f"{package} {found}" for package, found in versions.items() if found)
     lines = [f"{date.today()}, {processor()}, {how}. {present}."]
