@@ -13,18 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from amct_ext.common.ranks import several_ranks
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.model_surgery.apply_gptq import (
+    apply_gptq,
+    has_pending_gptq,
+    reset_gptq_after_load,
+    warn_skipped_gptq,
+)
 from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
 from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.output_ranges import choose_ranges, hold_input
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
-from amct_ext.model_surgery.weight_compensation import (
-    compensate_weights,
-    compensation_after_load,
-    tell_uncompensated,
-    weights_are_open,
-)
 
 
 def attach(model: nn.Module, session: Session) -> None:
@@ -50,7 +50,7 @@ def attach(model: nn.Module, session: Session) -> None:
 def _note_unfinished(model: nn.Module, session: Session) -> None:
     """What the end of a calibration has yet to do, so that later forwards need not look for it."""
     session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
-    session.weights_to_compensate = weights_are_open(model)
+    session.gptq_pending = has_pending_gptq(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -121,13 +121,13 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    waiting = session.ranges_to_choose or session.weights_to_compensate
+    waiting = session.ranges_to_choose or session.gptq_pending
     if (several_ranks() or waiting) and not state_updates_disabled():
         quantizers = own_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
             share_ranges(quantizers)
-            if session.weights_to_compensate and not torch.compiler.is_compiling():
-                compensate_weights(model)
+            if session.gptq_pending and not torch.compiler.is_compiling():
+                apply_gptq(model)
             if session.ranges_to_choose and not torch.compiler.is_compiling():
                 choose_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
@@ -154,8 +154,8 @@ def _on_meta_device(model: nn.Module) -> bool:
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
-    if getattr(model, ATTRIBUTE).weights_to_compensate:
-        tell_uncompensated(model)
+    if getattr(model, ATTRIBUTE).gptq_pending:
+        warn_skipped_gptq(model)
     for layer in every_layer(model):
         layer.repair_scales()
 
@@ -163,5 +163,5 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
-    compensation_after_load(model)
+    reset_gptq_after_load(model)
     _note_unfinished(model, session)

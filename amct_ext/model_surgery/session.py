@@ -60,7 +60,7 @@ class Session:
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
     ranges_to_choose: bool = False  # by the output of the model, once they are calibrated
-    weights_to_compensate: bool = False  # once their layers are calibrated
+    gptq_pending: bool = False  # once their layers are calibrated
     held_input: Inputs | None = None  # of a calibrating forward under way, where the output is to choose ranges
 
     def __getstate__(self) -> dict[str, object]:

@@ -39,7 +39,7 @@ def layers(model: nn.Module) -> dict[str, CompressedLayer]:
 
 
 def compensated(model: nn.Module) -> dict[str, CompressedLayer]:
-    return {name: layer for name, layer in layers(model).items() if getattr(layer, "compensation", None) is not None}
+    return {name: layer for name, layer in layers(model).items() if getattr(layer, "gptq", None) is not None}
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def test_restore_is_exact_and_changes_nothing_again(text: str, tmp_path: Path) -
     train(whole, optimizer_of(whole), range(6))
     first = train_and_save(job, tmp_path / "half.pth", range(4))
     second, optimizer = resume(job, tmp_path / "half.pth")
-    assert all(layer.compensation.settled for layer in compensated(second).values())
+    assert all(layer.gptq.done for layer in compensated(second).values())
     assert_same_state(first, second)
     assert torch.equal(evaluate(first), evaluate(job.restore(tmp_path / "half.pth")))
     train(second, optimizer, range(4, 6))
@@ -126,7 +126,7 @@ def test_the_last_batch_changes_the_weights_once(count: int, tmp_path: Path) -> 
         model(x).sum().backward()
         changed = {name for name, old in before.items() if not torch.equal(old, layers(model)[name].weight)}
         assert changed == (names if i == count - 1 else set())
-    assert all(layer.compensation.moment is None for layer in compensated(model).values())
+    assert all(layer.gptq.hessian is None for layer in compensated(model).values())
     assert all(torch.isfinite(layer.weight.grad).all() for layer in layers(model).values())
     assert not any(torch.equal(start[name], layers(model)[name].weight) for name in names)
 
@@ -144,7 +144,7 @@ def test_evaluations_and_forwards_under_vmap_gather_nothing(tmp_path: Path) -> N
     model = Job(tmp_path, weight(batches=3)).create()
     before = weights(model)
     evaluate(model)
-    assert all(layer.compensation.moment is None for layer in compensated(model).values())
+    assert all(layer.gptq.hessian is None for layer in compensated(model).values())
     assert all(torch.equal(old, layers(model)[name].weight) for name, old in before.items())
 
 
@@ -162,7 +162,7 @@ def test_a_copy_and_a_load_in_the_middle(tmp_path: Path) -> None:
         fresh = job.create().train()
         fresh(batches[2])
         fresh.load_state_dict(fresh.state_dict())  # the calibration starts over
-        assert all(layer.compensation.moment is None for layer in compensated(fresh).values())
+        assert all(layer.gptq.hessian is None for layer in compensated(fresh).values())
 
 
 @pytest.mark.parametrize(
