@@ -62,9 +62,9 @@ class CalibratedClips(KeepsPrecision):
         self.uncalibrated_range: ClipRange | None = None  # of the last evaluation before the calibration; not state
         self.tracker = ForwardTracker()
         self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
-        self.found: FoundRange | None = None  # with it, until it was shared and told
-        self.candidates: tuple[Clips, ...] = ()  # between which the output of the network has yet to decide
-        self.chosen = self.search.method != "OUTPUT"
+        self.found_range: FoundRange | None = None  # with it, until it was shared and logged
+        self.candidates: tuple[Clips, ...] = ()  # for range_search: OUTPUT, until it has chosen
+        self.range_decided = self.search.method != "OUTPUT"
         self._seen = CachedItem(0, settled=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
@@ -152,7 +152,7 @@ class CalibratedClips(KeepsPrecision):
         self.prev_clip_max.copy_(clips.high)
         self.prev_clip_min.copy_(clips.low)
 
-    def tell_range(self) -> None:
+    def log_range(self) -> None:
         """Log, once after a calibration, that a robust range took the place of AMCT's, or no output was compared."""
         if self.candidates:  # of a compiled graph, which cannot run again
             self.candidates = ()
@@ -160,7 +160,7 @@ class CalibratedClips(KeepsPrecision):
                 "layer '%s': range_search: OUTPUT takes a calibration outside of compiled graphs; the range of least "
                 "absolute error stays", self.layer,
             )  # fmt: skip
-        found, self.found = self.found, None
+        found, self.found_range = self.found_range, None
         if found is None or found.amct is None or found.replaced is None or not bool(found.replaced):
             return
         logger.warning(
@@ -206,16 +206,16 @@ class CalibratedClips(KeepsPrecision):
         for own, value in [*found, (self.batches_seen, count)]:
             own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
         self.found_clips = "final" if last else "provisional"
-        self.found = result if last else None
+        self.found_range = result if last else None
         self.candidates = result.candidates if last else ()
         if not (several_ranks() or torch.compiler.is_compiling() or self.candidates):
-            self.tell_range()
+            self.log_range()
         self._seen.wrote(self.batches_seen, seen + 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.uncalibrated_range = None
         self.calibration.clear()
-        self.candidates, self.chosen = (), self.search.method != "OUTPUT"
+        self.candidates, self.range_decided = (), self.search.method != "OUTPUT"
         data = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if data is not None and data.numel() and is_resumable(data):

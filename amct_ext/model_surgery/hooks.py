@@ -21,7 +21,7 @@ from amct_ext.model_surgery.apply_gptq import (
 )
 from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
 from amct_ext.model_surgery.lookup import every_layer
-from amct_ext.model_surgery.output_ranges import choose_ranges, hold_input
+from amct_ext.model_surgery.output_range_search import keep_calibration_input, search_output_ranges
 from amct_ext.model_surgery.rank_ranges import share_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
@@ -38,18 +38,18 @@ def attach(model: nn.Module, session: Session) -> None:
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
     model.register_forward_pre_hook(_before_forward)
-    _note_unfinished(model, session)
-    if session.ranges_to_choose:
-        model.register_forward_pre_hook(_hold_input, with_kwargs=True)
+    _note_pending(model, session)
+    if session.output_search_pending:
+        model.register_forward_pre_hook(_keep_calibration_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     model.register_forward_hook(_end_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
     model.register_load_state_dict_post_hook(_after_load)
 
 
-def _note_unfinished(model: nn.Module, session: Session) -> None:
-    """What the end of a calibration has yet to do, so that later forwards need not look for it."""
-    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
+def _note_pending(model: nn.Module, session: Session) -> None:
+    """Note what the end of a calibration has yet to do, so that later forwards need not look for it."""
+    session.output_search_pending = any(not quantizer.range_decided for quantizer in own_quantizers(model))
     session.gptq_pending = has_pending_gptq(model)
 
 
@@ -57,7 +57,7 @@ def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    attached = (_before_forward, _hold_input, _after_forward, _end_forward, _before_state_dict, _after_load)
+    attached = (_before_forward, _keep_calibration_input, _after_forward, _end_forward, _before_state_dict, _after_load)
     every = (
         model._forward_pre_hooks,
         model._forward_hooks,
@@ -88,9 +88,9 @@ def _before_forward(model: nn.Module, args: object) -> None:
             _reset_stale_shifts(model, session)
 
 
-def _hold_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    if getattr(model, ATTRIBUTE).ranges_to_choose:
-        hold_input(model, args, kwargs)
+def _keep_calibration_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    if getattr(model, ATTRIBUTE).output_search_pending:
+        keep_calibration_input(model, args, kwargs)
 
 
 def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
@@ -121,15 +121,15 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    waiting = session.ranges_to_choose or session.gptq_pending
-    if (several_ranks() or waiting) and not state_updates_disabled():
+    pending = session.output_search_pending or session.gptq_pending
+    if (several_ranks() or pending) and not state_updates_disabled():
         quantizers = own_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
             share_ranges(quantizers)
             if session.gptq_pending and not torch.compiler.is_compiling():
                 apply_gptq(model)
-            if session.ranges_to_choose and not torch.compiler.is_compiling():
-                choose_ranges(model)
+            if session.output_search_pending and not torch.compiler.is_compiling():
+                search_output_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if learning:
@@ -164,4 +164,4 @@ def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
     reset_gptq_after_load(model)
-    _note_unfinished(model, session)
+    _note_pending(model, session)

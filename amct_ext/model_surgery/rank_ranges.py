@@ -30,13 +30,13 @@ def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
             found = row[0 if quantizer.found_clips == "final" else 1]
             found[0] = 1
             found[1:] = torch.stack([quantizer.clip_max, quantizer.clip_min])
-        robust = None if quantizer.found is None else quantizer.found.robust
-        if robust is not None and quantizer.found is not None and quantizer.found.replaced is not None:
-            row[2, 0] = quantizer.found.replaced
+        robust = None if quantizer.found_range is None else quantizer.found_range.robust
+        if robust is not None and quantizer.found_range is not None and quantizer.found_range.replaced is not None:
+            row[2, 0] = quantizer.found_range.replaced
             row[2, 1:] = torch.stack(robust)
         quantizer.found_clips = ""
         if not quantizer.candidates:
-            quantizer.tell_range()
+            quantizer.log_range()
     sum_(table)
     counts = table[..., 0].tolist()
     for (finished, provisional, replaced), row, quantizer in zip(counts, table, quantizers, strict=True):

@@ -59,18 +59,18 @@ class Session:
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
-    ranges_to_choose: bool = False  # by the output of the model, once they are calibrated
-    gptq_pending: bool = False  # once their layers are calibrated
-    held_input: Inputs | None = None  # of a calibrating forward under way, where the output is to choose ranges
+    output_search_pending: bool = False  # range_search: OUTPUT has yet to choose between clips
+    gptq_pending: bool = False  # GPTQ has yet to change weights
+    calibration_input: Inputs | None = None  # of the forward under way, for the output search
 
     def __getstate__(self) -> dict[str, object]:
         # identities of this process, and what belongs to one forward
-        return vars(self) | {"evaluated": None, "recorded": None, "held_input": None}
+        return vars(self) | {"evaluated": None, "recorded": None, "calibration_input": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.written = new.held_input = None
+        new.record_file = new.written = new.calibration_input = None
         new.tracker = copy.deepcopy(self.tracker, memo)
         return new
 
@@ -112,4 +112,4 @@ def raise_if_invalid(model: nn.Module) -> None:
         for quantiser in quantisers:
             quantiser.raise_if_invalid()
     for quantiser in quantisers:
-        quantiser.tell_range()  # of a calibration in a compiled graph
+        quantiser.log_range()  # of a calibration in a compiled graph

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.model_surgery import output_ranges
+from amct_ext.model_surgery import output_range_search
 from amct_ext.model_surgery.session import own_quantizers
 
 CONFIG = (
@@ -57,8 +57,8 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("batch_num", [1, 2])
 def test_nothing_but_the_clips_changes(tmp_path: Path, batch_num: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """State, output, random numbers and gradients are those of the same forwards with ranges by absolute error."""
-    ran, real = [], output_ranges._Runs.output
-    monkeypatch.setattr(output_ranges._Runs, "output", lambda *args: ran.append(0) or real(*args))
+    ran, real = [], output_range_search._Evaluator.output
+    monkeypatch.setattr(output_range_search._Evaluator, "output", lambda *args: ran.append(0) or real(*args))
     found = []
     for search in ("OUTPUT", "ABSOLUTE_ERROR"):
         model = created(tmp_path, f"range_search: {search}", batch_num).train()
@@ -126,7 +126,7 @@ def test_ranges_are_chosen_once(tmp_path: Path, mode: str) -> None:
         model.train()(50 * inputs(3))
     assert clips == [float(q.clip_max.detach()) for q in own_quantizers(model)]
     assert not any(q.bypassed or q.candidates for q in own_quantizers(model))
-    assert all(q.chosen for q in own_quantizers(copy.deepcopy(model)))
+    assert all(q.range_decided for q in own_quantizers(copy.deepcopy(model)))
 
 
 class Once(Net):

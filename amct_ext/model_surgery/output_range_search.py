@@ -1,4 +1,4 @@
-"""Ranges chosen by the output of the network: a model is run again on a calibration input, with other clips."""
+"""`range_search: OUTPUT`: the model is run again on a calibration input, and its output decides between clips."""
 
 from __future__ import annotations
 
@@ -24,53 +24,56 @@ from amct_ext.model_surgery.lookup import every_layer
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_quantizers
 
 logger = logging.getLogger("amct_ext")
-_ONE_BY_ONE = 8  # quantisers whose candidates are tried alone: those that differ most
-_DIFFERENT = 1.05  # widths of candidates that are worth a run
-_BETTER = 0.999  # error that a change must reach, relative to that without it
+_MAX_SINGLE_SEARCHES = 8  # quantisers tried one by one: those whose candidates differ most
+_MIN_WIDTH_RATIO = 1.05  # a candidate this close in width to the present clips is not tried
+_MAX_ERROR_RATIO = 0.999  # a candidate replaces the present clips at this error or below, relative to theirs
 
 
-def hold_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward that may finish a calibration: keep a copy of its input, for the forward may write into it."""
+def keep_calibration_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward that may finish a calibration: copy its input, because the forward may write into it."""
     session: Session = getattr(model, ATTRIBUTE)
-    session.held_input = None
+    session.calibration_input = None
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
-    if any(not quantizer.chosen and quantizer.may_calibrate for quantizer in own_quantizers(model)):
+    if any(not quantizer.range_decided and quantizer.may_calibrate for quantizer in own_quantizers(model)):
         try:
-            session.held_input = Inputs(args, kwargs).copied()
+            session.calibration_input = Inputs(args, kwargs).copied()
         except Exception as error:  # such an input cannot be given again
             logger.debug("no copy of the input: %s", error)
 
 
 @torch.no_grad()
-def choose_ranges(model: nn.Module) -> None:
+def search_output_ranges(model: nn.Module) -> None:
     """Give quantisers that have just been calibrated the candidates with which the output is nearest to float's.
 
-    The model runs on the input of the forward just made: once with all activations as they are (weights quantised), for
-    the reference; with each kind of candidate in all quantisers; then, from the best of these, with other candidates
-    for one quantiser at a time, those first whose candidates differ most. That is 29 runs at most. The error of a run
-    is the squared difference of each output, relative to the output's squares. In a job of several ranks candidates are
-    averaged and errors added, and all ranks choose the same. Called on all of them after each training forward. State
-    changed: the clips; buffers, attributes and random state are put back. Where the model cannot be run again, the
-    ranges of least absolute error stay and a warning says so.
+    The model runs again on the input of the forward just made, 29 times at most:
+
+    1. With float activations and quantised weights: the reference.
+    2. With each kind of candidate in all quantisers. The best kind stays.
+    3. With other candidates for one quantiser at a time, those first whose candidates differ most.
+
+    The error of a run is the squared difference to the reference relative to the reference's squares, summed over the
+    outputs. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after
+    each training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
+    cannot be run again, the ranges of least absolute error stay, with a warning.
     """
     session: Session = getattr(model, ATTRIBUTE)
-    inputs, session.held_input = session.held_input, None
+    inputs, session.calibration_input = session.calibration_input, None
     every = own_quantizers(model)
-    waiting = [quantizer for quantizer in every if quantizer.calibrated and not quantizer.chosen]
-    session.ranges_to_choose = any(not quantizer.calibrated for quantizer in every)
-    if not waiting:
+    pending = [quantizer for quantizer in every if quantizer.calibrated and not quantizer.range_decided]
+    session.output_search_pending = any(not quantizer.calibrated for quantizer in every)
+    if not pending:
         return
-    quantizers, candidates = _offers(waiting)
-    for quantizer in waiting:
-        quantizer.candidates, quantizer.chosen = (), True
+    quantizers, candidates = _candidates_of_all_ranks(pending)
+    for quantizer in pending:
+        quantizer.candidates, quantizer.range_decided = (), True
     if not quantizers:  # clips that were loaded
         return
-    runs = _Runs(model, inputs, quantizers)
+    evaluator = _Evaluator(model, inputs, quantizers)
     try:
-        with runs.prepared():
-            chosen = _search(runs, candidates)
-    except _CannotRunError as error:
+        with evaluator.prepared():
+            chosen = _search(evaluator, candidates)
+    except _CannotEvaluateError as error:
         chosen = [each[0] for each in candidates]
         logger.warning(
             "range_search: OUTPUT: the model cannot be run again on its calibration input (%s); the ranges of least "
@@ -81,58 +84,60 @@ def choose_ranges(model: nn.Module) -> None:
         quantizer.set_range(clips)
 
 
-def _offers(waiting: Sequence[ActivationQuantizer]) -> tuple[list[ActivationQuantizer], list[list[Clips]]]:
-    """The quantisers that have candidates on any rank, and these: the means over the ranks."""
-    most = max(len(quantizer.candidates) for quantizer in waiting)
-    count = torch.tensor([float(most)], device=waiting[0].clip_max.device)
+def _candidates_of_all_ranks(
+    pending: Sequence[ActivationQuantizer],
+) -> tuple[list[ActivationQuantizer], list[list[Clips]]]:
+    """The quantisers that have candidates on any rank, and their candidates: the means over the ranks."""
+    most = max(len(quantizer.candidates) for quantizer in pending)
+    count = torch.tensor([float(most)], device=pending[0].clip_max.device)
     sum_(count)
     if not bool(count):
         return [], []
-    table = torch.zeros(len(waiting), 4, 3, dtype=torch.float64, device=count.device)
-    for row, quantizer in zip(table, waiting, strict=True):
-        for place, clips in zip(row, quantizer.candidates, strict=False):
-            place[0] = 1
-            place[1:] = torch.stack(clips)
+    table = torch.zeros(len(pending), 4, 3, dtype=torch.float64, device=count.device)
+    for row, quantizer in zip(table, pending, strict=True):
+        for slot, clips in zip(row, quantizer.candidates, strict=False):
+            slot[0] = 1
+            slot[1:] = torch.stack(clips)
     sum_(table)
     found = [i for i, row in enumerate(table[:, 0, 0].tolist()) if row]
     means = table[..., 1:] / table[..., :1].clamp_min(1)
-    return [waiting[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
+    return [pending[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
 
 
-def _search(runs: _Runs, candidates: list[list[Clips]]) -> list[Clips]:
-    """The clips of each quantiser with which the error is smallest, as far as that many runs can tell."""
-    reference = runs.output(None)
+def _search(evaluator: _Evaluator, candidates: list[list[Clips]]) -> list[Clips]:
+    """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
+    reference = evaluator.output(None)
     kinds = len(candidates[0])
-    errors = [runs.error([each[kind] for each in candidates], reference) for kind in range(kinds)]
+    errors = [evaluator.error([each[kind] for each in candidates], reference) for kind in range(kinds)]
     best = min(range(kinds), key=errors.__getitem__)
     least, chosen = errors[best], [each[best] for each in candidates]
     widths = [[float(clips.high - clips.low) for clips in each] for each in candidates]
     spread = [max(each) / max(min(each), math.ulp(0.0)) for each in widths]
-    order = sorted(range(len(candidates)), key=lambda i: -spread[i])[:_ONE_BY_ONE]
+    order = sorted(range(len(candidates)), key=lambda i: -spread[i])[:_MAX_SINGLE_SEARCHES]
     for i in order:
         present = widths[i][best]
         for clips, width in zip(candidates[i], widths[i], strict=True):
-            if max(width, present) <= _DIFFERENT * min(width, present):
+            if max(width, present) <= _MIN_WIDTH_RATIO * min(width, present):
                 continue
-            error = runs.error([*chosen[:i], clips, *chosen[i + 1 :]], reference)
-            if error < _BETTER * least:
+            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], reference)
+            if error < _MAX_ERROR_RATIO * least:
                 least, chosen[i] = error, clips
     return chosen
 
 
-class _CannotRunError(ModelError):
-    """Why a model cannot be run again, or its output not be compared; on all ranks or on none."""
+class _CannotEvaluateError(ModelError):
+    """Why a model cannot be run again or its output cannot be compared; raised on all ranks or on none."""
 
 
-class _Runs:
-    """Runs of a model on one input with other clips."""
+class _Evaluator:
+    """Evaluates a model on one input with other clips."""
 
     def __init__(self, model: nn.Module, inputs: Inputs | None, quantizers: Sequence[ActivationQuantizer]) -> None:
         self.model, self.inputs, self.quantizers = model, inputs, quantizers
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """Products of floats in all layers, and no result kept of the runs."""
+        """Within it all layers multiply floats; afterwards no quantiser keeps a result of these evaluations."""
         layers = [(layer, layer.integer) for layer in every_layer(self.model)]
         every = own_quantizers(self.model)
         try:
@@ -156,16 +161,16 @@ class _Runs:
             for quantizer in every:
                 quantizer.bypassed = clips is None
             if self.inputs is None:
-                raise _CannotRunError("it cannot be copied")
+                raise _CannotEvaluateError("it cannot be copied")
             if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
-                raise _CannotRunError("its parameters are sharded")
+                raise _CannotEvaluateError("its parameters are sharded")
             inputs = self.inputs.copied()
             with untouched(self.model), frozen_state():
                 output = self.model.forward(*inputs.args, **inputs.kwargs)
             found = [x.detach().double() for x in tensors_in(output) if x.is_floating_point() and x.numel()]
             found = [x for x in found if x.dim()] or found  # a loss beside what it is computed from
         except Exception as error:
-            problem = str(error) if isinstance(error, _CannotRunError) else f"{type(error).__name__}: {error}"
+            problem = str(error) if isinstance(error, _CannotEvaluateError) else f"{type(error).__name__}: {error}"
         finally:
             for quantizer in every:
                 quantizer.bypassed = False
@@ -192,4 +197,4 @@ class _Runs:
         failed = torch.tensor(float(bool(problem)), device=self.quantizers[0].clip_max.device)
         sum_(failed)
         if bool(failed):
-            raise _CannotRunError(problem or "another rank says why")
+            raise _CannotEvaluateError(problem or "another rank says why")
