@@ -12,7 +12,7 @@ from amct_ext.common.ranks import several_ranks
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.activation_types import ClipRange
 from amct_ext.layers.cached_item import CachedItem
-from amct_ext.layers.calibration_data import CalibrationData, Values, is_resumable
+from amct_ext.layers.calibration_data import CalibrationData, ValueStatistics, is_resumable
 from amct_ext.layers.forward_context import host_can_read, state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
@@ -65,7 +65,7 @@ class CalibratedClips(KeepsPrecision):
         self.found_range: FoundRange | None = None  # with it, until it was shared and logged
         self.candidates: tuple[Clips, ...] = ()  # for range_search: OUTPUT, until it has chosen
         self.range_decided = self.search.method != "OUTPUT"
-        self._seen = CachedItem(0, settled=self.batch_num)
+        self._seen = CachedItem(0, stable_from=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
     @property
@@ -142,7 +142,7 @@ class CalibratedClips(KeepsPrecision):
         self.calibration.clear()
         if not self.calibrated:
             self.batches_seen.fill_(self.batch_num)
-            self._seen.wrote(self.batches_seen, self.batch_num)
+            self._seen.update(self.batches_seen, self.batch_num)
 
     @torch.no_grad()
     def set_range(self, clips: Clips) -> None:
@@ -182,7 +182,7 @@ class CalibratedClips(KeepsPrecision):
         Where the host cannot read the clips, the device decides: clips that are set take precedence.
         """
         last = self._seen.value + 1 >= self.batch_num
-        clip_max, clip_min = self.search.find(Values(_flat_values(x.detach())), last).clips
+        clip_max, clip_min = self.search.find(ValueStatistics(_flat_values(x.detach())), last).clips
         if not host_can_read(self.clip_max) and self._seen.value == 0:
             usable = self.clip_max - self.clip_min > _EPS
             clip_max = torch.where(usable, self.clip_max, clip_max)
@@ -210,7 +210,7 @@ class CalibratedClips(KeepsPrecision):
         self.candidates = result.candidates if last else ()
         if not (several_ranks() or torch.compiler.is_compiling() or self.candidates):
             self.log_range()
-        self._seen.wrote(self.batches_seen, seen + 1)
+        self._seen.update(self.batches_seen, seen + 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.uncalibrated_range = None

@@ -45,7 +45,7 @@ class WeightQuantizer(KeepsPrecision):
         self.grad_factor = None if plan.lsq_gradient else grad_factor  # None: counts all weights that share a scale
         start = self._scale_of(weight)
         self.tracker = ForwardTracker()
-        self._initialised = CachedItem(0, settled=1)
+        self._initialised = CachedItem(0, stable_from=1)
         self._loaded = VersionGuard()  # knows a learned scale that was loaded and not trained since
         if self.learned:
             self.scale = nn.Parameter(start.clone())
@@ -146,7 +146,7 @@ class WeightQuantizer(KeepsPrecision):
         if self.learned and not self._flag_is_set:
             self.scale.copy_(torch.where(self._scale_is_set(), self.scale, self._scale_of(weight)))
             self.initialised.fill_(1.0)
-            self._initialised.wrote(self.initialised, 1.0)
+            self._initialised.update(self.initialised, 1.0)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -110,7 +110,7 @@ def test_another_device_is_read_once_for_each_foreign_write() -> None:
     buffer, value = torch.tensor(3).as_subclass(Elsewhere), CachedItem(0)
     assert [value.read(buffer) for _ in range(3)] == [3, 3, 3] and Elsewhere.reads == 1
     buffer.add_(1)
-    value.wrote(buffer, 4)
+    value.update(buffer, 4)
     assert value.read(buffer) == 4 and Elsewhere.reads == 1
     buffer.copy_(torch.tensor(7))
     assert [value.read(buffer) for _ in range(3)] == [7, 7, 7] and Elsewhere.reads == 2

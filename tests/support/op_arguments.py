@@ -34,8 +34,8 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     errors = torch.zeros(8, 16, dtype=torch.float64, device=device)
     gathered = torch.zeros(histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
     ops.range_histogram_(w, *gathered)
-    halves = torch.zeros(2, histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
-    ops.range_histogram_(w, *halves)
+    signed = torch.zeros(2, histogram.BINS, 2, dtype=torch.int64, device=device), torch.zeros(2, 5, device=device)
+    ops.range_histogram_(w, *signed)
 
     codes, pixels = (torch.randint(0, 256, n, device=device, dtype=torch.uint8) for n in ((5, 8), (2, 8, 6, 5)))
     scale, offset = (torch.tensor(v, device=device) for v in (0.02, -7.0))
@@ -83,10 +83,10 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
         ],
         "integer_linear_accumulators": [(codes, offset, *matrix)],
         "search_clip_range": [(w,), (w, 4, True)],
-        "range_histogram_": [(w, *gathered), (w.half(), *gathered), (w, *halves)],
-        "search_clip_range_histogram": [gathered, (*gathered, 4), halves],
-        "search_clip_range_wide": [halves, (*halves, 4, True)],
-        "percentile_clip_range": [halves, (*halves, 95.0, 4, True)],
+        "range_histogram_": [(w, *gathered), (w.half(), *gathered), (w, *signed)],
+        "search_clip_range_histogram": [gathered, (*gathered, 4), signed],
+        "search_clip_range_wide": [signed, (*signed, 4, True)],
+        "percentile_clip_range": [signed, (*signed, 95.0, 4, True)],
         "arq_fake_quantize": [(leaf(w),), (leaf(w), 8, 0), (leaf(w), 4, 1)],
         "lsq_fake_quantize": [(leaf(w), leaf(scales), 8, 0), (leaf(w), leaf(scales[:1]), 8, None, 0.5)],
         "lsq_fake_quantize_backward": [(grad, w, scales, 8, 0), (grad, w.half(), scales[:1], 8, None, 0.5)],

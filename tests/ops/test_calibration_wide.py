@@ -14,7 +14,7 @@ from amct_ext.ops import calibration_histogram as histogram
 
 def gathered(*batches: Tensor, keep: int = 8) -> tuple[Tensor, Tensor]:
     device = batches[0].device
-    state = torch.zeros(histogram.HALVES, dtype=torch.int64, device=device), torch.zeros(2, keep, device=device)
+    state = torch.zeros(histogram.SIGNED_SHAPE, dtype=torch.int64, device=device), torch.zeros(2, keep, device=device)
     for x in batches:
         ops.range_histogram_(x, *state)
     return state

@@ -1,4 +1,4 @@
-"""Ranges that a few extreme values do not decide, from a histogram with two halves."""
+"""Ranges that a few extreme values do not decide, from a signed histogram: a wide choice of ends, and a percentile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from amct_ext.ops._arithmetic import FLT_EPSILON, code_range, empty_scalar
 from amct_ext.ops._checks import check_bits, require
 from amct_ext.ops._registration import reference
-from amct_ext.ops.calibration_histogram import HALVES, BinnedValues, check_histogram, holds_no_range
+from amct_ext.ops.calibration_histogram import SIGNED_SHAPE, BinnedValues, check_histogram, holds_no_range
 from amct_ext.ops.calibration_search import first_smallest
 
 _COARSE = 64  # ranges tried first, 2^(1/4) apart: the last one is 1.8e-5 of the extreme value
@@ -85,7 +85,7 @@ def percentile_clip_range(
 
 
 def _check(op: str, histogram: Tensor, extremes: Tensor, num_bits: int, **_: object) -> None:
-    check_histogram(op, histogram, extremes, HALVES)
+    check_histogram(op, histogram, extremes, SIGNED_SHAPE)
     check_bits(op, num_bits)
 
 
@@ -103,7 +103,7 @@ def search_clip_range_wide_reference(
     histogram: Tensor, extremes: Tensor, num_bits: int = 8, fixed_min: bool = False, squared: bool = False
 ) -> tuple[Tensor, Tensor]:
     largest, smallest = _data_ends(extremes, fixed_min)
-    halves = BinnedValues(histogram[0]), BinnedValues(histogram[1])
+    signs = BinnedValues(histogram[0]), BinnedValues(histogram[1])
     error = _squared_error if squared else _absolute_error
 
     def best(ends: Tensor) -> Tensor:
@@ -111,9 +111,9 @@ def search_clip_range_wide_reference(
         most = 2**num_bits - 1
         scale = ((high + low) / most).clamp_min(torch.finfo(torch.float64).tiny)
         codes_below = torch.round(low / scale)
-        errors = error(halves[0], scale, most - codes_below, most)
+        errors = error(signs[0], scale, most - codes_below, most)
         if not fixed_min:
-            errors = errors + error(halves[1], scale, codes_below, most)
+            errors = errors + error(signs[1], scale, codes_below, most)
         return ends.gather(0, first_smallest(errors).reshape(1))
 
     extreme = torch.maximum(largest, smallest)
@@ -157,18 +157,20 @@ def _absolute_error(values: BinnedValues, scale: Tensor, codes: Tensor, most_cod
     exact = codes.clamp_max(_EXACT_CODES)
     steps = torch.arange(min(most_codes, _EXACT_CODES), device=scale.device, dtype=torch.float64)
     s = scale.reshape(-1, 1)
-    wave = values.above((steps + 1) * s) - values.above((steps + 0.5) * s)
+    wave = values.hinge_sum((steps + 1) * s) - values.hinge_sum((steps + 0.5) * s)
     wave = torch.where(steps < exact.reshape(-1, 1), wave, torch.zeros_like(wave)).sum(1)
     until, end = exact * scale, codes * scale
     beyond = (values.count_above(until) - values.count_above(end)) * scale / 4
-    return values.above(torch.zeros_like(scale)) + 2 * wave - values.above(until) + beyond + values.above(end)
+    return (
+        values.hinge_sum(torch.zeros_like(scale)) + 2 * wave - values.hinge_sum(until) + beyond + values.hinge_sum(end)
+    )
 
 
 def _squared_error(values: BinnedValues, scale: Tensor, codes: Tensor, most_codes: int) -> Tensor:
     """The summed squared error less sum(v^2), as `_absolute_error`."""
     exact = codes.clamp_max(_EXACT_CODES)
     steps = torch.arange(min(most_codes, _EXACT_CODES), device=scale.device, dtype=torch.float64)
-    hinges = values.above((steps + 0.5) * scale.reshape(-1, 1))
+    hinges = values.hinge_sum((steps + 0.5) * scale.reshape(-1, 1))
     hinges = torch.where(steps < exact.reshape(-1, 1), hinges, torch.zeros_like(hinges)).sum(1)
     until, end = exact * scale, codes * scale
     gained = values.squares_above(until) - values.squares_above(end)
