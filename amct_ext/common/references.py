@@ -232,8 +232,8 @@ class _Rewriter:
             target.clear()
             target.update(new)
         else:
-            for place, item in enumerate(new):
-                target[place] = item
+            for index, item in enumerate(new):
+                target[index] = item
         return target
 
     def _renew_attributes(self, obj: Any) -> None:

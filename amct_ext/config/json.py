@@ -17,7 +17,7 @@ from typing import Any
 
 from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings
 from amct_ext.errors import ConfigError
-from amct_ext.proto.text import Places, close_matches
+from amct_ext.proto.text import FieldLocations, close_matches
 
 VERSION = 1
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
@@ -43,7 +43,7 @@ class JsonConfig:
     @property
     def source(self) -> str:
         """The file's name, as messages give it."""
-        return self.settings.places.source
+        return self.settings.locations.source
 
 
 def read_json(path: str | os.PathLike[str]) -> JsonConfig:
@@ -80,10 +80,10 @@ class _Object(dict[str, Any]):
         """Raise ConfigError for a duplicate key here or deeper inside."""
         left = [(where, self)]
         while left:
-            place, content = left.pop()
+            location, content = left.pop()
             if content.duplicates:
-                raise ConfigError(f"{place}: key '{content.duplicates[0]}' stands more than once; keep one of them")
-            left += [(f"{place}: '{name}'", value) for name, value in content.items() if isinstance(value, _Object)]
+                raise ConfigError(f"{location}: key '{content.duplicates[0]}' stands more than once; keep one of them")
+            left += [(f"{location}: '{name}'", value) for name, value in content.items() if isinstance(value, _Object)]
 
 
 class _Reader:
@@ -121,7 +121,7 @@ class _Reader:
             fp16=mode == FP16,
             write_shift_bit=self._typed(content, "write_shift_bit", bool, "", False),
             profile=profile,
-            places=Places(self._source),
+            locations=FieldLocations(self._source),
         )
         return JsonConfig(settings, tuple(disabled))
 

@@ -118,7 +118,7 @@ def _planner(config_defination: str, has_loss: bool = False) -> build.Planner:
         layers = {name: replace(layer, quant=None) for name, layer in plan.layers.items()}
         if all(layer.prune is None for layer in layers.values()):
             reason = "every layer is skipped" if plan.prune_active else "there is no prune_config"
-            raise ConfigError(f"{config.places.source}: {reason}, nothing is left to prune")
+            raise ConfigError(f"{config.locations.source}: {reason}, nothing is left to prune")
         return replace(plan, layers=layers, quant_active=False)
 
     return build.Planner(prune_only, config)

@@ -185,6 +185,6 @@ def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
     assert kind is not None
     if isinstance(layer, CompressedRNN):
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
-    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each place of its input
+    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each position of its input
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))
     return (x if of_input else output).numel() // max(width, 1) * layer.weight.numel()

@@ -14,7 +14,7 @@ from amct_ext.layers.activation_quantizer import ActivationQuantizer
 def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     """Give every rank the mean of the clips that ranks found in the forward just made, by one collective.
 
-    Called on all ranks after each training forward until every calibration is finished. What is sent has a place for
+    Called on all ranks after each training forward until every calibration is finished. What is sent has a row for
     every quantiser, whichever layers a rank ran. Where a rank has finished the calibration of a layer, that range
     counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else. The
     robust ranges of all ranks count where one rank had to replace AMCT's.

@@ -1,7 +1,7 @@
 """Reading protobuf text with messages that say where: file, line, column, field.
 
-protobuf's Python parser reports the place of a syntax error but keeps no places for what it has read, so `Places` finds
-the line of a field again from the text; only when a message needs it.
+protobuf's Python parser reports where a syntax error is, but not where the fields are that it has read.
+`FieldLocations` finds the line of a field from the text, only when a message needs it.
 """
 
 from __future__ import annotations
@@ -93,21 +93,21 @@ def _tokens(text: str) -> list[tuple[str, str, int]]:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the fields of a file stand. `source` is the file's name as messages give it."""
+class FieldLocations:
+    """Finds the line of a field in a file; `source` is the file's name as messages give it."""
 
     source: str
     text: str = field(default="", repr=False)
 
     @functools.cached_property
     def _fields(self) -> list[_Field]:
-        """Scanned at most once: a record of a large model has thousands of nodes to place."""
+        """Scanned at most once: a record of a large model has thousands of nodes to locate."""
         return _Scanner(self.text).fields() if self.text else []
 
     def at(self, *path: str | int) -> str:
         """'file:line' of a field, e.g. at('override_layer_configs', 2, 'layer_name'); a number picks an occurrence.
 
-        Without a number the last occurrence counts, as for protobuf. An absent field gives its parent's place.
+        Without a number the last occurrence counts, as for protobuf. An absent field gives its parent's line.
         """
         line, fields = None, self._fields
         position = 0
@@ -131,7 +131,7 @@ def close_matches(name: str, known: Iterable[str]) -> str:
 
 
 class MessageSyntaxError(Exception):
-    """A text is no text of a message: what is wrong with its place, line and column (None where unknown)."""
+    """A text is no text of a message: what is wrong, after file, line and column; these (None where unknown)."""
 
     def __init__(self, reason: str, line: int | None, column: int | None) -> None:
         super().__init__(reason, line, column)
@@ -164,16 +164,16 @@ def _explain(error: text_format.ParseError, text: str, source: str, message: Any
     reason = re.sub(r"^\d+:\d+ : ", "", str(error))
     reason = re.sub(r"^'.*?': (?=[A-Z])", "", reason, flags=re.DOTALL).rstrip(". ")
     source_line = text.splitlines()[line - 1] if line and line <= len(text.splitlines()) else ""
-    place = source if line is None else f"{source}:{line}:{column}"
+    location = source if line is None else f"{source}:{line}:{column}"
     if _open_braces(text) and source_line.strip() == _last_line(text):
-        return f"{place}: the text ends before its last brace is closed (a truncated file?): {reason}", line, column
+        return f"{location}: the text ends before its last brace is closed (a truncated file?): {reason}", line, column
     unknown = re.search(r'type "([\w.]+)" has no field named "(.+?)"', reason)
     if unknown:
         known = _field_names(message.DESCRIPTOR, unknown[1])
         hint = close_matches(unknown[2], known) or f"; known here: {', '.join(known)}"
-        return f"{place}: unknown field '{unknown[2]}' in {unknown[1].rsplit('.', 1)[-1]}{hint}", line, column
+        return f"{location}: unknown field '{unknown[2]}' in {unknown[1].rsplit('.', 1)[-1]}{hint}", line, column
     named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1][-_LONGEST:])
-    return f"{place}: {'field ' + repr(named[1]) + ': ' if named else ''}{reason}", line, column
+    return f"{location}: {'field ' + repr(named[1]) + ': ' if named else ''}{reason}", line, column
 
 
 def _open_braces(text: str) -> bool:

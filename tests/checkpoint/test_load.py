@@ -200,8 +200,8 @@ def test_damaged_files(trained: Any, tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         for _ in range(40):
             data = bytearray(raw)
-            for place, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
-                data[place] = value % 256
+            for index, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
+                data[index] = value % 256
             path.write_bytes(data)
             told(lambda: read_state_dict(str(path), "model"), "damaged.pth")
 

@@ -17,7 +17,7 @@ from amct_ext.common.layer_kinds import kind_of
 
 @dataclass(frozen=True)
 class Sample:
-    """A layer of 8 channels, a shape of its input, and the rest of a call, by place and by keyword."""
+    """A layer of 8 channels, a shape of its input, and the rest of a call, positional and by keyword."""
 
     cls: type[nn.Module]
     arguments: tuple[int, ...]
