@@ -157,7 +157,7 @@ def test_copies_pickles_and_a_compressed_job(tmp_path):
     model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.train()(x + 5)
-        assert distil._watch.last[0][0] is x
+        assert distil._last_forward.last[0][0] is x
         assert torch.equal(other.eval()(x), copy.deepcopy(model).eval()(x))
     distil.close()
     model(x)

@@ -42,7 +42,7 @@ COVERED_BY = {
     },
     "model_surgery": {
         "batchnorm_links": "layers/test_bn_fold.py",
-        "rank_ranges": "frameworks/test_distributed.py",
+        "range_averaging": "frameworks/test_distributed.py",
         "session": "model_surgery/test_copies.py",
     },
     "prune": {

@@ -40,11 +40,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         try:
             for batch in batches:
                 parse_inputs(inner, batch).call(model)
-                if not _waiting(layers):
+                if not _uncalibrated(layers):
                     break
         finally:
             tracker.calibrating = False
-    missing = _waiting(layers)
+    missing = _uncalibrated(layers)
     if missing:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise StaleStateError(
@@ -55,7 +55,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         layer.initialise_scales()
 
 
-def _waiting(layers: Mapping[str, CompressedLayer]) -> list[str]:
+def _uncalibrated(layers: Mapping[str, CompressedLayer]) -> list[str]:
     """Layers whose calibration is not finished."""
     return [name for name, layer in layers.items() if not all(q.calibrated for q in layer.own_quantizers)]
 

@@ -18,7 +18,7 @@ from amct_ext.config.text import parse_config
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.flows import build, saving
 from amct_ext.graph.trace import trace
-from amct_ext.model_surgery.lookup import placed_layers
+from amct_ext.model_surgery.lookup import layers_by_created_name
 from amct_ext.model_surgery.session import session_of
 from amct_ext.record.types import Record
 
@@ -125,7 +125,7 @@ def save_quant_retrain_model(
     config = read_json(config_file)
     plain = saving.to_plain_model(inner, input_data)
     # The file names layers as they were called at create.
-    names_then = {present: name for name, (present, _) in placed_layers(inner).items()}
+    names_then = {present: name for name, (present, _) in layers_by_created_name(inner).items()}
     traits = trace(plain.model, plain.inputs).traits(plain.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
     check_same_plan(plan, asked, config_file)

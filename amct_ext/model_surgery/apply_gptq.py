@@ -12,7 +12,7 @@ from torch import nn
 from amct_ext.common.ranks import average_, sum_
 from amct_ext.layers.conv_linear import ProductLayer
 from amct_ext.layers.gptq import GptqState, gptq_weight
-from amct_ext.model_surgery.lookup import every_layer
+from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session
 
 _NO_HESSIAN = "calibrated in a compiled graph, outside of the model's forward, or on zeros"
@@ -65,7 +65,7 @@ def reset_gptq_after_load(model: nn.Module) -> None:
 
 
 def _states(model: nn.Module) -> Iterator[tuple[ProductLayer, GptqState]]:
-    for layer in every_layer(model):
+    for layer in compressed_modules(model):
         if isinstance(layer, ProductLayer) and layer.gptq is not None:
             yield layer, layer.gptq
 

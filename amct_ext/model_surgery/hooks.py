@@ -20,23 +20,30 @@ from amct_ext.model_surgery.apply_gptq import (
     warn_skipped_gptq,
 )
 from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
-from amct_ext.model_surgery.lookup import every_layer
+from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.output_range_search import keep_calibration_input, search_output_ranges
-from amct_ext.model_surgery.rank_ranges import share_ranges
+from amct_ext.model_surgery.range_averaging import average_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
-from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
+from amct_ext.model_surgery.session import (
+    ATTRIBUTE,
+    Session,
+    activation_quantizers,
+    added_buffers,
+    raise_if_invalid,
+    session_of,
+)
 
 
 def attach(model: nn.Module, session: Session) -> None:
     """Give the model its session and the hooks that keep the record file up to date."""
     setattr(model, ATTRIBUTE, session)
-    for layer in every_layer(model):
+    for layer in compressed_modules(model):
         for quantizer in layer.own_quantizers:
             quantizer.tracker = session.tracker
         for weight in layer.weight_quantizers:
             weight.tracker = session.tracker
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, added_buffers(model))
     model.register_forward_pre_hook(_before_forward)
     _note_pending(model, session)
     if session.output_search_pending:
@@ -49,7 +56,7 @@ def attach(model: nn.Module, session: Session) -> None:
 
 def _note_pending(model: nn.Module, session: Session) -> None:
     """Note what the end of a calibration has yet to do, so that later forwards need not look for it."""
-    session.output_search_pending = any(not quantizer.range_decided for quantizer in own_quantizers(model))
+    session.output_search_pending = any(not quantizer.range_decided for quantizer in activation_quantizers(model))
     session.gptq_pending = has_pending_gptq(model)
 
 
@@ -101,7 +108,7 @@ def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
     state = state_versions(model)
     if state == session.evaluated or _on_meta_device(model):
         return
-    searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
+    searches = [(layer.search_n, layer) for layer in compressed_modules(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
     own = session.evaluated is not None and all(search.errors_are_own for search, _ in searches)
     if own or not all(layer.ready and search.matches_scale(layer.deq_scale()) for search, layer in searches):
@@ -123,9 +130,9 @@ def _after_forward(model: nn.Module, args: object, output: object) -> None:
     learning = model.training or session.tracker.calibrating
     pending = session.output_search_pending or session.gptq_pending
     if (several_ranks() or pending) and not state_updates_disabled():
-        quantizers = own_quantizers(model)
+        quantizers = activation_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
-            share_ranges(quantizers)
+            average_ranges(quantizers)
             if session.gptq_pending and not torch.compiler.is_compiling():
                 apply_gptq(model)
             if session.output_search_pending and not torch.compiler.is_compiling():
@@ -156,7 +163,7 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
     if getattr(model, ATTRIBUTE).gptq_pending:
         warn_skipped_gptq(model)
-    for layer in every_layer(model):
+    for layer in compressed_modules(model):
         layer.repair_scales()
 
 

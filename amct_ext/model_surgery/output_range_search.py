@@ -20,8 +20,8 @@ from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_context import frozen_state, state_updates_disabled
 from amct_ext.layers.range_search import Clips
 from amct_ext.layers.shared_input import SharedInputCache
-from amct_ext.model_surgery.lookup import every_layer
-from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_quantizers
+from amct_ext.model_surgery.lookup import compressed_modules
+from amct_ext.model_surgery.session import ATTRIBUTE, Session, activation_quantizers
 
 logger = logging.getLogger("amct_ext")
 _MAX_SINGLE_SEARCHES = 8  # quantisers tried one by one: those whose candidates differ most
@@ -35,7 +35,7 @@ def keep_calibration_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict
     session.calibration_input = None
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
-    if any(not quantizer.range_decided and quantizer.may_calibrate for quantizer in own_quantizers(model)):
+    if any(not quantizer.range_decided and quantizer.may_calibrate for quantizer in activation_quantizers(model)):
         try:
             session.calibration_input = Inputs(args, kwargs).copied()
         except Exception as error:  # such an input cannot be given again
@@ -59,7 +59,7 @@ def search_output_ranges(model: nn.Module) -> None:
     """
     session: Session = getattr(model, ATTRIBUTE)
     inputs, session.calibration_input = session.calibration_input, None
-    every = own_quantizers(model)
+    every = activation_quantizers(model)
     pending = [quantizer for quantizer in every if quantizer.calibrated and not quantizer.range_decided]
     session.output_search_pending = any(not quantizer.calibrated for quantizer in every)
     if not pending:
@@ -138,8 +138,8 @@ class _Evaluator:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """Within it all layers multiply floats; afterwards no quantiser keeps a result of these evaluations."""
-        layers = [(layer, layer.integer) for layer in every_layer(self.model)]
-        every = own_quantizers(self.model)
+        layers = [(layer, layer.integer) for layer in compressed_modules(self.model)]
+        every = activation_quantizers(self.model)
         try:
             for layer, _ in layers:
                 layer.integer = None
@@ -154,7 +154,7 @@ class _Evaluator:
         """The floating-point tensors that the model returns; without clips those of float activations."""
         found: list[Tensor] = []
         problem = ""
-        every = own_quantizers(self.model)
+        every = activation_quantizers(self.model)
         for quantizer, own in zip(self.quantizers, clips or (), strict=False):
             quantizer.set_range(own)
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext.model_surgery import output_range_search
-from amct_ext.model_surgery.session import own_quantizers
+from amct_ext.model_surgery.session import activation_quantizers
 
 CONFIG = (
     "batch_num: {}\nretrain_data_quant_config {{ ulq_quantize {{ {} }} }} "
@@ -113,7 +113,7 @@ def test_ranges_are_chosen_once(tmp_path: Path, mode: str) -> None:
         amct_ext.calibrate(model, [inputs()])
     else:
         model.train()(inputs())
-    clips = [float(q.clip_max.detach()) for q in own_quantizers(model)]
+    clips = [float(q.clip_max.detach()) for q in activation_quantizers(model)]
     if mode == "restored":
         model.eval()(inputs())
         torch.save(model.state_dict(), tmp_path / "s.pth")
@@ -124,9 +124,9 @@ def test_ranges_are_chosen_once(tmp_path: Path, mode: str) -> None:
         model = restored
     with torch.no_grad():
         model.train()(50 * inputs(3))
-    assert clips == [float(q.clip_max.detach()) for q in own_quantizers(model)]
-    assert not any(q.bypassed or q.candidates for q in own_quantizers(model))
-    assert all(q.range_decided for q in own_quantizers(copy.deepcopy(model)))
+    assert clips == [float(q.clip_max.detach()) for q in activation_quantizers(model)]
+    assert not any(q.bypassed or q.candidates for q in activation_quantizers(model))
+    assert all(q.range_decided for q in activation_quantizers(copy.deepcopy(model)))
 
 
 class Once(Net):
@@ -168,7 +168,7 @@ def test_a_model_that_cannot_run_again(
         if warned:
             assert "range_search: OUTPUT" in warned[0] and why in warned[0] and "'first' and 3 more" in warned[0]
         found.append({k: v for k, v in model.state_dict().items() if "clip_m" in k})
-        assert not any(q.bypassed for q in own_quantizers(model))
+        assert not any(q.bypassed for q in activation_quantizers(model))
     for key, value in found[1].items():
         assert torch.equal(found[0][key], value), key
 
@@ -185,7 +185,7 @@ def test_a_forward_that_writes_into_its_input(tmp_path: Path, caplog: pytest.Log
         model = created(tmp_path, net=net)
         torch.manual_seed(1)
         model.train()(inputs().mul_(3).sub_(1) if cls is Net else inputs())
-        found.append([float(q.clip_max.detach()) for q in own_quantizers(model)])
+        found.append([float(q.clip_max.detach()) for q in activation_quantizers(model)])
     assert found[0] == found[1] and not caplog.records
 
 

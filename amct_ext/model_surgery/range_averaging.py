@@ -11,7 +11,7 @@ from amct_ext.layers.activation_quantizer import ActivationQuantizer
 
 
 @torch.no_grad()
-def share_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
+def average_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     """Give every rank the mean of the clips that ranks found in the forward just made, by one collective.
 
     Called on all ranks after each training forward until every calibration is finished. What is sent has a row for
