@@ -13,18 +13,18 @@ from benchmarks.accuracy.prepared_model import split_param_groups
 from benchmarks.accuracy.quick import CHECKS, is_broken
 from benchmarks.accuracy.report import planned_runs
 from benchmarks.accuracy.results import Result, append, read
-from benchmarks.accuracy.statistics import area_under_curve, summarise
+from benchmarks.accuracy.statistics import area_under_curve, summarize
 from benchmarks.accuracy.tables import accuracy_table, comparison_table, costs_table, skipped_list
 from benchmarks.accuracy.tasks.image import Digits
 from benchmarks.accuracy.training import lr_factor
 
 
 def test_standard_error_of_the_mean() -> None:
-    summary = summarise([1.0, 2.0, 3.0])
+    summary = summarize([1.0, 2.0, 3.0])
     assert (summary.mean, summary.count) == (2.0, 3)
     assert summary.error == pytest.approx(1 / 3**0.5)
     assert summary.text(1) == "2.0 ± 0.6"
-    assert summarise([2.5]).text(2) == "2.50 (1 seed)"
+    assert summarize([2.5]).text(2) == "2.50 (1 seed)"
 
 
 def test_area_under_the_curve_is_scikit_learns() -> None:

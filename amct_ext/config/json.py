@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings
+from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings, percentile_problem
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import FieldLocations, close_matches
 
@@ -159,10 +159,9 @@ class _Reader:
         if (clips[0] is None) != (clips[1] is None):
             raise ConfigError(f"{self._source}: {where}clip_max and clip_min go together, one of them is missing")
         percentile = self._typed(content, "percentile", float, where, DataQuant.percentile)
-        if not 50 < percentile <= 100:
-            raise ConfigError(
-                f"{self._source}: {where}percentile: {percentile} must lie above 50 and be at most 100 (%)"
-            )
+        problem = percentile_problem(percentile)
+        if problem:
+            raise ConfigError(f"{self._source}: {where}percentile: {problem}")
         fixed_min = self._typed(content, "fixed_min", bool, where, None)
         search = self._choice(content, "range_search", _RANGE_SEARCHES, where)
         return DataQuant(bits, clips[0], clips[1], fixed_min, search, percentile)

@@ -206,8 +206,9 @@ class _Reader:
             raise self._error((*path, "dst_type"), "INT4 activations cannot be retrained; INT8 and INT16 can")
         fixed_min = ulq.fixed_min if ulq.HasField("fixed_min") else None
         percentile = shortest_decimal(ulq.percentile)
-        if not 50 < percentile <= 100:
-            raise self._error((*path, "percentile"), f"{percentile} must lie above 50 and be at most 100 (%)")
+        problem = percentile_problem(percentile)
+        if problem:
+            raise self._error((*path, "percentile"), problem)
         data = DataQuant(bits, None, None, fixed_min, _label(ulq, "range_search"), percentile)
         if not ulq.HasField("clip_max_min"):
             return data
@@ -262,6 +263,11 @@ class _Reader:
     @staticmethod
     def _bits(message: Any) -> int:
         return _BITS[_enum_name(message, "dst_type")]
+
+
+def percentile_problem(value: float) -> str:
+    """What is wrong with a percentile of a range search, '' for nothing."""
+    return "" if 50 < value <= 100 else f"{value} must lie above 50 and be at most 100 (%)"
 
 
 def _label(message: Any, name: str) -> str | None:

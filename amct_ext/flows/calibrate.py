@@ -52,7 +52,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             "batches, and ones that reach these layers"
         )
     for layer in layers.values():
-        layer.initialise_scales()
+        layer.initialize_scales()
 
 
 def _uncalibrated(layers: Mapping[str, CompressedLayer]) -> list[str]:

@@ -101,10 +101,10 @@ def save_prune_retrain_model(
     check_types(model=(model, nn.Module), save_path=(save_path, str))
     names = saving.export_names(input_names, output_names, dynamic_axes)
     inner = unwrap(model)
-    quantised = saving.quantised_layers(inner)
-    if quantised:
+    quantized = saving.quantized_layers(inner)
+    if quantized:
         raise ModelError(
-            f"the model is quantised ('{quantised[0]}' and {len(quantised) - 1} more), which a plain graph would lose; "
+            f"the model is quantised ('{quantized[0]}' and {len(quantized) - 1} more), which a plain graph would lose; "
             "save it with save_compressed_retrain_model or save_quant_retrain_model"
         )
     saving.save_plain(inner, save_path, input_data, names)

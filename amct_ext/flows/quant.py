@@ -115,7 +115,7 @@ def save_quant_retrain_model(
     check_record_name(record_file)
     inner = unwrap(model)
     plan = session_of(inner).plan
-    if not saving.quantised_layers(inner):
+    if not saving.quantized_layers(inner):
         raise ModelError(f"no layer of the {type(inner).__name__} is quantised; save it with save_prune_retrain_model")
     if plan.prune_active:
         raise ModelError(
@@ -129,7 +129,7 @@ def save_quant_retrain_model(
     traits = trace(plain.model, plain.inputs).traits(plain.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
     check_same_plan(plan, asked, config_file)
-    saving.save_quantised(inner, record_file, save_path, input_data, names, plain)
+    saving.save_quantized(inner, record_file, save_path, input_data, names, plain)
 
 
 def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
@@ -146,8 +146,8 @@ def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
         if present is None or asked_quant is None:
             if present is not asked_quant:
                 differences.append(
-                    f"layer '{name}' is {'left float' if asked_quant is None else 'quantised'} by the file and "
-                    f"{'float' if present is None else 'quantised'} in the model"
+                    f"layer '{name}' is {'left float' if asked_quant is None else 'quantized'} by the file and "
+                    f"{'float' if present is None else 'quantized'} in the model"
                 )
             continue
         differences += [

@@ -51,7 +51,7 @@ def export_names(
     return {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
 
 
-def quantised_layers(model: nn.Module) -> list[str]:
+def quantized_layers(model: nn.Module) -> list[str]:
     """Names of the layers that are quantised."""
     return [name for name, layer in compressed_layers(model) if layer.weight_quant is not None]
 
@@ -129,7 +129,7 @@ def save_plain(model: nn.Module, save_path: str, input_data: Any, names: ExportN
     write.export_plain(plain.model, plain.inputs, save_path, **names, expected=plain.expected)
 
 
-def save_quantised(
+def save_quantized(
     model: nn.Module,
     record_file: str,
     save_path: str,
@@ -167,7 +167,7 @@ def save_quantised(
             logger.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
     plain = plain or to_plain_model(model, input_data)
     inputs, pairs = plain.inputs, present_pairs(model)
-    watched = {*quantised_layers(model), *pairs.values()}
+    watched = {*quantized_layers(model), *pairs.values()}
     write.export_quantized(
         plain.model,
         inputs,

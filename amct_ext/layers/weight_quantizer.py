@@ -68,7 +68,7 @@ class WeightQuantizer(KeepsPrecision):
         weight = masked(weight, mask, decay)
         used = self.scale
         if not self._flag_is_set and (self.training or self.tracker.training) and not state_updates_disabled():
-            self.initialise(weight)
+            self.initialize(weight)
             self.repair(weight)
         elif not self._flag_is_set:
             used = torch.where(self._scale_is_set(), self.scale, self._scale_of(weight))
@@ -141,7 +141,7 @@ class WeightQuantizer(KeepsPrecision):
         return ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
 
     @torch.no_grad()
-    def initialise(self, weight: Tensor) -> None:
+    def initialize(self, weight: Tensor) -> None:
         """Set a learned scale from ``weight``, already masked; does nothing once it is set."""
         if self.learned and not self._flag_is_set:
             self.scale.copy_(torch.where(self._scale_is_set(), self.scale, self._scale_of(weight)))

@@ -91,7 +91,7 @@ def _reason_to_skip(layer: ProductLayer, gptq: GptqState, owners: Counter[int]) 
 def _apply(layer: ProductLayer, gptq: GptqState) -> str:
     """Change the weight of one layer. Returns why it was skipped, or ''."""
     assert layer.weight_quant is not None
-    layer.initialise_scales()
+    layer.initialize_scales()
     weight = layer.weight.detach()
     hessian = gptq.hessian
     if hessian is None:  # a layer that this rank did not run

@@ -173,11 +173,11 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
     """
     session = session_of(model)
     layers = {name: layer for name, (_, layer) in layers_by_created_name(model).items()}
-    quantised = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
-    if not all(layers[name].recordable for name in quantised):
+    quantized = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
+    if not all(layers[name].recordable for name in quantized):
         return ()
     present_pairs(model)
-    return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
+    return tuple(_quant_record(name, layers[name], session.plan) for name in quantized)
 
 
 def _shifts_complete(model: nn.Module, plan: Plan) -> bool:

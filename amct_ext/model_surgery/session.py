@@ -107,9 +107,9 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
 
 def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
-    quantisers = activation_quantizers(model)
-    if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
-        for quantiser in quantisers:
-            quantiser.raise_if_invalid()
-    for quantiser in quantisers:
-        quantiser.log_range()  # of a calibration in a compiled graph
+    quantizers = activation_quantizers(model)
+    if quantizers and not quantizers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantizers]).any()):
+        for quantizer in quantizers:
+            quantizer.raise_if_invalid()
+    for quantizer in quantizers:
+        quantizer.log_range()  # of a calibration in a compiled graph

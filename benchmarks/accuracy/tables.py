@@ -8,7 +8,7 @@ from statistics import median_high
 
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.results import Result, scores
-from benchmarks.accuracy.statistics import summarise
+from benchmarks.accuracy.statistics import summarize
 from benchmarks.accuracy.tasks.registry import MEASURED, SETTINGS, TASKS
 
 _NONE = "-"
@@ -21,12 +21,12 @@ def _of(results: Iterable[Result], task: str, setting: str, method: str) -> list
 
 def _cell(results: Sequence[Result], task: str, setting: str, method: str) -> str:
     values = scores(_of(results, task, setting, method))
-    return summarise(values).text(TASKS[task].decimals) if values else _NONE
+    return summarize(values).text(TASKS[task].decimals) if values else _NONE
 
 
 def _best(results: Sequence[Result], task: str, setting: str, methods: Iterable[str]) -> str | None:
     """The method with the best mean."""
-    means = {m: summarise(v).mean for m in methods if (v := scores(_of(results, task, setting, m)))}
+    means = {m: summarize(v).mean for m in methods if (v := scores(_of(results, task, setting, m)))}
     sign = 1 if TASKS[task].higher_is_better else -1
     return max(means, key=lambda m: sign * means[m]) if means else None
 
@@ -77,7 +77,7 @@ def comparison_table(results: Sequence[Result]) -> list[str]:
             pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
             ahead = [sign * (a - b) for a, b in pairs if a is not None and b is not None]
             if ahead:
-                text = summarise(ahead).text(TASKS[task].decimals)
+                text = summarize(ahead).text(TASKS[task].decimals)
                 rows.append([f"{task}, {SETTINGS[setting].about}", METHODS[peer].label, METHODS[own].label, text])
     return _markdown(["", "best peer", "best of amct_ext", "amct_ext ahead by"], rows)
 

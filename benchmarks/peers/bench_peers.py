@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import amct_ext as amct
 from benchmarks.document import write_part
 from benchmarks.integer.bench_integer import CLOCKS, turns
-from benchmarks.peers.toolkits import COMPILED, LAYERS, PEERS, Peer, quantisers, torchao_linear
+from benchmarks.peers.toolkits import COMPILED, LAYERS, PEERS, Peer, quantizers, torchao_linear
 from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, bytes_kept, make, stepper
 from benchmarks.timing import processor
@@ -44,7 +44,7 @@ class Entry:
     model: nn.Module
     ready: Callable[[], None]
     step: Callable[[], None]
-    quantisers: int
+    quantizers: int
     kept: float = 0.0
 
 
@@ -71,7 +71,7 @@ def entries(job: Job, x: Tensor, labels: Tensor, compiled: bool) -> tuple[dict[s
         found[name] = _run(model, x, labels, 2 * len(amct.forward_choices(model)) if name != FLOAT else 0)
     if compiled:
         for name in (FLOAT, OURS[0]):
-            found[f"compiled: {name}"] = _run(make(name, job, x[:1], True), x, labels, found[name].quantisers)
+            found[f"compiled: {name}"] = _run(make(name, job, x[:1], True), x, labels, found[name].quantizers)
     built: dict[object, nn.Module] = {}
     kinds = {type(module) for module in found[FLOAT].model.modules()}
     for name, peer in {**PEERS, **(COMPILED if compiled else {})}.items():
@@ -79,7 +79,7 @@ def entries(job: Job, x: Tensor, labels: Tensor, compiled: bool) -> tuple[dict[s
             continue
         try:
             model = built.get(peer.build) or built.setdefault(peer.build, peer.build(job.model(), x))
-            found[name] = _run(model, x, labels, quantisers(model), peer)
+            found[name] = _run(model, x, labels, quantizers(model), peer)
         except Exception as error:  # whatever another toolkit raises is a result here
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return found, failed
@@ -103,7 +103,7 @@ def measure(found: dict[str, Entry], x: Tensor, args: argparse.Namespace) -> lis
     evaluations = turns({name: evaluation(entry.model) for name, entry in found.items()}, args.rounds, clock, 1, ready)
     rows = []
     for name, entry in found.items():
-        row = [name, str(entry.quantisers)]
+        row = [name, str(entry.quantizers)]
         for times in (steps, evaluations):
             ratio = statistics.median(own / base for own, base in zip(times[name], times[FLOAT], strict=True))
             row += [f"{statistics.median(times[name]):.0f}", f"{ratio:.2f}x"]

@@ -194,7 +194,7 @@ PEERS = {
     "NNCF": Peer("nncf", nncf),
 }
 COMPILED = {"torchao PT2E, ranges frozen, compiled": Peer("torchao", torchao_compiled, False)}
-_QUANTISERS = {
+_QUANTIZERS = {
     "FusedMovingAvgObsFakeQuantize",
     "IntxFakeQuantizer",
     "RescalingIntQuant",
@@ -203,6 +203,6 @@ _QUANTISERS = {
 }
 
 
-def quantisers(model: nn.Module) -> int:
+def quantizers(model: nn.Module) -> int:
     """How many tensors a peer's model quantises, activations and weights together."""
-    return sum(type(module).__name__ in _QUANTISERS for module in model.modules())
+    return sum(type(module).__name__ in _QUANTIZERS for module in model.modules())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
-from benchmarks.step.eager_quant import quantise_eagerly, quantise_with_torch_ops
+from benchmarks.step.eager_quant import quantize_eagerly, quantize_with_torch_ops
 from benchmarks.step.models import Job
 
 _DATA, _ADAPTIVE = "retrain_data_quant_config { ulq_quantize { } } ", "retrain_weight_quant_config { arq_retrain { } } "
@@ -31,8 +31,8 @@ OURS = {
     "2:4 renewed + INT8": BOTH,
 }
 BASELINES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    EAGER: quantise_eagerly,
-    "INT8, torch's fake-quant ops": quantise_with_torch_ops,
+    EAGER: quantize_eagerly,
+    "INT8, torch's fake-quant ops": quantize_with_torch_ops,
 }
 VARIANTS = (FLOAT, *OURS, *BASELINES)
 

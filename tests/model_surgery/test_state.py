@@ -11,7 +11,7 @@ from support import small_models as small
 from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
 from support.rnn_job import Job as RnnJob
 from support.rnn_job import every_kind
-from support.state_job import CONFIGS, clips, copied, floats_only, quantising, steps
+from support.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
 from torch import Tensor, nn
 
 import amct_ext
@@ -135,7 +135,7 @@ def test_the_default_dtype_is_nothing_to_the_state(job: Job, name: str, dtype: t
             assert model.state_dict()[key].dtype == value.dtype, key
 
 
-@quantising
+@quantizing
 def test_an_empty_batch_is_none(job: Job, name: str) -> None:
     model, twin = job.create(), job.create()
     empty = small.SAMPLE[:0]
@@ -158,7 +158,7 @@ def test_an_empty_batch_is_none(job: Job, name: str) -> None:
 # -- what only parameters, or a write in eval mode, tells
 
 
-@quantising
+@quantizing
 def test_torch_func_sees_values_copied_in_place(job: Job, name: str) -> None:
     trained = job.create()
     steps(trained, 3)

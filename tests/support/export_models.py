@@ -117,11 +117,11 @@ def simulate(model: nn.Module, x: torch.Tensor, records: list[QuantRecord], pair
             step = scale.flatten() * record.scale_d
             layer.bias.data = (layer.bias / step).round() * step
 
-        def quantise(_: nn.Module, inputs: tuple[torch.Tensor], record: QuantRecord = record) -> torch.Tensor:
+        def quantize(_: nn.Module, inputs: tuple[torch.Tensor], record: QuantRecord = record) -> torch.Tensor:
             q = ((inputs[0] / record.scale_d).round() + record.offset_d).clamp(-128, 127)
             return (q - record.offset_d) * record.scale_d
 
-        layer.register_forward_pre_hook(quantise)
+        layer.register_forward_pre_hook(quantize)
     with torch.no_grad():
         return net(x).numpy()
 

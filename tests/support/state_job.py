@@ -13,7 +13,7 @@ from torch import nn
 CONFIGS = small.CONFIGS | {"two_batches_learned": "batch_num: 2\n" + small.LEARNED}
 
 
-quantising = pytest.mark.parametrize("name", [name for name in CONFIGS if "quant" in name or "learned" in name])
+quantizing = pytest.mark.parametrize("name", [name for name in CONFIGS if "quant" in name or "learned" in name])
 
 
 def clips(model: nn.Module) -> dict[str, float]:

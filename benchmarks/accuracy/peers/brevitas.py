@@ -35,7 +35,7 @@ def _layers(bits: int, percentile: float) -> dict[type[nn.Module], tuple[type[nn
             "weight_narrow_range": False,
         }
     classes = {nn.Conv1d: qnn.QuantConv1d, nn.Conv2d: qnn.QuantConv2d, nn.Linear: qnn.QuantLinear}
-    return {kind: (quantised, how) for kind, quantised in classes.items()}
+    return {kind: (quantized, how) for kind, quantized in classes.items()}
 
 
 def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:

@@ -46,7 +46,7 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:
     estimators = RangeEstimatorParametersSet
     ranges = estimators.MEAN_QUANTILE if task.heavy_tails else estimators.MEAN_MINMAX
     names = [f"model.{name}" for name, _ in model.named_parameters()]
-    quantised = nncf.quantize(
+    quantized = nncf.quantize(
         WrappedModel(model).eval(),
         nncf.Dataset(task.calibration(CALIBRATION_BATCHES)),
         preset=nncf.QuantizationPreset.MIXED,
@@ -59,4 +59,4 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:
             activations_range_estimator_params=ranges,
         ),
     )
-    return PreparedModel(quantised, split_param_groups(quantised, names, task.budget.lr))
+    return PreparedModel(quantized, split_param_groups(quantized, names, task.budget.lr))
