@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from google.protobuf import descriptor_pool, text_format
+from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from amct_ext.config.text import (
 )
 from amct_ext.errors import ConfigError, ConfigParseError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import FieldLocations
 
 
 @pytest.fixture
@@ -196,25 +195,6 @@ def test_repeated_skip_names_are_noted(parse, caplog):
 def test_a_config_can_be_pickled(parse):
     config = parse("batch_num: 4")
     assert pickle.loads(pickle.dumps(config)) == config
-
-
-def test_places_follow_the_text():
-    text = 'a: 1\nb { c: 2 #x {\n c: "]" "x"\n d <e: 1> }\nskip: ["a",\n"b"];\nb: {c:7 },\n'
-    locations = FieldLocations("f", text)
-    assert locations.at("a") == "f:1"
-    assert locations.at("b") == "f:7"
-    assert locations.at("b", 0, "c") == "f:3"
-    assert locations.at("b", 0, "c", 0) == "f:2"
-    assert locations.at("b", 0, "d", "e") == "f:4"
-    assert locations.at("skip", 1) == "f:6"
-    assert locations.at("b", 0, "absent") == "f:2"
-    assert locations.at("absent") == "f"
-
-
-def test_messages_live_in_a_pool_of_their_own():
-    assert message_class("amct_ext.config.RetrainConfig")().batch_num == 1
-    with pytest.raises(KeyError):
-        descriptor_pool.Default().FindMessageTypeByName("amct_ext.config.RetrainConfig")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, 
 from support.rnn_job import Job as RnnJob
 from support.rnn_job import every_kind
 from support.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
-from torch import Tensor, nn
+from torch import nn
 
 import amct_ext
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.cached_item import CachedItem
 from amct_ext.layers.shift_search import ShiftSearch
 
 
@@ -88,34 +87,6 @@ def test_recurrent_layers_too(tmp_path: Path, kind: str) -> None:
         fresh = copied(trained, job.create())
         assert torch.equal(fresh.eval()(job.sample), trained.eval()(job.sample))
     assert {k: v for k, v in clips(average).items() if "max" in k} == {k: v for k, v in before.items() if "max" in k}
-
-
-# -- how a number is known
-
-
-class Elsewhere(Tensor):
-    """A tensor that claims to be on another device, and counts how often it is read."""
-
-    reads = 0
-
-    is_cpu = False
-
-    def item(self) -> float:  # type: ignore[override]
-        Elsewhere.reads += 1
-        return self.as_subclass(Tensor).item()
-
-
-def test_another_device_is_read_once_for_each_foreign_write() -> None:
-    Elsewhere.reads = 0
-    buffer, value = torch.tensor(3).as_subclass(Elsewhere), CachedItem(0)
-    assert [value.read(buffer) for _ in range(3)] == [3, 3, 3] and Elsewhere.reads == 1
-    buffer.add_(1)
-    value.update(buffer, 4)
-    assert value.read(buffer) == 4 and Elsewhere.reads == 1
-    buffer.copy_(torch.tensor(7))
-    assert [value.read(buffer) for _ in range(3)] == [7, 7, 7] and Elsewhere.reads == 2
-    assert value.read(torch.tensor(9).as_subclass(Elsewhere)) == 9 and Elsewhere.reads == 3
-    assert copy.deepcopy(value).value == 9
 
 
 # -- types and empty batches
