@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,18 +12,11 @@ from torch import Tensor
 from amct_ext import ops
 from amct_ext.ops import calibration_histogram as histogram
 
-# These stay on the references, as the integer products do.
-_WITHOUT_CUDA_KERNEL = (
-    "pack_weight",
-    "percentile_clip_range",
-    "range_histogram_",
-    "search_clip_range_wide",
-    "search_clip_range_histogram",
-    "ulq_quantize",
+_CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+# The ops that csrc/cuda registers a kernel of; the others stay on the references.
+WITH_CUDA_KERNEL = sorted(
+    {name for path in _CUDA.glob("*.cu") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
 )
-WITH_CUDA_KERNEL = [
-    name for name in ops.__all__ if name not in _WITHOUT_CUDA_KERNEL and not name.startswith("integer_")
-]
 
 
 def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
