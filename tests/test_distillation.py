@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.any_job import PER_TENSOR, AnyJob
+from support.jobs.any_job import PER_TENSOR, AnyJob
 from torch import nn
 
 import amct_ext

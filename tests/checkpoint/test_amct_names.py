@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.retrain_job import Job, optimizer_of, train
+from support.jobs import rnn_job
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
 from torch import nn
 
 from amct_ext import to_amct_state_dict

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.jobs import rnn_job
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.golden_deviations import WITHOUT_MODEL
-from support.golden_run import Case, case_names
-from support.retrain_job import Job, assert_same_state, train
+from support.golden.deviations import WITHOUT_MODEL
+from support.golden.run import Case, case_names
+from support.jobs import rnn_job
+from support.jobs.retrain_job import Job, assert_same_state, train
+from support.models import small
 from torch import nn
 
 import amct_ext

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
+from support.models import small
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -131,7 +131,7 @@ def test_the_saved_file_and_the_integer_forward_have_the_scale(algo: str, tmp_pa
     amct_ext.configure(model, forward="integer")
     torch.testing.assert_close(evaluate(model), expected, rtol=1e-4, atol=1e-4)
     pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
-    from support.onnx_run import run_onnx
+    from support.checks.onnx_run import run_onnx
 
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
     x = small.batch(50)[0][: len(small.SAMPLE)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.deferred_model import Net, evaluated
+from support.models.deferred_model import Net, evaluated
 from torch import Tensor, nn
 
 import amct_ext

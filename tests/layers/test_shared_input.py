@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.quantizers import quantizers
-from support.retrain_job import Job, optimizer_of, train
+from support.checks.quantizers import quantizers
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

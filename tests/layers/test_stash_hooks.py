@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job
-from support.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
-from support.single_layer import Chain, compressed
+from support.checks.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
+from support.jobs.retrain_job import Job
+from support.models import small
+from support.models.single_layer import Chain, compressed
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.ranks import two_ranks
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
+from support.models import small
+from support.processes.ranks import two_ranks
 from torch import nn
 
 import amct_ext
@@ -222,8 +222,8 @@ def test_saved_files_and_the_integer_forward_agree(text: str, tmp_path: Path) ->
     torch.testing.assert_close(evaluate(again), expected, rtol=1e-3, atol=1e-3)
     pytest.importorskip("onnxruntime", reason="saved files are run: pip install -e .[dev]")
     import numpy as np
-    from support.export_models import tensors
-    from support.onnx_run import run_onnx
+    from support.checks.onnx_run import run_onnx
+    from support.models.export_models import tensors
 
     amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "net"), small.SAMPLE)
     x = small.batch(50)[0][: len(small.SAMPLE)]
@@ -245,7 +245,7 @@ def test_the_json_configuration_keeps_what_the_profile_chose(tmp_path: Path) -> 
 
 
 def _on_a_rank(rank: int, folder: Path) -> None:
-    from support.ranks import own_folder
+    from support.processes.ranks import own_folder
 
     model = Job(own_folder(rank, folder), weight(batches=2)).create().train()
     with torch.no_grad():

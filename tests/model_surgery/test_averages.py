@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, evaluate
-from support.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
+from support.jobs.retrain_job import Job, evaluate
+from support.jobs.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
+from support.models import small
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support import small_models as small
-from support.retrain_job import Job
+from support.jobs.retrain_job import Job
+from support.models import small
 from torch import nn
 
 from amct_ext.model_surgery.lookup import compressed_layers, compressed_modules, layers_by_created_name, planned_layers

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
-from support.rnn_job import Job as RnnJob
-from support.rnn_job import every_kind
-from support.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.jobs.rnn_job import Job as RnnJob
+from support.jobs.rnn_job import every_kind
+from support.jobs.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
+from support.models import small
 from torch import nn
 
 import amct_ext

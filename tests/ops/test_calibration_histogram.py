@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.op_samples import DTYPES, layouts
+from support.ops.samples import DTYPES, layouts
 from torch import Tensor
 
 from amct_ext import ops

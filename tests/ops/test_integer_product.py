@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.integer_products import RANGES, convolutions, exact, matrices, weight
-from support.op_samples import layout, same_bits, scalars
+from support.ops.integer_products import RANGES, convolutions, exact, matrices, weight
+from support.ops.samples import layout, same_bits, scalars
 
 from amct_ext import ops
 from amct_ext.ops import integer_product as reference

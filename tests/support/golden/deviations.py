@@ -5,7 +5,7 @@ Each deviation stands in docs/differences.md. `quirks.json` of the golden data n
 
 from __future__ import annotations
 
-from support.golden_run import Case
+from support.golden.run import Case
 
 from amct_ext.record.text import parse_record
 from amct_ext.record.types import Record

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import small_models as small
-from support.wide_model import operations
+from support.models import small
+from support.models.wide_model import operations
 from torch import Tensor, nn
 
 import amct_ext

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import small_models as small
-from support import standin
-from support.op_samples import same_bits
+from support.models import small
+from support.ops.samples import same_bits
+from support.processes import standin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.onnx_run import onnx_outputs
+from support.checks.onnx_run import onnx_outputs
 from torch import Tensor, nn
 
 import amct_ext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support import small_models as small
+from support.models import small
 from torch import nn
 
 import amct_ext

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import optimizer_of, train
+from support.jobs.retrain_job import optimizer_of, train
+from support.models import small
 from torch import nn
 
 CONFIGS = small.CONFIGS | {"two_batches_learned": "batch_num: 2\n" + small.LEARNED}

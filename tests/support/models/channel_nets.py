@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from support.graph_nets import conv
-from support.pruning_proof import plan_for
+from support.checks.pruning_proof import plan_for
+from support.models.graph_nets import conv
 from torch import nn
 
 from amct_ext.graph.trace import trace

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support import small_models as small
+from support.models import small
 from torch import Tensor, nn
 
 SPARSE_QUANT = small.SPARSE % 0 + small.QUANT

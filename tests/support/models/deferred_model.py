@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support.single_layer import compressed
+from support.models.single_layer import compressed
 from torch import Tensor, nn
 
 import amct_ext

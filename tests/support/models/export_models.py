@@ -13,7 +13,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from support.onnx_run import run_onnx
+from support.checks.onnx_run import run_onnx
 from torch import nn
 
 from amct_ext.record.types import QuantRecord

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import small_models as small
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -12,7 +12,7 @@ from torch import Tensor
 from amct_ext import ops
 from amct_ext.ops import calibration_histogram as histogram
 
-_CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+_CUDA = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 # The ops that csrc/cuda registers a kernel of; the others stay on the references.
 WITH_CUDA_KERNEL = sorted(
     {name for path in _CUDA.glob("*.cu") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from support.op_samples import scalars
+from support.ops.samples import scalars
 from torch import Tensor
 
 from amct_ext import ops

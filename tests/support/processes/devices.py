@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from support import standin
+from support.processes import standin
 
 
 def devices() -> list[str]:
