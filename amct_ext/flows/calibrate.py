@@ -21,15 +21,18 @@ from amct_ext.model_surgery.session import session_of
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Find the activation ranges of a compressed model by evaluating batches, and start learned weight scales.
 
-    ``batches``: what the model is called with, each in a form that create takes as ``input_data``; on the model's
-    device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise training forwards do the same as
-    they come. The model is in eval mode meanwhile and keeps its mode; dropout is off, BatchNorm uses its running
-    statistics, and masks and gradients stay as they are; so do weights, but INT4 ones with `compensate_rounding`, which
-    change once: before an optimizer keeps a copy of them. In a distributed job all ranks call it with data of their
-    own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one batch
-    instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers that
-    saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in training
-    forwards only.
+    Otherwise training forwards do the same as they come. ``batches``: what the model is called with, each in a form
+    that create takes as ``input_data``, on the model's device. As many are taken as the configuration's ``batch_num``
+    asks for. In a distributed job all ranks call it with data of their own.
+
+    State changed: the ranges of layers that are not calibrated yet, learned scales that are not set yet, and with
+    `compensate_rounding` INT4 weights, once (call it before an optimizer keeps a copy of them). The model is in eval
+    mode meanwhile and keeps its mode: dropout is off, BatchNorm uses its running statistics. Masks, gradients and other
+    weights stay.
+
+    Errors: ModelError (not a compressed model), TypeError (one batch instead of several), InputDataError (a batch that
+    is no call of the model), StaleStateError naming the layers that saw too few batches, InvalidDataError (NaN or Inf).
+    Source: the range search is AMCT's, which runs it in training forwards only.
     """
     inner = unwrap(model)
     tracker = session_of(inner).tracker

@@ -39,11 +39,14 @@ class VersionGuard:
 class CachedItem:
     """The number in a buffer of one element, cached on the host.
 
-    The buffer decides: a load, an average or a copy value by value changes what `read` returns. On the CPU `read` reads
-    the buffer each time. On other devices, where a read waits, and once the number is at least ``stable_from`` (so high
-    that no branch depends on it), it reads only where the buffer is another tensor or has another version. Compiled and
-    traced forwards take the last value; a graph of a forward before that number is reached asks the device besides, so
-    values copied in before it was traced count.
+    The buffer decides: a load, an average or a copy value by value changes what `read` returns. When it reads:
+
+    * on the CPU, every time;
+    * on other devices, where a read waits, only when the buffer is another tensor or has another version;
+    * the same on the CPU once the number is at least ``stable_from``, so high that no branch depends on it.
+
+    Compiled and traced forwards take the last value. A graph of a forward before that number is reached asks the device
+    besides, so values copied in before it was traced count.
     """
 
     def __init__(self, value: float, stable_from: float = math.inf) -> None:

@@ -68,8 +68,8 @@ class RangeSearch:
     """The search that a configuration asks for. ``method`` None: AMCT's, guarded against outliers.
 
     AMCT's search tries 0.7 to 1.3 of the extreme value. Where that puts more than half of the non-zero values into the
-    code of zero, the range of least absolute error is taken, or that within which 99.9 % of the values lie: the first
-    that does not. Where none does, AMCT's stays.
+    code of zero, the guard takes the first of these that does not: the range of least absolute error, that within which
+    99.9 % of the values lie, AMCT's after all.
     """
 
     num_bits: int

@@ -43,14 +43,20 @@ class _SavedView(NamedTuple):
 def stashed(
     num_bits: int, quantized: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor
 ) -> AbstractContextManager[Any]:
-    """A context in which the graph saves neither ``quantized`` nor views of it; backward gets the same bits.
+    """A context in which the graph saves neither ``quantised`` nor views of it; backward gets the same bits.
 
-    ``quantized`` is the result of `ulq_fake_quantize` for ``x``; the clips are the effective ones that it returned.
-    Saved-tensor hooks around the context see ``x`` in its place, and everything else as it is. Does nothing where
-    there is nothing to gain (no gradients are recorded, or neither input nor clips need one, so that the graph does not
-    hold ``x``), where ``quantized`` was modified in place, and where hooks cannot work: torch.compile plans memory by
-    itself, torch.func forbids them, and subclasses of Tensor need not have memory of their own. Errors: RuntimeError in
-    backward where ``x`` was modified in place since.
+    ``quantised`` is the result of `ulq_fake_quantize` for ``x``; the clips are the effective ones that it returned.
+    Saved-tensor hooks around the context see ``x`` in its place, and everything else as it is.
+
+    Does nothing
+
+    * where there is nothing to gain: no gradients are recorded, or neither input nor clips need one, so that the graph
+      does not hold ``x``;
+    * where ``quantised`` was modified in place;
+    * where hooks cannot work: torch.compile plans memory by itself, torch.func forbids them, and subclasses of Tensor
+      need not have memory of their own.
+
+    Errors: RuntimeError in backward where ``x`` was modified in place since.
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and quantized.requires_grad):
         return nullcontext()

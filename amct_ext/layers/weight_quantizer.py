@@ -22,14 +22,20 @@ _NAN = float("nan")
 class WeightQuantizer(KeepsPrecision):
     """Fake quantisation of a weight: a scale that follows the current weight (ARQ) or a learned one (weight ULQ).
 
-    The scale that follows the weight is that of its range or, with ``least_squares``, the one of least squared error.
-    ``scale`` (length 1, or one per output channel): for ARQ a buffer that every forward renews (NaN before the first);
-    for learned scales a Parameter. The first training forward sets it from the weight, and the flag ``initialised`` to
-    one. The flag is a float and counts as set above zero, so that an average of models over all
-    entries carries it. An average over parameters alone leaves it at zero; there a scale that differs from the one at
-    construction (``start``, in no state dict) counts as set. An evaluation before that uses the scale of the current
-    weight. A learned scale that a step of the optimizer has moved so far that its channel would be lost is set back to
-    that of the range, by the next forward. Sources: AMCT's ARQ and weight ULQ; Esser et al. 2020 (learned step size).
+    ARQ: ``scale`` (length 1, or one per output channel) is a buffer that every forward renews; NaN before the first. It
+    is that of the range or, with ``least_squares``, the one of least squared error.
+
+    Learned: ``scale`` is a Parameter.
+
+    * The first training forward sets it from the weight, and the flag ``initialised`` to one. An evaluation before that
+      uses the scale of the current weight.
+    * The flag is a float and counts as set above zero, so an average of models over all entries carries it. An average
+      over parameters alone leaves it at zero; there a scale that differs from the one at construction (``start``, in no
+      state dict) counts as set.
+    * A scale that a step of the optimizer has moved so far that its channel would be lost is set back to that of the
+      range, by the next forward.
+
+    Sources: AMCT's ARQ and weight ULQ; Esser et al. 2020 (learned step size).
     """
 
     scale: Tensor

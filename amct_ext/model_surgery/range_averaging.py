@@ -15,9 +15,11 @@ def average_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     """Give every rank the mean of the clips that ranks found in the forward just made, by one collective.
 
     Called on all ranks after each training forward until every calibration is finished. What is sent has a row for
-    every quantiser, whichever layers a rank ran. Where a rank has finished the calibration of a layer, that range
-    counts, and the calibration is finished on all of them; a range of one batch counts where there is nothing else. The
-    robust ranges of all ranks count where one rank had to replace AMCT's.
+    every quantiser, whichever layers a rank ran. Of each quantiser counts, if any rank has it:
+
+    1. the robust ranges of all ranks, where one rank had to replace AMCT's;
+    2. ranges of finished calibrations; the calibration is then finished on all ranks;
+    3. ranges of one batch.
     """
     if not several_ranks() or all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
         return
