@@ -14,7 +14,7 @@ from pathlib import Path
 
 FILE_MODE = 0o640
 FOLDER_MODE = 0o750
-_LONGEST_STEM = 240  # bytes of the target's name in that of its temporary file; names have at most 255
+_MAX_STEM_BYTES = 240  # bytes of the target's name in that of its temporary file; names have at most 255
 _LOCK_TIMEOUT = 20.0  # seconds that a writer waits for another one of the same file
 
 
@@ -105,7 +105,7 @@ def _temporary(target: Path) -> Iterator[tuple[int, str]]:
 
 
 def _temporary_name(target: Path) -> str:
-    return os.path.join(target.parent, f".{os.fsdecode(os.fsencode(target.name)[:_LONGEST_STEM])}.tmp")
+    return os.path.join(target.parent, f".{os.fsdecode(os.fsencode(target.name)[:_MAX_STEM_BYTES])}.tmp")
 
 
 def _open_locked(name: str) -> int:

@@ -28,7 +28,7 @@ _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type", "range_se
 _WEIGHT_KEYS = ("algo", "channel_wise", "dst_type", "scale_start", "scale_gradient", "compensate_rounding")
 _RANGE_SEARCHES = ("AMCT", "ABSOLUTE_ERROR", "PERCENTILE", "OUTPUT")
 _WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
-_MOST_BATCHES = 2**32 - 1  # as in a text configuration
+_MAX_BATCHES = 2**32 - 1  # as in a text configuration
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # of normal float32 numbers
 logger = logging.getLogger("amct_ext")
 
@@ -100,8 +100,8 @@ class _Reader:
         batch_num = self._typed(content, "batch_num", int, "")
         if batch_num < 1:
             raise ConfigError(f"{self._source}: batch_num: {batch_num} batches cannot calibrate anything, must be >= 1")
-        if batch_num > _MOST_BATCHES:
-            raise ConfigError(f"{self._source}: batch_num: must be at most {_MOST_BATCHES}")
+        if batch_num > _MAX_BATCHES:
+            raise ConfigError(f"{self._source}: batch_num: must be at most {_MAX_BATCHES}")
         mode = self._typed(content, "fakequant_precision_mode", str, "", "DEFAULT")
         self._one_of(mode, ("DEFAULT", FP16), "fakequant_precision_mode")
         profile = self._typed(content, "profile", str, "", "AMCT")

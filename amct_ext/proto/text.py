@@ -23,7 +23,7 @@ _TOKEN = re.compile(
     r"|(?P<mark>[{}<>\[\]:;,])|(?P<word>[^\s{}<>\[\]:;,\"'#]+)"
 )
 _END = ("end", "", 0)
-_LONGEST = 600  # characters of a message, whatever stands in the file
+_MAX_MESSAGE_LENGTH = 600  # characters of a message, whatever stands in the file
 
 Where = Callable[[], str]  # 'file:line' of a field, asked for only where a message needs it
 
@@ -148,8 +148,8 @@ def parse_message(name: str, text: str, source: str, repeated_scalars: bool = Fa
         (text_format.Merge if repeated_scalars else text_format.Parse)(text, message)
     except text_format.ParseError as error:
         reason, line, column = _explain(error, text, source, message)
-        if len(reason) > _LONGEST:
-            reason = f"{reason[: _LONGEST - 60]} ... {reason[-50:]}"
+        if len(reason) > _MAX_MESSAGE_LENGTH:
+            reason = f"{reason[: _MAX_MESSAGE_LENGTH - 60]} ... {reason[-50:]}"
         raise MessageSyntaxError(reason, line, column) from None
     return message
 
@@ -172,7 +172,7 @@ def _explain(error: text_format.ParseError, text: str, source: str, message: Any
         known = _field_names(message.DESCRIPTOR, unknown[1])
         hint = close_matches(unknown[2], known) or f"; known here: {', '.join(known)}"
         return f"{location}: unknown field '{unknown[2]}' in {unknown[1].rsplit('.', 1)[-1]}{hint}", line, column
-    named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1][-_LONGEST:])
+    named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1][-_MAX_MESSAGE_LENGTH:])
     return f"{location}: {'field ' + repr(named[1]) + ': ' if named else ''}{reason}", line, column
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import amct_ext as amct
 from benchmarks.document import write_part
-from benchmarks.integer.bench_integer import CLOCKS, turns
+from benchmarks.integer.bench_integer import CLOCKS, time_in_rounds
 from benchmarks.peers.toolkits import COMPILED, LAYERS, PEERS, Peer, quantizers, torchao_linear
 from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, bytes_kept, make, stepper
@@ -97,10 +97,12 @@ def measure(found: dict[str, Entry], x: Tensor, args: argparse.Namespace) -> lis
         return run
 
     clock = CLOCKS[args.clock]
-    steps = turns({name: entry.step for name, entry in found.items()}, args.rounds, clock, 1, ready)
+    steps = time_in_rounds({name: entry.step for name, entry in found.items()}, args.rounds, clock, 1, ready)
     for entry in found.values():
         entry.model.eval()
-    evaluations = turns({name: evaluation(entry.model) for name, entry in found.items()}, args.rounds, clock, 1, ready)
+    evaluations = time_in_rounds(
+        {name: evaluation(entry.model) for name, entry in found.items()}, args.rounds, clock, 1, ready
+    )
     rows = []
     for name, entry in found.items():
         row = [name, str(entry.quantizers)]
