@@ -32,8 +32,8 @@ class LayerKind:
     batched_dims: dimensions of a batched input, one less is the un-batched form; None where any number will do.
     per_channel: a weight takes one scale per output channel, else one in all.
     filter_prunable: it can lose output channels; input_prunable: input channels; sparse_prunable: it can be 2:4 sparse.
-    onnx_gates: gates in ONNX order, by their places in torch's (LSTM: input, output, forget, cell; GRU: update, reset,
-    new).
+    onnx_gates: gates in ONNX order, by their positions in torch's (LSTM: input, output, forget, cell; GRU: update,
+    reset, new).
     """
 
     cls: type[nn.Module]

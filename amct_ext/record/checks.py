@@ -98,7 +98,7 @@ def _check_node(node: PruneNode, where: Where) -> None:
 
 
 def _node_problem(node: PruneNode) -> str:
-    """What is wrong with one node, '' for nothing. Its place is found only for a message: that scans the file."""
+    """What is wrong with one node, '' for nothing. Its line is looked up only for a message: that scans the file."""
     if not node.name or not node.type:
         return ": name and type must be given"
     if not 0 <= node.begin < node.end:

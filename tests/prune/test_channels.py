@@ -7,9 +7,9 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from support.channel_nets import plain, planned
-from support.graph_nets import Net, conv, image
-from support.pruning_proof import masked, outputs
+from support.checks.pruning_proof import masked, outputs
+from support.models.channel_nets import plain, planned
+from support.models.graph_nets import Net, conv, image
 from torch import nn
 
 from amct_ext.prune.channels import apply_channels

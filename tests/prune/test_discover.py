@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.channel_nets import planned, why_not
-from support.graph_nets import Net, conv, image
+from support.models.channel_nets import planned, why_not
+from support.models.graph_nets import Net, conv, image
 from torch import nn
 
 

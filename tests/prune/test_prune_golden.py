@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from support.golden_run import load_module
+from support.golden.run import load_module
 
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config

@@ -7,8 +7,8 @@ import real_models
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.pruning_nets import SqueezeExcite, conv, image
-from support.pruning_proof import prove
+from support.checks.pruning_proof import prove
+from support.models.pruning_nets import SqueezeExcite, conv, image
 from torch import nn
 
 
