@@ -30,7 +30,8 @@ class Discovery:
     """All groups in the order in which their first producer ran, and where in the forward their channels are.
 
     maps: the channels in each value. classes: for each id of a map, the smallest id of the same channel. sources: the
-    ids of each axis of a parameter or buffer.
+    ids of each axis of a parameter or buffer. attended: ids (heads, size) of the queries of each attention that divides
+    by the root of their size.
     """
 
     graph: Graph
@@ -38,6 +39,7 @@ class Discovery:
     maps: Mapping[Value, Maps] = field(default_factory=dict, repr=False)
     classes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64), repr=False)
     sources: Mapping[Source, Tensor] = field(default_factory=dict, repr=False)
+    attended: Sequence[Tensor] = ()
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
@@ -71,7 +73,14 @@ def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
     for value in graph.outputs:
         walk.coupling.freeze_all(walk.context.of(value), "its channels are an output of the model")
     grouping = Grouping(walk.coupling, walk.is_covered)
-    return Discovery(graph, tuple(grouping.groups), walk.context.maps, grouping.classes, walk.coupling.sources)
+    return Discovery(
+        graph,
+        tuple(grouping.groups),
+        walk.context.maps,
+        grouping.classes,
+        walk.coupling.sources,
+        walk.coupling.attended,
+    )
 
 
 class _Walk:

@@ -59,6 +59,24 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     return {key: value for key, value in wanted.items() if key not in torn}
 
 
+def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
+    """Factors for the output channels of layers that make queries, by layer: attention then divides by a smaller root.
+
+    A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
+    """
+    factors = torch.ones(len(gone))
+    for rows in found.attended:
+        stay = (~gone[rows]).sum(1, keepdim=True) / rows.shape[1]
+        factors[rows] = stay.sqrt().expand(rows.shape)
+    factors[0] = 1
+    result = {}
+    for source, ids in found.sources.items():
+        owner, _, key = source.name.rpartition(".")
+        if key == "weight" and source.axis == 0 and bool((factors[ids] != 1).any()):
+            result[owner] = factors[ids]
+    return result
+
+
 def _scopes(scope: str) -> list[str]:
     parts = scope.split(".") if scope else []
     return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _NEAR), -1)]
