@@ -22,6 +22,14 @@ SIZE_ATTRIBUTES = frozenset(
         "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes", "split_sizes",
     )
 )  # fmt: skip
+# Ops that are given sizes. Others take them from their inputs.
+_SIZED = frozenset(
+    (
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "expand", "repeat", "split",
+        "split_with_sizes", "slice", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm",
+        "_prelu_kernel",
+    )
+)  # fmt: skip
 _NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
 
 
@@ -46,7 +54,7 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     wanted: dict[tuple[str, str], object] = {}
     torn: set[tuple[str, str]] = set()
     for node in found.graph.nodes:
-        changes = dict(_changes(node, found, gone)) if node.module is None else {}
+        changes = dict(_changes(node, found, gone)) if node.op in _SIZED else {}
         if not changes:
             continue
         for name in _scopes(node.scope):
