@@ -55,17 +55,17 @@ class LayerKind:
         return self.cls.__name__
 
 
-def _conv(cls: type[nn.Module], dims: int, prunable: bool = False) -> LayerKind:
+def _conv(cls: type[nn.Module], dims: int) -> LayerKind:
     return LayerKind(
         cls, Family.CONV, ("Conv",), 1, ("in_channels", "out_channels"), (1, 0), dims,
-        quantizable=True, filter_prunable=prunable, input_prunable=prunable, sparse_prunable=prunable,
+        quantizable=True, filter_prunable=True, input_prunable=True, sparse_prunable=True,
     )  # fmt: skip
 
 
-def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True, prunable: bool = False) -> LayerKind:
+def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True) -> LayerKind:
     return LayerKind(
         cls, Family.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
-        quantizable=quantizable, input_prunable=prunable, sparse_prunable=prunable,
+        quantizable=quantizable, filter_prunable=True, input_prunable=True, sparse_prunable=True,
     )  # fmt: skip
 
 
@@ -91,10 +91,10 @@ def _batch_norm(cls: type[nn.Module]) -> LayerKind:
 # In the order in which messages list the types.
 LAYER_KINDS = (
     _conv(nn.Conv1d, 3),
-    _conv(nn.Conv2d, 4, prunable=True),
+    _conv(nn.Conv2d, 4),
     _conv(nn.Conv3d, 5),
     _linear(nn.Linear),
-    _transposed(nn.ConvTranspose2d, 4, prunable=True),
+    _transposed(nn.ConvTranspose2d, 4),
     _rnn(nn.LSTM, gates=(0, 3, 1, 2)),
     _rnn(nn.GRU, gates=(1, 0, 2)),
     _transposed(nn.ConvTranspose1d, 3),

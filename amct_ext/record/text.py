@@ -147,7 +147,8 @@ def _read_sparse(item: Any, where: Where) -> SparseRecord:
 
 def _read_node(node: Any, where: Where) -> PruneNode:
     values: dict[str, Any] = {}
-    for name, kind in (("type", "STRING"), ("begin", "INT"), ("end", "INT"), ("group", "INT"), ("prune_group", "INT")):
+    for name, kind in (("type", "STRING"), ("begin", "INT"), ("end", "INT"), ("group", "INT"), ("prune_group", "INT"),
+                       ("axis", "INT")):  # fmt: skip
         value = read_attribute(node, name, kind, where)
         if value is None and name in ("type", "begin", "end"):
             raise RecordError(
@@ -187,7 +188,7 @@ def _write_channel(item: Any, record: ChannelRecord) -> None:
 def _write_node(item: Any, node: PruneNode) -> None:
     item.name = node.name
     write_attribute(item, "type", "STRING", node.type.encode("utf-8"))
-    for name in ("begin", "end", "group", "prune_group"):
+    for name in ("begin", "end", "group", "prune_group", "axis"):
         value = getattr(node, name)
         if value is not None:
             write_attribute(item, name, "INT", value)

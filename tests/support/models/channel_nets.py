@@ -19,7 +19,8 @@ def plain():
 def planned(model, data, **settings):
     graph = trace(model, data)
     plan = plan_for(graph, model, **settings)
-    return graph, plan_channels(discover(graph, plan, model), plan, model)
+    found = discover(graph, plan, model)
+    return found, plan_channels(found, plan, model)
 
 
 def why_not(model, data):
