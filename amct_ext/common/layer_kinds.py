@@ -138,6 +138,13 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in LAYER_KINDS if isinstance(module, kind.cls)), None)
 
 
+def output_axis(module: nn.Module) -> int:
+    """Where the output channels of a convolution or linear layer lie in its weight."""
+    kind = kind_of(module)
+    assert kind is not None  # asked of layers only
+    return kind.weight_axes[1]
+
+
 def layer_type(module: nn.Module) -> str | None:
     """Name of the standard layer class that `module` is an instance of, or None."""
     kind = kind_of(module)

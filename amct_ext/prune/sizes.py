@@ -19,7 +19,8 @@ SIZE_ATTRIBUTES = frozenset(
         "head_dim", "key_dim", "dim_head", "head_size", "attention_head_size", "all_head_size", "inner_dim",
         "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
         "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
-        "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes", "split_sizes",
+        "expand_chs", "splits", "input_split", "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes",
+        "split_sizes",
     )
 )  # fmt: skip
 # Ops that are given sizes. Others take them from their inputs.
