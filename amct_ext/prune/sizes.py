@@ -46,13 +46,15 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     wanted: dict[tuple[str, str], object] = {}
     torn: set[tuple[str, str]] = set()
     for node in found.graph.nodes:
-        changes = dict(_changes(node, found, gone)) if node.module is None else {}
+        if node.module is not None:
+            continue
+        changes, shapes = dict(_changes(node, found, gone)), _changed_shapes(node, found, gone)
         if not changes:
             continue
         for name in _scopes(node.scope):
             for attribute, value in vars(modules[name]).items():
                 if attribute in SIZE_ATTRIBUTES:
-                    new = _replaced(value, changes)
+                    new = _replaced(value, changes, shapes)
                     key = (name, attribute)
                     if new is not None and wanted.setdefault(key, new) != new:
                         torn.add(key)
@@ -82,14 +84,19 @@ def _scopes(scope: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _NEAR), -1)]
 
 
+def _changed_shapes(node: Node, found: Discovery, gone: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of what a node reads and makes that change: old and new; -1 where rows lose different numbers."""
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None and found.maps.get(value)]
+    shapes = [(value.shape, expected_shape(value, found, gone)) for value in values]
+    return [(old, new) for old, new in shapes if old != new]
+
+
 def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, int]]:
     """Sizes that a node is given or works on: old and new."""
-    values = [value for value in (*node.inputs, *node.outputs) if value is not None and found.maps.get(value)]
-    for value in values:
-        new = expected_shape(value, found, gone)
-        yield from ((a, b) for a, b in zip(value.shape, new, strict=True) if a != b and b >= 0)
-        trailing = [(math.prod(value.shape[i:]), math.prod(new[i:])) for i in range(len(new))]
-        yield from ((a, b) for a, b in trailing if a != b and b >= 0)
+    for old, new in _changed_shapes(node, found, gone):
+        yield from ((a, b) for a, b in zip(old, new, strict=True) if a != b and b >= 0)
+        trailing = [(math.prod(old[i:]), math.prod(new[i:])) for i in range(len(new)) if -1 not in new[i:]]
+        yield from ((a, b) for a, b in trailing if a != b)
     source = node.inputs[0] if node.inputs else None
     if node.op == "slice" and source is not None:
         dim = node.args["dim"] % len(source.shape)
@@ -101,13 +108,20 @@ def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, 
                         yield edge, int(stay[edge - 1])
 
 
-def _replaced(value: object, changes: dict[int, int]) -> object:
+def _replaced(value: object, changes: dict[int, int], shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> object:
     """A size or sizes with those that change replaced; None where none does."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
         return changes.get(value)
-    if isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value):
-        new = [changes.get(item, item) for item in value]
-        return type(value)(new) if new != list(value) and not isinstance(value, torch.Size) else None
-    return None
+    if not isinstance(value, (tuple, list)) or not value or not all(type(item) is int for item in value):
+        return None
+    if isinstance(value, torch.Size):
+        return None
+    sizes = tuple(value)
+    for old, new in shapes:  # a part of a shape (normalized_shape): two of its sizes may be equal, and one change
+        if len(sizes) <= len(old) and old[len(old) - len(sizes) :] == sizes:
+            part = new[len(old) - len(sizes) :]
+            return type(value)(part) if part != sizes and -1 not in part else None
+    replaced = [changes.get(item, item) for item in sizes]
+    return type(value)(replaced) if replaced != list(sizes) else None

@@ -52,10 +52,50 @@ def _reshape(node: Node, channel_map: ChannelMap, value: Value, context: Context
             raise CannotFollow(f"{node.name} mixes one channel with other elements")
         exact = [axis for axis in places if shape[axis] == value.shape[channel_map.axis]]
         return [ChannelMap(ids, exact[0] if exact else places[-1])]
-    moved = ChannelMap(ids, varying[-1])
-    if len(varying) > 1:
-        context.coupling.balance(moved.rows(), node.name)
+    merged, split = _block_of(channel_map.axis, value.shape, shape)
+    # Axes behind the channels that become one axis with them: each of their indices must lose the same channels, else
+    # those that are left would follow each other in another order.
+    if _joined_along(channel_map.ids, [axis for axis in merged if axis > channel_map.axis], node, context):
+        ids = compressed(channel_map.full(value.shape).reshape(shape))
+    axis = _shorter(node, [axis for axis in split if axis in varying])
+    _joined_along(ids, [other for other in split if other > axis], node, context)
+    moved = ChannelMap(ids, axis)
+    context.coupling.balance(moved.rows(), node.name)
     return [moved]
+
+
+def _block_of(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The axes that a reshape makes one of, and those it splits this one into; `axis` is among the first."""
+    start, first = 0, 0
+    while True:
+        stop, last = start + 1, first + 1
+        while math.prod(before[start:stop]) != math.prod(after[first:last]):
+            if math.prod(before[start:stop]) < math.prod(after[first:last]):
+                stop += 1
+            else:
+                last += 1
+        if axis < stop:
+            return list(range(start, stop)), list(range(first, last))
+        start, first = stop, last
+
+
+def _shorter(node: Node, axes: list[int]) -> int:
+    """Of the axes that channels were split into the one that loses some: that of size -1, else the last."""
+    if not axes:
+        raise CannotFollow(f"{node.name} mixes the channels with other elements")
+    given = node.args.get("size") or node.args.get("shape") or []
+    return next((axis for axis in axes if axis < len(given) and given[axis] == -1), axes[-1])
+
+
+def _joined_along(ids: Tensor, axes: list[int], node: Node, context: Context) -> bool:
+    """Make one channel of all that lie at the same place but along some axes; whether there were several."""
+    first = ids
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    if first.shape == ids.shape:
+        return False
+    context.coupling.join(first, ids, node.name)
+    return True
 
 
 def _as_strided(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -180,7 +220,7 @@ def _channel_shuffle(node: Node, channel_map: ChannelMap, value: Value, context:
     if channel_map.axis != 1:
         raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     vector = _vector(node, channel_map, value.shape[1], context).reshape(node.args["groups"], -1)
-    context.coupling.balance(vector, node.name)
+    _joined_along(vector, [0], node, context)  # see _reshape
     return [along(vector.T.flatten(), 1, len(value.shape))]
 
 

@@ -20,6 +20,7 @@ _ELEMENTWISE = {
     "log_sigmoid_forward",
     "_prelu_kernel",
     "_to_copy",
+    "copy",
     "native_dropout",
     "bernoulli",
     "fill",
