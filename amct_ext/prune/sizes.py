@@ -22,6 +22,16 @@ SIZE_ATTRIBUTES = frozenset(
         "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes", "split_sizes",
     )
 )  # fmt: skip
+# Ops that are given sizes. Others take them from their inputs.
+_SIZED = frozenset(
+    (
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "expand", "repeat", "split",
+        "split_with_sizes", "slice", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm",
+        "_prelu_kernel",
+    )
+)  # fmt: skip
+_SPLITS = ("split", "split_with_sizes")
+Resized = list[tuple[tuple[int, ...], tuple[int, ...]]]  # shapes before and after
 _NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
 
 
@@ -41,24 +51,31 @@ def expected_shape(value: Value, found: Discovery, gone: Tensor) -> tuple[int, .
 
 
 def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict[tuple[str, str], object]:
-    """New values of size attributes, by module and attribute; attributes that two ops want different are left out."""
+    """New values of size attributes, by module and attribute.
+
+    Of several ops the one nearest to the module decides; an attribute that two such want different is left out.
+    """
     modules = dict(model.named_modules())
-    wanted: dict[tuple[str, str], object] = {}
+    wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
     for node in found.graph.nodes:
-        if node.module is not None:
+        shapes = _changed_shapes(node, found, gone) if node.op in _SIZED else []
+        if not shapes:
             continue
-        changes, shapes = dict(_changes(node, found, gone)), _changed_shapes(node, found, gone)
-        if not changes:
-            continue
-        for name in _scopes(node.scope):
+        changes = dict(_changes(node, shapes, found, gone))
+        for distance, name in enumerate(_scopes(node.scope)):
             for attribute, value in vars(modules[name]).items():
-                if attribute in SIZE_ATTRIBUTES:
-                    new = _replaced(value, changes, shapes)
-                    key = (name, attribute)
-                    if new is not None and wanted.setdefault(key, new) != new:
-                        torn.add(key)
-    return {key: value for key, value in wanted.items() if key not in torn}
+                new = _replaced(value, changes, shapes) if attribute in SIZE_ATTRIBUTES else None
+                if new is None:
+                    continue
+                key = (name, attribute)
+                nearest, before = wanted.get(key, (_NEAR, new))
+                if distance < nearest:
+                    torn.discard(key)
+                    wanted[key] = (distance, new)
+                elif distance == nearest and new != before:
+                    torn.add(key)
+    return {key: value for key, (_, value) in wanted.items() if key not in torn}
 
 
 def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
@@ -84,16 +101,22 @@ def _scopes(scope: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _NEAR), -1)]
 
 
-def _changed_shapes(node: Node, found: Discovery, gone: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _changed_shapes(node: Node, found: Discovery, gone: Tensor) -> Resized:
     """Shapes of what a node reads and makes that change: old and new; -1 where rows lose different numbers."""
     values = [value for value in (*node.inputs, *node.outputs) if value is not None and found.maps.get(value)]
     shapes = [(value.shape, expected_shape(value, found, gone)) for value in values]
+    if node.op in _SPLITS:
+        dim = node.args["dim"] % len(node.outputs[0].shape)
+        sizes = [(value.shape[dim], expected_shape(value, found, gone)[dim]) for value in node.outputs]
+        shapes.insert(0, (tuple(old for old, _ in sizes), tuple(new for _, new in sizes)))
     return [(old, new) for old, new in shapes if old != new]
 
 
-def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, int]]:
+def _changes(
+    node: Node, shapes: Resized, found: Discovery, gone: Tensor
+) -> Iterator[tuple[int, int]]:
     """Sizes that a node is given or works on: old and new."""
-    for old, new in _changed_shapes(node, found, gone):
+    for old, new in shapes:
         yield from ((a, b) for a, b in zip(old, new, strict=True) if a != b and b >= 0)
         trailing = [(math.prod(old[i:]), math.prod(new[i:])) for i in range(len(new)) if -1 not in new[i:]]
         yield from ((a, b) for a, b in trailing if a != b)
@@ -108,7 +131,7 @@ def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, 
                         yield edge, int(stay[edge - 1])
 
 
-def _replaced(value: object, changes: dict[int, int], shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> object:
+def _replaced(value: object, changes: dict[int, int], shapes: Resized) -> object:
     """A size or sizes with those that change replaced; None where none does."""
     if isinstance(value, bool):
         return None
