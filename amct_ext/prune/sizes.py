@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ _SIZED = frozenset(
         "_prelu_kernel",
     )
 )  # fmt: skip
+_OWN = frozenset(("normalized_shape", "num_channels", "num_parameters", "embedding_dim"))
 _SPLITS = ("split", "split_with_sizes")
 Resized = list[tuple[tuple[int, ...], tuple[int, ...]]]  # shapes before and after
 _NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
@@ -75,7 +76,29 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
                     wanted[key] = (distance, new)
                 elif distance == nearest and new != before:
                     torn.add(key)
-    return {key: value for key, (_, value) in wanted.items() if key not in torn}
+    sizes = {key: value for key, (_, value) in wanted.items() if key not in torn}
+    return sizes | dict(_of_own_parameters(modules, found, gone))
+
+
+def _of_own_parameters(
+    modules: Mapping[str, nn.Module], found: Discovery, gone: Tensor
+) -> Iterator[tuple[tuple[str, str], object]]:
+    """Attributes that say the size of a parameter that their module holds itself: of norms, PReLU, embeddings."""
+    shapes: dict[str, list[int]] = {}
+    for source, ids in found.sources.items():
+        if source.axis is not None and bool(gone[ids].any()):
+            owner, _, key = source.name.rpartition(".")
+            if key == "weight":
+                shape = shapes.setdefault(owner, list(getattr(modules[owner], key).shape))
+                shape[source.axis] = int((~gone[ids]).sum())
+    for owner, shape in shapes.items():
+        old = list(modules[owner].weight.shape)
+        for attribute in _OWN & vars(modules[owner]).keys():
+            value = vars(modules[owner])[attribute]
+            if isinstance(value, (tuple, list)) and list(value) == old:
+                yield (owner, attribute), type(value)(shape)
+            elif value == old[-1] != shape[-1] and isinstance(value, int):
+                yield (owner, attribute), shape[-1]
 
 
 def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
@@ -112,9 +135,7 @@ def _changed_shapes(node: Node, found: Discovery, gone: Tensor) -> Resized:
     return [(old, new) for old, new in shapes if old != new]
 
 
-def _changes(
-    node: Node, shapes: Resized, found: Discovery, gone: Tensor
-) -> Iterator[tuple[int, int]]:
+def _changes(node: Node, shapes: Resized, found: Discovery, gone: Tensor) -> Iterator[tuple[int, int]]:
     """Sizes that a node is given or works on: old and new."""
     for old, new in shapes:
         yield from ((a, b) for a, b in zip(old, new, strict=True) if a != b and b >= 0)

@@ -57,7 +57,10 @@ def _reshape(node: Node, channel_map: ChannelMap, value: Value, context: Context
     # those that are left would follow each other in another order.
     if _joined_along(channel_map.ids, [axis for axis in merged if axis > channel_map.axis], node, context):
         ids = compressed(channel_map.full(value.shape).reshape(shape))
-    axis = _shorter(node, [axis for axis in split if axis in varying])
+    parts = [axis for axis in split if axis in varying]
+    if not parts:
+        raise CannotFollow(f"{node.name} mixes the channels with other elements")
+    axis = parts[-1]  # heads and groups stay, what lies in them gets shorter
     _joined_along(ids, [other for other in split if other > axis], node, context)
     moved = ChannelMap(ids, axis)
     context.coupling.balance(moved.rows(), node.name)
@@ -77,14 +80,6 @@ def _block_of(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> tup
         if axis < stop:
             return list(range(start, stop)), list(range(first, last))
         start, first = stop, last
-
-
-def _shorter(node: Node, axes: list[int]) -> int:
-    """Of the axes that channels were split into the one that loses some: that of size -1, else the last."""
-    if not axes:
-        raise CannotFollow(f"{node.name} mixes the channels with other elements")
-    given = node.args.get("size") or node.args.get("shape") or []
-    return next((axis for axis in axes if axis < len(given) and given[axis] == -1), axes[-1])
 
 
 def _joined_along(ids: Tensor, axes: list[int], node: Node, context: Context) -> bool:
