@@ -170,7 +170,9 @@ def run_pruned(
     try:
         outputs = [tensor.clone() for tensor in tensors_in(pruned.run(inputs))]
     except Exception as error:
-        return pruned, [], Difference(pruned.expected(), f"{type(error).__name__}: {error}")
+        node = pruned.expected()
+        where = f"{node.name} ({node.op}) fails: " if node is not None else ""
+        return pruned, [], Difference(node, f"{where}{type(error).__name__}: {error}")
     dims, wanted = [tensor.dim() for tensor in outputs], [len(value.shape) for value in found.graph.outputs]
     if dims != wanted:  # sizes are not compared: how many boxes a detector returns depends on the weights
         return pruned, outputs, Difference(None, f"its outputs would have {dims} dimensions instead of {wanted}")

@@ -132,6 +132,8 @@ def _slice(node: Node, channel_map: ChannelMap, value: Value, context: Context) 
     start = min(max(start + whole if start < 0 else start, 0), whole)
     if dim not in channel_map.varying or length[dim] == whole:
         return [channel_map]
+    if not length[dim]:
+        return []
     if dim == channel_map.axis and step != 1:
         raise CannotFollow(f"{node.name} takes every {step}th channel")
     ids = channel_map.ids.narrow(dim, start, min(whole - start, step * length[dim]))
@@ -227,6 +229,35 @@ reshape, as_strided, permute = moving(_reshape), moving(_as_strided), moving(_pe
 expand, repeat = moving(_expand), moving(_repeat)
 slice_, split, select, flip, roll = moving(_slice), moving(_split), moving(_select), moving(_flip), moving(_roll)
 pad, pixel_shuffle, channel_shuffle = moving(_pad), moving(_pixel_shuffle), moving(_channel_shuffle)
+
+
+def gated(node: Node, context: Context) -> Mapping[int, Maps]:
+    """glu: one half times the sigmoid of the other."""
+    value = node.inputs[0]
+    assert value is not None
+    dim = node.args["dim"] % len(value.shape)
+    result = []
+    for channel_map in context.of(value):
+        item = channel_map
+        if dim in channel_map.varying:
+            first, second = channel_map.ids.chunk(2, dim)
+            context.coupling.join(first, second, node.name)
+            item = ChannelMap(compressed(first), channel_map.axis)
+        result.append(item)
+    return {0: tuple(result)}
+
+
+def overwritten(node: Node, context: Context) -> Mapping[int, Maps]:
+    """A tensor after a write to a part of it: the write has met the channels that lay there."""
+    before, written = node.inputs
+    if not context.of(before):
+        context.coupling.freeze_all(context.of(written), "they are written to a part of a tensor whose channels stay")
+    return {0: context.of(before)}
+
+
+def new_content(node: Node, context: Context) -> Mapping[int, Maps]:
+    """Ops that take nothing but type and device from input 0."""
+    return {}
 
 
 def copy_of_shape(node: Node, context: Context) -> Mapping[int, Maps]:
