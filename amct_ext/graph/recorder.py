@@ -53,11 +53,10 @@ def record(model: nn.Module, input_data: Any) -> Recording:
             raise ModelError(f"{name} has no shape yet (lazy module): run the model once first")
     inputs = parse_inputs(model, input_data).copied()
     recorder = Recorder(model, inputs)
-    with HostReads(recorder.note_read):
-        try:
-            output = recorder.run(inputs)
-        except Exception as error:
-            raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
+    try:
+        output = recorder.run(inputs)
+    except Exception as error:
+        raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
     return recorder.recording(output)
 
 
@@ -119,7 +118,8 @@ class Recorder(TorchDispatchMode):
 
     def run(self, inputs: Inputs) -> Any:
         """One forward, in eval mode and without gradients; the model is left as it was."""
-        with preserved_state(self._model), torch.no_grad(), self.hooked(), self:
+        # A mode for functions keeps torch off its fast paths, which only take plain tensors (MultiheadAttention).
+        with preserved_state(self._model), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
             return inputs.call(self._model)
 
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from amct_ext.common.layer_kinds import (
     layer_type,
 )
 from amct_ext.errors import RecordError
-from amct_ext.prune.groups import INITIALIZER, ChannelGroup
+from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
 from amct_ext.prune.removal import LAYER_OPERATORS
 from amct_ext.record.types import ChannelRecord, PruneNode
 
@@ -26,7 +26,14 @@ def check_records(model: nn.Module, records: Sequence[ChannelRecord], groups: It
     `groups`: those found in the model. Only they may hold a part of a layer's output channels.
     """
     modules = dict(model.named_modules())
+    groups = tuple(groups)
     parts = {(m.name, m.begin, m.begin + group.count * m.repeat) for group in groups for m in group.producers}
+    listed = {
+        (group.producers[0].name, group.producers[0].begin, m.name, m.begin, m.end): m
+        for group in groups
+        for m in group.consumers
+        if m.places
+    }
     read: dict[str, set[int]] = {}
     produced: dict[str, list[tuple[int, int, int]]] = {}
     removed: dict[str, set[int]] = {}
@@ -64,11 +71,16 @@ def check_records(model: nn.Module, records: Sequence[ChannelRecord], groups: It
                 module, kind = _layer(modules, node, where)
                 channels = int(getattr(module, kind.widths[0]))
                 _check_range(node, channels, where)
-                _check_share(node, first, where)
                 read.setdefault(node.name, set()).update(node.prune_index)
             elif node.type == INITIALIZER:
                 _check_initializer(model, node, where)
+            else:
+                continue
+            member = listed.get((first.name, first.begin, node.name, node.begin, node.end))
+            if member is None:
                 _check_share(node, first, where)
+            else:
+                _check_places(node, first, member, where)
     for sides, side in ((removed, 1), (read, 0)):
         for name, indices in sides.items():
             _check_blocks(modules[name], name, indices, side)
@@ -110,6 +122,16 @@ def _check_share(node: PruneNode, producer: PruneNode, where: str) -> None:
         raise RecordError(
             f"{where}: {node.name} loses {len(node.prune_index)} of {places} channels, "
             f"{producer.name} {len(producer.prune_index)} of {channels}: that does not fit together"
+        )
+
+
+def _check_places(node: PruneNode, producer: PruneNode, member: Member, where: str) -> None:
+    """A node that has the channels in another order, or a part of them, loses those of the producer."""
+    wanted = member.indices(index - producer.begin for index in producer.prune_index)
+    if tuple(node.prune_index) != wanted:
+        raise RecordError(
+            f"{where}: {node.name} loses {list(node.prune_index)}, but the channels of {producer.name} are its "
+            f"{list(wanted)}"
         )
 
 

@@ -118,7 +118,7 @@ class _Walk:
                 self._op(node)
         except CannotFollow as reason:
             self._keep_whole(node, str(reason))
-        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             # A form of the op that its rule does not expect: its channels stay, as those of an unknown op do.
             self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ _SIZED = frozenset(
         "_prelu_kernel",
     )
 )  # fmt: skip
+_OWN = frozenset(("normalized_shape", "num_channels", "num_parameters", "embedding_dim"))
+_SPLITS = ("split", "split_with_sizes")
+Resized = list[tuple[tuple[int, ...], tuple[int, ...]]]  # shapes before and after
 _NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
 
 
@@ -58,12 +61,13 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
     for node in found.graph.nodes:
-        changes = dict(_changes(node, found, gone)) if node.op in _SIZED else {}
-        if not changes:
+        shapes = _changed_shapes(node, found, gone) if node.op in _SIZED else []
+        if not shapes:
             continue
+        changes = dict(_changes(node, shapes, found, gone))
         for distance, name in enumerate(_scopes(node.scope)):
             for attribute, value in vars(modules[name]).items():
-                new = _replaced(value, changes) if attribute in SIZE_ATTRIBUTES else None
+                new = _replaced(value, changes, shapes) if attribute in SIZE_ATTRIBUTES else None
                 if new is None:
                     continue
                 key = (name, attribute)
@@ -73,7 +77,29 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
                     wanted[key] = (distance, new)
                 elif distance == nearest and new != before:
                     torn.add(key)
-    return {key: value for key, (_, value) in wanted.items() if key not in torn}
+    sizes = {key: value for key, (_, value) in wanted.items() if key not in torn}
+    return sizes | dict(_of_own_parameters(modules, found, gone))
+
+
+def _of_own_parameters(
+    modules: Mapping[str, nn.Module], found: Discovery, gone: Tensor
+) -> Iterator[tuple[tuple[str, str], object]]:
+    """Attributes that say the size of a parameter that their module holds itself: of norms, PReLU, embeddings."""
+    shapes: dict[str, list[int]] = {}
+    for source, ids in found.sources.items():
+        if source.axis is not None and bool(gone[ids].any()):
+            owner, _, key = source.name.rpartition(".")
+            if key == "weight":
+                shape = shapes.setdefault(owner, list(getattr(modules[owner], key).shape))
+                shape[source.axis] = int((~gone[ids]).sum())
+    for owner, shape in shapes.items():
+        old = list(modules[owner].weight.shape)
+        for attribute in _OWN & vars(modules[owner]).keys():
+            value = vars(modules[owner])[attribute]
+            if isinstance(value, (tuple, list)) and list(value) == old:
+                yield (owner, attribute), type(value)(shape)
+            elif value == old[-1] != shape[-1] and isinstance(value, int):
+                yield (owner, attribute), shape[-1]
 
 
 def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
@@ -99,14 +125,23 @@ def _scopes(scope: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _NEAR), -1)]
 
 
-def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, int]]:
-    """Sizes that a node is given or works on: old and new."""
+def _changed_shapes(node: Node, found: Discovery, gone: Tensor) -> Resized:
+    """Shapes of what a node reads and makes that change: old and new; -1 where rows lose different numbers."""
     values = [value for value in (*node.inputs, *node.outputs) if value is not None and found.maps.get(value)]
-    for value in values:
-        new = expected_shape(value, found, gone)
-        yield from ((a, b) for a, b in zip(value.shape, new, strict=True) if a != b and b >= 0)
-        trailing = [(math.prod(value.shape[i:]), math.prod(new[i:])) for i in range(len(new))]
-        yield from ((a, b) for a, b in trailing if a != b and b >= 0)
+    shapes = [(value.shape, expected_shape(value, found, gone)) for value in values]
+    if node.op in _SPLITS:
+        dim = node.args["dim"] % len(node.outputs[0].shape)
+        sizes = [(value.shape[dim], expected_shape(value, found, gone)[dim]) for value in node.outputs]
+        shapes.insert(0, (tuple(old for old, _ in sizes), tuple(new for _, new in sizes)))
+    return [(old, new) for old, new in shapes if old != new]
+
+
+def _changes(node: Node, shapes: Resized, found: Discovery, gone: Tensor) -> Iterator[tuple[int, int]]:
+    """Sizes that a node is given or works on: old and new."""
+    for old, new in shapes:
+        yield from ((a, b) for a, b in zip(old, new, strict=True) if a != b and b >= 0)
+        trailing = [(math.prod(old[i:]), math.prod(new[i:])) for i in range(len(new)) if -1 not in new[i:]]
+        yield from ((a, b) for a, b in trailing if a != b)
     source = node.inputs[0] if node.inputs else None
     if node.op == "slice" and source is not None:
         dim = node.args["dim"] % len(source.shape)
@@ -118,13 +153,20 @@ def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, 
                         yield edge, int(stay[edge - 1])
 
 
-def _replaced(value: object, changes: dict[int, int]) -> object:
+def _replaced(value: object, changes: dict[int, int], shapes: Resized) -> object:
     """A size or sizes with those that change replaced; None where none does."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
         return changes.get(value)
-    if isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value):
-        new = [changes.get(item, item) for item in value]
-        return type(value)(new) if new != list(value) and not isinstance(value, torch.Size) else None
-    return None
+    if not isinstance(value, (tuple, list)) or not value or not all(type(item) is int for item in value):
+        return None
+    if isinstance(value, torch.Size):
+        return None
+    sizes = tuple(value)
+    for old, new in shapes:  # a part of a shape (normalized_shape): two of its sizes may be equal, and one change
+        if len(sizes) <= len(old) and old[len(old) - len(sizes) :] == sizes:
+            part = new[len(old) - len(sizes) :]
+            return type(value)(part) if part != sizes and -1 not in part else None
+    replaced = [changes.get(item, item) for item in sizes]
+    return type(value)(replaced) if replaced != list(sizes) else None

@@ -170,7 +170,9 @@ def run_pruned(
     try:
         outputs = [tensor.clone() for tensor in tensors_in(pruned.run(inputs))]
     except Exception as error:
-        return pruned, [], Difference(pruned.expected(), f"{type(error).__name__}: {error}")
+        node = pruned.expected()
+        where = f"{node.name} ({node.op}) fails: " if node is not None else ""
+        return pruned, [], Difference(node, f"{where}{type(error).__name__}: {error}")
     dims, wanted = [tensor.dim() for tensor in outputs], [len(value.shape) for value in found.graph.outputs]
     if dims != wanted:  # sizes are not compared: how many boxes a detector returns depends on the weights
         return pruned, outputs, Difference(None, f"its outputs would have {dims} dimensions instead of {wanted}")
@@ -204,6 +206,9 @@ def largest_error(got: list[Tensor], wanted: list[Tensor]) -> float:
 
 def parting(pruned: Pruned, masked: Masked) -> Difference:
     """The first node at which two forwards compute something else."""
+    for number, old in enumerate(pruned.found.graph.nodes[: len(masked.nodes)]):
+        if masked.nodes[number].op != old.op:
+            return Difference(None, f"other operators run from {old.name} ({old.op}) on: what runs depends on the data")
     for old, got, wanted in zip(pruned.found.graph.nodes, pruned.checksums, masked.checksums, strict=False):
         for a, b in zip(got, wanted, strict=False):
             if a is not None and b is not None and abs(a[0] - b[0]) > _ALIKE * max(a[1], b[1]):

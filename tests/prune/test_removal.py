@@ -37,10 +37,9 @@ NETWORKS = {
         | {"1.se.expand", "2.se.expand"},
     ),
     "depthwise multiplier": (
-        # The gate inside 1 has a channel of its own for each of the multiplied ones: they go together.
         lambda: nn.Sequential(conv(3, 6), Inverted(6, 10, 6, nn.ReLU6, 2), conv(6, 12, groups=6), nn.Tanh(),
                               conv(12, 24, groups=12, bias=False), nn.BatchNorm2d(24), conv(24, 7), head(7)),
-        image(), {"0", "1.expand", "1.se.expand", "1.project", "1.se.reduce", "6"},
+        image(), {"0", "1.expand", "1.project", "1.se.reduce", "1.se.expand", "6"},
     ),
     "densenet": (
         lambda: nn.Sequential(conv(3, 8), Dense(8, 6, 3), nn.BatchNorm2d(26), conv(26, 10, 1), nn.AvgPool2d(2),

@@ -11,6 +11,8 @@ from amct_ext.prune.channel_map import ChannelMap
 from amct_ext.prune.coupling import Read
 from amct_ext.prune.rules.types import Context, Maps
 
+_FILLED = ("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+
 
 def elementwise(node: Node, context: Context) -> Mapping[int, Maps]:
     """Pointwise functions; every output of the broadcast shape has the channels."""
@@ -115,9 +117,28 @@ def _fixed_along(axis: int, operands: Sequence[Value], mapped: Sequence[Value], 
     """An operand that has a size of its own along an axis, and no channels there."""
     for value in operands:
         own = axis - (dims - len(value.shape))
-        if own >= 0 and value.shape[own] != 1 and not any(value is other for other in mapped):
+        if own < 0 or value.shape[own] == 1 or any(value is other for other in mapped):
+            continue
+        if not _is_spread(value, own):
             return value
     return None
+
+
+def _is_spread(value: Value, axis: int) -> bool:
+    """Whether a value was made from size 1 along an axis, or filled: it will be made as large as the others there."""
+    node = value.producer
+    if node is None or node.module is not None or value.shape[axis] == 1:
+        return node is not None and value.shape[axis] == 1
+    if node.op in _FILLED:
+        return True
+    sources = [source for source in node.inputs if source is not None]
+    if node.op == "expand":
+        own = axis - (len(value.shape) - len(sources[0].shape))
+        return own < 0 or sources[0].shape[own] == 1
+    if not node.pointwise and node.op not in ("_to_copy", "clone"):
+        return False
+    places = [(source, axis - (len(value.shape) - len(source.shape))) for source in sources]
+    return all(own < 0 or source.shape[own] == 1 or _is_spread(source, own) for source, own in places)
 
 
 def _wider(one: ChannelMap, two: ChannelMap) -> ChannelMap:

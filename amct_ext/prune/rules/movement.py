@@ -52,10 +52,45 @@ def _reshape(node: Node, channel_map: ChannelMap, value: Value, context: Context
             raise CannotFollow(f"{node.name} mixes one channel with other elements")
         exact = [axis for axis in places if shape[axis] == value.shape[channel_map.axis]]
         return [ChannelMap(ids, exact[0] if exact else places[-1])]
-    moved = ChannelMap(ids, varying[-1])
-    if len(varying) > 1:
-        context.coupling.balance(moved.rows(), node.name)
+    merged, split = _block_of(channel_map.axis, value.shape, shape)
+    # Axes behind the channels that become one axis with them: each of their indices must lose the same channels, else
+    # those that are left would follow each other in another order.
+    if _joined_along(channel_map.ids, [axis for axis in merged if axis > channel_map.axis], node, context):
+        ids = compressed(channel_map.full(value.shape).reshape(shape))
+    parts = [axis for axis in split if axis in varying]
+    if not parts:
+        raise CannotFollow(f"{node.name} mixes the channels with other elements")
+    axis = parts[-1]  # heads and groups stay, what lies in them gets shorter
+    _joined_along(ids, [other for other in split if other > axis], node, context)
+    moved = ChannelMap(ids, axis)
+    context.coupling.balance(moved.rows(), node.name)
     return [moved]
+
+
+def _block_of(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The axes that a reshape makes one of, and those it splits this one into; `axis` is among the first."""
+    start, first = 0, 0
+    while True:
+        stop, last = start + 1, first + 1
+        while math.prod(before[start:stop]) != math.prod(after[first:last]):
+            if math.prod(before[start:stop]) < math.prod(after[first:last]):
+                stop += 1
+            else:
+                last += 1
+        if axis < stop:
+            return list(range(start, stop)), list(range(first, last))
+        start, first = stop, last
+
+
+def _joined_along(ids: Tensor, axes: list[int], node: Node, context: Context) -> bool:
+    """Make one channel of all that lie at the same place but along some axes; whether there were several."""
+    first = ids
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    if first.shape == ids.shape:
+        return False
+    context.coupling.join(first, ids, node.name)
+    return True
 
 
 def _as_strided(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -97,6 +132,8 @@ def _slice(node: Node, channel_map: ChannelMap, value: Value, context: Context) 
     start = min(max(start + whole if start < 0 else start, 0), whole)
     if dim not in channel_map.varying or length[dim] == whole:
         return [channel_map]
+    if not length[dim]:
+        return []
     if dim == channel_map.axis and step != 1:
         raise CannotFollow(f"{node.name} takes every {step}th channel")
     ids = channel_map.ids.narrow(dim, start, min(whole - start, step * length[dim]))
@@ -180,7 +217,7 @@ def _channel_shuffle(node: Node, channel_map: ChannelMap, value: Value, context:
     if channel_map.axis != 1:
         raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     vector = _vector(node, channel_map, value.shape[1], context).reshape(node.args["groups"], -1)
-    context.coupling.balance(vector, node.name)
+    _joined_along(vector, [0], node, context)  # see _reshape
     return [along(vector.T.flatten(), 1, len(value.shape))]
 
 
@@ -192,6 +229,35 @@ reshape, as_strided, permute = moving(_reshape), moving(_as_strided), moving(_pe
 expand, repeat = moving(_expand), moving(_repeat)
 slice_, split, select, flip, roll = moving(_slice), moving(_split), moving(_select), moving(_flip), moving(_roll)
 pad, pixel_shuffle, channel_shuffle = moving(_pad), moving(_pixel_shuffle), moving(_channel_shuffle)
+
+
+def gated(node: Node, context: Context) -> Mapping[int, Maps]:
+    """glu: one half times the sigmoid of the other."""
+    value = node.inputs[0]
+    assert value is not None
+    dim = node.args["dim"] % len(value.shape)
+    result = []
+    for channel_map in context.of(value):
+        item = channel_map
+        if dim in channel_map.varying:
+            first, second = channel_map.ids.chunk(2, dim)
+            context.coupling.join(first, second, node.name)
+            item = ChannelMap(compressed(first), channel_map.axis)
+        result.append(item)
+    return {0: tuple(result)}
+
+
+def overwritten(node: Node, context: Context) -> Mapping[int, Maps]:
+    """A tensor after a write to a part of it: the write has met the channels that lay there."""
+    before, written = node.inputs
+    if not context.of(before):
+        context.coupling.freeze_all(context.of(written), "they are written to a part of a tensor whose channels stay")
+    return {0: context.of(before)}
+
+
+def new_content(node: Node, context: Context) -> Mapping[int, Maps]:
+    """Ops that take nothing but type and device from input 0."""
+    return {}
 
 
 def copy_of_shape(node: Node, context: Context) -> Mapping[int, Maps]:

@@ -20,6 +20,7 @@ _ELEMENTWISE = {
     "log_sigmoid_forward",
     "_prelu_kernel",
     "_to_copy",
+    "copy",
     "native_dropout",
     "bernoulli",
     "fill",
@@ -32,6 +33,8 @@ _SPATIAL = re.compile(
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
                     movement.copy_of_shape),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), movement.new_content),
+    "overwritten_part": movement.overwritten,
     # elements move
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze"), movement.reshape),
     **dict.fromkeys(("permute", "transpose", "t"), movement.permute),
@@ -46,6 +49,7 @@ _RULES: dict[str, Rule] = {
     "roll": movement.roll,
     "constant_pad_nd": movement.pad,
     "channel_shuffle": movement.channel_shuffle,
+    "glu": movement.gated,
     "cat": elementwise.concatenate,
     "stack": elementwise.stack,
     # along axes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
 from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.inputs import parse_inputs
@@ -19,7 +20,8 @@ from amct_ext.graph.trace import Graph, trace
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import discover
 from amct_ext.prune.trial import run_masked
-from amct_ext.record.types import ChannelRecord
+from amct_ext.record.text import format_record, parse_record
+from amct_ext.record.types import ChannelRecord, Record
 
 
 def plan_for(
@@ -56,11 +58,14 @@ def masked(model: nn.Module, records: tuple[ChannelRecord, ...]) -> nn.Module:
         for record in records:
             for node in record.consumers:
                 module, gone = modules.get(node.name), list(node.prune_index)
-                if isinstance(module, nn.Linear):
+                kind = None if module is None else kind_of(module)
+                if kind is None or is_depthwise(module):
+                    continue
+                if kind.family is Family.LINEAR:
                     module.weight[:, gone] = 0
-                elif isinstance(module, nn.ConvTranspose2d):
+                elif kind.family is Family.TRANSPOSED_CONV:
                     module.weight[gone] = 0
-                elif isinstance(module, nn.Conv2d) and not module.groups == module.in_channels > 1:
+                elif kind.family is Family.CONV:
                     inputs = module.in_channels // module.groups
                     outputs = module.out_channels // module.groups
                     for channel in gone:
@@ -103,9 +108,30 @@ def prove(
             atol = tolerance * max(1.0, float(wanted.abs().max()))
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=atol)
     cut = {node.name for record in kept for node in record.producers if node.prune_index}
+    replayed = replay(model, kept, data)
+    assert {k: v.tolist() for k, v in replayed.state_dict().items()} == {
+        k: v.tolist() for k, v in pruned.state_dict().items()
+    }
     check_attributes(pruned)
     assert retraces(pruned, data, graph)
     return cut, found.why_not()
+
+
+def replay(model: nn.Module, records: tuple[ChannelRecord, ...], data: Any) -> nn.Module:
+    """A copy of the whole model cut by the records as a file holds them."""
+    text = format_record(Record(channel=records))
+    model = copy.deepcopy(model)
+    graph = trace(model, data)
+    found = discover(graph, plan_for(graph, model, 0.5), model)
+    apply_channels(model, found, parse_record(text).channel, data, strict=True)
+    return model
+
+
+def refusal(model: nn.Module, data: Any, layer: str) -> str:
+    """Why a layer's channels stay; the model is pruned as far as it goes, and runs as before."""
+    cut, stays = prove(model, data, mixes=True)
+    assert layer not in cut
+    return stays.get(layer, "")
 
 
 def check_attributes(model: nn.Module) -> None:
