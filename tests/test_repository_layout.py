@@ -32,7 +32,6 @@ COVERED_BY = {
         "traced": "graph/test_host_reads.py",
     },
     "graph": {
-        "export_risks": "graph/test_host_reads.py",
         "onnx_names": "graph/test_trace.py",
         "probes": "model_surgery/test_escapes.py",
         "recorder": "graph/test_trace.py",
