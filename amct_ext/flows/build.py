@@ -193,10 +193,9 @@ def _insert(
     channel: tuple[ChannelRecord, ...],
     kept_float: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
-    """Insert the layers into the (pruned) model; the second trace sees the model as it is now."""
-    model, inputs = start.model, start.inputs
+    """Insert the layers into the (pruned) model. The graph is that of the whole one: it differs in sizes alone."""
+    model, inputs, graph = start.model, start.inputs, start.graph
     session = Session(start.plan, os.path.abspath(record_file), channel, start.findings)
-    graph = trace(model, inputs)
     session.export_note = export_note(model, graph, inputs)
     session.plan = after_pruning(session.plan, graph.traits(model))
     planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in kept_float]

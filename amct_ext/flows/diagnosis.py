@@ -43,15 +43,18 @@ def warn_of_left_alone(graph: Graph) -> None:
 
 def warn_of_merging(model: nn.Module, plan: Plan) -> None:
     """Log blocks with branches to be compressed and a method that merges them into one layer (RepVGG, MobileOne)."""
-    planned = [f"{layer.name}." for layer in planned_layers(plan)]
+    planned = [layer.name for layer in planned_layers(plan)]
     blocks: dict[tuple[str, str], list[str]] = {}
-    inner: set[str] = set()
+    inner: list[str] = []
     for name, module in reversed(list(model.named_modules())):  # what is inside comes before what holds it
-        method = next((method for method in _MERGING if callable(getattr(module, method, None))), "")
-        branches = sum(layer.startswith(f"{name}." if name else "") for layer in planned)
-        if method and branches > 1 and not any(other.startswith(f"{name}." if name else "") for other in inner):
+        method = next((method for method in _MERGING if callable(getattr(type(module), method, None))), "")
+        if not method:
+            continue
+        prefix = f"{name}." if name else ""
+        branches = sum(layer.startswith(prefix) for layer in planned)
+        if branches > 1 and not any(other.startswith(prefix) for other in inner):
             blocks.setdefault((type(module).__name__, method), []).append(name)
-            inner.add(name)
+            inner.append(name)
     for (cls, method), names in blocks.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         logger.warning(
