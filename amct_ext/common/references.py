@@ -25,7 +25,19 @@ _LEAVES: tuple[type, ...] = (
 )  # fmt: skip
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _CONSTANTS = frozenset(
-    (type, types.ModuleType, types.BuiltinFunctionType, types.NoneType, bool, int, float, complex, str, bytes, torch.dtype)
+    (
+        type,
+        types.ModuleType,
+        types.BuiltinFunctionType,
+        types.NoneType,
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        torch.dtype,
+    )
 )
 _EXACT_CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set, frozenset, deque))
 _PLAIN = (*_CONTAINERS, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
