@@ -104,7 +104,7 @@ def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | Non
     warn_of_left_alone(start.graph)
     warn_of_merging(start.model, start.plan)
     records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
-    channel = apply_channels(start.model, start.graph, records, start.inputs)
+    channel = apply_channels(start.model, start.groups, records, start.inputs)
     if asks_for_permutation(start.plan):
         graph = trace(start.model, start.inputs) if channel else start.graph
         permute_channels(start.model, graph, start.plan, start.inputs)
@@ -125,7 +125,7 @@ def restore(
     state = read_state_dict(pth_file, state_dict_name)
     kept_float = float_in_checkpoint(start.model, start.plan, state)
     try:
-        channel = apply_channels(start.model, start.graph, record.channel, start.inputs, strict=True)
+        channel = apply_channels(start.model, start.groups, record.channel, start.inputs, strict=True)
     except RecordError as error:
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
     inner = _insert(start, record_file, channel, kept_float)
@@ -171,7 +171,7 @@ def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
     except ConfigError:
         check_called_once(graph, inputs)
         raise
-    groups = discover(graph, plan, inner) if plan.prune_active else Discovery(())
+    groups = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
     findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
     return Examined(inner, inputs, graph, plan, groups, findings)
 

@@ -36,13 +36,16 @@ def create_prune_retrain_model(
 
     ``config_defination``: configuration text file; its quantisation fields are checked and otherwise ignored.
     ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks.
-    ``pruning_loss``: for `importance: GATE_TAYLOR`; given the float model (a copy in eval mode), it yields scalar
+
+    ``pruning_loss``: for `importance: GATE_TAYLOR`. Given the float model (a copy in eval mode), it yields scalar
     losses, one per batch: ``lambda model: (loss(model(x), y) for x, y in batches)``. In a distributed job all ranks
-    give one, and the mean of their measures counts. The caller's model is not changed; the copy keeps its train/eval
-    mode and its DistributedDataParallel wrapper. Errors: TypeError (argument types), ValueError (configuration, record
-    name, nothing to prune, GATE_TAYLOR without a loss), RuntimeError (the model rejects the input, or is compressed
-    already; losses that are no finite scalars of the model). Source: AMCT's function of the same name; `pruning_loss`
-    is ours.
+    give one, and the mean of their measures counts.
+
+    The caller's model is not changed; the copy keeps its train/eval mode and its DistributedDataParallel wrapper.
+
+    Errors: TypeError (argument types), ValueError (configuration, record name, nothing to prune, GATE_TAYLOR without a
+    loss), RuntimeError (the model rejects the input, or is compressed already; losses that are no finite scalars of the
+    model). Source: AMCT's function of the same name; `pruning_loss` is ours.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)
@@ -101,10 +104,10 @@ def save_prune_retrain_model(
     check_types(model=(model, nn.Module), save_path=(save_path, str))
     names = saving.export_names(input_names, output_names, dynamic_axes)
     inner = unwrap(model)
-    quantised = saving.quantised_layers(inner)
-    if quantised:
+    quantized = saving.quantized_layers(inner)
+    if quantized:
         raise ModelError(
-            f"the model is quantised ('{quantised[0]}' and {len(quantised) - 1} more), which a plain graph would lose; "
+            f"the model is quantised ('{quantized[0]}' and {len(quantized) - 1} more), which a plain graph would lose; "
             "save it with save_compressed_retrain_model or save_quant_retrain_model"
         )
     saving.save_plain(inner, save_path, input_data, names)
@@ -118,7 +121,7 @@ def _planner(config_defination: str, has_loss: bool = False) -> build.Planner:
         layers = {name: replace(layer, quant=None) for name, layer in plan.layers.items()}
         if all(layer.prune is None for layer in layers.values()):
             reason = "every layer is skipped" if plan.prune_active else "there is no prune_config"
-            raise ConfigError(f"{config.places.source}: {reason}, nothing is left to prune")
+            raise ConfigError(f"{config.locations.source}: {reason}, nothing is left to prune")
         return replace(plan, layers=layers, quant_active=False)
 
     return build.Planner(prune_only, config)
