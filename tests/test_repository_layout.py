@@ -60,7 +60,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "settings": "layers/test_integer_support.py",
     },
     "graph": {
-        "export_risks": "graph/test_host_reads.py",
         "onnx_names": "graph/test_trace.py",
         "probes": "model_surgery/test_outside_the_trace.py",
         "recorder": "graph/test_trace.py",

@@ -11,7 +11,7 @@ import copy
 import functools
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +24,22 @@ _LEAVES: tuple[type, ...] = (
     float, complex, str, bytes, bytearray, range, torch.dtype, torch.device,
 )  # fmt: skip
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_CONSTANTS = frozenset(
+    (
+        type,
+        types.ModuleType,
+        types.BuiltinFunctionType,
+        types.NoneType,
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        torch.dtype,
+    )
+)
+_EXACT_CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set, frozenset, deque))
 _PLAIN = (*_CONTAINERS, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
 
 
@@ -86,13 +102,26 @@ def _proxies(module: nn.Module) -> list[Any]:
 
 def slots_of(obj: Any) -> Iterator[tuple[Any, Any]]:
     """Each filled slot (``__slots__``) of an object: its descriptor and its value."""
-    for base in type(obj).__mro__:
-        for descriptor in list(vars(base).values()) if "__slots__" in vars(base) else ():
-            if isinstance(descriptor, types.MemberDescriptorType):
-                try:
-                    yield descriptor, descriptor.__get__(obj)
-                except AttributeError:
-                    continue
+    descriptors = _slots.get(type(obj))
+    if descriptors is None:
+        slotted = [vars(base) for base in type(obj).__mro__ if "__slots__" in vars(base)]
+        found = [value for body in slotted for value in body.values() if isinstance(value, types.MemberDescriptorType)]
+        descriptors = _slots[type(obj)] = tuple(found)
+    for descriptor in descriptors:
+        try:
+            yield descriptor, descriptor.__get__(obj)
+        except AttributeError:
+            continue
+
+
+# By class, the descriptors of its slots: most have none, which takes longer to find out than all else.
+_slots: weakref.WeakKeyDictionary[type, tuple[types.MemberDescriptorType, ...]] = weakref.WeakKeyDictionary()
+
+
+def _leads_nowhere(value: Any) -> bool:
+    """Whether a value is a constant or an empty container, as most attributes of a module are."""
+    kind = type(value)
+    return kind in _CONSTANTS or (kind in _EXACT_CONTAINERS and not value)
 
 
 def _attributes(obj: Any) -> dict[str, Any]:
@@ -150,7 +179,7 @@ def _reachable(model: nn.Module) -> dict[int, Any]:
             inside = in_function or isinstance(obj, (types.FunctionType, weakref.ref))
             pending.extend((part, inside) for part in _contents(obj))
             if not isinstance(obj, types.FunctionType) and not in_function:
-                pending.extend((part, False) for part in _attributes(obj).values())
+                pending.extend((part, False) for part in _attributes(obj).values() if not _leads_nowhere(part))
                 pending.extend((part, False) for _, part in slots_of(obj))
     return found
 
@@ -217,6 +246,8 @@ class _Rewriter:
 
     def _container(self, obj: Any, shared: bool) -> Any:
         """A list, dictionary, ... after its items have been replaced; another one only where it is shared."""
+        if not obj:
+            return obj
         old = [*obj.items()] if isinstance(obj, dict) else [*obj]
         new = [(self.run(item[0]), self.run(item[1])) if isinstance(obj, dict) else self.run(item) for item in old]
         flat = [part for item in old for part in item] if isinstance(obj, dict) else old
@@ -239,6 +270,8 @@ class _Rewriter:
     def _rewrite_attributes(self, obj: Any) -> None:
         attributes = _attributes(obj)
         for name, value in list(attributes.items()):
+            if _leads_nowhere(value):
+                continue
             new = self.run(value)
             if new is not value:
                 attributes[name] = new

@@ -7,6 +7,7 @@ Works on plain float models: compressed layers are already folded back, 2:4 mask
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -127,18 +128,20 @@ def export_plain(
     return paths
 
 
-def try_capture(model: nn.Module, input_data: Any) -> None:
-    """Try to capture the float `model` as a save would, and write nothing. Errors: ExportError where neither way works.
+def try_capture(model: nn.Module, input_data: Any, trace_first: bool) -> bool:
+    """Try to capture the float `model` as a save would, and write nothing; returns whether it was traced.
 
-    The trace comes first: a forward that torch.export cannot follow may keep it busy for a minute.
+    `trace_first`: torch.export is tried only where no trace can be made; a forward that it cannot follow may keep it
+    busy for a minute. Errors: ExportError where neither way works.
     """
     float_model, inputs = _prepare(model, input_data)
     axes = check_axes(None, None, None)
     with precision_of(float_model):
-        try:
-            capture(float_model, inputs, axes, traced="not tried")
-        except ExportError:
-            capture(float_model, inputs, axes)
+        if trace_first:
+            with contextlib.suppress(ExportError):
+                capture(float_model, inputs, axes, traced="not tried")
+                return True
+        return bool(capture(float_model, inputs, axes).why_traced)
 
 
 def _factors(

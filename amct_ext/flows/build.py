@@ -21,16 +21,18 @@ from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import Plan, after_pruning, resolve, resolve_json
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
-from amct_ext.errors import RecordError
+from amct_ext.errors import ConfigError, RecordError
 from amct_ext.explain.reasons import layer_reasons
 from amct_ext.flows.check import check_model
 from amct_ext.flows.diagnosis import (
+    check_called_once,
     check_pruned,
     check_pruning_loss,
     export_note,
     float_in_checkpoint,
     uncalled_layers,
     warn_of_left_alone,
+    warn_of_merging,
 )
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
@@ -100,6 +102,7 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
 
 def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
     warn_of_left_alone(start.graph)
+    warn_of_merging(start.model, start.plan)
     records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
     channel = apply_channels(start.model, start.groups, records, start.inputs)
     if asks_for_permutation(start.plan):
@@ -163,7 +166,11 @@ def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
     if planner.splits_recurrent:
         inner, graph, planner = _split_recurrent(inner, graph, inputs, planner)
     traits = graph.traits(inner)
-    plan = planner.resolve(traits)
+    try:
+        plan = planner.resolve(traits)
+    except ConfigError:
+        check_called_once(graph, inputs)
+        raise
     groups = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
     findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
     return Examined(inner, inputs, graph, plan, groups, findings)
@@ -186,10 +193,9 @@ def _insert(
     channel: tuple[ChannelRecord, ...],
     kept_float: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
-    """Insert the layers into the (pruned) model; the second trace sees the model as it is now."""
-    model, inputs = start.model, start.inputs
+    """Insert the layers into the (pruned) model. The graph is that of the whole one: it differs in sizes alone."""
+    model, inputs, graph = start.model, start.inputs, start.graph
     session = Session(start.plan, os.path.abspath(record_file), channel, start.findings)
-    graph = trace(model, inputs)
     session.export_note = export_note(model, graph, inputs)
     session.plan = after_pruning(session.plan, graph.traits(model))
     planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in kept_float]
