@@ -39,6 +39,7 @@ COVERED_BY = {
         "run": "graph/test_trace.py",
         "tensor_values": "graph/test_trace.py",
         "values": "graph/test_trace.py",
+        "weight_use": "explain/test_coverage.py",
     },
     "model_surgery": {
         "batchnorm_links": "layers/test_bn_fold.py",

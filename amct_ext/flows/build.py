@@ -29,11 +29,13 @@ from amct_ext.flows.diagnosis import (
     check_pruning_loss,
     export_note,
     float_in_checkpoint,
+    log_coverage,
     uncalled_layers,
     warn_of_left_alone,
 )
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
+from amct_ext.graph.weight_use import weight_uses
 from amct_ext.model_surgery.fast_path import disable_fast_path
 from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
@@ -89,6 +91,7 @@ def create(
     check_pruning_loss(start.groups.prunable, start.plan, pruning_loss, planner.config.source)
     inner = _compress(start, record_file, pruning_loss)
     check_pruned(session_of(inner), planner.config.source)
+    log_coverage(inner)
     start_record(inner)
     return wrap_like(model, inner)
 
@@ -191,6 +194,7 @@ def _insert(
     session = Session(start.plan, os.path.abspath(record_file), channel, start.findings)
     graph = trace(model, inputs)
     session.export_note = export_note(model, graph, inputs)
+    session.weight_uses = weight_uses(graph.nodes, model)
     session.plan = after_pruning(session.plan, graph.traits(model))
     planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in kept_float]
     kept_float = {**kept_float, **unreplaceable(model, parse_inputs(model, inputs), planned)}

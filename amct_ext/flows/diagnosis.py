@@ -15,18 +15,20 @@ from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.explain.reasons import layer_reasons
+from amct_ext.explain.report import model_coverage
 from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
-from amct_ext.model_surgery.session import Session
+from amct_ext.model_surgery.session import Session, session_of
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.selection import measure_of
 
 logger = logging.getLogger("amct_ext")
 _MAX_LISTED = 9  # layers named in a message
+_MOST = 0.9  # of the weights; where less is quantised, create warns
 
 
 def warn_of_left_alone(graph: Graph) -> None:
@@ -85,6 +87,16 @@ def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: Prunin
         logger.warning(
             "%s: pruning_loss has no effect, for no layer that can be pruned asks for importance: GATE_TAYLOR", source
         )
+
+
+def log_coverage(model: nn.Module) -> None:
+    """Log how much of a compressed model is quantised, as a warning where it is little; nothing where none is asked."""
+    if not session_of(model).plan.quant_active:
+        return
+    coverage = model_coverage(model)
+    level = logging.INFO if coverage.quantised >= _MOST else logging.WARNING
+    more = "" if level == logging.INFO else " (amct_ext.explain(model) says why)"
+    logger.log(level, "%s: %s%s", type(model).__name__, coverage, more)
 
 
 def check_pruned(session: Session, source: str) -> None:

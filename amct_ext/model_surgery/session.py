@@ -15,6 +15,7 @@ from amct_ext.config.text import RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.weight_use import WeightUses
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
@@ -61,6 +62,7 @@ class Session:
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
     ranges_to_choose: bool = False  # by the output of the model, once they are calibrated
     weights_to_compensate: bool = False  # once their layers are calibrated
+    weight_uses: WeightUses = field(default_factory=WeightUses)  # of the float model, after pruning
     held_input: Inputs | None = None  # of a calibrating forward under way, where the output is to choose ranges
 
     def __getstate__(self) -> dict[str, object]:
