@@ -44,7 +44,7 @@ class LayerReport:
 class Explanation(dict[str, LayerReport]):
     """Reports by name: layers in the model's order, then weights that belong to no layer; printed as a Markdown table.
 
-    A weight is named by its module, where that has no other weight, else by its own qualified name. `coverage`: how
+    A weight is named by its module where it is called ``weight``, else by its own qualified name. `coverage`: how
     much of the model is quantised, printed first. `export`: what is to be known of saving this model, '' for nothing;
     printed below the table.
     """

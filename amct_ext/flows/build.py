@@ -200,7 +200,7 @@ def _insert(
     kept_float = {**kept_float, **unreplaceable(model, parse_inputs(model, inputs), planned)}
     model, session.conv_bn, session.left_float = insert_layers(model, graph, session.plan, kept_float)
     compressed = dict(compressed_layers(model))
-    session.order = tuple(name for name in graph.calls if name in compressed)
+    session.order = tuple(name for name in graph.layer_order() if name in compressed)
     attach(model, session)
     return model
 

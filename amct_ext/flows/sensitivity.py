@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, kind_of
+from amct_ext.common.layer_kinds import Family, kind_named, kind_of
 from amct_ext.common.references import copy_model
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
@@ -20,6 +20,7 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in
 from amct_ext.layers.classes import to_float
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.plain_product import plain_product
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
@@ -99,11 +100,11 @@ class _Measure:
         total = max(sum(self._macs.values()), 1)
         rows = []
         for name, layer in self.layers.items():
-            kind, activation = kind_of(layer), layer.activation
-            assert kind is not None and activation is not None
+            activation = layer.activation
+            assert activation is not None
             bits = activation.num_bits, layer.weight_quantizers[0].num_bits
             own, weights = self._own[name] / self.batches, self._weights[name] / self.batches
-            rows.append(LayerSensitivity(layer.layer_name, kind.name, *bits, own, weights, self._macs[name] / total))
+            rows.append(LayerSensitivity(layer.layer_name, _type(layer), *bits, own, weights, self._macs[name] / total))
         return Sensitivity(rows, self._whole / self.batches, "error" if self.loss is None else "loss")
 
     def _run(self, batch: Any) -> list[Tensor]:
@@ -153,6 +154,9 @@ def _check_ready(layers: dict[str, CompressedLayer]) -> None:
 def _float_layers(layer: CompressedLayer) -> tuple[Forward, Forward]:
     """The forward of the float layer, and of the float layer with the quantised weight."""
     plain, rounded = to_float(layer), to_float(layer)
+    product = layer.refs.product
+    if product is not None:
+        rounded = plain_product(rounded, product)
     names: tuple[str, ...] = ("weight",)
     if isinstance(layer, CompressedRNN):
         names = ("weight_ih_l0", "weight_hh_l0")
@@ -161,7 +165,8 @@ def _float_layers(layer: CompressedLayer) -> tuple[Forward, Forward]:
         ]
         vars(rounded)["_flat_weights"] = list(vars(rounded)["_flat_weights"])
     else:
-        weights = [layer.compressed_weight()]
+        weight = layer.compressed_weight()
+        weights = [weight.t() if product is not None and product.columns else weight]
     rounded._parameters = dict(rounded._parameters)
     for name, weight in zip(names, weights, strict=True):
         setattr(rounded, name, nn.Parameter(weight.detach(), requires_grad=False))
@@ -180,11 +185,21 @@ def _forwards(layers: dict[str, CompressedLayer], forwards: dict[str, Forward]) 
             vars(layers[name]).pop("forward", None)
 
 
-def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
+def _type(layer: CompressedLayer) -> str:
     kind = kind_of(layer)
+    if kind is not None:
+        return kind.name
+    assert layer.refs.product is not None
+    return layer.refs.product.kind
+
+
+def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
+    kind, product = kind_named(_type(layer)), layer.refs.product
     assert kind is not None
     if isinstance(layer, CompressedRNN):
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
     of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each place of its input
+    if product is not None and kind_of(layer) is None:
+        return int(output.numel()) // max(layer.weight.shape[int(product.columns)], 1) * layer.weight.numel()
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))
     return (x if of_input else output).numel() // max(width, 1) * layer.weight.numel()

@@ -37,7 +37,7 @@ _LOOK_UPS: Mapping[str, str] = {
 class WeightUse:
     """One weight that takes part in a forward.
 
-    name: of its module, where that has no other weight, else of the parameter; both are qualified. type: class of the
+    name: of its module, where it is called ``weight``, else of the parameter; both are qualified. type: class of the
     module. weights: how many numbers no earlier entry has counted. macs: multiplications with them in one forward.
     looked_up: nothing multiplies it. reader: the op that reads it, '' where its layer does.
     """
@@ -105,12 +105,10 @@ def is_weight(shape: Sequence[int]) -> bool:
     return len(shape) > 1 and sum(size > 1 for size in shape) > 1
 
 
-def entry_name(parameter: str, modules: Mapping[str, nn.Module]) -> str:
-    """The name of a weight in reports, plans and records: its module's where that has no other, else its own."""
+def entry_name(parameter: str) -> str:
+    """The name of a weight in reports, plans and records: its module's where it is called ``weight``, else its own."""
     owner, _, own = parameter.rpartition(".")
-    present = modules[owner]._parameters.items() if owner in modules else ()
-    others = [key for key, value in present if key != own and value is not None and is_weight(value.shape)]
-    return owner if own == "weight" and owner and not others else parameter
+    return owner if own == "weight" and owner else parameter
 
 
 class _Collector:
@@ -190,7 +188,7 @@ class _Collector:
 
     def _note(self, parameters: Iterable[str], macs: int, looked_up: bool = False, reader: str = "") -> None:
         named = [name for name in dict.fromkeys(parameters) if self._parameters[name].dim() > 1]
-        self._count([(name, entry_name(name, self._modules)) for name in named], macs, looked_up, reader)
+        self._count([(name, entry_name(name)) for name in named], macs, looked_up, reader)
 
     def _count(self, entries: Sequence[tuple[str, str]], macs: int, looked_up: bool = False, reader: str = "") -> None:
         """Add a use of (parameter, entry) pairs; several that make up one operand share its multiplications."""

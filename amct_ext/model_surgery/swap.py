@@ -18,6 +18,8 @@ from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import take_attributes
+from amct_ext.layers.plain_product import plain_product
+from amct_ext.layers.product_call import Product
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.batchnorm_links import foldable
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
@@ -44,14 +46,17 @@ def insert_layers(
     for layer_plan in planned_layers(plan):
         name = layer_plan.name
         module = modules[name]
-        cls, reason = compressed_class(module)
+        found = graph.products.get(name)
+        product = found if isinstance(found, Product) else None
+        cls, reason = compressed_class(module, product)
         reason = reason or leave.get(name, "")
         if cls is None or reason:
             logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
             left_float[name] = reason
             continue
         try:
-            inserted[name] = cls.from_float(module, layer_plan, plan.batch_num, _fixed_min(graph, layer_plan, module))
+            fixed_min = _fixed_min(graph, layer_plan, module)
+            inserted[name] = cls.from_float(module, layer_plan, plan.batch_num, fixed_min, product)
         except (AttributeError, TypeError) as error:
             raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
     model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})
@@ -86,8 +91,15 @@ def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dic
 
 
 def fold_layers(model: nn.Module) -> nn.Module:
-    """Turn every compressed layer back into its float layer, 2:4 masks folded in (in place; returns the model)."""
-    return replace_modules(model, {layer: to_float(layer) for _, layer in list(compressed_layers(model))})
+    """Turn every compressed layer back into a float layer, 2:4 masks folded in (in place; returns the model).
+
+    One with a forward of its own comes back inside of a plain layer, whose weight is the one that is multiplied.
+    """
+    folded: dict[nn.Module, nn.Module] = {}
+    for _, layer in list(compressed_layers(model)):
+        plain, product = to_float(layer), layer.refs.product
+        folded[layer] = plain if product is None else plain_product(plain, product)
+    return replace_modules(model, folded)
 
 
 def sharing_groups(graph: Graph, plan: Plan) -> list[tuple[str, ...]]:
@@ -117,7 +129,8 @@ def _link_batchnorms(model: nn.Module, graph: Graph, inserted: Mapping[str, Comp
     for conv, norm in graph.conv_bn().items():
         if conv not in inserted or inserted[conv].weight_quant is None:
             continue
-        own = all(id(parameter) not in read for parameter in inserted[conv].parameters(recurse=False))
+        layer = inserted[conv]
+        own = layer.refs.product is not None or all(id(p) not in read for p in layer.parameters(recurse=False))
         if own and foldable(model.get_submodule(norm)):
             inserted[conv].set_batch_norm(model.get_submodule(norm))
             pairs[conv] = norm
