@@ -45,6 +45,7 @@ COVERED_BY = {
         "batchnorm_links": "layers/test_bn_fold.py",
         "rank_ranges": "frameworks/test_distributed.py",
         "session": "model_surgery/test_copies.py",
+        "split_attention": "layers/test_attention.py",
     },
     "prune": {
         "check": "prune/test_prune_check.py",

@@ -19,6 +19,7 @@ from amct_ext.common.references import copy_model
 from amct_ext.common.wrapping import unwrap, wrap_like
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import Plan, after_pruning, resolve, resolve_json
+from amct_ext.config.plan_checks import quant_active
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import RecordError
@@ -41,6 +42,7 @@ from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 from amct_ext.model_surgery.recording import load_masks, start_record
 from amct_ext.model_surgery.session import Findings, Session, session_of
+from amct_ext.model_surgery.split_attention import split_attention
 from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
@@ -155,6 +157,7 @@ def traits_to_plan(
     """Traits of the layers that a plan by ``config`` decides on, and ``config`` in the names of these layers."""
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
+    inner = split_attention(inner, inputs)
     inner, graph, config = split_recurrent(inner, trace(inner, inputs), inputs, config)
     return graph.traits(inner), config
 
@@ -162,6 +165,8 @@ def traits_to_plan(
 def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
+    if isinstance(planner.config, JsonConfig) or quant_active(planner.config):
+        inner = split_attention(inner, inputs)
     graph = trace(inner, inputs)
     if planner.splits_recurrent:
         inner, graph, planner = _split_recurrent(inner, graph, inputs, planner)

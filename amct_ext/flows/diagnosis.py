@@ -19,6 +19,7 @@ from amct_ext.explain.report import model_coverage
 from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
 from amct_ext.graph.trace import Graph
+from amct_ext.layers.attention import InProjection
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
 from amct_ext.model_surgery.session import Session, session_of
@@ -69,7 +70,9 @@ def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor
         if type(module) is standard_class(module):
             continue
         own = (f"{name}.weight_quant.", f"{name}.sparsity.")
-        kept = all(f"{name}.{key}" in state for key in module._parameters if module._parameters[key] is not None)
+        present = [key for key in module._parameters if module._parameters[key] is not None]
+        # the entries of an InProjection are those of the attention around it
+        kept = isinstance(module, InProjection) or all(f"{name}.{key}" in state for key in present)
         if kept and not any(key.startswith(own) for key in state):
             found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
     return found

@@ -106,9 +106,10 @@ class _Probe(TorchFunctionMode):
 
 def _is_candidate(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether a module has a weight of its own, and a forward that may multiply by it."""
-    weight = module._parameters.get("weight")
-    kind = kind_of(module)
-    if not name or weight is None or weight.dim() < 2 or isinstance(module, (nn.Embedding, torch.jit.ScriptModule)):
+    if not name or isinstance(module, (nn.Embedding, torch.jit.ScriptModule)):
+        return False
+    weight, kind = module._parameters.get("weight"), kind_of(module)
+    if weight is None or weight.dim() < 2:
         return False
     if keeps_forward(module) or "forward" in vars(module) or (kind is not None and not kind.quantizable):
         return False

@@ -20,9 +20,11 @@ from amct_ext.common.layer_kinds import (
 )
 from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.values import Node
+from amct_ext.layers.attention import InProjection
 from amct_ext.layers.product_call import Product
 
 Calls = Mapping[str, Sequence[Node]]
+_SIZED = "the attention around it divides its channels into heads"
 _OWN_FORWARD = "its class has a forward of its own"
 
 
@@ -59,7 +61,9 @@ def layer_traits(
         unsuited = usable
         if product is not None:
             unsuited = product if isinstance(product, str) else left_alone.get(name, "")
-        others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o != name))
+        holds = isinstance(module, InProjection)  # whose weight is registered at the attention around it, too
+        own = {name, name.rpartition(".")[0]} if holds else {name}
+        others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o not in own))
         shared = ", ".join(other or "the model itself" for other in others)
         # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
@@ -69,7 +73,7 @@ def layer_traits(
         why_dense = usable or (reason if foreign else "") or (_OWN_FORWARD if isinstance(product, Product) else "")
         if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
             why_dense = f"its weight is also read by {reader}, outside of the layer"
-        why_not_filter = usable or ("" if kind_of(module) is not None else _OWN_FORWARD)
+        why_not_filter = usable or (_OWN_FORWARD if kind_of(module) is None else "") or (_SIZED if holds else "")
         result[name] = LayerTraits(
             type=kind.name,
             quantizable=not reason,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self, SupportsIndex
+from typing import Any, Protocol, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from amct_ext.layers.activation_types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
-from amct_ext.layers.layer_refs import ProductOnCodes, UnregisteredRefs
+from amct_ext.layers.layer_refs import UnregisteredRefs
 from amct_ext.layers.product_call import Product
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity, masked
@@ -27,6 +27,21 @@ from amct_ext.layers.stash import stashed
 from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
 
 _EPS = torch.finfo(torch.float32).eps
+
+
+class ProductOnCodes(Protocol):
+    """Another way to compute a layer's product; `integer.IntegerForward` is the one there is."""
+
+    used: bool | None  # by the last forward
+
+    def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor | None:
+        """The output of the layer, or None where ``x`` is for the float path."""
+
+    def pop_accumulators(self) -> Tensor | None:
+        """The int32 accumulators of the last forward, where the layer's shift search needs them; once."""
+
+    def drop_packed_weight(self) -> None:
+        """Free the packed weight: the weight may be another one."""
 
 
 class CompressedLayer(nn.Module):
@@ -79,7 +94,7 @@ class CompressedLayer(nn.Module):
             quantised = self.act_quant(x, results)
         elif quantizer is not None:
             quantised = quantizer.forward_shared(x, results)
-        weight = self._compressed(self._weight_for(*args))
+        weight = self._compressed(self.source_weight(*args))
         # Only the gradient of the weight reads the input again.
         if quantizer is not None and quantizer.stash and weight.requires_grad:
             with stashed(quantizer.num_bits, *results[0]):
@@ -90,12 +105,8 @@ class CompressedLayer(nn.Module):
         """The weight that the product uses: masked and fake-quantised; in training a 2:4 mask may be renewed."""
         return self._compressed(self.source_weight())
 
-    def source_weight(self) -> Tensor:
-        """The float weight of the product."""
-        return self.weight
-
-    def _weight_for(self, *args: Any) -> Tensor:
-        """The float weight of the product in a forward with these further arguments."""
+    def source_weight(self, *args: Any) -> Tensor:
+        """The float weight of the product; ``args``: as of `_forward`, where one is under way."""
         return self.weight
 
     def _compressed(self, weight: Tensor) -> Tensor:

@@ -38,18 +38,16 @@ class OwnForward(CompressedLayer):
     def _product(self, call: ProductCall) -> Tensor:
         return self._forward(call.x, call)
 
-    def _weight_for(self, *args: Any) -> Tensor:
-        call: ProductCall = args[0]
-        return call.weight
-
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         """The product as the forward has it, with another weight."""
         call: ProductCall = args[0]
         return call.compute(x, weight)
 
-    @torch.no_grad()
-    def source_weight(self) -> Tensor:
-        """The weight as the product sees it, computed anew."""
+    def source_weight(self, *args: Any) -> Tensor:
+        """The weight as the product sees it: that of the call in ``args``, else computed anew (without gradients)."""
+        if args:
+            call: ProductCall = args[0]
+            return call.weight
         assert self.refs.product is not None
         return self.weight if self.refs.product.plain else product_of(self, self.refs.product).weight
 

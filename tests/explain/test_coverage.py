@@ -59,6 +59,8 @@ def test_a_parameter_that_is_no_layers(
 
 
 def test_attention_is_named(tmp_path: Path) -> None:
+    """What is multiplied in it: by its weights, which its projections hold, and activations by activations."""
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -68,7 +70,7 @@ def test_attention_is_named(tmp_path: Path) -> None:
             return self.fc(self.attention(x, x, x, need_weights=False)[0])
 
     found = report(tmp_path, Block(), torch.randn(2, 5, 8))
-    assert {"attention.in_proj_weight", "attention.out_proj", "fc"} == set(found)
+    assert {"attention.in_proj", "attention.out_proj", "fc"} == set(found)
     assert sum(item.share or 0 for item in found.values()) == 1
     assert found.coverage.activation_macs == 2 * 5 * 5 * 16 / (2 * 5 * 5 * 16 + 10 * 64 * 5)
 

@@ -42,8 +42,9 @@ def test_a_batch_norm_behind_a_product_is_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "fed"), [(torch.relu, True), (torch.tanh, False), (lambda x: F.pad(torch.relu(x), (1, 1), value=-1.0), False)]
-)  # fmt: skip
+    ("before", "fed"),
+    [(torch.relu, True), (torch.tanh, False), (lambda x: F.pad(torch.relu(x), (1, 1), value=-1.0), False)],
+)
 def test_a_relu_in_front_of_the_padding(before, fed: bool) -> None:
     net = Net(lambda net, x: net.conv(before(x)), conv=own.SamePadConv(3, 4, 3))
     assert trace(net, torch.randn(1, 3, 6, 6)).fed_by_relu("conv") is fed
