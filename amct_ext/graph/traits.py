@@ -73,17 +73,26 @@ def layer_traits(
         why_dense = usable or (reason if foreign else "") or (_OWN_FORWARD if isinstance(product, Product) else "")
         if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
             why_dense = f"its weight is also read by {reader}, outside of the layer"
-        why_not_filter = usable or (_OWN_FORWARD if kind_of(module) is None else "") or (_SIZED if holds else "")
+        why_whole = (_OWN_FORWARD if kind_of(module) is None else "") or (_SIZED if holds else "")
         result[name] = LayerTraits(
             type=kind.name,
             quantizable=not reason,
-            filter_prunable=kind.filter_prunable and not why_not_filter and not is_depthwise(module),
+            filter_prunable=not why_whole and _filter_prunable(kind, module, usable, reader, name in calls),
             sparse_prunable=kind.sparse_prunable and not why_dense,
             int4_weights=_int4_weights(kind, module, weights, isinstance(product, Product) and product.columns),
             why_not_quantizable=reason,
             why_not_sparse=why_dense,
         )
     return result
+
+
+def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: str, called: bool) -> bool:
+    """Whether a layer may lose output channels: one that runs as such, or whose weight an op reads (`reader`)."""
+    if not kind.filter_prunable or is_depthwise(module):
+        return False
+    if kind.family is Family.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
+        return False  # its weight holds the outputs of one group only
+    return not usable or (bool(reader) and not called and not computed_parameter(module))
 
 
 def parameter_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from amct_ext.common.layer_kinds import LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
+from amct_ext.prune.groups import INITIALIZER
 from amct_ext.record.types import ChannelRecord
 
 # ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to remove.
@@ -17,10 +19,20 @@ _BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Removal:
-    """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis."""
+    """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis.
 
-    def __init__(self, model: nn.Module, records: Iterable[ChannelRecord]) -> None:
+    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        records: Iterable[ChannelRecord],
+        sizes: Mapping[tuple[str, str], object] = MappingProxyType({}),
+    ) -> None:
         self._modules = dict(model.named_modules())
+        self._sizes = sizes
+        self._initializers: dict[tuple[str, int], set[int]] = {}
         self._outputs: dict[str, set[int]] = {}
         self._inputs: dict[str, set[int]] = {}
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
@@ -30,6 +42,8 @@ class Removal:
             for node in record.consumers:
                 if node.type in LAYER_OPERATORS:
                     self._inputs.setdefault(node.name, set()).update(node.prune_index)
+                elif node.type == INITIALIZER:
+                    self._initializers.setdefault((node.name, node.axis or 0), set()).update(node.prune_index)
 
     def apply(self) -> str:
         """Remove the channels; returns what went wrong, '' for nothing."""
@@ -42,6 +56,14 @@ class Removal:
                     remove(self._modules[name], indices)
                 except (RuntimeError, IndexError) as error:
                     return f"{name} cannot be cut: {error}"
+        for (name, axis), indices in self._initializers.items():
+            owner, _, key = name.rpartition(".")
+            try:
+                self._remove(self._modules[owner], key, axis, indices)
+            except (RuntimeError, IndexError) as error:
+                return f"{name} cannot be cut: {error}"
+        for (name, attribute), value in self._sizes.items():
+            self._set(self._modules[name], attribute, value)
         return ""
 
     def undo(self) -> None:
@@ -100,8 +122,12 @@ class Removal:
         holder[name] = tensor
 
     def _decrease(self, module: nn.Module, attribute: str, by: int) -> None:
+        if attribute in vars(module):
+            self._set(module, attribute, vars(module)[attribute] - by)
+
+    def _set(self, module: nn.Module, attribute: str, value: object) -> None:
         self._undo.append((vars(module), attribute, vars(module)[attribute]))
-        vars(module)[attribute] -= by
+        vars(module)[attribute] = value
 
 
 def _kind_of(module: nn.Module) -> LayerKind:

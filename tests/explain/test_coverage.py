@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.graph_nets import Net
+from support.models import small
+from support.models.graph_nets import Net
 from torch import Tensor, nn
 
 import amct_ext

@@ -11,9 +11,9 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.onnx_run import run_onnx
-from support.own_forwards import IMAGES, KINDS, CastingLinear, Columns, Net, net_and_input
+from support.checks.onnx_run import run_onnx
+from support.models import small
+from support.models.own_forwards import IMAGES, KINDS, CastingLinear, Columns, Net, net_and_input
 from torch import Tensor, nn
 
 import amct_ext

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import own_forwards as own
-from support.graph_nets import Net
+from support.models import own_forwards as own
+from support.models.graph_nets import Net
 from torch import nn
 
 from amct_ext.graph.inputs import Inputs

@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from support import small_models as small
-from support.onnx_run import run_onnx
+from support.checks.onnx_run import run_onnx
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext
