@@ -76,6 +76,10 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "classes": "layers/test_derive.py",
         "conv_linear": "layers/test_compressed.py",
         "deferred_conv": "layers/test_deferred.py",
+        "layer_refs": "layers/test_shared_input.py",
+        "own_forward": "flows/test_own_forward.py",
+        "plain_product": "flows/test_own_forward.py",
+        "product_call": "graph/test_products.py",
     },
     "model_surgery": {
         "batchnorm_links": "layers/test_bn_fold.py",
