@@ -24,7 +24,8 @@ class LayerReport:
 
     `quantised` and `pruned` say what was done, '' for nothing; then the field with `not_` says why. Both `pruned` and
     `not_pruned` are set where a layer only lost input channels: `not_pruned` is about its outputs. `share`: of all
-    weights that the forward multiplies or looks up, 0 to 1; None where the forward uses none of it.
+    weights that the forward multiplies or looks up, 0 to 1; None where the forward uses none of it. `is_layer`: whether
+    a configuration can name it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerReport:
     not_quantised: str = ""
     not_pruned: str = ""
     share: float | None = None
+    is_layer: bool = True
 
     @property
     def left_alone(self) -> bool:
@@ -90,7 +92,7 @@ def report(model: nn.Module) -> Explanation:
     for name, use in uses.items():
         if name not in explanation:
             explanation[name] = LayerReport(
-                name, use.type, not_quantised=why_float(use), not_pruned=_NO_LAYER, share=shares[name]
+                name, use.type, not_quantised=why_float(use), not_pruned=_NO_LAYER, share=shares[name], is_layer=False
             )
     explanation.export, explanation.coverage = session.export_note, model_coverage(model)
     return explanation
