@@ -66,6 +66,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "recorder": "graph/test_trace.py",
         "run": "graph/test_trace.py",
         "tensor_values": "graph/test_trace.py",
+        "hosted": "layers/test_host.py",
         "values": "graph/test_trace.py",
         "weight_use": "explain/test_coverage.py",
     },

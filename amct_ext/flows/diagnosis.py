@@ -49,6 +49,7 @@ def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTr
     reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
     layers = dict(unwrap(model).named_modules())
     uncalled = [name for name in traits if name in read and name not in graph.calls and keeps_forward(layers[name])]
+    uncalled = [name for name in uncalled if name not in graph.products]
     found = dict.fromkeys(uncalled, reason)
     for name, layer in layers.items():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}

@@ -11,6 +11,7 @@ from torch import nn
 from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.export_risks import ExportRisk
+from amct_ext.graph.hosted import find_hosted
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
 from amct_ext.graph.products import find_products
@@ -182,6 +183,8 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
         export_risks=recording.export_risks,
         products=find_products(model, inputs),
     )
+    hosted = find_hosted(model, inputs, graph.nodes, graph.products)
+    graph = replace(graph, products={**graph.products, **hosted})
     read = [model.get_parameter(name) for name in graph.parameter_readers()]
     left = dict.fromkeys(confirmed_unread(model, inputs, graph.unread()), _UNREAD)
     left |= dict.fromkeys(left_out_by_eval(model, inputs, graph.calls), _LEFT_OUT)

@@ -32,10 +32,11 @@ class OwnForward(CompressedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the float class."""
-        with ProductMode(self.weight, self._product):
+        with ProductMode(self.weight, self.product):
             return float_class(self).forward(self, *args, **kwargs)
 
-    def _product(self, call: ProductCall) -> Tensor:
+    def product(self, call: ProductCall) -> Tensor:
+        """A product by the layer's weight, quantised."""
         return self._forward(call.x, call)
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:

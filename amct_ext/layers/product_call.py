@@ -66,7 +66,8 @@ class Product:
     """The product in the forward of a module, as a trial run met it.
 
     kind: layer type whose product it is. columns: its weight is [in, out]. plain: its weight is the parameter itself.
-    args, kwargs: what the forward was given, tensors by shape and type.
+    args, kwargs: what the forward was given, tensors by shape and type. host: the module above that computes it, where
+    the layer itself is not called.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Product:
     plain: bool
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
+    host: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import take_attributes
+from amct_ext.layers.host import Host, host_of, plain_host
 from amct_ext.layers.plain_product import plain_product
 from amct_ext.layers.product_call import Product
 from amct_ext.layers.rnn import CompressedRNN
@@ -60,6 +61,7 @@ def insert_layers(
         except (AttributeError, TypeError) as error:
             raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
     model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})
+    model = _insert_hosts(model, inserted)
     _share_inputs(graph, plan, inserted)
     return model, _link_batchnorms(model, graph, inserted), left_float
 
@@ -98,8 +100,22 @@ def fold_layers(model: nn.Module) -> nn.Module:
     folded: dict[nn.Module, nn.Module] = {}
     for _, layer in list(compressed_layers(model)):
         plain, product = to_float(layer), layer.refs.product
-        folded[layer] = plain if product is None else plain_product(plain, product)
-    return replace_modules(model, folded)
+        folded[layer] = plain if product is None or product.host else plain_product(plain, product)
+    model = replace_modules(model, folded)
+    return replace_modules(model, {host: plain_host(host) for host in model.modules() if isinstance(host, Host)})
+
+
+def _insert_hosts(model: nn.Module, inserted: Mapping[str, CompressedLayer]) -> nn.Module:
+    """Put a host in the place of each module that computes the product of an inserted layer."""
+    hosted: dict[str, list[str]] = {}
+    for name, layer in inserted.items():
+        if layer.refs.product is not None and layer.refs.product.host:
+            host = layer.refs.product.host
+            hosted.setdefault(host, []).append(name.removeprefix(f"{host}."))
+    for host, names in hosted.items():
+        module = model.get_submodule(host)
+        model = replace_modules(model, {module: host_of(module, names)})
+    return model
 
 
 def sharing_groups(graph: Graph, plan: Plan) -> list[tuple[str, ...]]:
