@@ -62,7 +62,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     "graph": {
         "export_risks": "graph/test_host_reads.py",
         "onnx_names": "graph/test_trace.py",
-        "probes": "model_surgery/test_escapes.py",
+        "probes": "model_surgery/test_outside_the_trace.py",
         "recorder": "graph/test_trace.py",
         "run": "graph/test_trace.py",
         "tensor_values": "graph/test_trace.py",

@@ -59,16 +59,22 @@ def auto_channel_prune_search(
 ) -> None:
     """Search a pruning ratio for each layer and write them as a configuration for the create functions.
 
-    ``config``: text file with compress_ratio (how many times fewer bit operations), ascend_optimized, max_prune_ratio,
-    test_iteration (samples used) and override_prune_cfg (layers to skip, or with given ratios). ``input_data``: a list
-    [data, label]; data is what create takes as input_data and label a tensor, samples along axis 0 of every tensor.
-    ``output_cfg``: written atomically once all has succeeded. ``sensitivity``: "TaylorLossSensitivity",
-    "GateTaylorSensitivity" (the written configuration then asks for `importance: GATE_TAYLOR`), or an object of a class
-    derived from ``SensitivityBase``; ``search_alg``: "GreedySearch" or an object derived from ``SearchChannelBase``.
-    The model is not changed. Errors: TypeError (argument types), ValueError (configuration values, override file,
-    unknown sensitivity or algorithm, what an own one returns, nothing to search), RuntimeError (configuration text, too
-    few samples, a model or loss that rejects them, labels that would have to be broadcast), FileNotFoundError. Source:
-    AMCT's function of the same name; GateTaylorSensitivity is ours.
+    ``config``: text file with
+
+    * compress_ratio: how many times fewer bit operations; ascend_optimized, max_prune_ratio: limits on what goes;
+    * test_iteration: samples used;
+    * override_prune_cfg: layers to skip, or with given ratios.
+
+    ``input_data``: a list [data, label]; data is what create takes as input_data and label a tensor, samples along axis
+    0 of every tensor. ``output_cfg``: written atomically once all has succeeded. ``sensitivity``:
+    "TaylorLossSensitivity", "GateTaylorSensitivity" (the written configuration then asks for `importance:
+    GATE_TAYLOR`), or an object of a class derived from ``SensitivityBase``. ``search_alg``: "GreedySearch" or an object
+    derived from ``SearchChannelBase``. The model is not changed.
+
+    Errors: TypeError (argument types), ValueError (configuration values, override file, unknown sensitivity or
+    algorithm, what an own one returns, nothing to search), RuntimeError (configuration text, too few samples, a model
+    or loss that rejects them, labels that would have to be broadcast), FileNotFoundError. Source: AMCT's function of
+    the same name; GateTaylorSensitivity is ours.
     """
     check_types(
         model=(model, nn.Module),

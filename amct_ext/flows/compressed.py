@@ -28,16 +28,21 @@ def create_compressed_retrain_model(
     """Return a pruned and/or 2:4-sparse, quantisation-aware copy of ``model``, ready to be retrained.
 
     ``input_data``: what ``model`` accepts, used to trace it: a tensor, a tuple (a dict at its end holds arguments by
-    name, as for torch.onnx.export), or a dict by name. ``config_defination``: configuration text file. ``record_file``:
-    written (atomically, once everything succeeded) with the channel groups and 2:4 masks; the eval phases of the
-    returned model add the quantisation factors. ``pruning_loss``: for `importance: GATE_TAYLOR`; given the float model
-    (a copy in eval mode), it yields scalar losses, one per batch: ``lambda model: (loss(model(x), y) for x, y in
-    batches)``. In a distributed job all ranks give one, and the mean of their measures counts. The caller's model is
-    not changed; the copy keeps its train/eval mode and, where it was wrapped, its DistributedDataParallel wrapper. What
-    a save will meet is told in a warning. Errors: TypeError (argument types), ValueError (configuration, record name,
-    nothing to compress, GATE_TAYLOR without a loss), RuntimeError (the model rejects the input, or is compressed
-    already; losses that are no finite scalars of the model). Source: AMCT's function of the same name; `pruning_loss`
-    is ours.
+    name, as for torch.onnx.export), or a dict by name. ``config_defination``: configuration text file.
+
+    ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks. The eval
+    phases of the returned model add the quantisation factors.
+
+    ``pruning_loss``: for `importance: GATE_TAYLOR`. Given the float model (a copy in eval mode), it yields scalar
+    losses, one per batch: ``lambda model: (loss(model(x), y) for x, y in batches)``. In a distributed job all ranks
+    give one, and the mean of their measures counts.
+
+    The caller's model is not changed. The copy keeps its train/eval mode and, where it was wrapped, its
+    DistributedDataParallel wrapper. What a save will meet is told in a warning.
+
+    Errors: TypeError (argument types), ValueError (configuration, record name, nothing to compress, GATE_TAYLOR without
+    a loss), RuntimeError (the model rejects the input, or is compressed already; losses that are no finite scalars of
+    the model). Source: AMCT's function of the same name; `pruning_loss` is ours.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)

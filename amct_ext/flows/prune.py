@@ -36,13 +36,16 @@ def create_prune_retrain_model(
 
     ``config_defination``: configuration text file; its quantisation fields are checked and otherwise ignored.
     ``record_file``: written (atomically, once everything succeeded) with the channel groups and 2:4 masks.
-    ``pruning_loss``: for `importance: GATE_TAYLOR`; given the float model (a copy in eval mode), it yields scalar
+
+    ``pruning_loss``: for `importance: GATE_TAYLOR`. Given the float model (a copy in eval mode), it yields scalar
     losses, one per batch: ``lambda model: (loss(model(x), y) for x, y in batches)``. In a distributed job all ranks
-    give one, and the mean of their measures counts. The caller's model is not changed; the copy keeps its train/eval
-    mode and its DistributedDataParallel wrapper. Errors: TypeError (argument types), ValueError (configuration, record
-    name, nothing to prune, GATE_TAYLOR without a loss), RuntimeError (the model rejects the input, or is compressed
-    already; losses that are no finite scalars of the model). Source: AMCT's function of the same name; `pruning_loss`
-    is ours.
+    give one, and the mean of their measures counts.
+
+    The caller's model is not changed; the copy keeps its train/eval mode and its DistributedDataParallel wrapper.
+
+    Errors: TypeError (argument types), ValueError (configuration, record name, nothing to prune, GATE_TAYLOR without a
+    loss), RuntimeError (the model rejects the input, or is compressed already; losses that are no finite scalars of the
+    model). Source: AMCT's function of the same name; `pruning_loss` is ours.
     """
     check_types(model=(model, nn.Module), config_defination=(config_defination, str), record_file=(record_file, str))
     check_record_name(record_file)

@@ -40,15 +40,17 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
         print(report.configuration(0.1))  # at most 10 % of the multiplications above 8 bits
 
     ``model``: compressed and calibrated. ``loader``: some batches, each in a form that create takes as ``input_data``,
-    on the model's device; all are used, 2 evaluations per layer and batch. A layer's error is the squared difference
-    between the output with this layer quantised, all others float, and the float output, relative to the latter's
-    square (all floating tensors of the output together). With ``loss``, ``(model, batch) -> scalar``, it is how much
-    the mean loss rises; batches may then have any form. Errors of layers add up to about that of the whole where they
-    are small. 2:4 masks count as part of the float layer. The evaluations run on a copy of the model; nothing of
-    ``model`` or its record changes. Errors: ModelError (not a compressed model), StaleStateError (not calibrated),
-    TypeError (one batch instead of several), ValueError (no batch, nothing quantised), InvalidDataError (an output
-    without floating tensors). Source: layer-wise sensitivity analysis as in HAWQ (Dong et al. 2019), measured instead
-    of estimated by curvature.
+    on the model's device; all are used, 2 evaluations per layer and batch.
+
+    A layer's error compares the output with this layer quantised, all others float, with the float output: the squared
+    difference relative to the latter's square, all floating tensors of the output together. With ``loss``, ``(model,
+    batch) -> scalar``, it is how much the mean loss rises; batches may then have any form. Errors of layers add up to
+    about that of the whole where they are small. 2:4 masks count as part of the float layer.
+
+    The evaluations run on a copy of the model; nothing of ``model`` or its record changes. Errors: ModelError (not a
+    compressed model), StaleStateError (not calibrated), TypeError (one batch instead of several), ValueError (no batch,
+    nothing quantised), InvalidDataError (an output without floating tensors). Source: layer-wise sensitivity analysis
+    as in HAWQ (Dong et al. 2019), measured instead of estimated by curvature.
     """
     check_types(model=(model, nn.Module))
     check_batches(loader)

@@ -1,4 +1,4 @@
-"""Clip ranges that the ranks of a job found on data of their own, made one."""
+"""Clip ranges that the ranks of a job found on data of their own, averaged."""
 
 from __future__ import annotations
 

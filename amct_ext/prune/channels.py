@@ -21,7 +21,7 @@ from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal
 from amct_ext.prune.selection import measure_of, select_channels
-from amct_ext.prune.sizes import changed_attributes
+from amct_ext.prune.sizes import changed_attributes, changed_factors
 from amct_ext.prune.trial import Difference, Masked, largest_error, parting, run_masked, run_pruned
 from amct_ext.record.types import ChannelRecord
 
@@ -94,6 +94,12 @@ def apply_channels(
     return tuple(records[index] for index in sorted(wanted))
 
 
+def removal_of(model: nn.Module, found: Discovery, records: Sequence[ChannelRecord]) -> Removal:
+    """What removes some records' channels from the whole model, and adapts what depends on their number."""
+    gone = found.removed(records, model)
+    return Removal(model, records, changed_attributes(model, found, gone), changed_factors(found, gone))
+
+
 def _records_of(node: Node, trial: _Trial, wanted: Collection[int]) -> list[int]:
     """The records whose channels a node works on."""
     for values in (node.inputs, node.outputs):
@@ -131,7 +137,7 @@ class _Trial:
             masked = run_masked(self._model, self._inputs, self.found, gone)
         except Exception as error:
             _logger.debug("no comparison with the whole model: %s", error)
-        removal = Removal(self._model, records, changed_attributes(self._model, self.found, gone))
+        removal = removal_of(self._model, self.found, records)
         failed = removal.apply()
         difference = Difference(None, failed) if failed else self._compare(gone, masked)
         if difference is not None:
@@ -176,7 +182,7 @@ class _Trial:
         whole = self.with_linked(set(wanted))
         records = [self._records[index] for index in sorted(whole)]
         gone = self.found.removed(records, self._model)
-        removal = Removal(self._model, records, changed_attributes(self._model, self.found, gone))
+        removal = removal_of(self._model, self.found, records)
         try:
             return bool(removal.apply()) or self._compare(gone, None) is not None
         finally:

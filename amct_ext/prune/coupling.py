@@ -73,6 +73,7 @@ class Coupling:
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
         self.balanced: list[tuple[Tensor, str]] = []  # ids (rows, n): each row must lose equally many; said by whom
+        self.attended: list[Tensor] = []  # ids of queries whose product with keys is divided by the root of their size
         self.size = 1
         self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, family; ascending
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
 from amct_ext.prune.groups import INITIALIZER
@@ -21,7 +21,8 @@ _BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 class Removal:
     """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis.
 
-    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute.
+    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute. `factors`: of the
+    output channels of layers, by layer.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class Removal:
         model: nn.Module,
         records: Iterable[ChannelRecord],
         sizes: Mapping[tuple[str, str], object] = MappingProxyType({}),
+        factors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._modules = dict(model.named_modules())
-        self._sizes = sizes
+        self._sizes, self._factors = sizes, factors
         self._initializers: dict[tuple[str, int], set[int]] = {}
         self._outputs: dict[str, set[int]] = {}
         self._inputs: dict[str, set[int]] = {}
@@ -47,6 +49,8 @@ class Removal:
 
     def apply(self) -> str:
         """Remove the channels; returns what went wrong, '' for nothing."""
+        for name, factors in self._factors.items():
+            self._multiply(self._modules[name], factors)
         # Inputs first: removing outputs would shift the blocks of a grouped convolution.
         for remove, all_indices in ((self._remove_input, self._inputs), (self._remove_output, self._outputs)):
             for name, indices in all_indices.items():
@@ -71,6 +75,13 @@ class Removal:
         for holder, key, old in reversed(self._undo):
             holder[key] = old
         self._undo.clear()
+
+    def _multiply(self, module: nn.Module, factors: Tensor) -> None:
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name, None)
+            if tensor is not None:
+                shaped = factors.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
+                self._replace(module, name, _like(tensor, tensor.detach() * shaped))
 
     def _remove_output(self, module: nn.Module, indices: set[int]) -> None:
         kind = _kind_of(module)
@@ -116,7 +127,7 @@ class Removal:
         if tensor is not None:
             self._replace(module, name, _like(tensor, _drop(tensor.detach(), axis, indices)))
 
-    def _replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def _replace(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         self._undo.append((holder, name, holder[name]))
         holder[name] = tensor
@@ -136,13 +147,13 @@ def _kind_of(module: nn.Module) -> LayerKind:
     return kind
 
 
-def _drop(tensor: torch.Tensor, axis: int, indices: Sequence[int] | set[int]) -> torch.Tensor:
+def _drop(tensor: Tensor, axis: int, indices: Sequence[int] | set[int]) -> Tensor:
     dropped = set(indices)
     keep = [index for index in range(tensor.shape[axis]) if index not in dropped]
     return tensor.index_select(axis, torch.tensor(keep, dtype=torch.long, device=tensor.device))
 
 
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def _like(old: Tensor, new: Tensor) -> Tensor:
     """`new` as the successor of `old`: memory format, Parameter or buffer, requires_grad, the user's attributes."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)

@@ -104,17 +104,14 @@ def attention(node: Node, context: Context) -> Mapping[int, Maps]:
     query, key, value = (node.args.get(name) for name in ("query", "key", "value"))
     assert isinstance(query, Value) and isinstance(key, Value) and isinstance(value, Value)
     last = len(query.shape) - 1
-    if node.args.get("scale") is None:
-        for part in (query, key):
-            reason = f"{node.name} divides by the root of the size of a head, which would change"
-            context.coupling.freeze_all(context.of(part), reason)
+    pairs = [[item for item in context.of(part) if item.axis == last] for part in (query, key)]
+    if all(pairs):
+        context.coupling.join(pairs[0][0].ids, _for_each_query(pairs[1][0], query, key).ids, node.name)
+        if node.args.get("scale") is None:  # then it is the root of the size of a head, which changes
+            context.coupling.attended.append(pairs[0][0].rows())
     else:
-        pairs = [[item for item in context.of(part) if item.axis == last] for part in (query, key)]
-        if all(pairs):
-            context.coupling.join(pairs[0][0].ids, _for_each_query(pairs[1][0], query, key).ids, node.name)
-        else:
-            for item in (*pairs[0], *pairs[1]):
-                context.coupling.freeze(item.ids, f"{node.name} multiplies the channels by others that stay")
+        for item in (*pairs[0], *pairs[1]):
+            context.coupling.freeze(item.ids, f"{node.name} multiplies the channels by others that stay")
     kept = []
     for item in context.of(value):
         if item.axis != last or last - 1 in item.varying:
