@@ -175,6 +175,8 @@ def computed_parameter(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase):
         names = [name for name in module._flat_weights_names if name.startswith(("weight", "bias"))]
     for name in names:
+        if kind_of(module) is None and not hasattr(module, name):  # a module of the user's need not have a bias
+            continue
         plain = name in module._parameters and not hasattr(type(module), name)
         if not plain or (module._parameters[name] is None and name != "bias" and layer_type(module) not in BATCH_NORMS):
             return name

@@ -15,14 +15,16 @@ from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, InputDataError
 from amct_ext.explain.reasons import layer_reasons
+from amct_ext.explain.report import model_coverage
 from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
 from amct_ext.graph.export_risks import free_parts
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph
+from amct_ext.layers.attention import InProjection
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
-from amct_ext.model_surgery.session import Session
+from amct_ext.model_surgery.session import Session, session_of
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.selection import measure_of
@@ -32,6 +34,7 @@ _MAX_LISTED = 9  # layers named in a message
 _MAX_PARTS = 3
 # Methods by which networks of branches merge them for deployment (RepVGG; MobileOne, timm; RepViT, YOLO).
 _MERGING = ("switch_to_deploy", "reparameterize", "fuse", "fuse_convs")
+_MOST = 0.9  # of the weights; where less is quantised, create warns
 
 
 def warn_of_left_alone(graph: Graph) -> None:
@@ -87,6 +90,7 @@ def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTr
     reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
     layers = dict(unwrap(model).named_modules())
     uncalled = [name for name in traits if name in read and name not in graph.calls and keeps_forward(layers[name])]
+    uncalled = [name for name in uncalled if name not in graph.products]
     found = dict.fromkeys(uncalled, reason)
     for name, layer in layers.items():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}
@@ -108,7 +112,9 @@ def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor
         if type(module) is standard_class(module):
             continue
         own = (f"{name}.weight_quant.", f"{name}.sparsity.")
-        kept = all(f"{name}.{key}" in state for key in module._parameters if module._parameters[key] is not None)
+        present = [key for key in module._parameters if module._parameters[key] is not None]
+        # the entries of an InProjection are those of the attention around it
+        kept = isinstance(module, InProjection) or all(f"{name}.{key}" in state for key in present)
         if kept and not any(key.startswith(own) for key in state):
             found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
     return found
@@ -126,6 +132,16 @@ def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: Prunin
         logger.warning(
             "%s: pruning_loss has no effect, for no layer that can be pruned asks for importance: GATE_TAYLOR", source
         )
+
+
+def log_coverage(model: nn.Module) -> None:
+    """Log how much of a compressed model is quantised, as a warning where it is little; nothing where none is asked."""
+    if not session_of(model).plan.quant_active:
+        return
+    coverage = model_coverage(model)
+    level = logging.INFO if coverage.quantised >= _MOST else logging.WARNING
+    more = "" if level == logging.INFO else " (amct_ext.explain(model) says why)"
+    logger.log(level, "%s: %s%s", type(model).__name__, coverage, more)
 
 
 def check_pruned(session: Session, source: str) -> None:
