@@ -1,0 +1,115 @@
+"""Channel pruning by amct_ext."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import amct_ext as amct
+from benchmarks.coverage.layers import Layers, macs, parameters, widths_of
+from benchmarks.coverage.results import Pruned
+
+_MOST_REASONS = 12
+_PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
+_SHAPE = re.compile(r"\[[\d, ]+\]")
+
+
+def configuration(folder: Path, ratio: float, quantise: bool = True) -> tuple[str, str]:
+    """Paths of a configuration file, written, and of the record."""
+    lines = [
+        f"prune_config {{ filter_pruner {{ balanced_l2_norm_filter_prune {{ prune_ratio: {ratio} "
+        "ascend_optimized: false } } }"
+    ]
+    if quantise:
+        lines.append("batch_num: 1 retrain_data_quant_config { ulq_quantize { } }")
+        lines.append("retrain_weight_quant_config { arq_retrain { } }")
+    path = folder / "coverage.cfg"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path), str(folder / "record.txt")
+
+
+def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int, ratio: float) -> Pruned:
+    """`whole`: multiplications of the unpruned model. Exceptions become the error of the result."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, _heard() as heard:
+        paths = configuration(Path(folder), ratio, quantise=False)
+        try:
+            pruned = amct.create_prune_retrain_model(copy.deepcopy(model), inputs, *paths)
+        except Exception as error:
+            text = describe(error).replace(f"{folder}/", "")
+            return Pruned(error=f"create: {text}", reasons=_counted(heard, model, layers, ratio))
+    seconds = time.perf_counter() - began
+    left = widths_of(pruned, layers.widths)
+    return Pruned(
+        pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
+        parameters_left=parameters(pruned) / parameters(model),
+        macs_left=macs(pruned, inputs)[""] / max(whole, 1),
+        seconds=round(seconds, 2),
+        proof=_proof(model, pruned, inputs),
+        reasons=_reasons(pruned, layers, ratio),
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Type and first line, short."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
+
+
+def _proof(model: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) -> float | None:
+    """The difference that the library's own proof finds, None where it has none."""
+    verify = getattr(amct, "verify_pruning", None)
+    return None if verify is None else float(verify(model, pruned, inputs))
+
+
+def _reasons(pruned: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
+    """Why channels stayed, without the names of layers -> how many of the asked ones stayed for it."""
+    explained = ((name, item.not_pruned) for name, item in amct.explain(pruned).items())
+    return _counted(((name, why) for name, why in explained if why), pruned, layers, ratio)
+
+
+def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
+    names = sorted((name for name, _ in model.named_modules() if name), key=len, reverse=True)
+    pattern = re.compile("|".join(rf"(?<![\w./]){re.escape(name)}(?![\w.])" for name in names))
+    counts: Counter[str] = Counter()
+    for name, why in reasons:
+        if name in layers.widths:
+            without = _PATH.sub("OP", pattern.sub("LAYER", why))
+            counts[_SHAPE.sub("SHAPE", without)[:200]] += int(layers.widths[name] * ratio)
+    return dict(counts.most_common(_MOST_REASONS))
+
+
+class _Heard(logging.Handler):
+    """Layers and reasons that create logs; an error lists the first of them only."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.reasons: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        name, separator, why = record.getMessage().partition(" is not pruned: ")
+        if separator:
+            self.reasons.append((name, why))
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[tuple[str, str]]]:
+    logger, handler = logging.getLogger("amct_ext"), _Heard()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.reasons
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
