@@ -1,81 +1,83 @@
-"""One model, measured in this process; prints its result as a JSON line.
-
-    python -m benchmarks.coverage.measure timm/resnet18
-    python -m benchmarks.coverage.measure timm/resnet18 --parts prune
-"""
+"""All figures of one model."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import os
-import sys
+import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from benchmarks.coverage import ours, rival
+from benchmarks.coverage import ours, quantised, rival
 from benchmarks.coverage.layers import find_layers, macs, parameters
 from benchmarks.coverage.ours import describe
-from benchmarks.coverage.results import Pruned, Result, to_line
+from benchmarks.coverage.results import Pruned, Quantised, Result
 from benchmarks.coverage.settle import settle
 from benchmarks.coverage.zoo.entry import Entry
-from benchmarks.coverage.zoo.registry import ENTRIES
 
 RATIO = 0.3
-PARTS = ("prune", "rival", "quantise")
+PARTS = ("ours", "rival", "quantised")
+SECONDS = 180.0  # for a part
 
 
-def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO) -> Result:
-    """Weights and inputs are drawn with seed 0."""
+def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, seconds: float = SECONDS) -> Result:
+    """Weights and inputs are drawn with seed 0. A part that fails or takes longer has that as its error."""
     if importlib.util.find_spec(entry.package) is None:
         return Result(entry.name, error=f"{entry.package} is not installed")
     torch.manual_seed(0)
     try:
         model, inputs = entry.build(), entry.inputs()
         settle(model, inputs)
-        layers, operations = find_layers(model, inputs), macs(model, inputs)
+        layers, products = find_layers(model, inputs), macs(model, inputs)
     except Exception as error:
         return Result(entry.name, error=describe(error))
-    pruned = compared = None
-    if "prune" in parts:
-        pruned = ours.prune(model, inputs, layers, operations[""], ratio)
-    if "rival" in parts:
-        missing = importlib.util.find_spec("torch_pruning") is None
-        compared = (
-            Pruned(error="torch_pruning is not installed")
-            if missing
-            else rival.prune(model, inputs, layers, operations[""], ratio)
-        )
-    return Result(
-        entry.name,
-        asked=layers.asked(ratio),
-        parameters=parameters(model),
-        macs=operations[""],
-        ours=pruned,
-        rival=compared,
-    )
+    result = Result(entry.name, asked=layers.asked(ratio), parameters=parameters(model), macs=products[""])
+    steps: dict[str, tuple[Callable[[], Any], Callable[[str], Any]]] = {
+        "ours": (lambda: ours.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
+        "rival": (lambda: rival.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
+        "quantised": (
+            lambda: quantised.job(model, inputs, layers, products, ratio),
+            lambda text: Quantised(error=text),
+        ),
+    }
+    found: dict[str, Any] = {}
+    for name in parts:
+        step, failed = steps[name]
+        try:
+            with time_limit(seconds):
+                found[name] = step()
+        except Exception as error:
+            found[name] = failed(describe(error))
+    return replace(result, **found)
+
+
+class TookTooLongError(Exception):
+    """The limit of a part has passed."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TookTooLongError in the main thread once the seconds have passed."""
+
+    def stop(*_: object) -> None:
+        raise TookTooLongError(f"not done within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def quiet() -> None:
-    """One thread, no downloads, no words of the packages."""
+    """One thread, no downloads, no warnings of other packages."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=list(ENTRIES), metavar="MODEL")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    args = parser.parse_args()
-    quiet()
-    with contextlib.redirect_stdout(sys.stderr):
-        result = measure(ENTRIES[args.model], args.parts)
-    print(to_line(result))
-
-
-if __name__ == "__main__":
-    main()

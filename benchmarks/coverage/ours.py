@@ -25,11 +25,13 @@ _SHAPE = re.compile(r"\[[\d, ]+\]")
 
 
 def configuration(folder: Path, ratio: float, quantise: bool = True) -> tuple[str, str]:
-    """Paths of a configuration file, written, and of the record."""
-    lines = [
-        f"prune_config {{ filter_pruner {{ balanced_l2_norm_filter_prune {{ prune_ratio: {ratio} "
-        "ascend_optimized: false } } }"
-    ]
+    """Paths of a configuration file, written, and of the record. Nothing is pruned at ratio 0."""
+    lines = []
+    if ratio:
+        lines.append(
+            f"prune_config {{ filter_pruner {{ balanced_l2_norm_filter_prune {{ prune_ratio: {ratio} "
+            "ascend_optimized: false } } }"
+        )
     if quantise:
         lines.append("batch_num: 1 retrain_data_quant_config { ulq_quantize { } }")
         lines.append("retrain_weight_quant_config { arq_retrain { } }")

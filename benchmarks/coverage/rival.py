@@ -71,7 +71,9 @@ def _prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, ratio: flo
     attention = [module for module in model.modules() if _heads(module)]
     ignored = [modules[name] for name in layers.outputs]
     if keep_attention:
-        ignored += [part for module in attention for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        ignored += [
+            part for module in attention for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)
+        ]
     heads = {part: _heads(module) for module in attention for part in _parts(module, ("qkv", *_QUERIES, *_KEYS))}
     pruner = tp.pruner.BasePruner(
         model.eval(),

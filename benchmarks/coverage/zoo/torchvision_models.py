@@ -51,7 +51,9 @@ def _video(name: str) -> Entry:
 
 def _detector(name: str, sizes: dict[str, int]) -> Entry:
     build = _build(f"detection.{name}", weights=None, weights_backbone=None, **sizes)
-    return Entry(f"torchvision/{name}", "torchvision", build, lambda: ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],))
+    return Entry(
+        f"torchvision/{name}", "torchvision", build, lambda: ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],)
+    )
 
 
 _VIT = {"image_size": 64, "patch_size": 16, "num_layers": 4, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 256}

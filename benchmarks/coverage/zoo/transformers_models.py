@@ -17,7 +17,12 @@ _STAGES = {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1]}
 
 
 def _entry(
-    name: str, model: str, config: str, inputs: Callable[[], tuple[Any, ...]], vocabulary: int | None = None, **fields: Any
+    name: str,
+    model: str,
+    config: str,
+    inputs: Callable[[], tuple[Any, ...]],
+    vocabulary: int | None = None,
+    **fields: Any,
 ) -> Entry:
     if vocabulary:
         fields["vocab_size"] = vocabulary
