@@ -17,7 +17,7 @@ from amct_ext.graph.run import tensors_in
 _PRUNABLE = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
 )  # fmt: skip
-_PRODUCTS = ("Convolution", "Addmm", "Mm", "Linear")
+_PRODUCTS = {"ConvolutionBackward0": 1, "AddmmBackward0": 2, "MmBackward0": 1}  # -> operand that is the weight
 _NEAR = 24  # nodes between a product and the parameter of its weight: views, a cast, a standardisation
 
 
@@ -106,22 +106,23 @@ def _last_weights(roots: Iterable[Node]) -> Iterator[Tensor]:
     seen = set(roots)
     queue = list(seen)
     for node in queue:
-        following = [after for after, _ in node.next_functions if after is not None]
-        weights = list(_weights(node, following)) if node.name().startswith(_PRODUCTS) else []
+        weights = _weights(node)
         yield from weights
-        for after in [] if weights else following:
-            if after not in seen:
+        for after, _ in () if weights else node.next_functions:
+            if after is not None and after not in seen:
                 seen.add(after)
                 queue.append(after)
 
 
-def _weights(node: Node, operands: list[Node]) -> Iterator[Tensor]:
-    """Parameters of two dimensions or more that one operand of a product is made of."""
-    for operand in operands:
-        near = list(itertools.islice(_walk([operand]), _NEAR))
-        if len(near) < _NEAR:
-            variables = [_variable(item) for item in near]
-            yield from (found for found in variables if found is not None and found.dim() > 1)
+def _weights(node: Node) -> list[Tensor]:
+    """Parameters of two dimensions or more that the weight of a product is made of."""
+    place = _PRODUCTS.get(node.name())
+    operand = None if place is None else node.next_functions[place][0]
+    if operand is None:
+        return []
+    near = list(itertools.islice(_walk([operand]), _NEAR))
+    variables = [_variable(item) for item in near] if len(near) < _NEAR else []
+    return [found for found in variables if found is not None and found.dim() > 1]
 
 
 def macs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:

@@ -9,16 +9,18 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import amct_ext as amct
-from benchmarks.coverage.layers import Layers, macs, parameters, widths_of
+from benchmarks.coverage.layers import Layers, call, macs, parameters, widths_of
 from benchmarks.coverage.results import Pruned
 
+NOTHING_TO_PRUNE = "no layer can lose channels"  # words of the error that create raises then
 _MOST_REASONS = 12
 _PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
 _SHAPE = re.compile(r"\[[\d, ]+\]")
@@ -48,9 +50,15 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         try:
             pruned = amct.create_prune_retrain_model(copy.deepcopy(model), inputs, *paths)
         except Exception as error:
+            reasons = _counted(heard, model, layers, ratio)
+            if NOTHING_TO_PRUNE in str(error):
+                return Pruned(note="create refuses: no channels to prune", reasons=reasons)
             text = describe(error).replace(f"{folder}/", "")
-            return Pruned(error=f"create: {text}", reasons=_counted(heard, model, layers, ratio))
+            return Pruned(error=f"create: {text}", reasons=reasons)
     seconds = time.perf_counter() - began
+    wrong = other_outputs(model, pruned, inputs)
+    if wrong:
+        return Pruned(error=wrong)
     left = widths_of(pruned, layers.widths)
     return Pruned(
         pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
@@ -60,6 +68,26 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         proof=_proof(model, pruned, inputs),
         reasons=_reasons(pruned, layers, ratio),
     )
+
+
+def other_outputs(model: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """What is wrong with the outputs of the smaller model, '' for nothing: it fails, or their shapes differ.
+
+    The first size is not compared: how many boxes a detector returns depends on the weights.
+    """
+    with torch.no_grad():
+        wanted = [tensor.shape[1:] for tensor in call(model, inputs)]
+        try:
+            found = [tensor.shape[1:] for tensor in call(pruned.eval(), inputs)]
+        except Exception as error:
+            return f"the smaller model: {describe(error)}"
+    if found != wanted:
+        return f"the smaller model has outputs of {_shapes(found)} instead of {_shapes(wanted)}"
+    return ""
+
+
+def _shapes(sizes: Sequence[torch.Size]) -> str:
+    return ", ".join(str([..., *size]).replace("Ellipsis", "...") for size in sizes[:3])
 
 
 def describe(error: BaseException) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results.jsonl"
+PARTS = ("ours", "rival", "quantised")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def to_line(result: Result) -> str:
 def from_line(line: str) -> Result:
     """Parts that a later version adds may be missing."""
     values: dict[str, Any] = json.loads(line)
-    parts = {"ours": Pruned, "rival": Pruned, "quantised": Quantised}
-    for name, cls in parts.items():
+    for name, cls in zip(PARTS, (Pruned, Pruned, Quantised), strict=True):
         if values.get(name):
             known = {item.name for item in fields(cls)}
             values[name] = cls(**{key: value for key, value in values[name].items() if key in known})
@@ -88,6 +88,12 @@ def append(result: Result, path: Path = RESULTS) -> None:
 
 
 def read(path: Path = RESULTS) -> dict[str, Result]:
-    """By model; of several lines of one the last counts."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {result.model: result for result in map(from_line, filter(str.strip, lines))}
+    """By model; of several lines of one the last counts, and for parts that it does not have an earlier one."""
+    found: dict[str, Result] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.strip():
+            result = from_line(line)
+            earlier = found.get(result.model, result)
+            parts = {part: getattr(result, part) or getattr(earlier, part) for part in PARTS}
+            found[result.model] = replace(result, **parts)
+    return found

@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from amct_ext.graph.run import tensors_in
-from benchmarks.coverage.layers import Layers, call, macs, parameters, widths_of
-from benchmarks.coverage.ours import describe
+from benchmarks.coverage.layers import Layers, macs, parameters, widths_of
+from benchmarks.coverage.ours import describe, other_outputs
 from benchmarks.coverage.results import Pruned
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -24,22 +23,20 @@ _KEYS = ("key", "k_proj", "k_lin", "to_k", "k", "value", "v_proj", "v_lin", "to_
 
 def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int, ratio: float) -> Pruned:
     """With heads made known to it; where that fails with the layers of attention left whole."""
-    shapes = [tensor.shape for tensor in call(model, inputs)]
-    attention = [module for module in model.modules() if _heads(module)]
+    attention = any(map(_heads, model.modules()))
     failures: list[str] = []
     for keep_attention in (False, True) if attention else (False,):
         candidate = copy.deepcopy(model)
         began = time.perf_counter()
         try:
             _prune(candidate, inputs, layers, ratio, keep_attention)
-            seconds = time.perf_counter() - began
-            with torch.no_grad():
-                found = [tensor.shape for tensor in call(candidate, inputs)]
         except Exception as error:
             failures.append(describe(error))
             continue
-        if found != shapes:
-            failures.append(f"other shapes of outputs: {[tuple(shape) for shape in found][:3]}")
+        seconds = time.perf_counter() - began
+        wrong = other_outputs(model, candidate, inputs)
+        if wrong:
+            failures.append(wrong)
             continue
         left = widths_of(candidate, layers.widths)
         return Pruned(

@@ -1,6 +1,6 @@
 """Measures models of the list, each in a process of its own with limits of time and memory.
 
-    python -m benchmarks.coverage.run                                     # all that have no result yet
+    python -m benchmarks.coverage.run                                     # all parts that have no result yet
     python -m benchmarks.coverage.run --models timm/resnet18 'smp/*' --again
     python -m benchmarks.coverage.run --parts ours rival --results /tmp/pruning.jsonl
 
@@ -22,8 +22,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.coverage.measure import PARTS, SECONDS, measure, quiet
-from benchmarks.coverage.results import RESULTS, Result, append, read
+from benchmarks.coverage.measure import SECONDS, measure, quiet
+from benchmarks.coverage.results import PARTS, RESULTS, Result, append, read
 from benchmarks.coverage.zoo.registry import ENTRIES
 from benchmarks.version import commit
 
@@ -73,6 +73,13 @@ def chosen(patterns: Sequence[str]) -> list[str]:
     return [name for name in ENTRIES if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
+def missing_parts(found: Result | None, parts: Sequence[str]) -> list[str]:
+    """What a result does not have of the parts; nothing where the model itself fails."""
+    if found is None:
+        return list(parts)
+    return [] if found.error else [part for part in parts if getattr(found, part) is None]
+
+
 def summary(result: Result) -> str:
     parts = [result.model]
     if result.error:
@@ -98,11 +105,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=GIGABYTES, help="limit of one process")
     args = parser.parse_args()
     found = {} if args.again else read(args.results)
-    missing = [name for name in chosen(args.models) if name not in found]
+    missing = {name: missing_parts(found.get(name), args.parts) for name in chosen(args.models)}
+    missing = {name: parts for name, parts in missing.items() if parts}
     quiet()
-    preload(missing, args.parts)
-    for name in missing:
-        result = replace(run_one(name, args.parts, args.seconds, args.gigabytes), version=commit())
+    preload(list(missing), args.parts)
+    for name, parts in missing.items():
+        result = replace(run_one(name, parts, args.seconds, args.gigabytes), version=commit())
         append(result, args.results)
         print(summary(result), flush=True)
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from benchmarks.coverage.zoo.entry import Entry, images, member
 
-_CHANNELS = {"in_channels": 1, "out_channels": 2}
-_UNET = _CHANNELS | {"channels": (16, 32, 64), "strides": (2, 2), "num_res_units": 2}
-_DYNAMIC = _CHANNELS | {
+_CHANNELS: dict[str, Any] = {"in_channels": 1, "out_channels": 2}
+_UNET: dict[str, Any] = _CHANNELS | {"channels": (16, 32, 64), "strides": (2, 2), "num_res_units": 2}
+_DYNAMIC: dict[str, Any] = _CHANNELS | {
     "kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [16, 32, 64],
 }  # fmt: skip
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from benchmarks.coverage.zoo.entry import Entry, images, member, tokens
 
-_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-_DECODER = _TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64}
-_IMAGE = _TEXT | {"image_size": 32, "patch_size": 8}
-_STAGES = {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1]}
+_TEXT: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_DECODER: dict[str, Any] = _TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64}
+_IMAGE: dict[str, Any] = _TEXT | {"image_size": 32, "patch_size": 8}
+_STAGES: dict[str, Any] = {"hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 2, 1]}
 
 
 def _entry(
@@ -48,11 +48,11 @@ def _sound(length: int) -> Callable[[], tuple[Any, ...]]:
     return lambda: (torch.randn(2, length),)
 
 
-_WAVE = _TEXT | {
+_WAVE: dict[str, Any] = _TEXT | {
     "conv_dim": (32, 32, 32), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3), "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4, "vocab_size": 32,
 }  # fmt: skip
-_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 ENTRIES = [
     _text("bert", "BertForSequenceClassification", "BertConfig", **_TEXT),
     _text("roberta", "RobertaModel", "RobertaConfig", **_TEXT),
