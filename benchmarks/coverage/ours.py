@@ -109,8 +109,9 @@ def _reasons(pruned: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
 
 
 def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
-    names = sorted((name for name, _ in model.named_modules() if name), key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<![\w./]){re.escape(name)}(?![\w.])" for name in names))
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()) if name]
+    ordered = sorted(map(re.escape, names), key=len, reverse=True)
+    pattern = re.compile(rf"(?<![\w./])(?:{'|'.join(ordered)})(?![\w.])")
     counts: Counter[str] = Counter()
     for name, why in reasons:
         if name in layers.widths:

@@ -65,22 +65,25 @@ def shares(
     positions (one of the first dimension).
     """
     modules = dict(model.named_modules())
-    quantised = {name for name, item in amct.explain(compressed).items() if item.quantised}
+    explanation = amct.explain(compressed)
+    quantised = {name for name, item in explanation.items() if item.quantised}
     total = done = 0
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        table = parameter.dim() < 2 or (parameter.shape[0] == 1 and owner not in quantised)
+        table = parameter.dim() < 2 or (parameter.shape[0] == 1 and not {owner, name} & quantised)
         if name in layers.used and not table and not isinstance(modules[owner], _NOT_WEIGHTS):
             total += parameter.numel()
-            done += parameter.numel() * (owner in quantised)
-    products = sum(operations.get(name, 0) for name in quantised)
-    return done / max(total, 1), products / max(operations[""], 1)
+            done += parameter.numel() * (owner in quantised or name in quantised)
+    told = getattr(explanation, "coverage", None)
+    if told is not None:  # it knows products of weights that are no layer's
+        return done / max(total, 1), 1 - told.macs.get("float", 0.0)
+    return done / max(total, 1), sum(operations.get(name, 0) for name in quantised) / max(operations[""], 1)
 
 
 def _first_line(compressed: nn.Module) -> str:
     """What `explain` says of the whole model, '' where it does not."""
     line = str(amct.explain(compressed)).splitlines()[0]
-    return line if line.startswith("INT8") else ""
+    return line if line.startswith("INT") else ""
 
 
 class _Job:

@@ -69,8 +69,8 @@ def preload(names: Sequence[str], parts: Sequence[str]) -> None:
 
 
 def chosen(patterns: Sequence[str]) -> list[str]:
-    """Names that match one of the patterns; all without a pattern."""
-    return [name for name in ENTRIES if not patterns or any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    """Names that match one of the patterns, in the order of these; all without a pattern."""
+    return list(dict.fromkeys(name for pattern in patterns or ["*"] for name in fnmatch.filter(ENTRIES, pattern)))
 
 
 def missing_parts(found: Result | None, parts: Sequence[str]) -> list[str]:
