@@ -38,6 +38,7 @@ from amct_ext.flows.quant import (
 )
 from amct_ext.flows.sensitivity import sensitivity
 from amct_ext.flows.settings import configure, forward_choices, shift_bits, update_record
+from amct_ext.flows.verify import PruningProof, verify_pruning
 
 __all__ = [
     "TARGETS",
@@ -48,6 +49,7 @@ __all__ = [
     "GreedySearch",
     "LayerReport",
     "LayerSensitivity",
+    "PruningProof",
     "SearchChannelBase",
     "Sensitivity",
     "SensitivityBase",
@@ -80,4 +82,5 @@ __all__ = [
     "shift_bits",
     "to_amct_state_dict",
     "update_record",
+    "verify_pruning",
 ]

@@ -66,18 +66,18 @@ class DistillationLoss(nn.Module):
             raise ValueError(f"distance must be 'kl', 'bce', 'mse' or a callable, not {distance!r}")
         self.weight, self.temperature, self.distance, self.dim = weight, temperature, distance, dim
         self._teacher = (teacher.eval(),)  # in a tuple: not a child
-        self._watch = _Watch()
-        self._handle = model.register_forward_hook(self._watch, with_kwargs=True)
+        self._last_forward = _LastForward()
+        self._handle = model.register_forward_hook(self._last_forward, with_kwargs=True)
 
     def forward(self, task_loss: Tensor | None = None) -> Tensor:
         """The combined loss of the last training forward, a scalar."""
-        if self._watch.last is None:
+        if self._last_forward.last is None:
             raise StaleStateError(
                 "no training forward of the model since the last call: call the model (in training mode, with "
                 "gradients) before its distillation loss"
             )
-        args, kwargs, output = self._watch.last
-        self._watch.last = None
+        args, kwargs, output = self._last_forward.last
+        self._last_forward.last = None
         with torch.no_grad():
             target = self._teacher[0](*args, **kwargs)
         pairs = _pairs(output, target)
@@ -87,7 +87,7 @@ class DistillationLoss(nn.Module):
     def close(self) -> None:
         """Stop watching the model's forwards."""
         self._handle.remove()
-        self._watch.last = None
+        self._last_forward.last = None
 
     def _between(self, student: Tensor, teacher: Tensor) -> Tensor:
         if callable(self.distance):
@@ -113,7 +113,7 @@ class DistillationLoss(nn.Module):
         return divergence.mean() * self.temperature**2
 
 
-class _Watch:
+class _LastForward:
     """The forward hook: inputs and output of the last training forward."""
 
     def __init__(self) -> None:
@@ -123,12 +123,12 @@ class _Watch:
         if module.training and torch.is_grad_enabled():
             self.last = args, kwargs, output
 
-    def __reduce__(self) -> tuple[type[_Unwatched], tuple[()]]:
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
         """What copies and pickles of the model carry instead: neither tensors of a graph nor the teacher."""
-        return _Unwatched, ()
+        return _NoHook, ()
 
 
-class _Unwatched:
+class _NoHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         pass
 

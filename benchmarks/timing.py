@@ -44,7 +44,7 @@ def median_ms(call: Call, seconds: float = 0.4, least: int = 3, most: int = 200)
     return statistics.median(times)
 
 
-def in_turns(calls: Sequence[Call], seconds: float, least: int = 3, in_a_row: int = 4) -> list[list[float]]:
+def interleaved(calls: Sequence[Call], seconds: float, least: int = 3, in_a_row: int = 4) -> list[list[float]]:
     """Milliseconds of every call in every round.
 
     Calls take turns, so a neighbour's load shows in all of them. A round is the median of a few calls in a row after
@@ -65,6 +65,6 @@ def in_turns(calls: Sequence[Call], seconds: float, least: int = 3, in_a_row: in
     return [times[1:] for times in rounds]
 
 
-def times_slower(times: Sequence[float], than: Sequence[float]) -> float:
+def median_ratio(times: Sequence[float], than: Sequence[float]) -> float:
     """Median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(times, than, strict=True))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import onnx_translations
-from support.devices import DEVICES
+from support.processes import onnx_translations
+from support.processes.devices import DEVICES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

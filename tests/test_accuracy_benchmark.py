@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.quick import LOOKS, broken
-from benchmarks.accuracy.report import wanted
+from benchmarks.accuracy.prepared_model import split_param_groups
+from benchmarks.accuracy.quick import CHECKS, is_broken
+from benchmarks.accuracy.report import planned_runs
 from benchmarks.accuracy.results import Result, append, read
-from benchmarks.accuracy.statistics import area_under_curve, summarise
-from benchmarks.accuracy.tables import accuracy_table, costs_table, skipped_list, standings_table
+from benchmarks.accuracy.statistics import area_under_curve, summarize
+from benchmarks.accuracy.tables import accuracy_table, comparison_table, costs_table, skipped_list
 from benchmarks.accuracy.tasks.image import Digits
-from benchmarks.accuracy.trainee import groups_beside
-from benchmarks.accuracy.training import rate
+from benchmarks.accuracy.training import lr_factor
 
 
 def test_standard_error_of_the_mean() -> None:
-    summary = summarise([1.0, 2.0, 3.0])
+    summary = summarize([1.0, 2.0, 3.0])
     assert (summary.mean, summary.count) == (2.0, 3)
     assert summary.error == pytest.approx(1 / 3**0.5)
     assert summary.text(1) == "2.0 ± 0.6"
-    assert summarise([2.5]).text(2) == "2.50 (1 seed)"
+    assert summarize([2.5]).text(2) == "2.50 (1 seed)"
 
 
 def test_area_under_the_curve_is_scikit_learns() -> None:
@@ -61,14 +61,14 @@ def test_tables_have_means_leaders_costs_and_reasons() -> None:
 def test_standings_pair_the_seeds_and_count_bits_downwards() -> None:
     results = [Result("lm", "int8", "brevitas", seed, score=2.3 + seed / 10) for seed in range(3)]
     results += [Result("lm", "int8", "amct", seed, score=2.2 + seed / 10) for seed in range(2)]
-    row = standings_table(results)[-1]
+    row = comparison_table(results)[-1]
     assert row == "| lm, INT8 | Brevitas | amct_ext, default | 0.1000 ± 0.0000 |"
 
 
 def test_float_networks_run_once_for_a_task() -> None:
-    assert wanted(["lm"], ["float"]) == [("lm", "float", "float")]
-    assert len(wanted(["lm"], ["amct"])) == 3
-    assert {method.kind for method in METHODS.values()} == {"float", "peer", "ours", "aid"}
+    assert planned_runs(["lm"], ["float"]) == [("lm", "float", "float")]
+    assert len(planned_runs(["lm"], ["amct"])) == 3
+    assert {method.kind for method in METHODS.values()} == {"float", "peer", "ours", "option"}
 
 
 def test_batches_depend_on_step_and_seed_alone(tmp_path: Path) -> None:
@@ -83,18 +83,18 @@ def test_what_a_toolkit_added_trains_without_decay() -> None:
     model = nn.Linear(2, 2)
     names = [name for name, _ in model.named_parameters()]
     model.scale = nn.Parameter(torch.ones(()))
-    weights, added = groups_beside(model, names, lr=0.5, quantiser_rate=0.1)
+    weights, added = split_param_groups(model, names, lr=0.5, quantizer_lr_scale=0.1)
     assert len(weights["params"]) == 2 and added["params"][0] is model.scale
     assert (added["lr"], added["weight_decay"]) == (0.05, 0.0)
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rates = [rate(step, 40) for step in range(40)]
+    rates = [lr_factor(step, 40) for step in range(40)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
 
 
 def test_broken_scores_are_told_from_bad_ones() -> None:
-    digits, text = LOOKS[0], LOOKS[2]
-    assert not broken(digits, 60.0, 90.0) and broken(digits, 30.0, 90.0) and broken(digits, float("nan"), 90.0)
-    assert not broken(text, 4.5, 4.0) and broken(text, 6.5, 4.0)
+    digits, text = CHECKS[0], CHECKS[2]
+    assert not is_broken(digits, 60.0, 90.0) and is_broken(digits, 30.0, 90.0) and is_broken(digits, float("nan"), 90.0)
+    assert not is_broken(text, 4.5, 4.0) and is_broken(text, 6.5, 4.0)

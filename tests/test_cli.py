@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, evaluate, optimizer_of, train
+from support.jobs.retrain_job import Job, evaluate, optimizer_of, train
+from support.models import small
 from typer.testing import CliRunner
 
 import amct_ext

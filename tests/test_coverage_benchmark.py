@@ -83,8 +83,8 @@ def test_a_model_is_pruned_quantised_restored_and_saved() -> None:
 
 def test_the_other_pruner_keeps_the_outputs() -> None:
     pytest.importorskip("torch_pruning", reason="measured beside amct_ext: pip install -e .[models]")
-    rival = measure(GATED, ("rival",)).rival
-    assert rival is not None and not rival.error and rival.pruned >= 15
+    peer = measure(GATED, ("peer",)).peer
+    assert peer is not None and not peer.error and peer.pruned >= 15
 
 
 def test_reasons_and_failures_are_part_of_the_result() -> None:
@@ -102,19 +102,19 @@ def test_reasons_and_failures_are_part_of_the_result() -> None:
 def test_a_part_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TookTooLongError, match=r"0\.05 s"), time_limit(0.05):
         time.sleep(5)
-    monkeypatch.setattr(measuring.rival, "prune", lambda *_: time.sleep(5))
-    result = measure(GATED, ("rival",), seconds=0.05)
-    assert result.rival is not None and "not done" in result.rival.error
+    monkeypatch.setattr(measuring.peer, "prune", lambda *_: time.sleep(5))
+    result = measure(GATED, ("peer",), seconds=0.05)
+    assert result.peer is not None and "not done" in result.peer.error
 
 
 def test_later_lines_of_a_model_complete_earlier_ones(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    first = Result("own/net", asked=10, ours=Pruned(pruned=3), rival=Pruned(error="no"))
-    for result in (first, replace(first, ours=Pruned(pruned=9, reasons={"why": 1}), rival=None)):
+    first = Result("own/net", asked=10, ours=Pruned(pruned=3), peer=Pruned(error="no"))
+    for result in (first, replace(first, ours=Pruned(pruned=9, reasons={"why": 1}), peer=None)):
         append(result, path)
     found = read(path)["own/net"]
-    assert found.ours == Pruned(pruned=9, reasons={"why": 1}) and found.rival == first.rival
-    assert missing_parts(found, ("ours", "rival", "quantised")) == ["quantised"]
+    assert found.ours == Pruned(pruned=9, reasons={"why": 1}) and found.peer == first.peer
+    assert missing_parts(found, ("ours", "peer", "quantised")) == ["quantised"]
     assert missing_parts(Result("own/net", error="fails"), ("ours",)) == []
     assert not read(tmp_path / "none.jsonl")
 
@@ -122,11 +122,11 @@ def test_later_lines_of_a_model_complete_earlier_ones(tmp_path: Path) -> None:
 def test_tables_count_who_works_and_name_what_fails() -> None:
     good = Result(
         "own/a", asked=100, parameters=1000, macs=1000, ours=Pruned("", 99, 0.5, 0.5, proof=1e-7),
-        rival=Pruned("", 90, 0.6, 0.5),
+        peer=Pruned("", 90, 0.6, 0.5),
         quantised=Quantised("", "", 1.0, 1.0, 1.0, 2.0, 3.0, True, 1e-6, 0.0),
     )  # fmt: skip
     short = Result("own/b", asked=100, parameters=1000, macs=10, ours=Pruned(pruned=10, reasons={"a *reason*": 30}))
-    short = replace(short, rival=Pruned(error="raises"), quantised=Quantised("save", "no file", 0.5, 0.5, 1.0))
+    short = replace(short, peer=Pruned(error="raises"), quantised=Quantised("save", "no file", 0.5, 0.5, 1.0))
     results = [good, short, Result("own/c", error="cannot be built")]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in totals(results)]
     rows = {row[0]: row[1] for row in cells}

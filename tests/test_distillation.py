@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.any_job import PER_TENSOR, AnyJob
+from support.jobs.any_job import PER_TENSOR, AnyJob
 from torch import nn
 
 import amct_ext
@@ -157,7 +157,7 @@ def test_copies_pickles_and_a_compressed_job(tmp_path):
     model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.train()(x + 5)
-        assert distil._watch.last[0][0] is x
+        assert distil._last_forward.last[0][0] is x
         assert torch.equal(other.eval()(x), copy.deepcopy(model).eval()(x))
     distil.close()
     model(x)

@@ -40,6 +40,13 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not [target for target in targets if not (document.parent / target).exists()]
 
 
+def test_every_op_has_a_row() -> None:
+    rows = [
+        line.split("|")[1] for line in (ROOT / "docs" / "ops.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == amct_ext.ops.__all__
+
+
 def test_public_names_are_what_the_migration_guide_lists() -> None:
     """Each function of the package stands in the table of functions, or in another document."""
     text = "\n".join(path.read_text() for path in DOCUMENTS)

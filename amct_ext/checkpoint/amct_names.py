@@ -118,9 +118,9 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
     layer = layers[name]
     if layer.weight_quant is None:
         return {f"{name}.{key}": value for key, value in _write_wrapper(layer, False).items()}
-    quantised = sum(other.weight_quant is not None for other in layers.values())
+    quantized = sum(other.weight_quant is not None for other in layers.values())
     if isinstance(layer, CompressedRNN):
-        return write_rnn(name, layer, quantised)
+        return write_rnn(name, layer, quantized)
     calibrated = layer.activation is not None and layer.activation.calibrated
     ran = _ran(layer)
     present = layer.recorded_scale_w().float()
@@ -131,7 +131,7 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
     if owner != name:
         reuse = _write_wrapper(layers[owner], True)
         out.update({f"{name}.quant_module.acts_comp_reuse.{key}": value for key, value in reuse.items()})
-    count = quantised if calibrated and ran else 0
+    count = quantized if calibrated and ran else 0
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(count), device=layer.weight.device)
     return out
 
@@ -178,8 +178,8 @@ def _read_layer(
     """Take the layer's keys out of ``rest``; ``fallback`` supplies our state that AMCT does not have."""
     if isinstance(layer, CompressedRNN):
         return read_rnn(name, layer, rest, fallback)
-    quantised = layer.weight_quant is not None
-    comp = f"{name}.quant_module." if quantised else f"{name}."
+    quantized = layer.weight_quant is not None
+    comp = f"{name}.quant_module." if quantized else f"{name}."
     out: dict[str, Tensor] = {}
     taken: dict[str, Tensor] = {}
     for key in [k for k in rest if k.startswith(comp) and not k.startswith(f"{name}.bn_module.")]:

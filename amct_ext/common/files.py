@@ -14,8 +14,8 @@ from pathlib import Path
 
 FILE_MODE = 0o640
 FOLDER_MODE = 0o750
-_LONGEST_STEM = 240  # bytes of the target's name in that of its temporary file; names have at most 255
-_PATIENCE = 20.0  # seconds that a writer waits for another one of the same file
+_MAX_STEM_BYTES = 240  # bytes of the target's name in that of its temporary file; names have at most 255
+_LOCK_TIMEOUT = 20.0  # seconds that a writer waits for another one of the same file
 
 
 def make_folder(folder: Path) -> None:
@@ -55,7 +55,7 @@ def write_if_changed(path: str | os.PathLike[str], data: str | bytes) -> bool:
     wanted = data.encode("utf-8") if isinstance(data, str) else data
     try:
         if Path(path).read_bytes() == wanted:
-            _sweep(Path(os.path.realpath(path)))
+            _remove_stale(Path(os.path.realpath(path)))
             return False
     except FileNotFoundError:
         pass
@@ -63,7 +63,7 @@ def write_if_changed(path: str | os.PathLike[str], data: str | bytes) -> bool:
     return True
 
 
-def keep_old(path: str | os.PathLike[str], data: bytes) -> Path | None:
+def back_up(path: str | os.PathLike[str], data: bytes) -> Path | None:
     """Keep a file that is about to be replaced by `data`, unless it is empty or says the same, beside it.
 
     Returns where: `<name>.bak`, or `<name>.bak1` and so on where that is taken by another content; None where there was
@@ -105,12 +105,12 @@ def _temporary(target: Path) -> Iterator[tuple[int, str]]:
 
 
 def _temporary_name(target: Path) -> str:
-    return os.path.join(target.parent, f".{os.fsdecode(os.fsencode(target.name)[:_LONGEST_STEM])}.tmp")
+    return os.path.join(target.parent, f".{os.fsdecode(os.fsencode(target.name)[:_MAX_STEM_BYTES])}.tmp")
 
 
 def _open_locked(name: str) -> int:
     """Open the file of this name, made where it is missing, locked and empty. Errors: OSError (no lock to be had)."""
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _LOCK_TIMEOUT
     while True:
         handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -147,7 +147,7 @@ def _still_there(handle: int, name: str) -> bool:
     return (opened.st_dev, opened.st_ino) == (present.st_dev, present.st_ino)
 
 
-def _sweep(target: Path) -> None:
+def _remove_stale(target: Path) -> None:
     """Remove what a killed writer left; a file that is being written stays."""
     name = _temporary_name(target)
     with contextlib.suppress(OSError):

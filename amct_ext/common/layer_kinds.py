@@ -32,8 +32,8 @@ class LayerKind:
     batched_dims: dimensions of a batched input, one less is the un-batched form; None where any number will do.
     per_channel: a weight takes one scale per output channel, else one in all.
     filter_prunable: it can lose output channels; input_prunable: input channels; sparse_prunable: it can be 2:4 sparse.
-    onnx_gates: gates in ONNX order, by their places in torch's (LSTM: input, output, forget, cell; GRU: update, reset,
-    new).
+    onnx_gates: gates in ONNX order, by their positions in torch's (LSTM: input, output, forget, cell; GRU: update,
+    reset, new).
     """
 
     cls: type[nn.Module]
@@ -55,17 +55,17 @@ class LayerKind:
         return self.cls.__name__
 
 
-def _conv(cls: type[nn.Module], dims: int, prunable: bool = False) -> LayerKind:
+def _conv(cls: type[nn.Module], dims: int) -> LayerKind:
     return LayerKind(
         cls, Family.CONV, ("Conv",), 1, ("in_channels", "out_channels"), (1, 0), dims,
-        quantizable=True, filter_prunable=prunable, input_prunable=prunable, sparse_prunable=prunable,
+        quantizable=True, filter_prunable=True, input_prunable=True, sparse_prunable=True,
     )  # fmt: skip
 
 
-def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True, prunable: bool = False) -> LayerKind:
+def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True) -> LayerKind:
     return LayerKind(
         cls, Family.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
-        quantizable=quantizable, input_prunable=prunable, sparse_prunable=prunable,
+        quantizable=quantizable, filter_prunable=True, input_prunable=True, sparse_prunable=True,
     )  # fmt: skip
 
 
@@ -91,10 +91,10 @@ def _batch_norm(cls: type[nn.Module]) -> LayerKind:
 # In the order in which messages list the types.
 LAYER_KINDS = (
     _conv(nn.Conv1d, 3),
-    _conv(nn.Conv2d, 4, prunable=True),
+    _conv(nn.Conv2d, 4),
     _conv(nn.Conv3d, 5),
     _linear(nn.Linear),
-    _transposed(nn.ConvTranspose2d, 4, prunable=True),
+    _transposed(nn.ConvTranspose2d, 4),
     _rnn(nn.LSTM, gates=(0, 3, 1, 2)),
     _rnn(nn.GRU, gates=(1, 0, 2)),
     _transposed(nn.ConvTranspose1d, 3),

@@ -180,10 +180,10 @@ class _Rewriter:
 
     def _rewritten(self, obj: Any) -> Any:
         shared = id(obj) in self._shared
-        if shared and not (isinstance(obj, _PLAIN) and self._leads(obj)):
+        if shared and not (isinstance(obj, _PLAIN) and self._refers_to_old(obj)):
             return obj
         if isinstance(obj, types.FunctionType):
-            return self._function(obj, shared) if self._leads(obj) else obj
+            return self._function(obj, shared) if self._refers_to_old(obj) else obj
         if isinstance(obj, types.MethodType):
             return self._method(obj)
         if isinstance(obj, weakref.ref):
@@ -199,10 +199,10 @@ class _Rewriter:
         if isinstance(obj, _CONTAINERS):
             obj = self._container(obj, shared)
         if not shared:
-            self._renew_attributes(obj)
+            self._rewrite_attributes(obj)
         return obj
 
-    def _leads(self, obj: Any) -> bool:
+    def _refers_to_old(self, obj: Any) -> bool:
         """Whether a plain container or function holds an old object, be it inside another one."""
         seen: dict[int, Any] = {}
         pending = [obj]
@@ -232,11 +232,11 @@ class _Rewriter:
             target.clear()
             target.update(new)
         else:
-            for place, item in enumerate(new):
-                target[place] = item
+            for index, item in enumerate(new):
+                target[index] = item
         return target
 
-    def _renew_attributes(self, obj: Any) -> None:
+    def _rewrite_attributes(self, obj: Any) -> None:
         attributes = _attributes(obj)
         for name, value in list(attributes.items()):
             new = self.run(value)
@@ -269,12 +269,12 @@ class _Rewriter:
     def _function(self, function: types.FunctionType, shared: bool) -> Any:
         if not shared:
             for cell in _filled_cells(function):
-                if self._leads(cell.cell_contents):
+                if self._refers_to_old(cell.cell_contents):
                     cell.cell_contents = self.run(cell.cell_contents)
             function.__defaults__, function.__kwdefaults__ = self._defaults(function)
             return function
         old = function.__closure__ or ()
-        leading = [cell for cell in _filled_cells(function) if self._leads(cell.cell_contents)]
+        leading = [cell for cell in _filled_cells(function) if self._refers_to_old(cell.cell_contents)]
         for cell in leading:
             self._cells.setdefault(id(cell), types.CellType())  # empty; functions that shared it go on sharing
         closure = tuple(self._cells.get(id(cell), cell) for cell in old)

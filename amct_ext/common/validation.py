@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-_LONGEST_NAME = 254
+_MAX_NAME_LENGTH = 254
 
 
 def check_types(**arguments: tuple[Any, ...]) -> None:
@@ -19,9 +19,9 @@ def check_types(**arguments: tuple[Any, ...]) -> None:
 def check_record_name(path: str, argument: str = "record_file") -> None:
     """Raise ValueError where ``path`` cannot name a file."""
     name = os.path.basename(path)
-    if not path or not name or len(name) > _LONGEST_NAME:
+    if not path or not name or len(name) > _MAX_NAME_LENGTH:
         raise ValueError(
-            f"{argument} must name a file (1 to {_LONGEST_NAME} characters after the last '/'), not '{path}'"
+            f"{argument} must name a file (1 to {_MAX_NAME_LENGTH} characters after the last '/'), not '{path}'"
         )
 
 

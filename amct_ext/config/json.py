@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings
+from amct_ext.config.text import DataQuant, Override, RetrainConfig, WeightSettings, percentile_problem
 from amct_ext.errors import ConfigError
-from amct_ext.proto.text import Places, close_matches
+from amct_ext.proto.text import FieldLocations, close_matches
 
 VERSION = 1
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
@@ -28,9 +28,9 @@ _DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type", "range_se
 _WEIGHT_KEYS = ("algo", "channel_wise", "dst_type", "scale_start", "scale_gradient", "compensate_rounding")
 _RANGE_SEARCHES = ("AMCT", "ABSOLUTE_ERROR", "PERCENTILE", "OUTPUT")
 _WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
-_MOST_BATCHES = 2**32 - 1  # as in a text configuration
+_MAX_BATCHES = 2**32 - 1  # as in a text configuration
 _SMALLEST, _LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127  # of normal float32 numbers
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class JsonConfig:
     @property
     def source(self) -> str:
         """The file's name, as messages give it."""
-        return self.settings.places.source
+        return self.settings.locations.source
 
 
 def read_json(path: str | os.PathLike[str]) -> JsonConfig:
@@ -80,10 +80,10 @@ class _Object(dict[str, Any]):
         """Raise ConfigError for a duplicate key here or deeper inside."""
         left = [(where, self)]
         while left:
-            place, content = left.pop()
+            location, content = left.pop()
             if content.duplicates:
-                raise ConfigError(f"{place}: key '{content.duplicates[0]}' stands more than once; keep one of them")
-            left += [(f"{place}: '{name}'", value) for name, value in content.items() if isinstance(value, _Object)]
+                raise ConfigError(f"{location}: key '{content.duplicates[0]}' stands more than once; keep one of them")
+            left += [(f"{location}: '{name}'", value) for name, value in content.items() if isinstance(value, _Object)]
 
 
 class _Reader:
@@ -100,8 +100,8 @@ class _Reader:
         batch_num = self._typed(content, "batch_num", int, "")
         if batch_num < 1:
             raise ConfigError(f"{self._source}: batch_num: {batch_num} batches cannot calibrate anything, must be >= 1")
-        if batch_num > _MOST_BATCHES:
-            raise ConfigError(f"{self._source}: batch_num: must be at most {_MOST_BATCHES}")
+        if batch_num > _MAX_BATCHES:
+            raise ConfigError(f"{self._source}: batch_num: must be at most {_MAX_BATCHES}")
         mode = self._typed(content, "fakequant_precision_mode", str, "", "DEFAULT")
         self._one_of(mode, ("DEFAULT", FP16), "fakequant_precision_mode")
         profile = self._typed(content, "profile", str, "", "AMCT")
@@ -121,7 +121,7 @@ class _Reader:
             fp16=mode == FP16,
             write_shift_bit=self._typed(content, "write_shift_bit", bool, "", False),
             profile=profile,
-            places=Places(self._source),
+            locations=FieldLocations(self._source),
         )
         return JsonConfig(settings, tuple(disabled))
 
@@ -134,7 +134,7 @@ class _Reader:
             raise ConfigError(f"{self._source}: layer '{name}': '{pruning[0]}': this file only quantises; remove it")
         unknown = [key for key in content if key not in _LAYER_KEYS]
         if unknown:
-            _log.warning(
+            logger.warning(
                 "%s: layer '%s': %s has no meaning here and is ignored", self._source, name, ", ".join(unknown)
             )
         where = f"layer '{name}': "
@@ -159,10 +159,9 @@ class _Reader:
         if (clips[0] is None) != (clips[1] is None):
             raise ConfigError(f"{self._source}: {where}clip_max and clip_min go together, one of them is missing")
         percentile = self._typed(content, "percentile", float, where, DataQuant.percentile)
-        if not 50 < percentile <= 100:
-            raise ConfigError(
-                f"{self._source}: {where}percentile: {percentile} must lie above 50 and be at most 100 (%)"
-            )
+        problem = percentile_problem(percentile)
+        if problem:
+            raise ConfigError(f"{self._source}: {where}percentile: {problem}")
         fixed_min = self._typed(content, "fixed_min", bool, where, None)
         search = self._choice(content, "range_search", _RANGE_SEARCHES, where)
         return DataQuant(bits, clips[0], clips[1], fixed_min, search, percentile)

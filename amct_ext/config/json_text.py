@@ -12,12 +12,14 @@ from amct_ext.config.plan import QuantPlan, resolve
 from amct_ext.config.text import DataQuant, RetrainConfig, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
-from amct_ext.proto.text import Places
+from amct_ext.proto.text import FieldLocations
 
 
 def default_config() -> RetrainConfig:
     """The configuration that stands in where the user gives none: every layer INT8, ARQ weights."""
-    return RetrainConfig(data=DataQuant(), weight=WeightSettings(), places=Places("the default configuration"))
+    return RetrainConfig(
+        data=DataQuant(), weight=WeightSettings(), locations=FieldLocations("the default configuration")
+    )
 
 
 def check_quant_only(config: RetrainConfig) -> None:
@@ -28,9 +30,9 @@ def check_quant_only(config: RetrainConfig) -> None:
         overrides = enumerate(getattr(config, name))
         found += [(name, index, "prune_config") for index, item in overrides if item.prune is not None]
     if found:
-        places = "; ".join(f"{config.places.at(*path)}: {path[-1]}" for path in found)
+        locations = "; ".join(f"{config.locations.at(*path)}: {path[-1]}" for path in found)
         raise ConfigError(
-            f"{places}: this function only quantises; remove the pruning fields, or use "
+            f"{locations}: this function only quantises; remove the pruning fields, or use "
             "create_compressed_retrain_model for both"
         )
 

@@ -15,7 +15,7 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
 from amct_ext.proto.text import close_matches
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def resolve(config: RetrainConfig, traits: Mapping[str, LayerTraits], has_loss: 
         for name, trait in traits.items()
     }
     if all(layer.quant is None and layer.prune is None for layer in layers.values()):
-        raise ConfigError(f"{config.places.source}: every layer is skipped, nothing is left to compress")
-    notes.log(config.places.source)
+        raise ConfigError(f"{config.locations.source}: every layer is skipped, nothing is left to compress")
+    notes.log(config.locations.source)
     return Plan(
         config.batch_num,
         layers,
@@ -142,12 +142,12 @@ class _Notes:
 
     def log(self, source: str) -> None:
         if self.int4:
-            _log.warning(
+            logger.warning(
                 "%s: INT8 instead of INT4 weights where the input channels are odd or grouped: %s",
                 source, ", ".join(self.int4),
             )  # fmt: skip
         if self.per_tensor:
-            _log.warning(
+            logger.warning(
                 "%s: channel_wise does not apply to Linear layers, their weights take one scale: %s",
                 source, ", ".join(self.per_tensor),
             )  # fmt: skip
@@ -161,17 +161,17 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     if not trait.quantizable:
         return None
     by_name, by_type = _find(config.override_layer_configs, name), _find(config.override_layer_types, trait.type)
-    place: tuple[str | int, ...]
+    location: tuple[str | int, ...]
     if by_name is not None and by_name[1].quantizes:
         data, weight = by_name[1].data, by_name[1].weight
-        place = ("override_layer_configs", by_name[0])
+        location = ("override_layer_configs", by_name[0])
     elif by_type is not None and by_type[1].quantizes:
         data, weight = by_type[1].data, by_type[1].weight
-        place = ("override_layer_types", by_type[0])
+        location = ("override_layer_types", by_type[0])
     elif quant_skipped(config, name, trait.type):
         return None
     else:
-        data, weight, place = config.data, config.weight, ()
+        data, weight, location = config.data, config.weight, ()
     data = fill_data(data or DataQuant(), config.profile)
     weight = fill_weight(weight or WeightSettings(), config.profile)
     bits = weight.num_bits
@@ -183,9 +183,9 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
     if channel_wise is None:
         channel_wise = per_channel
     elif channel_wise and not per_channel:
-        if place[:1] == ("override_layer_configs",):
+        if location[:1] == ("override_layer_configs",):
             raise ConfigError(
-                f"{config.places.at(*place)}: layer '{name}' is a {trait.type}, whose weight takes one scale; "
+                f"{config.locations.at(*location)}: layer '{name}' is a {trait.type}, whose weight takes one scale; "
                 "set channel_wise: false"
             )
         channel_wise = False

@@ -1,4 +1,4 @@
-"""Does a configuration fit a model? All that is wrong is said at once, each with its place in the file.
+"""Does a configuration fit a model? All that is wrong is said at once, each with its line in the file.
 
 Two rules are looser than AMCT's, so what it accepts is accepted: an entry of skip_layers must name a layer that some
 method can take (AMCT: quantisation and the global pruning method both), and regular_prune_skip_* is held against all
@@ -19,7 +19,7 @@ from amct_ext.proto.text import close_matches
 
 _BIT_PAIRS = ((8, 8), (16, 8), (8, 4))  # bits of activations and weights that go together
 
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 def _overrides(config: RetrainConfig) -> tuple[Override, ...]:
@@ -54,12 +54,12 @@ def check_against_model(config: RetrainConfig, traits: Mapping[str, LayerTraits]
     if not problems and quant_active(config) and not any(trait.quantizable for trait in traits.values()):
         reasons = sorted({trait.why_not_quantizable for trait in traits.values()} - {""})
         problems.append(
-            f"{config.places.source}: quantisation is asked for, but no layer of the model can be quantised"
+            f"{config.locations.source}: quantisation is asked for, but no layer of the model can be quantised"
             + (f" ({'; '.join(reasons)})" if reasons else "")
         )
     if not problems and prune_active(config) and not any(_prunable(config, trait) for trait in traits.values()):
         problems.append(
-            f"{config.places.source}: pruning is asked for, but no layer of the model can be pruned that way"
+            f"{config.locations.source}: pruning is asked for, but no layer of the model can be pruned that way"
         )
     _raise(problems)
 
@@ -87,7 +87,7 @@ def _any_method(trait: LayerTraits) -> bool:
 def _by_itself(config: RetrainConfig) -> Iterator[str]:
     if not (quant_active(config) or prune_active(config)):
         yield (
-            f"{config.places.source}: nothing to do; give retrain_data_quant_config, retrain_weight_quant_config or "
+            f"{config.locations.source}: nothing to do; give retrain_data_quant_config, retrain_weight_quant_config or "
             "prune_config, for the whole model or in an override"
         )
         return
@@ -98,20 +98,20 @@ def _by_itself(config: RetrainConfig) -> Iterator[str]:
 
 def _bit_pairs(config: RetrainConfig) -> Iterator[str]:
     settings = [((), "", config.data, config.weight)] if config.data or config.weight else []
-    places: list[tuple[tuple[str | int, ...], str, DataQuant | None, WeightSettings | None]] = [*settings]
+    locations: list[tuple[tuple[str | int, ...], str, DataQuant | None, WeightSettings | None]] = [*settings]
     for name, kind in (("override_layer_configs", "layer"), ("override_layer_types", "type")):
-        places += [
+        locations += [
             ((name, index), f"{kind} '{item.target}': ", item.data, item.weight)
             for index, item in enumerate(getattr(config, name))
             if item.quantizes
         ]
-    for place, label, data, weight in places:
+    for location, label, data, weight in locations:
         bits = (data or DataQuant()).num_bits, (weight or WeightSettings()).num_bits
         if bits not in _BIT_PAIRS:
             pairs = ", ".join(f"INT{act} with INT{wts}" for act, wts in _BIT_PAIRS)
             yield (
-                f"{config.places.at(*place)}: {label}INT{bits[0]} activations with INT{bits[1]} weights do not go "
-                f"together; choose one of {pairs}"
+                f"{config.locations.at(*location)}: {label}INT{bits[0]} activations with INT{bits[1]} weights do not "
+                f"go together; choose one of {pairs}"
             )
 
 
@@ -129,13 +129,13 @@ def _skipped_layers(config: RetrainConfig, traits: Mapping[str, LayerTraits]) ->
     )
     for list_name, binding, suits, what in layer_rules:
         for index, name in enumerate(getattr(config, list_name)):
-            place = config.places.at(list_name, index)
+            location = config.locations.at(list_name, index)
             trait = traits.get(name)
             if trait is None:
-                yield f"{place}: {list_name}: {_unknown_layer(name, traits)}"
+                yield f"{location}: {list_name}: {_unknown_layer(name, traits)}"
             elif binding and not suits(trait):
                 reason = f" ({trait.why_not_quantizable})" if what == "quantised" and trait.why_not_quantizable else ""
-                yield f"{place}: {list_name}: layer '{name}' ({trait.type}) is not {what} anyway{reason}; remove it"
+                yield f"{location}: {list_name}: layer '{name}' ({trait.type}) is not {what} anyway{reason}; remove it"
 
 
 def _skipped_types(config: RetrainConfig) -> Iterator[str]:
@@ -149,16 +149,16 @@ def _skipped_types(config: RetrainConfig) -> Iterator[str]:
     ):
         for index, name in enumerate(getattr(config, list_name)):
             if name not in allowed:
-                yield f"{config.places.at(list_name, index)}: {list_name}: {_unknown_type(name, allowed)}"
+                yield f"{config.locations.at(list_name, index)}: {list_name}: {_unknown_type(name, allowed)}"
 
 
 def _layer_overrides(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -> Iterator[str]:
     for index, item in enumerate(config.override_layer_configs):
-        place = config.places.at("override_layer_configs", index, "layer_name")
-        label = f"{place}: override_layer_configs: layer '{item.target}'"
+        location = config.locations.at("override_layer_configs", index, "layer_name")
+        label = f"{location}: override_layer_configs: layer '{item.target}'"
         trait = traits.get(item.target)
         if trait is None:
-            yield f"{place}: override_layer_configs: {_unknown_layer(item.target, traits)}"
+            yield f"{location}: override_layer_configs: {_unknown_layer(item.target, traits)}"
             continue
         _note_empty(item, label)
         if item.quantizes and not trait.quantizable:
@@ -171,20 +171,20 @@ def _layer_overrides(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -
 
 def _type_overrides(config: RetrainConfig) -> Iterator[str]:
     for index, item in enumerate(config.override_layer_types):
-        place = config.places.at("override_layer_types", index, "layer_type")
-        _note_empty(item, f"{place}: override_layer_types: type '{item.target}'")
+        location = config.locations.at("override_layer_types", index, "layer_type")
+        _note_empty(item, f"{location}: override_layer_types: type '{item.target}'")
         allowed: tuple[str, ...] = QUANTIZABLE
         if isinstance(item.prune, FilterPrune):
             allowed = FILTER_PRUNABLE
         elif isinstance(item.prune, SparsePrune):
             allowed = SPARSE_PRUNABLE
         if item.target not in allowed:
-            yield f"{place}: override_layer_types: {_unknown_type(item.target, allowed)}"
+            yield f"{location}: override_layer_types: {_unknown_type(item.target, allowed)}"
 
 
 def _note_empty(item: Override, label: str) -> None:
     if not item.quantizes and item.prune is None:
-        _log.warning("%s: the override sets nothing and has no effect", label)
+        logger.warning("%s: the override sets nothing and has no effect", label)
 
 
 def _unknown_layer(name: str, traits: Mapping[str, LayerTraits]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amct_ext.errors import ConfigError, ConfigParseError
-from amct_ext.proto.text import MessageSyntaxError, Places, parse_message
+from amct_ext.proto.text import FieldLocations, MessageSyntaxError, parse_message
 
 _MESSAGE = "amct_ext.config.RetrainConfig"
 _BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
@@ -23,7 +23,7 @@ _NAME_LISTS = (
     "regular_prune_skip_layers",
     "regular_prune_skip_types",
 )
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Override:
 
 @dataclass(frozen=True)
 class RetrainConfig:
-    """A whole configuration file. `places` finds the lines of its fields again, for messages only."""
+    """A whole configuration file. `locations` finds the lines of its fields, for messages."""
 
     batch_num: int = 1
     data: DataQuant | None = None
@@ -117,12 +117,12 @@ class RetrainConfig:
     fp16: bool = False
     write_shift_bit: bool = False
     profile: str = "AMCT"
-    places: Places = field(default=Places("<config>"), compare=False, repr=False)
+    locations: FieldLocations = field(default=FieldLocations("<config>"), compare=False, repr=False)
 
     @property
     def source(self) -> str:
         """The file's name, as messages give it."""
-        return self.places.source
+        return self.locations.source
 
 
 def parse_config(path: str | os.PathLike[str]) -> RetrainConfig:
@@ -140,18 +140,18 @@ def parse_config(path: str | os.PathLike[str]) -> RetrainConfig:
         message = parse_message(_MESSAGE, text, source, repeated_scalars=True)  # as for AMCT
     except MessageSyntaxError as error:
         raise ConfigParseError(*error.args) from None
-    return _Reader(Places(source, text)).config(message)
+    return _Reader(FieldLocations(source, text)).config(message)
 
 
 class _Reader:
-    """Messages -> dataclasses; every error starts with the place of its field."""
+    """Messages -> dataclasses; every error starts with file and line of its field."""
 
-    def __init__(self, places: Places) -> None:
-        self._places = places
+    def __init__(self, locations: FieldLocations) -> None:
+        self._locations = locations
 
     def _error(self, path: tuple[str | int, ...], reason: str) -> ConfigError:
         field_name = next((item for item in reversed(path) if isinstance(item, str)), "")
-        return ConfigError(f"{self._places.at(*path)}: {field_name}: {reason}")
+        return ConfigError(f"{self._locations.at(*path)}: {field_name}: {reason}")
 
     def config(self, message: Any) -> RetrainConfig:
         if message.batch_num < 1:
@@ -168,13 +168,13 @@ class _Reader:
             fp16=message.HasField("fakequant_precision_mode"),
             write_shift_bit=message.write_shift_bit,
             profile=_label(message, "profile") or "AMCT",
-            places=self._places,
+            locations=self._locations,
         )
 
     def _names(self, message: Any, name: str) -> tuple[str, ...]:
         names = tuple(getattr(message, name))
         if len(names) != len(set(names)):
-            _log.warning("%s: %s names a layer or type more than once", self._places.source, name)
+            logger.warning("%s: %s names a layer or type more than once", self._locations.source, name)
         return names
 
     def _overrides(self, message: Any, name: str, key: str) -> tuple[Override, ...]:
@@ -206,8 +206,9 @@ class _Reader:
             raise self._error((*path, "dst_type"), "INT4 activations cannot be retrained; INT8 and INT16 can")
         fixed_min = ulq.fixed_min if ulq.HasField("fixed_min") else None
         percentile = shortest_decimal(ulq.percentile)
-        if not 50 < percentile <= 100:
-            raise self._error((*path, "percentile"), f"{percentile} must lie above 50 and be at most 100 (%)")
+        problem = percentile_problem(percentile)
+        if problem:
+            raise self._error((*path, "percentile"), problem)
         data = DataQuant(bits, None, None, fixed_min, _label(ulq, "range_search"), percentile)
         if not ulq.HasField("clip_max_min"):
             return data
@@ -262,6 +263,11 @@ class _Reader:
     @staticmethod
     def _bits(message: Any) -> int:
         return _BITS[_enum_name(message, "dst_type")]
+
+
+def percentile_problem(value: float) -> str:
+    """What is wrong with a percentile of a range search, '' for nothing."""
+    return "" if 50 < value <= 100 else f"{value} must lie above 50 and be at most 100 (%)"
 
 
 def _label(message: Any, name: str) -> str | None:

@@ -127,7 +127,7 @@ def format_risks(export_risks: Sequence[ExportRisk]) -> str:
     return "; ".join(lines[:_MAX_LISTED]) + more
 
 
-def optimise(captured: Captured) -> ir.Model:
+def optimize(captured: Captured) -> ir.Model:
     """Fold constants and remove what is redundant; nodes of foreign domains are left as they are."""
     with quiet():
         captured.program.optimize()
@@ -168,7 +168,7 @@ def _export(model: torch.nn.Module, inputs: Inputs, names: list[str], axes: Axes
             raise ExportError(f"the model cannot be captured for ONNX: {_summary(error)}") from error
         given_names = make_names_safe(exported)
         try:
-            _normalise_means(exported)
+            _normalize_means(exported)
             program = torch.onnx.export(
                 exported,
                 (),
@@ -186,7 +186,7 @@ def _export(model: torch.nn.Module, inputs: Inputs, names: list[str], axes: Axes
     return program
 
 
-def _normalise_means(exported: torch.export.ExportedProgram) -> None:
+def _normalize_means(exported: torch.export.ExportedProgram) -> None:
     """Write the axes of the model's own means from 0 upwards: negative ones are left to what pooling turns into."""
     for node in exported.graph.nodes:
         if node.target is torch.ops.aten.mean.dim and node.args[1] is not None:

@@ -83,7 +83,7 @@ def layer_factors(
     if not np.isfinite(weight).all():
         raise ExportError(f"layer {name!r}: the weight holds NaN or Inf")
     bias = None if module.bias is None else module.bias.detach().to("cpu", torch.float32).numpy()
-    deq = dequantisation_scales(name, scale_d, scale_w)
+    deq = dequantization_scales(name, scale_d, scale_w)
     shift = _shift(record, len(deq)) if write_shift else ()
     if bias is not None and len(bias) == len(deq):
         deq = _fit_bias(deq, bias, shift)
@@ -161,7 +161,7 @@ def scales_of(record: QuantRecord, act_type: str) -> tuple[np.float32, np.ndarra
     return scale_d, scale_w
 
 
-def dequantisation_scales(layer: str, scale_d: np.float32, scale_w: np.ndarray) -> np.ndarray:
+def dequantization_scales(layer: str, scale_d: np.float32, scale_w: np.ndarray) -> np.ndarray:
     """scale_d * scale_w. RecordRangeError where that is no positive float32."""
     deq = scale_w * scale_d
     if not (np.isfinite(deq) & (deq > 0)).all():

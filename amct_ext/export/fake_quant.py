@@ -32,11 +32,11 @@ def lower_fake_quant(model: ir.Model, layers: Mapping[str, MarkedLayer]) -> None
             # anew, because the optimiser lets layers share tensors that look alike
             bias = None if layer.bias is None else layer.bias.astype(np.float32)
             set_weights(graph, node, layer, layer.weight.astype(np.float32), bias)
-            result = _dequantise(graph, marker, source, layer)
+            result = _dequantize(graph, marker, source, layer)
         else:
             key = (id(source), layer.factors.input_key)
             if key not in chains:
-                chains[key] = quantise(graph, marker, source, layer.factors)
+                chains[key] = quantize(graph, marker, source, layer.factors)
             result = chains[key]
         replace_uses(graph, marker.outputs[0], result)
         graph.remove(marker, safe=True)
@@ -62,7 +62,7 @@ class NodeChain:
         self.value = node.outputs[0]
 
 
-def quantise(
+def quantize(
     graph: ir.Graph, marker: ir.Node, source: ir.Value, factors: LayerFactors, stem: str = "quant"
 ) -> ir.Value:
     """Put the chain that rounds `source` to integers (held as float32) in front of `marker`."""
@@ -81,7 +81,7 @@ def quantise(
     return chain.value
 
 
-def _dequantise(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: MarkedLayer) -> ir.Value:
+def _dequantize(graph: ir.Graph, marker: ir.Node, source: ir.Value, layer: MarkedLayer) -> ir.Value:
     factors = layer.factors
     prefix = f"{factors.name}.fakedequant"
     chain = NodeChain(graph, marker, source)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from amct_ext.common.files import write_atomic
 
 SIZE_LIMIT = 2_000_000_000  # bytes of a protobuf message, less than 2^31 so that the graph itself still fits
-LONGEST_PREFIX = 241
+MAX_PREFIX_LENGTH = 241
 
 logger = logging.getLogger("amct_ext")
 
@@ -24,8 +24,10 @@ def onnx_paths(save_path: str | os.PathLike[str]) -> tuple[Path, Path]:
     Errors: ValueError (a prefix of more than 241 characters, a file name that is a folder).
     """
     folder, prefix = os.path.split(os.fspath(save_path))
-    if len(prefix) > LONGEST_PREFIX:
-        raise ValueError(f"save_path: the prefix has {len(prefix)} characters, at most {LONGEST_PREFIX} are possible")
+    if len(prefix) > MAX_PREFIX_LENGTH:
+        raise ValueError(
+            f"save_path: the prefix has {len(prefix)} characters, at most {MAX_PREFIX_LENGTH} are possible"
+        )
     stem = f"{prefix}_" if prefix else ""
     fake_quant, deploy = (Path(folder) / f"{stem}{kind}_model.onnx" for kind in ("fake_quant", "deploy"))
     for path in (fake_quant, deploy):

@@ -16,7 +16,7 @@ from torch import nn
 from amct_ext.errors import ExportError
 from amct_ext.export.deploy import dequant_words, pack_int4
 from amct_ext.export.factors import LayerFactors, int32_bias
-from amct_ext.export.fake_quant import NodeChain, quantise
+from amct_ext.export.fake_quant import NodeChain, quantize
 from amct_ext.export.markers import (
     DOMAIN,
     float_like,
@@ -168,7 +168,7 @@ def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node, outputs: int) -> None:
 
 def _rounded(graph: ir.Graph, marker: ir.Node, source: ir.Value, side: LayerFactors, number: str) -> ir.Value:
     """`source` rounded to integers and scaled back."""
-    chain = NodeChain(graph, marker, quantise(graph, marker, source, side, f"quant{number}"))
+    chain = NodeChain(graph, marker, quantize(graph, marker, source, side, f"quant{number}"))
     prefix = f"{side.name}.anti_quant{number}.fake_antiquant"
     chain.then("Mul", f"{prefix}.mul", chain.constant(f"{prefix}.scale", np.asarray(side.scale_d)))
     return chain.value

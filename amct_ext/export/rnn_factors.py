@@ -16,7 +16,7 @@ from amct_ext.export.factors import (
     WEIGHT_BITS,
     LayerFactors,
     dead_channel_scales,
-    dequantisation_scales,
+    dequantization_scales,
     scales_of,
     truncate,
     types_of,
@@ -89,7 +89,7 @@ def _side(record: QuantRecord, gates: Sequence[int], weight: np.ndarray, bias: n
         raise RecordError(f"layer {record.key!r}: {len(scale_w)} weight scales, but it has {len(rows)} rows")
     if not np.isfinite(rows).all():
         raise ExportError(f"layer {record.key!r}: a weight holds NaN or Inf")
-    deq = dequantisation_scales(record.key, scale_d, scale_w)
+    deq = dequantization_scales(record.key, scale_d, scale_w)
     half = 1 << (WEIGHT_BITS[wts_type] - 1)
     steps = rows / _per_row(scale_w, len(rows))[:, None]
     integers = np.clip(np.rint(steps), -half, half - 1).astype(np.int8)

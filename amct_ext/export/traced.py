@@ -62,7 +62,7 @@ def trace_to_onnx(
         )
         graph = ir.load(path)
         ir.external_data.load_to_model(graph)
-    _split_initialisers(graph.graph)
+    _split_initializers(graph.graph)
     _positive_axes(graph.graph)
     _add_module_scopes(graph.graph, model)
     return torch.onnx.ONNXProgram(graph, None)  # nothing of it but the graph is used
@@ -135,7 +135,7 @@ def _substituted(model: nn.Module, values: LayerValues) -> Iterator[None]:
             handle.remove()
 
 
-def _split_initialisers(graph: ir.Graph) -> None:
+def _split_initializers(graph: ir.Graph) -> None:
     """Tensors that look alike are one in the traced graph, with an Identity for each further name: undo that."""
     for node in tuple(graph):
         source = node.inputs[0] if node.op_type == "Identity" else None

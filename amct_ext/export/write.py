@@ -20,7 +20,7 @@ from amct_ext.common.layer_kinds import ONNX_GATES, layer_type
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
-from amct_ext.export.capture import Captured, capture, logger, optimise, trace_note
+from amct_ext.export.capture import Captured, capture, logger, optimize, trace_note
 from amct_ext.export.check import check_files
 from amct_ext.export.cleanup import clean_up, drop_unused, use_matmul
 from amct_ext.export.deploy import lower_deploy
@@ -77,7 +77,7 @@ def export_quantized(
         use_matmul(captured.model.graph)
         marked = mark_layers(captured.model, float_model, layers)
         rnns = mark_rnns(captured.model, float_model, recurrent)
-        fake_quant = optimise(captured)
+        fake_quant = optimize(captured)
         name_layers(fake_quant.graph)
         clean_up(fake_quant, {*marked, *rnns})
         deploy = fake_quant.clone()
@@ -118,7 +118,7 @@ def export_plain(
 
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
-        plain = optimise(captured)
+        plain = optimize(captured)
         clean_up(plain, ())
         files = encode(plain.clone(), paths[0], "fakequant")
         return {**files, **encode(plain, paths[1], "deploy")}

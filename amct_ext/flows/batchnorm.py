@@ -20,15 +20,19 @@ from amct_ext.graph.run import in_mode
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """Give the BatchNorm layers of a model running statistics of its own, for one that was pruned, say.
 
-    Removing channels changes what every layer behind them sees; an evaluation before the training that follows uses
-    statistics of the whole network otherwise. ``model``: compressed or not. ``batches``: several of what the model is
-    called with, in a form that create takes as ``input_data``, on its device; of the size used in training, and as many
-    as give stable means. The plain mean over the batches replaces ``running_mean`` and
-    ``running_var`` in place, and ``num_batches_tracked`` counts them; BatchNorm normalises by each batch meanwhile. The
-    rest of the model is in eval mode, keeps its mode afterwards and is not changed: no calibration, no 2:4 step.
-    Layers that keep no statistics are left alone. Errors: TypeError (one batch instead of several), ValueError (no
-    batch); the old statistics stay where anything fails. Source: the usual re-estimation after pruning (Li et al. 2020,
-    EagleEye) and weight averaging (`torch.optim.swa_utils.update_bn`).
+    Removing channels changes what every layer behind them sees. Without this, an evaluation before the next training
+    uses statistics of the whole network.
+
+    ``model``: compressed or not. ``batches``: several of what the model is called with, in a form that create takes as
+    ``input_data``, on its device; of the size used in training, and as many as give stable means.
+
+    State changed: ``running_mean`` and ``running_var``, in place, to the plain mean over the batches, and
+    ``num_batches_tracked``. BatchNorm normalises by each batch meanwhile. The rest of the model is in eval mode, keeps
+    its mode afterwards and is not changed: no calibration, no 2:4 step. Layers that keep no statistics are left alone.
+
+    Errors: TypeError (one batch instead of several), ValueError (no batch); the old statistics stay where anything
+    fails. Source: the usual re-estimation after pruning (Li et al. 2020, EagleEye) and weight averaging
+    (`torch.optim.swa_utils.update_bn`).
     """
     check_types(model=(model, nn.Module))
     check_batches(batches)

@@ -101,7 +101,7 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
 def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
     warn_of_left_alone(start.graph)
     records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
-    channel = apply_channels(start.model, start.graph, records, start.inputs)
+    channel = apply_channels(start.model, start.groups, records, start.inputs)
     if asks_for_permutation(start.plan):
         graph = trace(start.model, start.inputs) if channel else start.graph
         permute_channels(start.model, graph, start.plan, start.inputs)
@@ -122,7 +122,7 @@ def restore(
     state = read_state_dict(pth_file, state_dict_name)
     kept_float = float_in_checkpoint(start.model, start.plan, state)
     try:
-        channel = apply_channels(start.model, start.graph, record.channel, start.inputs, strict=True)
+        channel = apply_channels(start.model, start.groups, record.channel, start.inputs, strict=True)
     except RecordError as error:
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
     inner = _insert(start, record_file, channel, kept_float)
@@ -164,7 +164,7 @@ def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
         inner, graph, planner = _split_recurrent(inner, graph, inputs, planner)
     traits = graph.traits(inner)
     plan = planner.resolve(traits)
-    groups = discover(graph, plan, inner) if plan.prune_active else Discovery(())
+    groups = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
     findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
     return Examined(inner, inputs, graph, plan, groups, findings)
 

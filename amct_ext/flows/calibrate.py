@@ -21,15 +21,18 @@ from amct_ext.model_surgery.session import session_of
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Find the activation ranges of a compressed model by evaluating batches, and start learned weight scales.
 
-    ``batches``: what the model is called with, each in a form that create takes as ``input_data``; on the model's
-    device. As many are taken as the configuration's ``batch_num`` asks for. Otherwise training forwards do the same as
-    they come. The model is in eval mode meanwhile and keeps its mode; dropout is off, BatchNorm uses its running
-    statistics, and masks and gradients stay as they are; so do weights, but INT4 ones with `compensate_rounding`, which
-    change once: before an optimizer keeps a copy of them. In a distributed job all ranks call it with data of their
-    own. Layers that are calibrated keep their ranges. Errors: ModelError (not a compressed model), TypeError (one batch
-    instead of several), InputDataError (a batch that is no call of the model), StaleStateError naming the layers that
-    saw too few batches, InvalidDataError (NaN or Inf). Source: the range search is AMCT's, which runs it in training
-    forwards only.
+    Otherwise training forwards do the same as they come. ``batches``: what the model is called with, each in a form
+    that create takes as ``input_data``, on the model's device. As many are taken as the configuration's ``batch_num``
+    asks for. In a distributed job all ranks call it with data of their own.
+
+    State changed: the ranges of layers that are not calibrated yet, learned scales that are not set yet, and with
+    `compensate_rounding` INT4 weights, once (call it before an optimizer keeps a copy of them). The model is in eval
+    mode meanwhile and keeps its mode: dropout is off, BatchNorm uses its running statistics. Masks, gradients and other
+    weights stay.
+
+    Errors: ModelError (not a compressed model), TypeError (one batch instead of several), InputDataError (a batch that
+    is no call of the model), StaleStateError naming the layers that saw too few batches, InvalidDataError (NaN or Inf).
+    Source: the range search is AMCT's, which runs it in training forwards only.
     """
     inner = unwrap(model)
     tracker = session_of(inner).tracker
@@ -40,11 +43,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         try:
             for batch in batches:
                 parse_inputs(inner, batch).call(model)
-                if not _waiting(layers):
+                if not _uncalibrated(layers):
                     break
         finally:
             tracker.calibrating = False
-    missing = _waiting(layers)
+    missing = _uncalibrated(layers)
     if missing:
         shown = ", ".join(f"'{name}'" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise StaleStateError(
@@ -52,10 +55,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             "batches, and ones that reach these layers"
         )
     for layer in layers.values():
-        layer.initialise_scales()
+        layer.initialize_scales()
 
 
-def _waiting(layers: Mapping[str, CompressedLayer]) -> list[str]:
+def _uncalibrated(layers: Mapping[str, CompressedLayer]) -> list[str]:
     """Layers whose calibration is not finished."""
     return [name for name, layer in layers.items() if not all(q.calibrated for q in layer.own_quantizers)]
 

@@ -24,7 +24,7 @@ from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels
 from amct_ext.prune.cost import layer_works
-from amct_ext.prune.discover import discover, onnx_operator
+from amct_ext.prune.discover import Discovery, discover, onnx_operator
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_config import SearchConfig, dumps, read_search_config
 from amct_ext.prune.search_methods import (
@@ -88,8 +88,9 @@ def auto_channel_prune_search(
     traced = search_space.cut(parse_inputs(inner, input_data[0]), slice(2))
     graph = trace(inner, traced)
     plan = _plan(settings, graph, inner)
-    searched, given = _split(discover(graph, plan, inner).prunable, settings, plan)
-    groups = _viable(searched, settings, inner, graph, traced)
+    found = discover(graph, plan, inner)
+    searched, given = _split(_single(found.prunable), settings, plan)
+    groups = _viable(searched, settings, inner, found, traced)
     if not groups:
         raise ConfigError(f"{config}: no layer is left to search: all are skipped, given a ratio, or cannot be pruned")
     works = layer_works(graph, inner, [(group, _lost(group, prune)) for group, prune in given])
@@ -181,12 +182,30 @@ def _split(
     return searched, given
 
 
+def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups whose number of channels can be chosen alone: all outputs of their layers, at most in equal blocks."""
+    owners: dict[str, set[int]] = {}
+    for group in groups:
+        for member in group.producers:
+            owners.setdefault(member.name, set()).add(id(group))
+    single = []
+    for group in groups:
+        name = group.producers[0].name
+        if any(len(owners[member.name]) > 1 for member in group.producers) or group.linked:
+            logger.warning("%s is not searched and stays whole: parts of its channels go with other layers'", name)
+        elif group.cells is None or group.blocks is not None:
+            single.append(group)
+        else:
+            logger.warning("%s is not searched and stays whole: its channels lie in unequal or mixed blocks", name)
+    return single
+
+
 def _lost(group: ChannelGroup, prune: FilterPrune) -> int:
     return max(0, removal_count(group.count, prune.ratio, prune.ascend_optimized, group.blocks or 1))
 
 
 def _viable(
-    groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, graph: Graph, traced: Inputs
+    groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, found: Discovery, traced: Inputs
 ) -> list[ChannelGroup]:
     """Leave out groups that create would drop: the model fails its trial forward without their channels."""
     records = []
@@ -195,7 +214,7 @@ def _viable(
         most = search_space.removable(group, settings.ascend_optimized, settings.max_prune_ratio)[-1]
         size, removed = group.count // blocks, most // blocks
         records.append(group.record([block * size + index for block in range(blocks) for index in range(removed)]))
-    kept = apply_channels(copy_model(model), graph, records, traced)
+    kept = apply_channels(copy_model(model), found, records, traced)
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
 

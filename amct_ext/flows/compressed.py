@@ -98,8 +98,8 @@ def save_compressed_retrain_model(
     check_record_name(record_file)
     inner = unwrap(model)
     session_of(inner)
-    if saving.quantised_layers(inner):
-        saving.save_quantised(inner, record_file, save_path, input_data, names)
+    if saving.quantized_layers(inner):
+        saving.save_quantized(inner, record_file, save_path, input_data, names)
     else:
         read_record(record_file)
         saving.save_plain(inner, save_path, input_data, names)

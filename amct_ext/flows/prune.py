@@ -101,10 +101,10 @@ def save_prune_retrain_model(
     check_types(model=(model, nn.Module), save_path=(save_path, str))
     names = saving.export_names(input_names, output_names, dynamic_axes)
     inner = unwrap(model)
-    quantised = saving.quantised_layers(inner)
-    if quantised:
+    quantized = saving.quantized_layers(inner)
+    if quantized:
         raise ModelError(
-            f"the model is quantised ('{quantised[0]}' and {len(quantised) - 1} more), which a plain graph would lose; "
+            f"the model is quantised ('{quantized[0]}' and {len(quantized) - 1} more), which a plain graph would lose; "
             "save it with save_compressed_retrain_model or save_quant_retrain_model"
         )
     saving.save_plain(inner, save_path, input_data, names)
@@ -118,7 +118,7 @@ def _planner(config_defination: str, has_loss: bool = False) -> build.Planner:
         layers = {name: replace(layer, quant=None) for name, layer in plan.layers.items()}
         if all(layer.prune is None for layer in layers.values()):
             reason = "every layer is skipped" if plan.prune_active else "there is no prune_config"
-            raise ConfigError(f"{config.places.source}: {reason}, nothing is left to prune")
+            raise ConfigError(f"{config.locations.source}: {reason}, nothing is left to prune")
         return replace(plan, layers=layers, quant_active=False)
 
     return build.Planner(prune_only, config)

@@ -18,7 +18,7 @@ from amct_ext.config.text import parse_config
 from amct_ext.errors import ModelError, StaleStateError
 from amct_ext.flows import build, saving
 from amct_ext.graph.trace import trace
-from amct_ext.model_surgery.lookup import placed_layers
+from amct_ext.model_surgery.lookup import layers_by_created_name
 from amct_ext.model_surgery.session import session_of
 from amct_ext.record.types import Record
 
@@ -115,7 +115,7 @@ def save_quant_retrain_model(
     check_record_name(record_file)
     inner = unwrap(model)
     plan = session_of(inner).plan
-    if not saving.quantised_layers(inner):
+    if not saving.quantized_layers(inner):
         raise ModelError(f"no layer of the {type(inner).__name__} is quantised; save it with save_prune_retrain_model")
     if plan.prune_active:
         raise ModelError(
@@ -125,11 +125,11 @@ def save_quant_retrain_model(
     config = read_json(config_file)
     plain = saving.to_plain_model(inner, input_data)
     # The file names layers as they were called at create.
-    names_then = {present: name for name, (present, _) in placed_layers(inner).items()}
+    names_then = {present: name for name, (present, _) in layers_by_created_name(inner).items()}
     traits = trace(plain.model, plain.inputs).traits(plain.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
     check_same_plan(plan, asked, config_file)
-    saving.save_quantised(inner, record_file, save_path, input_data, names, plain)
+    saving.save_quantized(inner, record_file, save_path, input_data, names, plain)
 
 
 def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
@@ -146,8 +146,8 @@ def check_same_plan(made: Plan, asked: Plan, source: str) -> None:
         if present is None or asked_quant is None:
             if present is not asked_quant:
                 differences.append(
-                    f"layer '{name}' is {'left float' if asked_quant is None else 'quantised'} by the file and "
-                    f"{'float' if present is None else 'quantised'} in the model"
+                    f"layer '{name}' is {'left float' if asked_quant is None else 'quantized'} by the file and "
+                    f"{'float' if present is None else 'quantized'} in the model"
                 )
             continue
         differences += [

@@ -21,7 +21,7 @@ from amct_ext.export.precision import precision_of, widened
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.model_surgery.hooks import detach
-from amct_ext.model_surgery.lookup import compressed_layers, placed_layers
+from amct_ext.model_surgery.lookup import compressed_layers, layers_by_created_name
 from amct_ext.model_surgery.recording import check_record
 from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, session_of
 from amct_ext.model_surgery.swap import fold_layers
@@ -51,13 +51,13 @@ def export_names(
     return {"input_names": input_names, "output_names": output_names, "dynamic_axes": dynamic_axes}
 
 
-def quantised_layers(model: nn.Module) -> list[str]:
+def quantized_layers(model: nn.Module) -> list[str]:
     """Names of the layers that are quantised."""
     return [name for name, layer in compressed_layers(model) if layer.weight_quant is not None]
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainModel:
     """A compressed model as the exporter wants it: plain float layers in eval mode, 2:4 masks multiplied in.
 
     `expected`: the tensors that the compressed model returned for `inputs` in its own evaluation.
@@ -68,7 +68,7 @@ class Plain:
     expected: list[torch.Tensor]
 
 
-def to_plain_model(model: nn.Module, input_data: Any) -> Plain:
+def to_plain_model(model: nn.Module, input_data: Any) -> PlainModel:
     """The plain form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
     for name, layer in compressed_layers(model):
         computed = computed_parameter(layer)
@@ -92,7 +92,7 @@ def to_plain_model(model: nn.Module, input_data: Any) -> Plain:
     detach(duplicate)  # a forward of the copy must not write the record
     inputs = parse_inputs(duplicate, input_data)
     expected = [tensor.detach().clone() for tensor in tensors_in(_evaluation(duplicate, inputs))]
-    return Plain(fold_layers(duplicate).eval(), inputs, expected)
+    return PlainModel(fold_layers(duplicate).eval(), inputs, expected)
 
 
 def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, list[list[torch.Tensor]]]:
@@ -129,13 +129,13 @@ def save_plain(model: nn.Module, save_path: str, input_data: Any, names: ExportN
     write.export_plain(plain.model, plain.inputs, save_path, **names, expected=plain.expected)
 
 
-def save_quantised(
+def save_quantized(
     model: nn.Module,
     record_file: str,
     save_path: str,
     input_data: Any,
     names: ExportNames,
-    plain: Plain | None = None,
+    plain: PlainModel | None = None,
 ) -> None:
     """Write both files of a quantised model; `plain` is its plain form, where that was made already.
 
@@ -146,16 +146,16 @@ def save_quantised(
     raise_if_invalid(model)
     record = read_record(record_file)
     if not record.quant:
-        waiting = [name for name, layer in compressed_layers(model) if not layer.recordable]
+        uncalibrated = [name for name, layer in compressed_layers(model) if not layer.recordable]
         todo = (
-            f"'{waiting[0]}' and {len(waiting) - 1} other layer(s) are not calibrated; train the model, or call "
-            "amct_ext.calibrate(model, batches), then run a forward in eval mode"
-            if waiting
+            f"'{uncalibrated[0]}' and {len(uncalibrated) - 1} other layer(s) are not calibrated; train the model, or "
+            "call amct_ext.calibrate(model, batches), then run a forward in eval mode"
+            if uncalibrated
             else f"run a forward in eval mode, or call amct_ext.update_record(model, {record_file!r})"
         )
         raise RecordError(f"{record_file}: no quantisation factors recorded: {todo}")
     check_record(model, record, record_file)
-    placed = placed_layers(model)
+    placed = layers_by_created_name(model)
     for name, layer in compressed_layers(model):
         if placed[layer.layer_name][1] is not layer:
             raise ModelError(
@@ -167,7 +167,7 @@ def save_quantised(
             logger.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
     plain = plain or to_plain_model(model, input_data)
     inputs, pairs = plain.inputs, present_pairs(model)
-    watched = {*quantised_layers(model), *pairs.values()}
+    watched = {*quantized_layers(model), *pairs.values()}
     write.export_quantized(
         plain.model,
         inputs,

@@ -56,7 +56,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
     for layer in layers.values():
         layer.search_n, layer.integer = None, None
     of_float = {name: _float_layers(layer) for name, layer in layers.items()}
-    measure = _Measure(network, layers, of_float, loss)
+    measure = _Measurement(network, layers, of_float, loss)
     for batch in loader:
         measure.add(batch)
     if not measure.batches:
@@ -64,7 +64,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
     return measure.result()
 
 
-class _Measure:
+class _Measurement:
     """Errors gathered over batches."""
 
     def __init__(
@@ -143,10 +143,11 @@ class _Measure:
 def _check_ready(layers: dict[str, CompressedLayer]) -> None:
     if not layers:
         raise ValueError("no layer of the model is quantised, so there is nothing to measure")
-    waiting = [name for name, layer in layers.items() if not layer.ready]
-    if waiting:
+    uncalibrated = [name for name, layer in layers.items() if not layer.ready]
+    if uncalibrated:
         raise StaleStateError(
-            f"layer '{waiting[0]}' ({len(waiting)} in all) is not calibrated: train, or call amct_ext.calibrate, first"
+            f"layer '{uncalibrated[0]}' ({len(uncalibrated)} in all) is not calibrated: train, or call "
+            "amct_ext.calibrate, first"
         )
 
 
@@ -185,6 +186,6 @@ def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
     assert kind is not None
     if isinstance(layer, CompressedRNN):
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
-    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each place of its input
+    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each position of its input
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))
     return (x if of_input else output).numel() // max(width, 1) * layer.weight.numel()

@@ -33,25 +33,39 @@ def configure(
 ) -> None:
     """Change settings of a compressed model; what is not given stays as it is.
 
-    ``validation``: when NaN/Inf in an activation raises. "deferred" (how a model starts) notes it on the device and
-    raises at the next evaluation, state_dict() or save, so that a training step reads nothing back; "eager" raises in
-    the very forward. ``stash``: what convolutions and linear layers keep of their quantised input for backward.
-    "rebuild" (how a model starts) keeps nothing, not even codes, and rounds it again, with the same bits, from the
-    float input that the gradient of the clips needs anyway: the memory of the float model. "off" keeps it as floats.
-    ``forward``: what convolutions and linear layers multiply, for the model or by layer name. "float" (how a model
-    starts) multiplies fake-quantised floats, as AMCT does; "integer" multiplies 8-bit codes where there is a kernel
-    (float32 on the CPU; not in compiled graphs nor under autocast), whose sums are exact and rounded once; "auto" times
-    both ways when a layer first meets a shape and takes the faster one. Gradients are those of "float", and nothing is
-    kept whatever ``stash`` says. Evaluations keep integer weights until a training step, a change of the parameter, or
-    a call of train() or eval(). A change through ``weight.data`` (an exchange with averaged weights), which torch does
-    not count, is found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of the
-    input, else at an even sample, so after writing a few values of a larger one so, call eval(). Evaluations also
-    compute BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of at each
-    step; forward hooks in the model then see tensors whose values are computed when they are read.
-    ``calibration``: how batches are gathered where ``batch_num`` is above 1. "exact" (how a model starts) keeps all
-    values until the last batch; "histogram" keeps 4.8 MiB per quantiser however many there are, and the range found is
-    within the bound of `ops.search_clip_range_histogram`. A calibration in progress may change to "histogram" at any
-    time; begun as a histogram it ends as one, also in a model restored with "exact", for the values are gone.
+    ``validation``: when NaN or Inf in an activation raises.
+
+    * "deferred" (how a model starts): noted on the device, raised by the next evaluation, state_dict() or save. A
+      training step reads nothing back.
+    * "eager": raised in the very forward.
+
+    ``stash``: what convolutions and linear layers keep of their quantised input for backward.
+
+    * "rebuild" (how a model starts): nothing, not even codes. Backward rounds the float input again, which the gradient
+      of the clips needs anyway. The bits are the same, the memory is that of the float model.
+    * "off": the quantised input, as floats.
+
+    ``forward``: what convolutions and linear layers multiply, for the model or by layer name.
+
+    * "float" (how a model starts): fake-quantised floats, as AMCT does.
+    * "integer": 8-bit codes where there is a kernel (float32 on the CPU; not in compiled graphs nor under autocast).
+      Sums are exact and rounded once. Gradients are those of "float", and nothing is kept whatever ``stash`` says.
+    * "auto": both ways are timed when a layer first meets a shape, and the faster one is taken.
+
+    Evaluations on integers keep the packed weight until a training step, a change of the parameter, or a call of
+    train() or eval(). Torch does not count a change through ``weight.data`` (an exchange with averaged weights). It is
+    found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of the input, else
+    at an even sample. After writing a few values of a larger one so, call eval(). These evaluations also compute
+    BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of at each step;
+    forward hooks in the model then see tensors whose values are computed when they are read.
+
+    ``calibration``: how batches are gathered where ``batch_num`` is above 1.
+
+    * "exact" (how a model starts): all values are kept until the last batch.
+    * "histogram": 4.8 MiB per quantiser however many batches there are. The range found is within the bound of
+      `ops.search_clip_range_histogram`. A calibration in progress may change to it at any time; begun as a histogram it
+      ends as one, also in a model restored with "exact", for the values are gone.
+
     Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
     histogram has begun); nothing is changed then.
     """

@@ -52,13 +52,13 @@ def record(model: nn.Module, input_data: Any) -> Recording:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(f"{name} has no shape yet (lazy module): run the model once first")
     inputs = parse_inputs(model, input_data).copied()
-    recorder = _Recorder(model, inputs)
-    with preserved_state(model), torch.no_grad(), recorder.hooked(), HostReads(recorder.note_read), recorder:
+    recorder = Recorder(model, inputs)
+    with HostReads(recorder.note_read):
         try:
-            output = inputs.call(model)
+            output = recorder.run(inputs)
         except Exception as error:
             raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
-        return recorder.recording(output)
+    return recorder.recording(output)
 
 
 class _NodeLog:
@@ -76,8 +76,10 @@ class _NodeLog:
         outputs: tuple[Value, ...],
         args: Mapping[str, Any] = MappingProxyType({}),
         pointwise: bool = False,
-    ) -> None:
-        self.nodes.append(Node(op, self._names.unique(op, self.scopes), None, inputs, outputs, args, pointwise))
+    ) -> Node:
+        name, scope = self._names.unique(op, self.scopes), self.scopes[-1] if self.scopes else ""
+        self.nodes.append(Node(op, name, None, inputs, outputs, args, pointwise, scope))
+        return self.nodes[-1]
 
     def relate(self, op: str, sources: tuple[Value, ...], tensor: torch.Tensor) -> Value:
         """A value that depends on others through shared memory, in a way that no op describes."""
@@ -86,8 +88,11 @@ class _NodeLog:
         return value
 
 
-class _Recorder(TorchDispatchMode):
-    """Nodes of ops from the dispatcher, of layers from hooks; inside of a layer ops are not recorded."""
+class Recorder(TorchDispatchMode):
+    """Nodes of ops from the dispatcher, of layers from hooks; inside of a layer ops are not recorded.
+
+    A subclass may change what layers are given and how ops run, and sees the results of every node.
+    """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -96,6 +101,7 @@ class _Recorder(TorchDispatchMode):
         self._model = model
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._log = _NodeLog()
+        self._own = False
         self._values = TensorValues(self._log.relate)
         self._layers: list[tuple[nn.Module, tuple[Value | None, ...]]] = []
         self._parameters = dict(model.named_parameters())
@@ -105,6 +111,27 @@ class _Recorder(TorchDispatchMode):
         self.inputs = tuple(
             self._values.bind(tensor, value_of(tensor, "input")) for tensor in tensors_in((inputs.args, inputs.kwargs))
         )
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes so far."""
+        return self._log.nodes
+
+    def run(self, inputs: Inputs) -> Any:
+        """One forward, in eval mode and without gradients; the model is left as it was."""
+        with preserved_state(self._model), torch.no_grad(), self.hooked(), self:
+            return inputs.call(self._model)
+
+    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a layer is called with: None for what it was given."""
+        return None
+
+    def evaluate(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an op outside of layers."""
+        return func(*args, **kwargs)
+
+    def observe(self, node: Node, results: list[torch.Tensor]) -> None:
+        """A node has run."""
 
     def recording(self, output: Any) -> Recording:
         """What was recorded; `output` is what the model returned."""
@@ -136,6 +163,15 @@ class _Recorder(TorchDispatchMode):
         module = next((scope for scope in reversed(self._log.scopes) if scope), "")
         self.export_risks[ExportRisk(what, caller(), module)] = None
 
+    @contextlib.contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """Hooks run in the midst of the model's code, and what they compute is none of its."""
+        self._own = True
+        try:
+            yield
+        finally:
+            self._own = False
+
     # Modules
 
     @contextlib.contextmanager
@@ -155,12 +191,16 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._log.scopes.append(self._modules[id(module)])
         if not self._layers and (keeps_forward(module) or isinstance(module, torch.jit.ScriptModule)):
             first = {"input": kwargs["input"]} if "input" in kwargs else {}  # all layers have it in front
             inputs = tuple(self._values.lookup(tensor) for tensor in tensors_in((args, first | kwargs)))
+            with self._unrecorded():
+                replaced = self.given(module, args, kwargs)
             self._layers.append((module, inputs))  # from here on ops belong to the layer
+            return replaced
+        return None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._log.scopes.pop()
@@ -178,12 +218,14 @@ class _Recorder(TorchDispatchMode):
             for tensor, value in zip(results, node.outputs, strict=True):
                 self._values.bind(tensor, value)
             self._log.nodes.append(node)
+            with self._unrecorded():
+                self.observe(node, results)
 
     # Ops
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._layers:
+        if self._layers or self._own:
             return func(*args, **kwargs)
         tensors: list[torch.Tensor] = []
         named: dict[str, Any] = {}
@@ -195,7 +237,7 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written.extend(tensors_in(given))
         inputs = tuple(self._values.lookup(tensor) for tensor in tensors)
-        output = func(*args, **kwargs)
+        output = self.evaluate(func, args, kwargs)
         self._record_op(func, named, inputs, list(tensors_in(output)), written)
         return output
 
@@ -207,7 +249,7 @@ class _Recorder(TorchDispatchMode):
         results: list[torch.Tensor],
         written: list[torch.Tensor],
     ) -> None:
-        op = _op_name(func)
+        op = op_name(func)
         if not written and len(inputs) == 1 and len(results) == 1 and _same_value(op, inputs[0], results[0]):
             self._values.bind(results[0], inputs[0])
             return
@@ -219,12 +261,13 @@ class _Recorder(TorchDispatchMode):
             if problem:
                 self._note_risk(problem)
         pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
-        self._log.add_op(op, inputs, outputs, named, pointwise)
+        node = self._log.add_op(op, inputs, outputs, named, pointwise)
         for tensor, value in zip(results, outputs, strict=True):
             if any(tensor is target for target in written):
                 self._values.overwrite(tensor, value)
             else:
                 self._values.bind(tensor, value)
+        self.observe(node, results)
 
     def _replaced(self, given: Any) -> Any:
         """An argument with values in place of tensors."""
@@ -240,7 +283,7 @@ def _same_value(op: str, source: Value, result: torch.Tensor) -> bool:
     return op in _SAME_VALUE or (op in ("_to_copy", "expand", "view", "_unsafe_view") and same_kind)
 
 
-def _op_name(func: OpOverload) -> str:
+def op_name(func: OpOverload) -> str:
     namespace, name = str(func._schema.name).split("::")
     if namespace != "aten":
         return f"{namespace}::{name}"

@@ -54,13 +54,22 @@ def layer_traits(
         result[name] = LayerTraits(
             type=kind.name,
             quantizable=not reason,
-            filter_prunable=kind.filter_prunable and not usable and not is_depthwise(module),
+            filter_prunable=_filter_prunable(kind, module, usable, reader, name in calls),
             sparse_prunable=kind.sparse_prunable and not why_dense,
             int4_weights=_int4_weights(kind, module, weights),
             why_not_quantizable=reason,
             why_not_sparse=why_dense,
         )
     return result
+
+
+def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: str, called: bool) -> bool:
+    """Whether a layer may lose output channels: one that runs as such, or whose weight an op reads (`reader`)."""
+    if not kind.filter_prunable or is_depthwise(module):
+        return False
+    if kind.family is Family.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
+        return False  # its weight holds the outputs of one group only
+    return not usable or (bool(reader) and not called and not computed_parameter(module))
 
 
 def parameter_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:

@@ -40,6 +40,7 @@ class Node:
     module: qualified name of the layer, None for ops.
     args: an op's arguments by schema name, defaults filled in, tensors replaced by their values; empty for layers.
     pointwise: each output element depends on the input elements at its place alone (torch's tag).
+    scope: qualified name of the innermost module that was running, '' for the model itself.
     """
 
     op: str
@@ -49,6 +50,7 @@ class Node:
     outputs: tuple[Value, ...] = ()
     args: Mapping[str, Any] = field(default_factory=dict, repr=False)
     pointwise: bool = False
+    scope: str = ""
 
     def __post_init__(self) -> None:
         for value in self.inputs:

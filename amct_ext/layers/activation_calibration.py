@@ -12,7 +12,7 @@ from amct_ext.common.ranks import several_ranks
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.activation_types import ClipRange
 from amct_ext.layers.cached_item import CachedItem
-from amct_ext.layers.calibration_data import CalibrationData, Values, is_resumable
+from amct_ext.layers.calibration_data import CalibrationData, ValueStatistics, is_resumable
 from amct_ext.layers.forward_context import host_can_read, state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.precision import KeepsPrecision
@@ -20,7 +20,7 @@ from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch
 
 _NAN = float("nan")
 _EPS = torch.finfo(torch.float32).eps
-_log = logging.getLogger("amct_ext")
+logger = logging.getLogger("amct_ext")
 
 
 class CalibratedClips(KeepsPrecision):
@@ -62,10 +62,10 @@ class CalibratedClips(KeepsPrecision):
         self.uncalibrated_range: ClipRange | None = None  # of the last evaluation before the calibration; not state
         self.tracker = ForwardTracker()
         self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
-        self.found: FoundRange | None = None  # with it, until it was shared and told
-        self.candidates: tuple[Clips, ...] = ()  # between which the output of the network has yet to decide
-        self.chosen = self.search.method != "OUTPUT"
-        self._seen = CachedItem(0, settled=self.batch_num)
+        self.found_range: FoundRange | None = None  # with it, until it was shared and logged
+        self.candidates: tuple[Clips, ...] = ()  # for range_search: OUTPUT, until it has chosen
+        self.range_decided = self.search.method != "OUTPUT"
+        self._seen = CachedItem(0, stable_from=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
     @property
@@ -142,7 +142,7 @@ class CalibratedClips(KeepsPrecision):
         self.calibration.clear()
         if not self.calibrated:
             self.batches_seen.fill_(self.batch_num)
-            self._seen.wrote(self.batches_seen, self.batch_num)
+            self._seen.update(self.batches_seen, self.batch_num)
 
     @torch.no_grad()
     def set_range(self, clips: Clips) -> None:
@@ -152,18 +152,18 @@ class CalibratedClips(KeepsPrecision):
         self.prev_clip_max.copy_(clips.high)
         self.prev_clip_min.copy_(clips.low)
 
-    def tell_range(self) -> None:
+    def log_range(self) -> None:
         """Log, once after a calibration, that a robust range took the place of AMCT's, or no output was compared."""
         if self.candidates:  # of a compiled graph, which cannot run again
             self.candidates = ()
-            _log.warning(
+            logger.warning(
                 "layer '%s': range_search: OUTPUT takes a calibration outside of compiled graphs; the range of least "
                 "absolute error stays", self.layer,
             )  # fmt: skip
-        found, self.found = self.found, None
+        found, self.found_range = self.found_range, None
         if found is None or found.amct is None or found.replaced is None or not bool(found.replaced):
             return
-        _log.warning(
+        logger.warning(
             "layer '%s': AMCT's range %s would put more than half of the non-zero values of an activation into the "
             "code of zero, because of a few large ones; a range that these do not decide, %s, is used. "
             "range_search: AMCT in ulq_quantize keeps AMCT's",
@@ -182,7 +182,7 @@ class CalibratedClips(KeepsPrecision):
         Where the host cannot read the clips, the device decides: clips that are set take precedence.
         """
         last = self._seen.value + 1 >= self.batch_num
-        clip_max, clip_min = self.search.find(Values(_flat_values(x.detach())), last).clips
+        clip_max, clip_min = self.search.find(ValueStatistics(_flat_values(x.detach())), last).clips
         if not host_can_read(self.clip_max) and self._seen.value == 0:
             usable = self.clip_max - self.clip_min > _EPS
             clip_max = torch.where(usable, self.clip_max, clip_max)
@@ -206,16 +206,16 @@ class CalibratedClips(KeepsPrecision):
         for own, value in [*found, (self.batches_seen, count)]:
             own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
         self.found_clips = "final" if last else "provisional"
-        self.found = result if last else None
+        self.found_range = result if last else None
         self.candidates = result.candidates if last else ()
         if not (several_ranks() or torch.compiler.is_compiling() or self.candidates):
-            self.tell_range()
-        self._seen.wrote(self.batches_seen, seen + 1)
+            self.log_range()
+        self._seen.update(self.batches_seen, seen + 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.uncalibrated_range = None
         self.calibration.clear()
-        self.candidates, self.chosen = (), self.search.method != "OUTPUT"
+        self.candidates, self.range_decided = (), self.search.method != "OUTPUT"
         data = state_dict.pop(prefix + "calibration_data", None)  # of a checkpoint of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if data is not None and data.numel() and is_resumable(data):

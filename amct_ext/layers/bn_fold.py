@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amct_ext.common.ranks import whole
 
 # A smaller scale of a weight is, times the scale of an activation, no normal float32 number any more.
-_SMALLEST = 2.0**-103
+_MIN_SCALE = 2.0**-103
 
 
 def apply_batch_norm(y: Tensor, norm: _BatchNorm) -> Tensor:
@@ -35,12 +35,12 @@ def fold_scale(scale: Tensor, norm: _BatchNorm) -> Tensor:
     if gamma is not None:
         factor = factor * gamma.detach()
     both = scale.abs() * factor.abs()
-    return torch.where(both < _SMALLEST, torch.ones_like(both), both)
+    return torch.where(both < _MIN_SCALE, torch.ones_like(both), both)
 
 
 def factor_sign(scale: Tensor, factor: Tensor) -> Tensor:
     """Sign of a BatchNorm's factor, 0 where `fold_scale` replaces the scale by 1."""
-    return factor.sign() * ((scale * factor).abs() >= _SMALLEST)
+    return factor.sign() * ((scale * factor).abs() >= _MIN_SCALE)
 
 
 def fold_batch_norm(

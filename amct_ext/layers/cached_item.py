@@ -39,34 +39,37 @@ class VersionGuard:
 class CachedItem:
     """The number in a buffer of one element, cached on the host.
 
-    The buffer decides: a load, an average or a copy value by value changes what `read` returns. On the CPU `read` reads
-    the buffer each time. On other devices, where a read waits, and once the number is at least ``settled`` (so high
-    that no branch depends on it), it reads only where the buffer is another tensor or has another version. Compiled and
-    traced forwards take the last value; a graph of a forward before that number is reached asks the device besides, so
-    values copied in before it was traced count.
+    The buffer decides: a load, an average or a copy value by value changes what `read` returns. When it reads:
+
+    * on the CPU, every time;
+    * on other devices, where a read waits, only when the buffer is another tensor or has another version;
+    * the same on the CPU once the number is at least ``stable_from``, so high that no branch depends on it.
+
+    Compiled and traced forwards take the last value. A graph of a forward before that number is reached asks the device
+    besides, so values copied in before it was traced count.
     """
 
-    def __init__(self, value: float, settled: float = math.inf) -> None:
+    def __init__(self, value: float, stable_from: float = math.inf) -> None:
         self.value = value
-        self.settled = settled
+        self.stable_from = stable_from
         self._guard = VersionGuard()
 
     def read(self, buffer: Tensor) -> float:
         """The number in ``buffer``."""
         if torch.compiler.is_compiling():
             return self.value
-        if self._guard.unchanged(buffer) and (self.value >= self.settled or not buffer.is_cpu):
+        if self._guard.unchanged(buffer) and (self.value >= self.stable_from or not buffer.is_cpu):
             return self.value
         if not (buffer.is_meta or state_updates_disabled()):
             # On the CPU through numpy: item() goes through the dispatcher and takes a few times as long.
-            self.wrote(buffer, buffer.numpy().item() if buffer.is_cpu else buffer.item())
+            self.update(buffer, buffer.numpy().item() if buffer.is_cpu else buffer.item())
         return self.value
 
-    def wrote(self, buffer: Tensor, value: float) -> None:
-        """Note that ``buffer`` holds ``value`` now."""
+    def update(self, buffer: Tensor, value: float) -> None:
+        """Cache ``value``, which ``buffer`` holds now."""
         self.value = value
         if not torch.compiler.is_compiling():
             self._guard.remember(buffer)
 
     def __reduce__(self) -> tuple[type[CachedItem], tuple[float, float]]:
-        return CachedItem, (self.value, self.settled)
+        return CachedItem, (self.value, self.stable_from)

@@ -10,13 +10,13 @@ from torch import Tensor
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.forward_context import host_can_read
-from amct_ext.layers.range_search import Clips, FoundRange, RangeSearch, Sample
-from amct_ext.ops.calibration_histogram import BINS, HALVES
+from amct_ext.layers.range_search import CalibrationStatistics, Clips, FoundRange, RangeSearch
+from amct_ext.ops.calibration_histogram import BINS, SIGNED_SHAPE
 
-_CACHED = 32768  # values
+_VALUES_IN_CACHE = 32768
 _EXTREMES = 1024  # kept on either side: exact percentiles for up to 1.02e9 values
 _LENGTH = 4 * BINS + _EXTREMES
-_LENGTH_WITHOUT_SIGNS = 2 * BINS + _EXTREMES  # of version 0.1
+_UNSIGNED_LENGTH = 2 * BINS + _EXTREMES  # of version 0.1
 
 
 class CalibrationMethod(Protocol):
@@ -25,8 +25,8 @@ class CalibrationMethod(Protocol):
     def add(self, data: Tensor, x: Tensor) -> Tensor:
         """A new tensor with the values of ``x`` (float32 or float64, one dimension) added."""
 
-    def sample(self, data: Tensor) -> Sample:
-        """The batches as the range search looks at them."""
+    def statistics(self, data: Tensor) -> CalibrationStatistics:
+        """What the range search reads of the batches."""
 
 
 class ExactValues:
@@ -35,8 +35,8 @@ class ExactValues:
     def add(self, data: Tensor, x: Tensor) -> Tensor:
         return torch.cat([data.to(x), x])
 
-    def sample(self, data: Tensor) -> Sample:
-        return Values(data)
+    def statistics(self, data: Tensor) -> CalibrationStatistics:
+        return ValueStatistics(data)
 
 
 class ValueHistogram:
@@ -47,19 +47,19 @@ class ValueHistogram:
 
     def add(self, data: Tensor, x: Tensor) -> Tensor:
         if is_histogram(data):
-            result = _with_signs(data.clone())
+            result = _signed(data.clone())
         else:
             result = torch.zeros(_LENGTH, dtype=torch.int64, device=x.device)
             ops.range_histogram_(data, *_parts(result))
         ops.range_histogram_(x, *_parts(result))
         return result
 
-    def sample(self, data: Tensor) -> Sample:
-        return BinnedSample(data)
+    def statistics(self, data: Tensor) -> CalibrationStatistics:
+        return HistogramStatistics(data)
 
 
-class Values:
-    """A sample whose values are all there: one dimension, float32 or float64."""
+class ValueStatistics:
+    """Statistics of values that are all there: one dimension, float32 or float64."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -67,13 +67,13 @@ class Values:
     def amct_range(self, num_bits: int) -> Clips:
         return Clips(*ops.search_clip_range(self.x, num_bits)[2:])
 
-    def ends(self) -> Clips:
+    def min_max(self) -> Clips:
         return Clips(self.x.max(), self.x.min())
 
-    def mostly_below(self, magnitude: Tensor) -> Tensor:
+    def majority_below(self, magnitude: Tensor) -> Tensor:
         # Parts that stay in the cache: the intermediate results are never written to memory.
         in_parts = self.x.device.type == "cpu" and host_can_read(self.x)
-        parts = self.x.split(_CACHED) if in_parts else (self.x,)
+        parts = self.x.split(_VALUES_IN_CACHE) if in_parts else (self.x,)
         within = torch.stack([torch.count_nonzero(part.abs() <= magnitude) for part in parts]).sum()
         if in_parts and 2 * int(within) <= self.x.numel():  # whatever the number of zeros among them
             return torch.zeros((), dtype=torch.bool)
@@ -85,21 +85,21 @@ class Values:
         return _parts(data)
 
 
-class BinnedSample:
-    """A sample of which a histogram was kept. What is below 2^-24 counts as zero."""
+class HistogramStatistics:
+    """Statistics of values of which a histogram was kept. What is below 2^-24 counts as zero."""
 
     def __init__(self, data: Tensor) -> None:
-        self.data = _with_signs(data)
+        self.data = _signed(data)
 
     def amct_range(self, num_bits: int) -> Clips:
         return Clips(*ops.search_clip_range_histogram(*_parts(self.data), num_bits)[2:4])
 
-    def ends(self) -> Clips:
+    def min_max(self) -> Clips:
         largest, smallest = _parts(self.data)[1][:, 0].unbind()
         return Clips(largest, -smallest)
 
-    def mostly_below(self, magnitude: Tensor) -> Tensor:
-        one = torch.zeros(HALVES, dtype=torch.int64, device=self.data.device)
+    def majority_below(self, magnitude: Tensor) -> Tensor:
+        one = torch.zeros(SIGNED_SHAPE, dtype=torch.int64, device=self.data.device)
         ops.range_histogram_(magnitude.abs().reshape(1), one, torch.zeros(2, 1, device=self.data.device))
         counts = _parts(self.data)[0][:, 1:, 0].sum(0)
         until = one[0, 1:, 0].flip(0).cumsum(0).flip(0)  # 1 up to the bin of the magnitude, that included
@@ -125,12 +125,12 @@ class CalibrationData:
         is not added then.
         """
         data: Tensor | None = None
-        sample: Sample = Values(x)
+        statistics: CalibrationStatistics = ValueStatistics(x)
         if not last or self.data is not None:
             method = ValueHistogram() if self.is_histogram else self.method
             data = method.add(x.new_zeros(0) if self.data is None else self.data.to(x.device), x)
-            sample = method.sample(data) if last else sample
-        found = search.find(sample, last)
+            statistics = method.statistics(data) if last else statistics
+        found = search.find(statistics, last)
         if not torch.compiler.is_compiling() and not bool(torch.isfinite(torch.stack(found.clips)).all()):
             raise InvalidDataError(f"layer '{layer}': its input holds NaN or Inf, no clip range can be found")
         self.data = None if last else data
@@ -158,12 +158,12 @@ def is_histogram(data: Tensor) -> bool:
 
 def is_resumable(data: Tensor) -> bool:
     """Whether this version of the library can continue with calibration data that another version saved."""
-    known = data.numel() in (_LENGTH, _LENGTH_WITHOUT_SIGNS) if is_histogram(data) else data.is_floating_point()
+    known = data.numel() in (_LENGTH, _UNSIGNED_LENGTH) if is_histogram(data) else data.is_floating_point()
     return known and data.dim() == 1
 
 
-def _with_signs(data: Tensor) -> Tensor:
-    """The data with a half for negative values; where signs are unknown, half of the values if there are any."""
+def _signed(data: Tensor) -> Tensor:
+    """The data as a signed histogram; of one without signs half of the values count as negative, if any were."""
     if data.numel() == _LENGTH:
         return data
     magnitudes, extremes = data[: 2 * BINS], data[2 * BINS :]
@@ -173,4 +173,4 @@ def _with_signs(data: Tensor) -> Tensor:
 
 def _parts(data: Tensor) -> tuple[Tensor, Tensor]:
     """Counts (int64, 2 x BINS x 2) and extremes (float32, 2 x 1024) as views of the data of a histogram."""
-    return data[: 4 * BINS].view(HALVES), data[4 * BINS :].view(torch.float32).view(2, _EXTREMES)
+    return data[: 4 * BINS].view(SIGNED_SHAPE), data[4 * BINS :].view(torch.float32).view(2, _EXTREMES)

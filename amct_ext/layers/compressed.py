@@ -248,10 +248,10 @@ class CompressedLayer(nn.Module):
             self.search_n = search.train(self.training)
 
     @torch.no_grad()
-    def initialise_scales(self) -> None:
+    def initialize_scales(self) -> None:
         """Set learned scales that no training forward has set yet, from the weight."""
         if self.weight_quant is not None:
-            self.weight_quant.initialise(self._to_rows(self.masked_weight()))
+            self.weight_quant.initialize(self._to_rows(self.masked_weight()))
 
     @torch.no_grad()
     def repair_scales(self) -> None:
@@ -259,12 +259,12 @@ class CompressedLayer(nn.Module):
 
         Not where the weight is sharded, for no rank holds it; nor where the scale was loaded and not trained since.
         """
-        for quantizer, weight in zip(self.weight_quantizers, self._quantised_weights(), strict=True):
+        for quantizer, weight in zip(self.weight_quantizers, self._quantized_weights(), strict=True):
             if quantizer.learned and not weight.is_meta and not hasattr(weight, "full_tensor"):
                 mask = None if self.sparsity is None else self.sparsity.mask
                 quantizer.repair_for_state(self._to_rows(masked(weight, mask)))
 
-    def _quantised_weights(self) -> tuple[Tensor, ...]:
+    def _quantized_weights(self) -> tuple[Tensor, ...]:
         """The weights of `weight_quantizers`."""
         return () if self.weight_quant is None else (self.weight,)
 

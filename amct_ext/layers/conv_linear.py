@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from amct_ext.config.plan import LayerPlan
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rounding_compensation import RoundingCompensation, convolution_inputs
+from amct_ext.layers.gptq import GptqState, im2col
 
 
 class ProductLayer(CompressedLayer):
     """A layer whose output is one matrix product of input and weight: its weight can compensate for its rounding."""
 
-    compensation: RoundingCompensation | None = None  # None: the calibration leaves the weight as it is
+    gptq: GptqState | None = None  # None: the calibration leaves the weight as it is
 
     def _forward(self, x: Tensor, *args: Any) -> Tensor:
         y = super()._forward(x, *args)
-        if self.compensation is not None:
-            self.compensation.observe(self, x)
+        if self.gptq is not None:
+            self.gptq.add_batch(self, x)
         return y
 
     def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
@@ -35,7 +35,7 @@ class ProductLayer(CompressedLayer):
             return
         # Configured clips are not calibrated; a 2:4 mask decides on the weight.
         if self.sparsity is None and plan.quant.data.clip_max is None and getattr(self, "groups", 1) == 1:
-            self.compensation = RoundingCompensation(self.weight.shape)
+            self.gptq = GptqState(self.weight.shape)
 
 
 class _CompressedConv(ProductLayer):
@@ -45,7 +45,7 @@ class _CompressedConv(ProductLayer):
     dilation: tuple[int, ...]
 
     def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
-        return convolution_inputs(x, self, self.kernel_size, self.stride, self.dilation)
+        return im2col(x, self, self.kernel_size, self.stride, self.dilation)
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return self._conv_forward(x, weight, self.bias)

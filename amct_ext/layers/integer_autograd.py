@@ -61,13 +61,13 @@ class IntegerProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Grads:
         x, used_max, used_min, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        quantised = None
+        quantized = None
         if needed[1]:
-            quantised = recompute_fake_quantized(x, used_max, used_min, ctx.num_bits)
+            quantized = recompute_fake_quantized(x, used_max, used_min, ctx.num_bits)
             if torch.is_grad_enabled():
-                quantised = proxy_with_values(ctx.proxy, quantised)
+                quantized = proxy_with_values(ctx.proxy, quantized)
         backward = _linear_backward if ctx.conv is None else _conv_backward
-        return *backward(ctx, grad, quantised, weight, needed), None, None, None
+        return *backward(ctx, grad, quantized, weight, needed), None, None, None
 
 
 class _ProxyWithValues(torch.autograd.Function):

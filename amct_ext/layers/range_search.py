@@ -1,4 +1,4 @@
-"""How the clips of an activation are chosen from a sample: AMCT's search, and those that outliers do not decide."""
+"""How the clips of an activation are chosen: AMCT's search, and ranges that a few outliers do not decide."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from amct_ext.config.text import DataQuant
 from amct_ext.layers.forward_context import host_can_read
 
 _PERCENTILES = 99.99, 99.9  # in %: what lies beyond may count as outliers
-Histogram = tuple[Tensor, Tensor]  # with halves, and its extremes
+Histogram = tuple[Tensor, Tensor]  # signed, and its extremes
 
 
 class Clips(NamedTuple):
@@ -29,7 +29,7 @@ class Clips(NamedTuple):
 
 
 class FoundRange(NamedTuple):
-    """The clips for a sample and, where those of AMCT were in doubt, what else there is to choose from.
+    """The clips found and, where those of AMCT were in doubt, what else there is to choose from.
 
     replaced: 0-dim, whether ``clips`` are ``robust`` because ``amct`` would put most values into the code of zero.
     candidates: those between which the output of the network decides, ``clips`` first.
@@ -42,20 +42,20 @@ class FoundRange(NamedTuple):
     candidates: tuple[Clips, ...] = ()
 
 
-class Sample(Protocol):
-    """The values of one or several batches, kept as they are or as a histogram."""
+class CalibrationStatistics(Protocol):
+    """What a range search reads of one or several batches, which are kept as values or as a histogram."""
 
     def amct_range(self, num_bits: int) -> Clips:
         """The range that AMCT's search finds; NaN where values are not finite."""
 
-    def ends(self) -> Clips:
+    def min_max(self) -> Clips:
         """The largest and the smallest value."""
 
-    def mostly_below(self, magnitude: Tensor) -> Tensor:
+    def majority_below(self, magnitude: Tensor) -> Tensor:
         """Whether more than half of the non-zero values are no larger than this; 0-dim."""
 
     def histogram(self) -> Histogram:
-        """The sample as `range_histogram_` counts it, with halves, and its extremes."""
+        """The signed histogram of `range_histogram_`, and its extremes."""
 
 
 def choose(first: Tensor, one: Clips, other: Clips) -> Clips:
@@ -68,8 +68,8 @@ class RangeSearch:
     """The search that a configuration asks for. ``method`` None: AMCT's, guarded against outliers.
 
     AMCT's search tries 0.7 to 1.3 of the extreme value. Where that puts more than half of the non-zero values into the
-    code of zero, the range of least absolute error is taken, or that within which 99.9 % of the values lie: the first
-    that does not. Where none does, AMCT's stays.
+    code of zero, the guard takes the first of these that does not: the range of least absolute error, that within which
+    99.9 % of the values lie, AMCT's after all.
     """
 
     num_bits: int
@@ -82,46 +82,46 @@ class RangeSearch:
         """The search for an activation with these settings."""
         return cls(data.num_bits, fixed_min, data.range_search, data.percentile)
 
-    def find(self, sample: Sample, last: bool) -> FoundRange:
-        """The clips for a sample; for one that is not the last of a calibration AMCT takes the extremes."""
+    def find(self, statistics: CalibrationStatistics, last: bool) -> FoundRange:
+        """The clips; for a batch that is not the last of a calibration AMCT takes the extreme values."""
         if self.method == "PERCENTILE":
-            return FoundRange(self._percentile(sample.histogram(), self.percentile))
+            return FoundRange(self._percentile(statistics.histogram(), self.percentile))
         if self.method == "ABSOLUTE_ERROR" or (self.method == "OUTPUT" and not last):
-            return FoundRange(self._wide(sample.histogram()))
+            return FoundRange(self._least_error(statistics.histogram()))
         if self.method == "OUTPUT":
-            return self._candidates(sample.histogram())
-        amct = sample.amct_range(self.num_bits) if last else sample.ends()
-        return FoundRange(amct) if self.method == "AMCT" else self._guarded(sample, amct)
+            return self._candidates(statistics.histogram())
+        amct = statistics.amct_range(self.num_bits) if last else statistics.min_max()
+        return FoundRange(amct) if self.method == "AMCT" else self._guarded(statistics, amct)
 
     def _candidates(self, histogram: Histogram) -> FoundRange:
-        found = [self._wide(histogram, squared) for squared in (False, True)]
+        found = [self._least_error(histogram, squared) for squared in (False, True)]
         found += [self._percentile(histogram, percentile) for percentile in _PERCENTILES]
         return FoundRange(found[0], candidates=tuple(found))
 
-    def _guarded(self, sample: Sample, amct: Clips) -> FoundRange:
-        coarse = self._mostly_zero(sample, amct)
+    def _guarded(self, statistics: CalibrationStatistics, amct: Clips) -> FoundRange:
+        zeroes_majority = self._zeroes_majority(statistics, amct)
         # All ranks need a robust range where one of them does; a graph under way cannot branch.
-        if host_can_read(coarse) and not several_ranks() and not bool(coarse):
+        if host_can_read(zeroes_majority) and not several_ranks() and not bool(zeroes_majority):
             return FoundRange(amct)
-        histogram = sample.histogram()
-        robust = self._wide(histogram)
-        helps = ~self._mostly_zero(sample, robust)
+        histogram = statistics.histogram()
+        robust = self._least_error(histogram)
+        helps = ~self._zeroes_majority(statistics, robust)
         # Where a few values weigh more than all the others together, the absolute error keeps them, too.
-        if not (host_can_read(coarse) and bool(helps)):
+        if not (host_can_read(zeroes_majority) and bool(helps)):
             robust = choose(helps, robust, self._percentile(histogram, _PERCENTILES[-1]))
-            helps = ~self._mostly_zero(sample, robust)
-        replaced = coarse & helps
+            helps = ~self._zeroes_majority(statistics, robust)
+        replaced = zeroes_majority & helps
         return FoundRange(choose(replaced, robust, amct), amct, robust, replaced)
 
-    def _mostly_zero(self, sample: Sample, clips: Clips) -> Tensor:
+    def _zeroes_majority(self, statistics: CalibrationStatistics, clips: Clips) -> Tensor:
         """Whether quantising with these clips makes most values that are not zero the code of zero.
 
         AMCT's range is symmetric, and so is its step; one that begins at zero has a finer one.
         """
         low = clips.low.clamp_max(0)
-        return sample.mostly_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
+        return statistics.majority_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
 
-    def _wide(self, histogram: Histogram, squared: bool = False) -> Clips:
+    def _least_error(self, histogram: Histogram, squared: bool = False) -> Clips:
         return Clips(*ops.search_clip_range_wide(*histogram, self.num_bits, self.fixed_min, squared))
 
     def _percentile(self, histogram: Histogram, percentile: float) -> Clips:

@@ -15,7 +15,7 @@ from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.weight_quantizer import WeightQuantizer
 
-Quantise = Callable[[Tensor], Tensor]
+QuantizeFn = Callable[[Tensor], Tensor]
 States = tuple[Tensor, ...]  # LSTM: hidden and cell; GRU: hidden
 _EPS = torch.finfo(torch.float32).eps
 
@@ -73,11 +73,11 @@ class CompressedRNN(CompressedLayer):
         return tuple(q for q in (self.weight_quant, self.hidden_weight_quant) if q is not None)
 
     @torch.no_grad()
-    def initialise_scales(self) -> None:
-        for quantizer, weight in zip(self.weight_quantizers, self._quantised_weights(), strict=True):
-            quantizer.initialise(weight)
+    def initialize_scales(self) -> None:
+        for quantizer, weight in zip(self.weight_quantizers, self._quantized_weights(), strict=True):
+            quantizer.initialize(weight)
 
-    def _quantised_weights(self) -> tuple[Tensor, ...]:
+    def _quantized_weights(self) -> tuple[Tensor, ...]:
         return (self.weight_ih_l0, self.weight_hh_l0) if self.weight_quantizers else ()
 
     # -- the forward
@@ -93,14 +93,14 @@ class CompressedRNN(CompressedLayer):
         hidden_quant = self.hidden_quant
         states = hidden[0] if hidden_quant.calibrated else self._float_states(x, hidden)
         clips = hidden_quant.clips_for(states)
-        quantised: list[tuple[Tensor, ...]] = []
+        quantized: list[tuple[Tensor, ...]] = []
 
         def step(state: Tensor) -> Tensor:
-            return hidden_quant.quantize_step(state, clips, quantised)
+            return hidden_quant.quantize_step(state, clips, quantized)
 
         weights = self.weight_quant(self.weight_ih_l0), self.hidden_weight_quant(self.weight_hh_l0)
         output, last = self._run(self.act_quant(x), hidden, *weights, step)
-        hidden_quant.end_sequence(clips, quantised)
+        hidden_quant.end_sequence(clips, quantized)
         return output.transpose(0, 1) if self.batch_first else output, last
 
     def _initial_state(self, x: Tensor, hx: Tensor | Sequence[Tensor] | None) -> States:
@@ -128,7 +128,7 @@ class CompressedRNN(CompressedLayer):
         return given
 
     def _run(
-        self, x: Tensor, state: States, weight_ih: Tensor, weight_hh: Tensor, quantise: Quantise
+        self, x: Tensor, state: States, weight_ih: Tensor, weight_hh: Tensor, quantize: QuantizeFn
     ) -> tuple[Tensor, Tensor | States]:
         """The outputs in time order, and the last state as the float class returns it."""
         x = x.transpose(0, 1) if self.batch_first else x
@@ -137,7 +137,7 @@ class CompressedRNN(CompressedLayer):
         states = tuple(part[0] for part in state)
         outputs = []
         for inputs in projected.unbind(0):
-            hidden = quantise(states[0])
+            hidden = quantize(states[0])
             states = self._cell(inputs, F.linear(hidden, weight_hh, bias), hidden, states)
             outputs.append(states[0])
         last = tuple(part.unsqueeze(0) for part in states)

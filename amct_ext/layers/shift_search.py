@@ -34,7 +34,7 @@ class ShiftSearch(KeepsPrecision):
         self.register_buffer("errors", torch.zeros(num_scales, NUM_SHIFTS, dtype=torch.float64, device=device))
         self.register_buffer("deq_scale", torch.zeros(num_scales, dtype=torch.float32, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
-        self._batches = CachedItem(0, settled=batch_num)
+        self._batches = CachedItem(0, stable_from=batch_num)
         self._guard = VersionGuard()
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ class ShiftSearch(KeepsPrecision):
         """Make the result stale, for scales are about to change: the next evaluation starts over."""
         if self.has_result:
             self.batches.zero_()
-            self._batches.wrote(self.batches, 0)
+            self._batches.update(self.batches, 0)
 
     @property
     def errors_are_own(self) -> bool:
@@ -71,7 +71,7 @@ class ShiftSearch(KeepsPrecision):
         """
         seen = self._batches.read(self.batches) + 1
         self.batches.add_(1)
-        self._batches.wrote(self.batches, seen)
+        self._batches.update(self.batches, seen)
         deq_scale = deq_scale.to(self.deq_scale.dtype)
         # Scales that changed without a training forward (a clip set by hand) make earlier errors void. Decided on the
         # device.

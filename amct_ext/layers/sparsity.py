@@ -20,12 +20,16 @@ def masked(weight: Tensor, mask: Tensor | None, decay: float | None = None) -> T
 class Sparsity(nn.Module):
     """Masks a weight so that at most two of every four neighbours along its input-channel axis stay.
 
-    State: ``mask`` (bool, shape of the weight) and ``step`` (int64, training forwards so far). The mask is made at
-    construction; a training forward renews it when ``step == 0`` (``update_freq == 0``) or ``step % update_freq ==
-    0``; evaluation never does, nor does a forward that gradient checkpointing runs again. The dense weight is kept, so
-    a renewal can revive a masked element. Masked elements get a zero gradient, or with ``decay`` that of SR-STE: as if
-    they were not masked, and a pull towards zero. A mask that was written from elsewhere
-    and keeps more than two of four (averaging models gives the union of their masks) is made again.
+    State: ``mask`` (bool, shape of the weight) and ``step`` (int64, training forwards so far).
+
+    * The mask is made at construction. A training forward renews it when ``step == 0`` (``update_freq == 0``) or
+      ``step % update_freq == 0``. Evaluation never does, nor does a forward that gradient checkpointing runs again.
+    * The dense weight is kept, so a renewal can revive a masked element.
+    * Masked elements get a zero gradient, or with ``decay`` that of SR-STE: as if they were not masked, and a pull
+      towards zero.
+    * A mask that was written from elsewhere and keeps more than two of four is made again: averaging models gives the
+      union of their masks.
+
     Sources: AMCT's L1 selective pruning (M4N2); Zhou et al. 2021 (SR-STE).
     """
 

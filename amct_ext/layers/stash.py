@@ -41,24 +41,30 @@ class _SavedView(NamedTuple):
 
 
 def stashed(
-    num_bits: int, quantised: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor
+    num_bits: int, quantized: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor
 ) -> AbstractContextManager[Any]:
     """A context in which the graph saves neither ``quantised`` nor views of it; backward gets the same bits.
 
     ``quantised`` is the result of `ulq_fake_quantize` for ``x``; the clips are the effective ones that it returned.
-    Saved-tensor hooks around the context see ``x`` in its place, and everything else as it is. Does nothing where
-    there is nothing to gain (no gradients are recorded, or neither input nor clips need one, so that the graph does not
-    hold ``x``), where ``quantised`` was modified in place, and where hooks cannot work: torch.compile plans memory by
-    itself, torch.func forbids them, and subclasses of Tensor need not have memory of their own. Errors: RuntimeError in
-    backward where ``x`` was modified in place since.
+    Saved-tensor hooks around the context see ``x`` in its place, and everything else as it is.
+
+    Does nothing
+
+    * where there is nothing to gain: no gradients are recorded, or neither input nor clips need one, so that the graph
+      does not hold ``x``;
+    * where ``quantised`` was modified in place;
+    * where hooks cannot work: torch.compile plans memory by itself, torch.func forbids them, and subclasses of Tensor
+      need not have memory of their own.
+
+    Errors: RuntimeError in backward where ``x`` was modified in place since.
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and quantised.requires_grad):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and quantized.requires_grad):
         return nullcontext()
     allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    if type(quantised) is not Tensor or quantised.numel() == 0 or quantised._version or not allowed:
+    if type(quantized) is not Tensor or quantized.numel() == 0 or quantized._version or not allowed:
         return nullcontext()
-    recompute = _Recompute(clip_max, clip_min, num_bits, quantised.stride(), x._version)
-    return _Stash(quantised, x, recompute)
+    recompute = _Recompute(clip_max, clip_min, num_bits, quantized.stride(), x._version)
+    return _Stash(quantized, x, recompute)
 
 
 def recompute_fake_quantized(x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> Tensor:
@@ -68,12 +74,12 @@ def recompute_fake_quantized(x: Tensor, clip_max: Tensor, clip_min: Tensor, num_
 
 
 class _Stash(saved_tensors_hooks):
-    def __init__(self, quantised: Tensor, x: Tensor, recompute: _Recompute) -> None:
+    def __init__(self, quantized: Tensor, x: Tensor, recompute: _Recompute) -> None:
         super().__init__(self._pack, self._unpack)
         # Without its autograd history; it shares the version counter.
         self._x: Tensor | None = x.detach()
         # The address, not the tensor, which must not be kept alive; it is unique while the context lasts.
-        self._address, self._dtype = quantised.untyped_storage().data_ptr(), quantised.dtype
+        self._address, self._dtype = quantized.untyped_storage().data_ptr(), quantized.dtype
         self._recompute = recompute
         self._outer: tuple[Hook, Hook] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
 

@@ -22,14 +22,20 @@ _NAN = float("nan")
 class WeightQuantizer(KeepsPrecision):
     """Fake quantisation of a weight: a scale that follows the current weight (ARQ) or a learned one (weight ULQ).
 
-    The scale that follows the weight is that of its range or, with ``least_squares``, the one of least squared error.
-    ``scale`` (length 1, or one per output channel): for ARQ a buffer that every forward renews (NaN before the first);
-    for learned scales a Parameter. The first training forward sets it from the weight, and the flag ``initialised`` to
-    one. The flag is a float and counts as set above zero, so that an average of models over all
-    entries carries it. An average over parameters alone leaves it at zero; there a scale that differs from the one at
-    construction (``start``, in no state dict) counts as set. An evaluation before that uses the scale of the current
-    weight. A learned scale that a step of the optimizer has moved so far that its channel would be lost is set back to
-    that of the range, by the next forward. Sources: AMCT's ARQ and weight ULQ; Esser et al. 2020 (learned step size).
+    ARQ: ``scale`` (length 1, or one per output channel) is a buffer that every forward renews; NaN before the first. It
+    is that of the range or, with ``least_squares``, the one of least squared error.
+
+    Learned: ``scale`` is a Parameter.
+
+    * The first training forward sets it from the weight, and the flag ``initialised`` to one. An evaluation before that
+      uses the scale of the current weight.
+    * The flag is a float and counts as set above zero, so an average of models over all entries carries it. An average
+      over parameters alone leaves it at zero; there a scale that differs from the one at construction (``start``, in no
+      state dict) counts as set.
+    * A scale that a step of the optimizer has moved so far that its channel would be lost is set back to that of the
+      range, by the next forward.
+
+    Sources: AMCT's ARQ and weight ULQ; Esser et al. 2020 (learned step size).
     """
 
     scale: Tensor
@@ -45,7 +51,7 @@ class WeightQuantizer(KeepsPrecision):
         self.grad_factor = None if plan.lsq_gradient else grad_factor  # None: counts all weights that share a scale
         start = self._scale_of(weight)
         self.tracker = ForwardTracker()
-        self._initialised = CachedItem(0, settled=1)
+        self._initialised = CachedItem(0, stable_from=1)
         self._loaded = VersionGuard()  # knows a learned scale that was loaded and not trained since
         if self.learned:
             self.scale = nn.Parameter(start.clone())
@@ -68,7 +74,7 @@ class WeightQuantizer(KeepsPrecision):
         weight = masked(weight, mask, decay)
         used = self.scale
         if not self._flag_is_set and (self.training or self.tracker.training) and not state_updates_disabled():
-            self.initialise(weight)
+            self.initialize(weight)
             self.repair(weight)
         elif not self._flag_is_set:
             used = torch.where(self._scale_is_set(), self.scale, self._scale_of(weight))
@@ -141,12 +147,12 @@ class WeightQuantizer(KeepsPrecision):
         return ops.arq_fake_quantize(weight.detach(), self.num_bits, self.channel_axis)[1]
 
     @torch.no_grad()
-    def initialise(self, weight: Tensor) -> None:
+    def initialize(self, weight: Tensor) -> None:
         """Set a learned scale from ``weight``, already masked; does nothing once it is set."""
         if self.learned and not self._flag_is_set:
             self.scale.copy_(torch.where(self._scale_is_set(), self.scale, self._scale_of(weight)))
             self.initialised.fill_(1.0)
-            self._initialised.wrote(self.initialised, 1.0)
+            self._initialised.update(self.initialised, 1.0)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.model_surgery.lookup import placed_layers
+from amct_ext.model_surgery.lookup import layers_by_created_name
 
 
 def link_batchnorms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
@@ -18,7 +18,7 @@ def link_batchnorms(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str
     stays behind the convolution as it is (Identity after a fusion by hand, FrozenBatchNorm).
     """
     modules = dict(model.named_modules())
-    placed = placed_layers(model)
+    placed = layers_by_created_name(model)
     present = {}
     for conv, norm in pairs.items():
         if conv in placed:

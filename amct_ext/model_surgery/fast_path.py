@@ -13,8 +13,8 @@ def disable_fast_path(model: nn.Module) -> nn.Module:
     """Switch nested tensors and the fused kernel of torch's encoders off, in place; returns the model.
 
     In eval mode without gradients they would run past the quantised layers, and past the trace. The numbers are the
-    same but for rounding; an encoder given a padding mask returns values where it would return zeros (padded places),
-    as it does in training. Source: torch.nn.TransformerEncoder.
+    same but for rounding; an encoder given a padding mask returns values where it would return zeros (at padded
+    positions), as it does in training. Source: torch.nn.TransformerEncoder.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder) and module.enable_nested_tensor:

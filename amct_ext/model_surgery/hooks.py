@@ -13,51 +13,58 @@ from torch.nn.parallel import DistributedDataParallel
 from amct_ext.common.ranks import several_ranks
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.model_surgery.apply_gptq import (
+    apply_gptq,
+    has_pending_gptq,
+    reset_gptq_after_load,
+    warn_skipped_gptq,
+)
 from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batchnorms
-from amct_ext.model_surgery.lookup import every_layer
-from amct_ext.model_surgery.output_ranges import choose_ranges, hold_input
-from amct_ext.model_surgery.rank_ranges import share_ranges
+from amct_ext.model_surgery.lookup import compressed_modules
+from amct_ext.model_surgery.output_range_search import keep_calibration_input, search_output_ranges
+from amct_ext.model_surgery.range_averaging import average_ranges
 from amct_ext.model_surgery.recording import state_versions, write_record
-from amct_ext.model_surgery.session import ATTRIBUTE, Session, own_buffers, own_quantizers, raise_if_invalid, session_of
-from amct_ext.model_surgery.weight_compensation import (
-    compensate_weights,
-    compensation_after_load,
-    tell_uncompensated,
-    weights_are_open,
+from amct_ext.model_surgery.session import (
+    ATTRIBUTE,
+    Session,
+    activation_quantizers,
+    added_buffers,
+    raise_if_invalid,
+    session_of,
 )
 
 
 def attach(model: nn.Module, session: Session) -> None:
     """Give the model its session and the hooks that keep the record file up to date."""
     setattr(model, ATTRIBUTE, session)
-    for layer in every_layer(model):
+    for layer in compressed_modules(model):
         for quantizer in layer.own_quantizers:
             quantizer.tracker = session.tracker
         for weight in layer.weight_quantizers:
             weight.tracker = session.tracker
     # Ranks agree on our buffers by construction, or keep their own (the flag for NaN): nothing to broadcast.
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own_buffers(model))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, added_buffers(model))
     model.register_forward_pre_hook(_before_forward)
-    _note_unfinished(model, session)
-    if session.ranges_to_choose:
-        model.register_forward_pre_hook(_hold_input, with_kwargs=True)
+    _note_pending(model, session)
+    if session.output_search_pending:
+        model.register_forward_pre_hook(_keep_calibration_input, with_kwargs=True)
     model.register_forward_hook(_after_forward)
     model.register_forward_hook(_end_forward, always_call=True)
     model.register_state_dict_pre_hook(_before_state_dict)
     model.register_load_state_dict_post_hook(_after_load)
 
 
-def _note_unfinished(model: nn.Module, session: Session) -> None:
-    """What the end of a calibration has yet to do, so that later forwards need not look for it."""
-    session.ranges_to_choose = any(not quantizer.chosen for quantizer in own_quantizers(model))
-    session.weights_to_compensate = weights_are_open(model)
+def _note_pending(model: nn.Module, session: Session) -> None:
+    """Note what the end of a calibration has yet to do, so that later forwards need not look for it."""
+    session.output_search_pending = any(not quantizer.range_decided for quantizer in activation_quantizers(model))
+    session.gptq_pending = has_pending_gptq(model)
 
 
 def detach(model: nn.Module) -> None:
     """Take session and hooks off again: for a copy that is no compressed model any more."""
     for name in (ATTRIBUTE, "_ddp_params_and_buffers_to_ignore"):
         vars(model).pop(name, None)
-    attached = (_before_forward, _hold_input, _after_forward, _end_forward, _before_state_dict, _after_load)
+    attached = (_before_forward, _keep_calibration_input, _after_forward, _end_forward, _before_state_dict, _after_load)
     every = (
         model._forward_pre_hooks,
         model._forward_hooks,
@@ -88,9 +95,9 @@ def _before_forward(model: nn.Module, args: object) -> None:
             _reset_stale_shifts(model, session)
 
 
-def _hold_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    if getattr(model, ATTRIBUTE).ranges_to_choose:
-        hold_input(model, args, kwargs)
+def _keep_calibration_input(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    if getattr(model, ATTRIBUTE).output_search_pending:
+        keep_calibration_input(model, args, kwargs)
 
 
 def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
@@ -101,7 +108,7 @@ def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
     state = state_versions(model)
     if state == session.evaluated or _on_meta_device(model):
         return
-    searches = [(layer.search_n, layer) for layer in every_layer(model) if layer.search_n is not None]
+    searches = [(layer.search_n, layer) for layer in compressed_modules(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
     own = session.evaluated is not None and all(search.errors_are_own for search, _ in searches)
     if own or not all(layer.ready and search.matches_scale(layer.deq_scale()) for search, layer in searches):
@@ -121,15 +128,15 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
 def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
-    waiting = session.ranges_to_choose or session.weights_to_compensate
-    if (several_ranks() or waiting) and not state_updates_disabled():
-        quantizers = own_quantizers(model)
+    pending = session.output_search_pending or session.gptq_pending
+    if (several_ranks() or pending) and not state_updates_disabled():
+        quantizers = activation_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
-            share_ranges(quantizers)
-            if session.weights_to_compensate and not torch.compiler.is_compiling():
-                compensate_weights(model)
-            if session.ranges_to_choose and not torch.compiler.is_compiling():
-                choose_ranges(model)
+            average_ranges(quantizers)
+            if session.gptq_pending and not torch.compiler.is_compiling():
+                apply_gptq(model)
+            if session.output_search_pending and not torch.compiler.is_compiling():
+                search_output_ranges(model)
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if learning:
@@ -154,14 +161,14 @@ def _on_meta_device(model: nn.Module) -> bool:
 
 def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     raise_if_invalid(model)
-    if getattr(model, ATTRIBUTE).weights_to_compensate:
-        tell_uncompensated(model)
-    for layer in every_layer(model):
+    if getattr(model, ATTRIBUTE).gptq_pending:
+        warn_skipped_gptq(model)
+    for layer in compressed_modules(model):
         layer.repair_scales()
 
 
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
     session.recorded = session.evaluated = None
-    compensation_after_load(model)
-    _note_unfinished(model, session)
+    reset_gptq_after_load(model)
+    _note_pending(model, session)

@@ -18,7 +18,7 @@ def compressed_layers(model: nn.Module) -> Iterator[tuple[str, CompressedLayer]]
             yield name, module
 
 
-def every_layer(model: nn.Module) -> list[CompressedLayer]:
+def compressed_modules(model: nn.Module) -> list[CompressedLayer]:
     """All compressed layers in registration order, without names: what hooks of every forward ask for."""
     found: list[CompressedLayer] = []
     seen: set[nn.Module | None] = {None}
@@ -33,7 +33,7 @@ def every_layer(model: nn.Module) -> list[CompressedLayer]:
     return found
 
 
-def placed_layers(model: nn.Module) -> dict[str, tuple[str, CompressedLayer]]:
+def layers_by_created_name(model: nn.Module) -> dict[str, tuple[str, CompressedLayer]]:
     """Name at create -> present name and module of each compressed layer.
 
     A layer that something was put around has moved; of several copies of one the one that stayed counts.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from amct_ext import ops
-from amct_ext.common.files import keep_old, write_if_changed
+from amct_ext.common.files import back_up, write_if_changed
 from amct_ext.common.ranks import first_rank
 from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, RecordError, StaleStateError
@@ -22,7 +22,7 @@ from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.layers.sparsity import Sparsity
 from amct_ext.layers.weight_quantizer import WeightQuantizer
-from amct_ext.model_surgery.lookup import compressed_layers, every_layer, placed_layers
+from amct_ext.model_surgery.lookup import compressed_layers, compressed_modules, layers_by_created_name
 from amct_ext.model_surgery.session import Session, StateVersions, present_pairs, raise_if_invalid, session_of
 from amct_ext.record.text import format_record
 from amct_ext.record.types import QuantRecord, Record, SparseRecord
@@ -34,7 +34,7 @@ _SMALLEST_FP16, _LARGEST_FP16 = 2.0**-14, 65504.0
 
 def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     """The record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
-    layers = placed_layers(model).items()
+    layers = layers_by_created_name(model).items()
     sparse = tuple(_sparse_record(name, layer) for name, (_, layer) in layers if layer.sparsity is not None)
     return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
 
@@ -48,7 +48,7 @@ def start_record(model: nn.Module) -> None:
     assert session.record_file is not None
     if first_rank():
         content = format_record(build_record(model, with_factors=False)).encode()
-        kept = keep_old(session.record_file, content)
+        kept = back_up(session.record_file, content)
         if kept is not None:
             logger.warning(
                 "%s holds the record of another run; it is kept as %s, and replaced by that of the model created now",
@@ -82,7 +82,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
         session.written = content
     session.record_file = session.record_file or path
     if path == session.record_file:
-        own = all(layer.ready for layer in every_layer(model))  # else the next evaluation has other factors
+        own = all(layer.ready for layer in compressed_modules(model))  # else the next evaluation has other factors
         complete = record.quant and own and _shifts_complete(model, session.plan)
         session.recorded = state_versions(model) if complete or not session.plan.quant_active else None
 
@@ -107,7 +107,7 @@ def state_versions(model: nn.Module) -> StateVersions:
     """Identity and version of every tensor that recorded factors follow from; writes of forwards do not count."""
     tensors: list[torch.Tensor | None] = []
     clips: list[tuple[torch.Tensor, int]] = []
-    for layer in every_layer(model):
+    for layer in compressed_modules(model):
         tensors += layer._parameters.values()
         for child in layer._modules.values():
             if isinstance(child, WeightQuantizer):
@@ -172,12 +172,12 @@ def _factors(model: nn.Module) -> tuple[QuantRecord, ...]:
     Before the calibration they are those of the last evaluation, so that what it computed can be saved.
     """
     session = session_of(model)
-    layers = {name: layer for name, (_, layer) in placed_layers(model).items()}
-    quantised = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
-    if not all(layers[name].recordable for name in quantised):
+    layers = {name: layer for name, (_, layer) in layers_by_created_name(model).items()}
+    quantized = [name for name in session.order if name in layers and layers[name].weight_quant is not None]
+    if not all(layers[name].recordable for name in quantized):
         return ()
     present_pairs(model)
-    return tuple(_quant_record(name, layers[name], session.plan) for name in quantised)
+    return tuple(_quant_record(name, layers[name], session.plan) for name in quantized)
 
 
 def _shifts_complete(model: nn.Module, plan: Plan) -> bool:

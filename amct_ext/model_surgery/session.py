@@ -18,7 +18,7 @@ from amct_ext.graph.inputs import Inputs
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
-from amct_ext.model_surgery.lookup import compressed_layers, every_layer
+from amct_ext.model_surgery.lookup import compressed_layers, compressed_modules
 from amct_ext.record.types import ChannelRecord
 
 ATTRIBUTE = "amct_ext_session"
@@ -59,18 +59,18 @@ class Session:
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
-    ranges_to_choose: bool = False  # by the output of the model, once they are calibrated
-    weights_to_compensate: bool = False  # once their layers are calibrated
-    held_input: Inputs | None = None  # of a calibrating forward under way, where the output is to choose ranges
+    output_search_pending: bool = False  # range_search: OUTPUT has yet to choose between clips
+    gptq_pending: bool = False  # GPTQ has yet to change weights
+    calibration_input: Inputs | None = None  # of the forward under way, for the output search
 
     def __getstate__(self) -> dict[str, object]:
         # identities of this process, and what belongs to one forward
-        return vars(self) | {"evaluated": None, "recorded": None, "held_input": None}
+        return vars(self) | {"evaluated": None, "recorded": None, "calibration_input": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.written = new.held_input = None
+        new.record_file = new.written = new.calibration_input = None
         new.tracker = copy.deepcopy(self.tracker, memo)
         return new
 
@@ -92,7 +92,7 @@ def present_pairs(model: nn.Module) -> dict[str, str]:
     return link_batchnorms(model, session_of(model).conv_bn)
 
 
-def own_buffers(model: nn.Module) -> list[str]:
+def added_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that compressed layers add to the float model."""
     children = (
         (f"{name}.{own}", getattr(layer, own)) for name, layer in compressed_layers(model) for own in layer.own_children
@@ -100,16 +100,16 @@ def own_buffers(model: nn.Module) -> list[str]:
     return [f"{prefix}.{key}" for prefix, child in children if child is not None for key, _ in child.named_buffers()]
 
 
-def own_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     """The activation quantisers of all compressed layers, each once, in registration order of the layers."""
-    return [quantizer for layer in every_layer(model) for quantizer in layer.own_quantizers]
+    return [quantizer for layer in compressed_modules(model) for quantizer in layer.own_quantizers]
 
 
 def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
-    quantisers = own_quantizers(model)
-    if quantisers and not quantisers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantisers]).any()):
-        for quantiser in quantisers:
-            quantiser.raise_if_invalid()
-    for quantiser in quantisers:
-        quantiser.tell_range()  # of a calibration in a compiled graph
+    quantizers = activation_quantizers(model)
+    if quantizers and not quantizers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantizers]).any()):
+        for quantizer in quantizers:
+            quantizer.raise_if_invalid()
+    for quantizer in quantizers:
+        quantizer.log_range()  # of a calibration in a compiled graph

@@ -25,8 +25,9 @@ def split_recurrent(
 ) -> tuple[nn.Module, Graph, RetrainConfig]:
     """Put a `RecurrentStack` in the place of each LSTM and GRU of several layers or directions that is to be quantised.
 
-    Only with `profile: BEST`: AMCT leaves such layers float. Layers that the configuration skips stay whole, as do
-    those with a projection (proj_size), with weights shared with others, and those whose input is no padded sequence.
+    Only with `profile: BEST`: AMCT leaves such layers float. Left whole are layers that the configuration skips, those
+    with a projection (proj_size), with weights shared with others, and those whose input is no padded sequence.
+
     ``graph`` is the trace of this very model. Returns the model (its root may be such a layer), the trace of it as it
     is now, and the configuration, where what was said of a split layer is said of its parts. State changed: the model,
     in place.

@@ -10,9 +10,9 @@ from amct_ext import backends
 from amct_ext.ops._registration import OPS
 from amct_ext.ops.activation_ulq import *
 from amct_ext.ops.calibration_histogram import *
-from amct_ext.ops.calibration_robust import *
 from amct_ext.ops.calibration_search import *
 from amct_ext.ops.calibration_shift import *
+from amct_ext.ops.calibration_wide import *
 from amct_ext.ops.integer_accumulators import *
 from amct_ext.ops.integer_codes import *
 from amct_ext.ops.integer_product import *

@@ -12,12 +12,12 @@ from amct_ext.ops.calibration_search import PERCENTILE, first_smallest, symmetri
 
 # Bins are the upper bits of a float32 magnitude: 1024 to an octave, from 2^-24 (half the smallest scale there is) up to
 # infinity and NaN, which have an octave of their own. Bin 0 holds what is smaller.
-_CUT = 13
-_PER_OCTAVE = 1 << (23 - _CUT)
-_FIRST = (127 - 24) * _PER_OCTAVE - 1
-BINS = 256 * _PER_OCTAVE - _FIRST
-MAGNITUDES = (BINS, 2)  # shape of a histogram
-HALVES = (2, BINS, 2)  # the same, of values not below zero and of those below
+_OPEN_BITS = 13
+_PER_OCTAVE = 1 << (23 - _OPEN_BITS)
+_FIRST_KEY = (127 - 24) * _PER_OCTAVE - 1
+BINS = 256 * _PER_OCTAVE - _FIRST_KEY
+UNSIGNED_SHAPE = (BINS, 2)  # of a histogram of magnitudes
+SIGNED_SHAPE = (2, BINS, 2)  # of a signed histogram: values not below zero, then those below
 
 __all__ = ["range_histogram_", "search_clip_range_histogram"]
 
@@ -31,8 +31,8 @@ def range_histogram_(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     Args:
         x: float32, float16 or bfloat16; float64 is rounded to float32.
         histogram: int64, (156673, 2): how many magnitudes fall into a bin, and the sum of the 13 bits that the bin
-            leaves open; updated. 2.4 MiB, whatever the amount of data. Or (2, 156673, 2): the same for values not below
-            zero, then for those below.
+            leaves open; updated. 2.4 MiB, whatever the amount of data. A signed histogram, (2, 156673, 2), has this
+            for values not below zero, then for those below.
         extremes: float32, (2, k): the k largest values and the k largest of the negated ones, falling, zeros where
             there are none; updated. k = 1024 makes the percentile exact for up to 1.02e9 values.
 
@@ -67,7 +67,7 @@ def search_clip_range_histogram(
     bits (float16, bfloat16) lie on edges: nothing is lost.
 
     Args:
-        histogram, extremes: as `range_histogram_` left them; of two halves the sum counts.
+        histogram, extremes: as `range_histogram_` left them; signs of a signed histogram do not count.
         num_bits: 2 to 16.
 
     Returns: `(scale, offset, clip_max, clip_min, excess)`, 0-dim float32, excess float64: the mean squared error of the
@@ -111,17 +111,17 @@ def holds_no_range(histogram: Tensor) -> Tensor:
 
 def _check_batch(op: str, x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     check_floating(op, "x", x)
-    check_histogram(op, histogram, extremes, MAGNITUDES, HALVES)
+    check_histogram(op, histogram, extremes, UNSIGNED_SHAPE, SIGNED_SHAPE)
 
 
 @reference("range_histogram_", check=_check_batch, empty=lambda **_: None)
 def range_histogram_reference(x: Tensor, histogram: Tensor, extremes: Tensor) -> None:
     values = x.reshape(-1).to(torch.float32)
     bits = values.abs().view(torch.int32)
-    keys = bits.clamp_min((_FIRST + 1) << _CUT).sub(_FIRST << _CUT)
-    keys = torch.where(bits < (_FIRST + 1) << _CUT, torch.zeros_like(keys), keys)
-    added = torch.stack([torch.ones_like(keys), keys & ((1 << _CUT) - 1)], 1).to(torch.int64)
-    bins = (keys >> _CUT).to(torch.int64)
+    keys = bits.clamp_min((_FIRST_KEY + 1) << _OPEN_BITS).sub(_FIRST_KEY << _OPEN_BITS)
+    keys = torch.where(bits < (_FIRST_KEY + 1) << _OPEN_BITS, torch.zeros_like(keys), keys)
+    added = torch.stack([torch.ones_like(keys), keys & ((1 << _OPEN_BITS) - 1)], 1).to(torch.int64)
+    bins = (keys >> _OPEN_BITS).to(torch.int64)
     if histogram.dim() == 3:
         negative = (values.signbit() & (values != 0)).reshape(-1, 1)
         histogram[0].index_add_(0, bins, torch.where(negative, 0, added))
@@ -134,7 +134,7 @@ def range_histogram_reference(x: Tensor, histogram: Tensor, extremes: Tensor) ->
 
 
 def _check_search(op: str, histogram: Tensor, extremes: Tensor, num_bits: int) -> None:
-    check_histogram(op, histogram, extremes, MAGNITUDES, HALVES)
+    check_histogram(op, histogram, extremes, UNSIGNED_SHAPE, SIGNED_SHAPE)
     check_bits(op, num_bits)
 
 
@@ -171,45 +171,45 @@ class BinnedValues:
     def __init__(self, histogram: Tensor) -> None:
         self.counts = histogram[:, 0].to(torch.float64)
         # The bits of a float32 become those of the same float64 when the exponent is moved from one bias to the other.
-        keys = torch.arange(_FIRST, _FIRST + BINS + 1, device=histogram.device, dtype=torch.int64)
-        edges = ((keys + (1023 - 127) * _PER_OCTAVE) << (52 - 23 + _CUT)).view(torch.float64)
+        keys = torch.arange(_FIRST_KEY, _FIRST_KEY + BINS + 1, device=histogram.device, dtype=torch.int64)
+        edges = ((keys + (1023 - 127) * _PER_OCTAVE) << (52 - 23 + _OPEN_BITS)).view(torch.float64)
         edges[0] = 0
         self.bottom, self.width = edges[:-1], edges.diff()
-        self.inside = histogram[:, 1].to(torch.float64) * (self.width / 2**_CUT)  # sum of the distances from the bottom
+        self.inside = histogram[:, 1].to(torch.float64) * (self.width / 2**_OPEN_BITS)  # from the bottom, summed
         self.sums = self.counts * self.bottom + self.inside
         self._above_counts, self._above_sums = _sums_above(self.counts), _sums_above(self.sums)
 
     def hinge_bounds(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of H(t), the sum of max(|v| - t, 0), from below and above; any shape, float64, not negative."""
-        at, into = self._place(t)
-        beyond = self._above_sums[at] - t * self._above_counts[at]
-        least = (self.inside[at] - self.counts[at] * into).clamp_min(0)
-        most = torch.maximum(self.inside[at] * (1 - into / self.width[at]), least)
-        return beyond + least, beyond + most
+        index, rest = self._locate(t)
+        whole_bins = self._above_sums[index] - t * self._above_counts[index]
+        lower = (self.inside[index] - self.counts[index] * rest).clamp_min(0)
+        upper = torch.maximum(self.inside[index] * (1 - rest / self.width[index]), lower)
+        return whole_bins + lower, whole_bins + upper
 
-    def above(self, t: Tensor) -> Tensor:
-        """H(t), halfway between its bounds."""
-        least, most = self.hinge_bounds(t)
-        return (least + most) / 2
+    def hinge_sum(self, t: Tensor) -> Tensor:
+        """H(t), taken halfway between its bounds."""
+        lower, upper = self.hinge_bounds(t)
+        return (lower + upper) / 2
 
     def count_above(self, t: Tensor) -> Tensor:
         """How many magnitudes lie above t, as if they were spread evenly within a bin."""
-        at, into = self._place(t)
-        return self._above_counts[at] + self.counts[at] * (1 - into / self.width[at]).clamp(0, 1)
+        index, rest = self._locate(t)
+        return self._above_counts[index] + self.counts[index] * (1 - rest / self.width[index]).clamp(0, 1)
 
     def squares_above(self, t: Tensor) -> Tensor:
         """The sum of max(|v| - t, 0)^2, as if the values of a bin were all its mean."""
-        at, into = self._place(t)
+        index, rest = self._locate(t)
         mean = self.inside / self.counts.clamp_min(1)
         squares = _sums_above(self.counts * (self.bottom + mean).square())
-        beyond = squares[at] - 2 * t * self._above_sums[at] + t.square() * self._above_counts[at]
-        return beyond + self.counts[at] * (mean[at] - into).clamp_min(0).square()
+        whole_bins = squares[index] - 2 * t * self._above_sums[index] + t.square() * self._above_counts[index]
+        return whole_bins + self.counts[index] * (mean[index] - rest).clamp_min(0).square()
 
-    def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The bin of t, and how far above its bottom t lies."""
-        bits = t.view(torch.int64) >> (52 - 23 + _CUT)
-        at = (bits - (1023 - 127) * _PER_OCTAVE - _FIRST).clamp(0, BINS - 1)
-        return at, (t - self.bottom[at]).clamp_min(0)
+        bits = t.view(torch.int64) >> (52 - 23 + _OPEN_BITS)
+        index = (bits - (1023 - 127) * _PER_OCTAVE - _FIRST_KEY).clamp(0, BINS - 1)
+        return index, (t - self.bottom[index]).clamp_min(0)
 
 
 def _sums_above(values: Tensor) -> Tensor:
@@ -222,11 +222,11 @@ def _loss_bounds(histogram: Tensor, scales: Tensor, ends: Tensor, levels: int) -
     steps = torch.arange(levels, device=histogram.device, dtype=torch.float64)
     t = (steps + 0.5) * scales.reshape(-1, 1)
     crossed = t < ends.reshape(-1, 1)  # what is clipped lies below the boundaries beyond
-    least, most = values.hinge_bounds(t)
+    lower, upper = values.hinge_bounds(t)
     zero = torch.zeros_like(t)
 
     def loss(hinge: Tensor) -> Tensor:
         return -2 * scales * torch.where(crossed, hinge, zero).sum(1)
 
     # A running sum over all bins is off by BINS * 2^-53 of itself at most, in any order.
-    return loss(most), loss(least), BINS * 2.0**-51 * levels * scales.max() * values.sums.sum()
+    return loss(upper), loss(lower), BINS * 2.0**-51 * levels * scales.max() * values.sums.sum()

@@ -1,7 +1,7 @@
 """Reading protobuf text with messages that say where: file, line, column, field.
 
-protobuf's Python parser reports the place of a syntax error but keeps no places for what it has read, so `Places` finds
-the line of a field again from the text; only when a message needs it.
+protobuf's Python parser reports where a syntax error is, but not where the fields are that it has read.
+`FieldLocations` finds the line of a field from the text, only when a message needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TOKEN = re.compile(
     r"|(?P<mark>[{}<>\[\]:;,])|(?P<word>[^\s{}<>\[\]:;,\"'#]+)"
 )
 _END = ("end", "", 0)
-_LONGEST = 600  # characters of a message, whatever stands in the file
+_MAX_MESSAGE_LENGTH = 600  # characters of a message, whatever stands in the file
 
 Where = Callable[[], str]  # 'file:line' of a field, asked for only where a message needs it
 
@@ -93,21 +93,21 @@ def _tokens(text: str) -> list[tuple[str, str, int]]:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the fields of a file stand. `source` is the file's name as messages give it."""
+class FieldLocations:
+    """Finds the line of a field in a file; `source` is the file's name as messages give it."""
 
     source: str
     text: str = field(default="", repr=False)
 
     @functools.cached_property
     def _fields(self) -> list[_Field]:
-        """Scanned at most once: a record of a large model has thousands of nodes to place."""
+        """Scanned at most once: a record of a large model has thousands of nodes to locate."""
         return _Scanner(self.text).fields() if self.text else []
 
     def at(self, *path: str | int) -> str:
         """'file:line' of a field, e.g. at('override_layer_configs', 2, 'layer_name'); a number picks an occurrence.
 
-        Without a number the last occurrence counts, as for protobuf. An absent field gives its parent's place.
+        Without a number the last occurrence counts, as for protobuf. An absent field gives its parent's line.
         """
         line, fields = None, self._fields
         position = 0
@@ -131,7 +131,7 @@ def close_matches(name: str, known: Iterable[str]) -> str:
 
 
 class MessageSyntaxError(Exception):
-    """A text is no text of a message: what is wrong with its place, line and column (None where unknown)."""
+    """A text is no text of a message: what is wrong, after file, line and column; these (None where unknown)."""
 
     def __init__(self, reason: str, line: int | None, column: int | None) -> None:
         super().__init__(reason, line, column)
@@ -148,8 +148,8 @@ def parse_message(name: str, text: str, source: str, repeated_scalars: bool = Fa
         (text_format.Merge if repeated_scalars else text_format.Parse)(text, message)
     except text_format.ParseError as error:
         reason, line, column = _explain(error, text, source, message)
-        if len(reason) > _LONGEST:
-            reason = f"{reason[: _LONGEST - 60]} ... {reason[-50:]}"
+        if len(reason) > _MAX_MESSAGE_LENGTH:
+            reason = f"{reason[: _MAX_MESSAGE_LENGTH - 60]} ... {reason[-50:]}"
         raise MessageSyntaxError(reason, line, column) from None
     return message
 
@@ -164,16 +164,16 @@ def _explain(error: text_format.ParseError, text: str, source: str, message: Any
     reason = re.sub(r"^\d+:\d+ : ", "", str(error))
     reason = re.sub(r"^'.*?': (?=[A-Z])", "", reason, flags=re.DOTALL).rstrip(". ")
     source_line = text.splitlines()[line - 1] if line and line <= len(text.splitlines()) else ""
-    place = source if line is None else f"{source}:{line}:{column}"
+    location = source if line is None else f"{source}:{line}:{column}"
     if _open_braces(text) and source_line.strip() == _last_line(text):
-        return f"{place}: the text ends before its last brace is closed (a truncated file?): {reason}", line, column
+        return f"{location}: the text ends before its last brace is closed (a truncated file?): {reason}", line, column
     unknown = re.search(r'type "([\w.]+)" has no field named "(.+?)"', reason)
     if unknown:
         known = _field_names(message.DESCRIPTOR, unknown[1])
         hint = close_matches(unknown[2], known) or f"; known here: {', '.join(known)}"
-        return f"{place}: unknown field '{unknown[2]}' in {unknown[1].rsplit('.', 1)[-1]}{hint}", line, column
-    named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1][-_LONGEST:])
-    return f"{place}: {'field ' + repr(named[1]) + ': ' if named else ''}{reason}", line, column
+        return f"{location}: unknown field '{unknown[2]}' in {unknown[1].rsplit('.', 1)[-1]}{hint}", line, column
+    named = re.search(r"(\w+)\s*:?\s*\[?[^\[\]:{}<>]*$", source_line[: (column or 1) - 1][-_MAX_MESSAGE_LENGTH:])
+    return f"{location}: {'field ' + repr(named[1]) + ': ' if named else ''}{reason}", line, column
 
 
 def _open_braces(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,22 @@ from torch import Tensor, nn
 from amct_ext.common.references import copy_model
 from amct_ext.config.plan import Plan
 from amct_ext.errors import RecordError
-from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state, tensors_in
-from amct_ext.graph.trace import Graph
+from amct_ext.graph.values import Node
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discover import Discovery
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal
 from amct_ext.prune.selection import measure_of, select_channels
+from amct_ext.prune.sizes import changed_attributes, changed_factors
+from amct_ext.prune.trial import Difference, Masked, largest_error, parting, run_masked, run_pruned
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
+
+_LARGEST_ERROR = 1e-3  # of outputs, relative; rounding in deep networks stays well below
 
 
 def plan_channels(
@@ -42,100 +46,159 @@ def plan_channels(
         copy = copy_model(model)  # whatever the callable does to it, `model` stays as it is
         with preserved_random_state(copy), in_mode(copy, training=False):
             scores = dict(zip(measured, gate_taylor(copy, measured, pruning_loss), strict=True))
-    return tuple(group.record(select_channels(group, plan, model, scores.get(group))) for group in found.prunable)
+    chosen: dict[ChannelGroup, tuple[int, ...]] = {}
+    for group in found.prunable:
+        if group not in chosen:
+            chosen |= select_channels(group, plan, model, scores)
+    return tuple(group.record(chosen[group]) for group in found.prunable)
 
 
 def apply_channels(
     model: nn.Module,
-    graph: Graph,
+    found: Discovery,
     records: Sequence[ChannelRecord],
     input_data: Any,
     strict: bool = False,
 ) -> tuple[ChannelRecord, ...]:
     """Remove the records' channels from `model`, in place, and return the records that are in force.
 
-    The smaller model is tried on `input_data`, in eval mode and, where the whole model could do that, in train mode;
-    it must run and return as many tensors. A record that breaks it is found by halving and dropped with a warning. With
-    `strict` (records of a file) that is an error, as is a record that does not fit the model: RecordError, and the
-    model stays whole.
+    The smaller model is tried on `input_data`, in eval mode and, where the whole model could do that, in train mode. It
+    must run, and compute what the whole model does when readers ignore the removed channels and statistics leave them
+    out. Records that break this are dropped with a warning. With `strict` (records of a file) that is an error, as is a
+    record that does not fit the model: RecordError, and the model stays whole.
     """
     if strict:
-        check_records(model, records)
+        check_records(model, records, found.groups)
     if not any(node.prune_index for record in records for node in record.producers):
         return tuple(records)
-    trial = _Trial(model, graph, input_data)
-    kept: list[int] = []
+    trial = _Trial(model, found, records, parse_inputs(model, input_data))
     dropped: dict[int, str] = {}
-    current = _add(model, records, list(range(len(records))), kept, dropped, trial)
-    if strict and dropped:
-        if current is not None:
-            current.undo()
-        index, reason = min(dropped.items())
-        first = records[index].producers[0].name
-        raise RecordError(f"prune_record {index + 1} (producer {first}) does not fit the model: {reason}")
+    wanted = set(range(len(records)))
+    while wanted:
+        failure = trial(wanted)
+        if failure is None:
+            break
+        if strict:
+            (first,) = trial.culprits(wanted)
+            raise RecordError(
+                f"prune_record {first + 1} (producer {records[first].producers[0].name}) does not fit the model: "
+                f"{failure.reason}"
+            )
+        blamed = set(_records_of(failure.node, trial, wanted)) if failure.node is not None else set()
+        blamed = trial.with_linked(blamed or trial.culprits(wanted)) & wanted
+        dropped |= dict.fromkeys(blamed, failure.reason)
+        wanted -= blamed
     for index, reason in sorted(dropped.items()):
         for node in records[index].producers:
             _logger.warning("%s is not pruned: the model would fail without its channels: %s", node.name, reason)
-    return tuple(records[index] for index in sorted(kept))
+    return tuple(records[index] for index in sorted(wanted))
 
 
-def _add(
-    model: nn.Module,
-    records: Sequence[ChannelRecord],
-    wanted: list[int],
-    kept: list[int],
-    dropped: dict[int, str],
-    trial: Callable[[], str],
-) -> Removal | None:
-    """Bring the wanted records into force as far as the model stands it; returns what is in force at the end."""
-    current: Removal | None = None
-    pending = [wanted]
-    while pending:
-        part = pending.pop(0)
-        if current is not None:
-            current.undo()
-        candidate = Removal(model, [records[index] for index in sorted(kept + part)])
-        failure = candidate.apply() or trial()
-        if not failure:
-            kept.extend(part)
-            current = candidate
-            continue
-        candidate.undo()
-        if current is not None:
-            current.apply()
-        if len(part) == 1:
-            dropped[part[0]] = failure
-        else:
-            middle = len(part) // 2
-            pending[:0] = [part[:middle], part[middle:]]
-    return current
+def removal_of(model: nn.Module, found: Discovery, records: Sequence[ChannelRecord]) -> Removal:
+    """What removes some records' channels from the whole model, and adapts what depends on their number."""
+    gone = found.removed(records, model)
+    return Removal(model, records, changed_attributes(model, found, gone), changed_factors(found, gone))
+
+
+def _records_of(node: Node, trial: _Trial, wanted: Collection[int]) -> list[int]:
+    """The records whose channels a node works on."""
+    for values in (node.inputs, node.outputs):
+        ids = [item.ids.flatten() for value in values if value for item in trial.found.maps.get(value, ())]
+        touched = set(trial.found.classes[torch.cat(ids)].unique().tolist()) if ids else set()
+        blamed = [index for index in wanted if touched & trial.channels[index]]
+        if blamed:
+            return blamed
+    return []
 
 
 class _Trial:
-    """Runs the model and says what is wrong, '' for nothing."""
+    """Removes some of the records' channels from a model, which stays cut where nothing is wrong with it."""
 
-    def __init__(self, model: nn.Module, graph: Graph, input_data: Any) -> None:
-        self._model = model
-        self._inputs = parse_inputs(model, input_data)
-        # Sizes are not compared: how many boxes a detector returns depends on the weights.
-        self._dims = {False: [len(value.shape) for value in graph.outputs]}
+    def __init__(self, model: nn.Module, found: Discovery, records: Sequence[ChannelRecord], inputs: Inputs) -> None:
+        self.found = found
+        self._model, self._records, self._inputs = model, records, inputs
+        self.channels = [
+            set(found.classes[found.removed([record], model).nonzero().flatten()].tolist()) for record in records
+        ]
         # Heads that only run in training read channels that an eval forward does not show; a model that cannot train on
         # this input (one image and BatchNorm on a single pixel) is judged by its eval forward alone.
+        self._training_dims: list[int] | None = None
         try:
-            self._dims[True] = self._run(training=True)
+            self._training_dims = self._train()
         except Exception as error:
             _logger.debug("no trial in train mode: %s", error)
 
-    def __call__(self) -> str:
-        for training, dims in self._dims.items():
-            try:
-                got = self._run(training)
-            except Exception as error:
-                return f"{type(error).__name__}: {error}"
-            if got != dims:
-                return f"its outputs would have {got} dimensions instead of {dims}"
-        return ""
+    def __call__(self, wanted: Collection[int]) -> Difference | None:
+        """What is wrong without the channels of some records, and then the model is whole again; None for nothing."""
+        records = [self._records[index] for index in sorted(wanted)]
+        gone = self.found.removed(records, self._model)
+        masked: tuple[Masked, list[Tensor]] | None = None
+        try:
+            masked = run_masked(self._model, self._inputs, self.found, gone)
+        except Exception as error:
+            _logger.debug("no comparison with the whole model: %s", error)
+        removal = removal_of(self._model, self.found, records)
+        failed = removal.apply()
+        difference = Difference(None, failed) if failed else self._compare(gone, masked)
+        if difference is not None:
+            removal.undo()
+        return difference
 
-    def _run(self, training: bool) -> list[int]:
-        with preserved_state(self._model, training), torch.no_grad():
+    def _compare(self, gone: Tensor, masked: tuple[Masked, list[Tensor]] | None) -> Difference | None:
+        pruned, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
+        if difference is not None:
+            return difference
+        if masked is not None and largest_error(outputs, masked[1]) > _LARGEST_ERROR:
+            return parting(pruned, masked[0])
+        if self._training_dims is None:
+            return None
+        try:
+            dims = self._train()
+        except Exception as error:
+            return Difference(None, f"{type(error).__name__}: {error}")
+        if dims != self._training_dims:
+            return Difference(None, f"its outputs would have {dims} dimensions instead of {self._training_dims}")
+        return None
+
+    def _train(self) -> list[int]:
+        with preserved_state(self._model, training=True), torch.no_grad():
             return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]
+
+    def culprits(self, wanted: Collection[int]) -> set[int]:
+        """A record without which those before it do no harm; found by halving."""
+        part = sorted(wanted)
+        good: list[int] = []
+        while len(part) > 1:
+            half = part[: len(part) // 2]
+            if self._fails([*good, *half]):
+                part = half
+            else:
+                good += half
+                part = part[len(half) :]
+        return {part[0]}
+
+    def _fails(self, wanted: Collection[int]) -> bool:
+        """Whether the model fails without these records' channels; it is whole afterwards."""
+        whole = self.with_linked(set(wanted))
+        records = [self._records[index] for index in sorted(whole)]
+        gone = self.found.removed(records, self._model)
+        removal = removal_of(self._model, self.found, records)
+        try:
+            return bool(removal.apply()) or self._compare(gone, None) is not None
+        finally:
+            removal.undo()
+
+    def with_linked(self, indices: set[int]) -> set[int]:
+        """Records and those whose groups must lose channels with theirs."""
+        keys = {_key(record): index for index, record in enumerate(self._records)}
+        result = set(indices)
+        for group in self.found.groups:
+            linked = {keys[key] for each in group.linked if (key := _key(each.record(()))) in keys}
+            if linked & result:
+                result |= linked
+        return result
+
+
+def _key(record: ChannelRecord) -> tuple[str, int, int]:
+    first = record.producers[0]
+    return first.name, first.begin, first.end

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import (
     FILTER_PRUNABLE,
@@ -15,14 +15,21 @@ from amct_ext.common.layer_kinds import (
     layer_type,
 )
 from amct_ext.errors import RecordError
+from amct_ext.prune.groups import INITIALIZER, ChannelGroup
 from amct_ext.prune.removal import LAYER_OPERATORS
 from amct_ext.record.types import ChannelRecord, PruneNode
 
 
-def check_records(model: nn.Module, records: Sequence[ChannelRecord]) -> None:
-    """Raise RecordError where a record does not fit the model or contradicts itself; consumers like Add are skipped."""
+def check_records(model: nn.Module, records: Sequence[ChannelRecord], groups: Iterable[ChannelGroup] = ()) -> None:
+    """Raise RecordError where a record does not fit the model or contradicts itself; consumers like Add are skipped.
+
+    `groups`: those found in the model. Only they may hold a part of a layer's output channels.
+    """
     modules = dict(model.named_modules())
-    produced: dict[str, int] = {}
+    parts = {(m.name, m.begin, m.begin + group.count * m.repeat) for group in groups for m in group.producers}
+    read: dict[str, set[int]] = {}
+    produced: dict[str, list[tuple[int, int, int]]] = {}
+    removed: dict[str, set[int]] = {}
     for number, record in enumerate(records, 1):
         if not record.producers:
             raise RecordError(f"prune_record {number} has no producer: it does not say whose channels are removed")
@@ -31,29 +38,40 @@ def check_records(model: nn.Module, records: Sequence[ChannelRecord]) -> None:
         for node in record.producers:
             module, kind = _layer(modules, node, where)
             if not kind.filter_prunable or is_depthwise(module):
-                wanted = " and ".join(FILTER_PRUNABLE)
+                wanted = ", ".join(FILTER_PRUNABLE)
                 raise RecordError(f"{where}: {node.name} is a {kind.name}: only {wanted} can be producers")
-            if produced.setdefault(node.name, number) != number:
-                raise RecordError(f"{where}: {node.name} is a producer of prune_record {produced[node.name]} already")
+            for before, begin, end in produced.setdefault(node.name, []):
+                if node.begin < end and begin < node.end:
+                    raise RecordError(f"{where}: {node.name} is a producer of prune_record {before} already")
+            produced[node.name].append((number, node.begin, node.end))
+            removed.setdefault(node.name, set()).update(node.prune_index)
             channels = int(getattr(module, kind.widths[1]))
             _check_range(node, channels, where)
-            if node.end - node.begin != channels:
+            if node.end - node.begin != channels and (node.name, node.begin, node.end) not in parts:
                 raise RecordError(
                     f"{where}: {node.name} has {channels} output channels, of which the record knows "
                     f"only {node.begin}..{node.end}: it belongs to another model"
                 )
-            if node.prune_index != first.prune_index or node.end != first.end:
+            width = node.end - node.begin
+            relative = [[index - each.begin for index in each.prune_index] for each in (node, first)]
+            if width == first.end - first.begin and relative[0] != relative[1]:
                 raise RecordError(f"{where}: {node.name} and {first.name} are coupled but lose different channels")
-            if len(node.prune_index) >= node.end - node.begin:
+            _check_share(node, first, where)
+            if len(removed[node.name]) >= channels:
                 raise RecordError(f"{where}: {node.name} would lose all its channels; at least one has to stay")
-            _check_blocks(module, node, channels, where)
         for node in record.consumers:
             if node.type in LAYER_OPERATORS:
                 module, kind = _layer(modules, node, where)
                 channels = int(getattr(module, kind.widths[0]))
                 _check_range(node, channels, where)
                 _check_share(node, first, where)
-                _check_blocks(module, node, channels, where)
+                read.setdefault(node.name, set()).update(node.prune_index)
+            elif node.type == INITIALIZER:
+                _check_initializer(model, node, where)
+                _check_share(node, first, where)
+    for sides, side in ((removed, 1), (read, 0)):
+        for name, indices in sides.items():
+            _check_blocks(modules[name], name, indices, side)
 
 
 def _layer(modules: dict[str, nn.Module], node: PruneNode, where: str) -> tuple[nn.Module, LayerKind]:
@@ -86,23 +104,40 @@ def _check_range(node: PruneNode, channels: int, where: str) -> None:
 
 
 def _check_share(node: PruneNode, producer: PruneNode, where: str) -> None:
-    """A consumer loses as many places per channel as it has places per channel."""
-    channels = producer.end - producer.begin
-    repeat, rest = divmod(node.end - node.begin, channels)
-    if rest or len(node.prune_index) != repeat * len(producer.prune_index):
+    """A node loses the same part of its places as the producer."""
+    channels, places = producer.end - producer.begin, node.end - node.begin
+    if len(node.prune_index) * channels != len(producer.prune_index) * places:
         raise RecordError(
-            f"{where}: {node.name} loses {len(node.prune_index)} of {node.end - node.begin} channels, "
+            f"{where}: {node.name} loses {len(node.prune_index)} of {places} channels, "
             f"{producer.name} {len(producer.prune_index)} of {channels}: that does not fit together"
         )
 
 
-def _check_blocks(module: nn.Module, node: PruneNode, channels: int, where: str) -> None:
-    groups = int(getattr(module, "groups", 1))
-    if groups == 1 or is_depthwise(module):
+def _check_initializer(model: nn.Module, node: PruneNode, where: str) -> None:
+    owner, _, key = node.name.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(owner), key, None)
+    except AttributeError:
+        tensor = None
+    if not isinstance(tensor, Tensor):
+        raise RecordError(
+            f"{where}: the model has no parameter or buffer {node.name}: the record belongs to another model"
+        )
+    axis = node.axis or 0
+    if axis >= tensor.dim():
+        raise RecordError(f"{where}: {node.name} has {tensor.dim()} axes, the record speaks of axis {axis}")
+    _check_range(node, tensor.shape[axis], where)
+
+
+def _check_blocks(module: nn.Module, name: str, indices: Collection[int], side: int) -> None:
+    kind, groups = kind_of(module), int(getattr(module, "groups", 1))
+    if kind is None or groups == 1 or is_depthwise(module):
         return
-    size = channels // groups
+    size = int(getattr(module, kind.widths[side])) // groups
     counts = [0] * groups
-    for place in node.prune_index:
+    for place in indices:
         counts[place // size] += 1
     if len(set(counts)) > 1:
-        raise RecordError(f"{where}: the {groups} groups of {node.name} must lose equally many channels, not {counts}")
+        raise RecordError(
+            f"the {groups} groups of {name} must lose equally many channels, not {counts}: the record does not fit it"
+        )

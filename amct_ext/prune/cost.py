@@ -61,12 +61,14 @@ class Cost:
         self._layers = {name: _Layer(work) for name, work in layers.items()}
         self._touched: list[set[str]] = []
         for index, group in enumerate(groups):
-            for member in group.producers:
+            makers, readers = (
+                [m for m in side if m.name in self._layers] for side in (group.producers, group.consumers)
+            )
+            for member in makers:
                 self._layers[member.name].outputs.append(index)
-            readers = [member for member in group.consumers if member.name in self._layers]
             for member in readers:
-                self._layers[member.name].inputs.append((index, member.repeat))
-            self._touched.append({member.name for member in [*group.producers, *readers]})
+                self._layers[member.name].inputs.append((index, member.per_channel(group.count)))
+            self._touched.append({member.name for member in [*makers, *readers]})
         self.original = sum(layer.work.original for layer in self._layers.values())
 
     def __call__(self, removed: Sequence[int]) -> int:
@@ -89,10 +91,10 @@ class _Layer:
 
     work: LayerWork
     outputs: list[int] = field(default_factory=list)
-    inputs: list[tuple[int, int]] = field(default_factory=list)
+    inputs: list[tuple[int, float]] = field(default_factory=list)
 
     def bit_operations(self, counts: Sequence[int]) -> int:
-        lost_inputs = sum(counts[group] * repeat for group, repeat in self.inputs)
+        lost_inputs = round(sum(counts[group] * repeat for group, repeat in self.inputs))
         return self.work.bit_operations(lost_inputs, sum(counts[group] for group in self.outputs))
 
 
@@ -102,12 +104,15 @@ def layer_works(graph: Graph, model: nn.Module, given: Sequence[tuple[ChannelGro
     works = {name: layer_work(modules[name], calls) for name, calls in graph.calls.items() if _counts(calls[0])}
     for group, count in given:
         for member in group.producers:
-            work = works[member.name]
-            works[member.name] = replace(work, given_outputs=work.given_outputs + count)
+            if member.name in works:
+                work = works[member.name]
+                works[member.name] = replace(work, given_outputs=work.given_outputs + count)
         for member in group.consumers:
             if member.name in works:
                 work = works[member.name]
-                works[member.name] = replace(work, given_inputs=work.given_inputs + count * member.repeat)
+                works[member.name] = replace(
+                    work, given_inputs=work.given_inputs + round(count * member.per_channel(group.count))
+                )
     return works
 
 

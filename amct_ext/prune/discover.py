@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, LayerKind, computed_parameter, is_depthwise, kind_named, kind_of
+from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.trace import Graph
-from amct_ext.graph.traits import why_not_usable
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.groups import ChannelGroup, Layout, Member, Segment
-from amct_ext.prune.op_rules import op_rule
-from amct_ext.prune.rule_types import CannotFollow
+from amct_ext.prune.channel_map import along
+from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
+from amct_ext.prune.grouping import Grouping
+from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.obstacles import obstacles, shared_parameters
+from amct_ext.prune.rules.table import op_rule
+from amct_ext.prune.rules.types import CannotFollow, Context, Maps
+from amct_ext.record.types import ChannelRecord
+
+_CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """All groups in the order in which their first producer ran, merged ones once."""
+    """All groups in the order in which their first producer ran, and where in the forward their channels are.
 
-    groups: tuple[ChannelGroup, ...]
+    maps: the channels in each value. classes: for each id of a map, the smallest id of the same channel. sources: the
+    ids of each axis of a parameter or buffer. attended: ids (heads, size) of the queries of each attention that divides
+    by the root of their size.
+    """
+
+    graph: Graph
+    groups: tuple[ChannelGroup, ...] = ()
+    maps: Mapping[Value, Maps] = field(default_factory=dict, repr=False)
+    classes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64), repr=False)
+    sources: Mapping[Source, Tensor] = field(default_factory=dict, repr=False)
+    attended: Sequence[Tensor] = ()
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
@@ -31,9 +48,21 @@ class Discovery:
 
     def why_not(self) -> dict[str, str]:
         """Layers that the plan would prune but that stay whole: name -> reason."""
-        return {
-            member.name: group.why_frozen for group in self.groups if group.why_frozen for member in group.producers
-        }
+        cut = {member.name for group in self.prunable for member in group.producers}
+        frozen = [group for group in self.groups if group.why_frozen]
+        return {m.name: group.why_frozen for group in frozen for m in group.producers if m.name not in cut}
+
+    def removed(self, records: Sequence[ChannelRecord], model: nn.Module) -> Tensor:
+        """For each id whether its channel goes with these records of `model`, which is whole or cut already."""
+        gone = torch.zeros(len(self.classes), dtype=torch.bool)
+        for record in records:
+            for node in record.producers:
+                module = model.get_submodule(node.name)
+                kind = kind_of(module)
+                ids = self.sources.get(Source(f"{node.name}.weight", kind.weight_axes[1])) if kind else None
+                if ids is not None:
+                    gone[self.classes[ids[list(node.prune_index)]]] = True
+        return gone[self.classes]
 
 
 def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
@@ -42,129 +71,209 @@ def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
     for node in graph.nodes:
         walk.visit(node)
     for value in graph.outputs:
-        layout = walk.layouts.get(value)
-        if layout is not None:
-            layout.freeze("its channels are an output of the model")
-    return Discovery(tuple(group for group in walk.groups if group.root is group))
+        walk.coupling.freeze_all(walk.context.of(value), "its channels are an output of the model")
+    grouping = Grouping(walk.coupling, walk.is_covered)
+    return Discovery(
+        graph,
+        tuple(grouping.groups),
+        walk.context.maps,
+        grouping.classes,
+        walk.coupling.sources,
+        walk.coupling.attended,
+    )
 
 
 class _Walk:
+    """Visits nodes in order; answers the rules' questions about layers (rules.types.Owners)."""
+
     def __init__(self, graph: Graph, plan: Plan, model: nn.Module) -> None:
-        self.layouts: dict[Value, Layout] = {}
-        self.groups: list[ChannelGroup] = []
+        self.coupling = Coupling()
+        self.context = Context(self.coupling, self)
         self._plan = plan
         self._modules = dict(model.named_modules())
-        self._obstacles = _obstacles(graph, model)
+        self._obstacles = obstacles(graph, model)
+        self._shared = shared_parameters(model)
+        for value in graph.sources:
+            if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
+                self.context.maps[value] = tuple(
+                    along(self.coupling.ids_of(Source(value.name, axis), size), axis, len(value.shape))
+                    for axis, size in enumerate(value.shape)
+                    if size > 1
+                )
+                if value.name in self._shared:
+                    self.coupling.freeze_all(
+                        self.context.maps[value], f"{value.name} is shared by {self._shared[value.name]}"
+                    )
 
     def visit(self, node: Node) -> None:
-        arriving = [None if value is None else self.layouts.get(value) for value in node.inputs]
         try:
             if node.module is not None:
-                self._layer(node, arriving)
-            elif any(layout is not None for layout in arriving):
-                self._op(node, arriving)
+                self._layer(node)
+            elif any(self.context.of(value) for value in node.inputs):
+                self._op(node)
         except CannotFollow as reason:
-            for layout in arriving:
-                if layout is not None:
-                    layout.freeze(str(reason))
+            self._keep_whole(node, str(reason))
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # A form of the op that its rule does not expect: its channels stay, as those of an unknown op do.
+            self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
 
-    def _op(self, node: Node, arriving: list[Layout | None]) -> None:
+    def _keep_whole(self, node: Node, reason: str) -> None:
+        for value in (*node.inputs, *node.outputs):
+            self.coupling.freeze_all(self.context.of(value), reason)
+
+    def is_covered(self, source: Source) -> bool:
+        """Whether a source is cut with a layer."""
+        if source.axis is None:
+            return True
+        owner = self._modules.get(source.name.rpartition(".")[0])
+        kind = kind_of(owner) if owner is not None else None
+        return kind is not None and kind.family in _CUT_LAYERS
+
+    # What rules ask
+
+    def input_ids(self, weight: Value, size: int) -> Tensor | None:
+        owner = self._owner(weight)
+        return None if owner is None else self.coupling.ids_of(Source(owner, None), size)
+
+    def produces(self, node: Node, weight: Value, ids: Tensor) -> None:
+        owner = self._owner(weight)
+        if owner is None:
+            return
+        kind = kind_of(self._modules[owner])
+        assert kind is not None
+        if not self._asked(owner) or self._obstacles.get(owner):
+            self.coupling.freeze(ids, self._obstacles.get(owner) or f"{owner} keeps its channels")
+            return
+        source = Source(f"{owner}.weight", kind.weight_axes[1])
+        groups = int(getattr(self._modules[owner], "groups", 1))
+        own = self.coupling.ids_of(source, len(ids))
+        self.coupling.produced_by(own, Read(owner, self._operator(node, kind), own, groups if groups > 1 else None))
+
+    def reads(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
+        owner = self._owner(parameter)
+        if owner is not None:
+            kind = kind_of(self._modules[owner])
+            assert kind is not None
+            if self._obstacles.get(owner):
+                raise CannotFollow(f"they are read by {owner}, and {self._obstacles[owner]}")
+            self.coupling.read(Read(owner, self._operator(node, kind), ids, group))
+
+    def _owner(self, weight: Value) -> str | None:
+        """The layer whose weight a value is made of, None where it is that of no known type."""
+        source: Value | None = weight
+        while source is not None and source.producer is not None and source.producer.module is None:
+            source = source.producer.inputs[0] if source.producer.inputs else None
+        if source is None or source.kind != "parameter" or source.name.rpartition(".")[2] != "weight":
+            return None
+        owner = source.name.rpartition(".")[0]
+        kind = kind_of(self._modules[owner])
+        return owner if kind is not None and kind.family in _CUT_LAYERS else None
+
+    @staticmethod
+    def _operator(node: Node, kind: LayerKind) -> str:
+        return kind.onnx[0] if node.op == "addmm" else kind.onnx[-1]
+
+    # Nodes
+
+    def _op(self, node: Node) -> None:
         rule = op_rule(node)
         if rule is None:
-            raise CannotFollow(f"they are read by {node.name} ({node.op}), which channel removal cannot follow")
-        layout = rule(node, arriving)
-        if layout is None:
-            return
-        outputs = [value for value in node.outputs if value.shape[layout.axis : layout.axis + 1] == (layout.size,)]
-        if not outputs:
-            raise CannotFollow(f"{node.name} ({node.op}) changes their number")
-        self.layouts.update(dict.fromkeys(outputs, layout))
+            where = f" in {node.scope}" if node.scope else ""
+            raise CannotFollow(f"they are read by {node.name} ({node.op}{where}), which channel removal cannot follow")
+        for number, maps in rule(node, self.context).items():
+            output = node.outputs[number]
+            fitting = tuple(item for item in maps if len(item.ids.shape) == len(output.shape))
+            if len(fitting) < len(maps):
+                self.coupling.freeze_all(maps, f"{node.name} ({node.op}) changes their number")
+            self.context.maps[output] = fitting
 
-    def _layer(self, node: Node, arriving: list[Layout | None]) -> None:
+    def _asked(self, name: str) -> bool:
+        settings = self._plan.layers.get(name)
+        return settings is not None and isinstance(settings.prune, FilterPrune)
+
+    def _layer(self, node: Node) -> None:
         kind = kind_named(node.op)
         assert kind is not None
         # The output first: whatever hinders the input, a layer's own channels are a group of their own.
         if kind.filter_prunable and not is_depthwise(self._modules[node.name]):
             self._produce(node, kind)
-        if any(layout is not None for layout in arriving[1:]):
+        if any(self.context.of(value) for value in node.inputs[1:]):
             raise CannotFollow(f"they are read by {node.name} at a second input")
-        layout = arriving[0] if arriving else None
-        if layout is None:
+        value = node.inputs[0] if node.inputs else None
+        maps = self.context.of(value)
+        if value is None or not maps:
             return
-        if kind.family is Family.BATCH_NORM and layout.axis != 1:
-            self._across(node, layout)
+        if kind.family is Family.BATCH_NORM and maps[0].axis != 1:
+            self._across(node, maps)
             return
         obstacle = self._obstacles.get(node.name)
         if obstacle:
             raise CannotFollow(f"they are read by {node.name}, and {obstacle}")
         if not kind.input_prunable:
             raise CannotFollow(f"they are read by {node.name}, and channels of {node.op} inputs are not removed")
+        if kind.family is Family.LINEAR:
+            self._linear(node, value, maps)
+            return
+        if len(maps) > 1 or maps[0].axis != 1 or (kind.batched_dims not in (None, len(value.shape))):
+            raise CannotFollow(f"{node.name} works along another axis than that of the channels")
+        ids = joined_indices(maps[0].ids, 1, value.shape[1], self.coupling, node.name)
         if kind.family is Family.BATCH_NORM:
-            self._channelwise(node, layout)
-        elif kind.family is Family.LINEAR:
-            self._linear(node, layout)
+            self._channelwise(node, ids)
         else:
-            self._convolution(node, kind, layout)
+            self._convolution(node, ids)
 
     def _produce(self, node: Node, kind: LayerKind) -> None:
-        settings = self._plan.layers.get(node.name)
-        if settings is None or not isinstance(settings.prune, FilterPrune) or len(node.outputs) != 1:
+        if not self._asked(node.name) or len(node.outputs) != 1:
             return
-        module = self._modules[node.name]
-        groups = getattr(module, "groups", 1)
-        output = node.outputs[0]
+        module, output = self._modules[node.name], node.outputs[0]
+        groups = int(getattr(module, "groups", 1))
         axis = kind.channel_axis % len(output.shape)
-        member = Member(node.name, onnx_operator(node, module), group=groups if groups > 1 else None)
-        group = ChannelGroup(output.shape[axis], [member])
+        ids = self.coupling.ids_of(Source(f"{node.name}.weight", kind.weight_axes[1]), output.shape[axis])
+        operator = onnx_operator(node, module)
+        self.coupling.produced_by(ids, Read(node.name, operator, ids, groups if groups > 1 else None))
         if groups > 1:
-            group.in_blocks(groups, node.name)
+            self.coupling.balance(ids.reshape(groups, -1), node.name)
         if self._obstacles.get(node.name):
-            group.freeze(self._obstacles[node.name])
-        if not any(member == other for known in self.groups for other in known.producers):
-            self.groups.append(group)
-        self.layouts[output] = Layout(axis, (Segment(group, group.count),))
+            self.coupling.freeze(ids, self._obstacles[node.name])
+        self.context.maps[output] = (along(ids, axis, len(output.shape)),)
 
-    def _read(self, node: Node, layout: Layout, group: int | None = None) -> None:
-        module = self._modules[node.name]
-        for begin, segment in layout.begins():
-            if segment.group is not None:
-                segment.group.read_by(Member(node.name, onnx_operator(node, module), begin, segment.repeat, group))
+    def _read(self, node: Node, ids: Tensor, group: int | None = None) -> None:
+        self.coupling.read(Read(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
 
-    def _across(self, node: Node, layout: Layout) -> None:
+    def _across(self, node: Node, maps: Maps) -> None:
         """BatchNorm over another axis (tokens): one factor and term for all channels, so it is not cut itself."""
         if self._modules[node.name].running_mean is None:
             raise CannotFollow(f"{node.name} normalises over the channels, so removing some would change the others")
-        self.layouts[node.outputs[0]] = layout
+        self.context.maps[node.outputs[0]] = maps
 
-    def _channelwise(self, node: Node, layout: Layout, multiplier: int = 1) -> None:
+    def _channelwise(self, node: Node, ids: Tensor, multiplier: int = 1) -> None:
         """BatchNorm, depthwise convolution: output channels follow from the input's."""
-        if layout.axis != 1:
-            raise CannotFollow(f"{node.name} does not have its channels where theirs lie")
-        self._read(node, layout)
-        self.layouts[node.outputs[0]] = layout.repeated(multiplier)
+        self._read(node, ids)
+        output = node.outputs[0]
+        self.context.maps[output] = (along(ids.repeat_interleave(multiplier), 1, len(output.shape)),)
 
-    def _linear(self, node: Node, layout: Layout) -> None:
-        source = node.inputs[0]
-        if source is None or layout.axis != len(source.shape) - 1:
-            raise CannotFollow(f"{node.name} works along another axis than that of the channels")
-        self._read(node, layout)
+    def _linear(self, node: Node, value: Value, maps: Maps) -> None:
+        """Channels along the last axis end here; those along others (tokens that are mixed) go on."""
+        last, passing = len(value.shape) - 1, []
+        for item in maps:
+            if item.axis == last:
+                self._read(node, joined_indices(item.ids, last, value.shape[last], self.coupling, node.name))
+            elif last in item.varying:
+                raise CannotFollow(f"{node.name} works along another axis than that of the channels")
+            else:
+                passing.append(item)
+        output = node.outputs[0]
+        self.context.maps[output] = (*self.context.of(output), *passing)
 
-    def _convolution(self, node: Node, kind: LayerKind, layout: Layout) -> None:
+    def _convolution(self, node: Node, ids: Tensor) -> None:
         module = self._modules[node.name]
-        source = node.inputs[0]
-        if source is None or layout.axis != 1 or len(source.shape) != kind.batched_dims:
-            raise CannotFollow(f"{node.name} works along another axis than that of the channels")
         groups = int(getattr(module, "groups", 1))
         if is_depthwise(module):
-            self._channelwise(node, layout, int(getattr(module, "out_channels", 0)) // groups)
-        elif groups == 1:
-            self._read(node, layout)
-        elif len(layout.segments) > 1:
-            raise CannotFollow(f"the {groups} groups of {node.name} lie across joined tensors")
+            self._channelwise(node, ids, int(getattr(module, "out_channels", 0)) // groups)
         else:
-            for group in layout.groups:
-                group.in_blocks(groups, node.name)
-            self._read(node, layout, groups)
+            if groups > 1:
+                self.coupling.balance(ids.reshape(groups, -1), node.name)
+            self._read(node, ids, groups if groups > 1 else None)
 
 
 def onnx_operator(node: Node, module: nn.Module) -> str:
@@ -174,40 +283,3 @@ def onnx_operator(node: Node, module: nn.Module) -> str:
     source = node.inputs[0] if node.inputs else None
     flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
     return kind.onnx[0] if flat else kind.onnx[-1]
-
-
-def _obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
-    """Layers whose shapes must not change, with the reason."""
-    modules = dict(model.named_modules())
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name or "the model itself")
-    result: dict[str, str] = {}
-    for parameter_name, readers in graph.parameter_readers().items():
-        result[parameter_name.rpartition(".")[0]] = f"{readers[0].name} also reads its parameter {parameter_name}"
-    for name, calls in graph.calls.items():
-        for reason in _layer_obstacles(name, calls, modules[name], graph, owners):
-            result.setdefault(name, reason)
-    return result
-
-
-def _layer_obstacles(
-    name: str, calls: list[Node], module: nn.Module, graph: Graph, owners: dict[int, list[str]]
-) -> Iterator[str]:
-    kind = kind_of(module)
-    if kind is not None and kind.family is Family.BATCH_NORM:
-        if len(calls) > 1:
-            yield f"it is called {len(calls)} times in one forward"
-        computed = computed_parameter(module)
-        if computed:
-            yield f"its {computed} is computed (parametrisation or weight norm)"
-    else:
-        reason = why_not_usable(graph.calls, name, module)
-        if reason:
-            yield reason
-    for parameter in module._parameters.values():
-        others = [other for other in owners.get(id(parameter), []) if other != name]
-        if others:
-            yield f"it shares a parameter with {', '.join(others)}"

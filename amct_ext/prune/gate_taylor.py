@@ -118,8 +118,7 @@ def _changes(group: ChannelGroup, gradients: Sequence[tuple[str, Tensor]]) -> Te
     for member in group.consumers:
         for name, gradient in gradients:
             if name == member.name:
-                places = gradient[:, member.begin : member.begin + group.count * member.repeat]
-                parts.append(places.reshape(-1, group.count, member.repeat).sum(2))
+                parts.append(member.summed(gradient, group.count))
     if not parts:  # this loss does not depend on the group
         return torch.zeros(1, group.count)
     if len({len(part) for part in parts}) > 1:

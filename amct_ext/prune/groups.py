@@ -1,19 +1,26 @@
-"""Groups of coupled channels, and where in a tensor the channels of which group lie."""
+"""Groups of coupled channels, as records name them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from amct_ext.record.types import ChannelRecord, PruneNode
+
+INITIALIZER = "Initializer"  # type of a member that is a bare parameter or buffer
 
 
 @dataclass(frozen=True)
 class Member:
     """A node that produces or reads a group's channels: they take the indices begin .. begin + count * repeat there.
 
-    type: the ONNX operator. repeat: how many adjacent indices one channel takes (a flattened feature map, a depthwise
-    multiplier). group: the group count of a grouped convolution.
+    type: the ONNX operator; of a bare parameter or buffer, whose name the member has then, 'Initializer'. repeat: how
+    many adjacent indices one channel takes (a flattened feature map, a depthwise multiplier). group: the group count of
+    a grouped convolution. axis: of an Initializer. places: (channel, index) of each index where these lie in no such
+    order (behind a channel shuffle); begin and end then are the range of all.
     """
 
     name: str
@@ -21,68 +28,57 @@ class Member:
     begin: int = 0
     repeat: int = 1
     group: int | None = None
+    axis: int | None = None
+    places: tuple[tuple[int, int], ...] = ()
+    end: int | None = None
 
     def indices(self, channels: Iterable[int]) -> tuple[int, ...]:
         """Where the given channels lie in this node."""
+        if self.places:
+            gone = set(channels)
+            return tuple(sorted(index for channel, index in self.places if channel in gone))
         return tuple(self.begin + channel * self.repeat + copy for channel in channels for copy in range(self.repeat))
+
+    def per_channel(self, count: int) -> float:
+        """How many indices one channel takes here, the mean where that differs."""
+        return len(self.places) / count if self.places else self.repeat
+
+    def summed(self, values: Tensor, count: int) -> Tensor:
+        """Values by index (last axis), summed for each of the group's channels."""
+        if self.places:
+            channels, indices = torch.tensor(self.places, device=values.device).T
+            result = values.new_zeros(*values.shape[:-1], count)
+            return result.index_add(-1, channels, values[..., indices])
+        part = values[..., self.begin : self.begin + count * self.repeat]
+        return part.reshape(*values.shape[:-1], count, self.repeat).sum(-1)
 
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels that can only go together. After a merge the survivor speaks for both: ask `root` first.
+    """Channels that can only go together.
 
-    blocks: the channels lie in this many equal blocks that must lose equally many (grouped convolutions); None: no such
-    condition. why_frozen: why the channels must stay, '' where they may go.
+    cells: number of the cell that each channel lies in; all cells of a group, and of the groups that `linked` names
+    with it, lose in proportion to their sizes (groups of a convolution or norm, heads, halves that are split). None:
+    no such condition. why_frozen: why the channels must stay, '' where they may go.
     """
 
     count: int
     producers: list[Member]
     consumers: list[Member] = field(default_factory=list)
-    blocks: int | None = None
+    cells: Tensor | None = None
     why_frozen: str = ""
-    _parent: ChannelGroup | None = field(default=None, repr=False)
+    linked: list[ChannelGroup] = field(default_factory=list, repr=False)
 
     @property
-    def root(self) -> ChannelGroup:
-        """The group that this one has become part of, itself if none."""
-        group = self
-        while group._parent is not None:
-            group = group._parent
-        return group
-
-    def freeze(self, reason: str) -> None:
-        """Keep the channels; the first reason is the one that is told."""
-        root = self.root
-        root.why_frozen = root.why_frozen or reason
-
-    def read_by(self, member: Member) -> None:
-        """Add a consumer."""
-        self.root.consumers.append(member)
-
-    def in_blocks(self, blocks: int, where: str) -> None:
-        """Demand equal removal in equal blocks. Demands combine where one divides the other, else the group freezes."""
-        root = self.root
-        if root.count % blocks:
-            root.freeze(f"{where} has {blocks} groups, which {root.count} channels cannot be divided into")
-        elif root.blocks is None or blocks % root.blocks == 0:
-            root.blocks = blocks
-        elif root.blocks % blocks:
-            root.freeze(f"{where} needs {blocks} equal blocks of channels, another layer {root.blocks}")
-
-    def absorb(self, other: ChannelGroup, where: str) -> None:
-        """Couple two groups; this one's producers and consumers come first."""
-        root, merged = self.root, other.root
-        if root is merged:
-            return
-        if root.count != merged.count:
-            raise AssertionError(f"{where}: groups of {root.count} and {merged.count} channels cannot be coupled")
-        merged._parent = root
-        root.producers.extend(merged.producers)
-        root.consumers.extend(merged.consumers)
-        if merged.why_frozen:
-            root.freeze(merged.why_frozen)
-        if merged.blocks is not None:
-            root.in_blocks(merged.blocks, where)
+    def blocks(self) -> int | None:
+        """The number of cells where they are equal blocks one after another, as AMCT writes them; else None."""
+        if self.cells is None or self.linked:
+            return None
+        number = int(self.cells.max()) + 1
+        if number == 1 or self.count % number:
+            return None
+        regular = torch.arange(number).repeat_interleave(self.count // number)
+        return number if torch.equal(self.cells, regular) else None
 
     @staticmethod
     def of(record: ChannelRecord) -> ChannelGroup:
@@ -91,10 +87,12 @@ class ChannelGroup:
         count = first.end - first.begin
 
         def member(node: PruneNode) -> Member:
-            return Member(node.name, node.type, node.begin, (node.end - node.begin) // count, node.group)
+            return Member(node.name, node.type, node.begin, (node.end - node.begin) // count, node.group, node.axis)
 
         producers, consumers = [[member(node) for node in nodes] for nodes in (record.producers, record.consumers)]
-        return ChannelGroup(count, producers, consumers, first.prune_group)
+        blocks = first.prune_group
+        cells = None if blocks is None else torch.arange(blocks).repeat_interleave(count // blocks)
+        return ChannelGroup(count, producers, consumers, cells)
 
     def record(self, removed: Sequence[int]) -> ChannelRecord:
         """The record entry of this group when the given channels are removed."""
@@ -104,68 +102,14 @@ class ChannelGroup:
                 name=member.name,
                 type=member.type,
                 begin=member.begin,
-                end=member.begin + self.count * member.repeat,
+                end=member.begin + self.count * member.repeat if member.end is None else member.end,
                 group=member.group,
                 prune_group=blocks,
                 prune_index=member.indices(removed),
+                axis=member.axis,
             )
 
         return ChannelRecord(
             producers=tuple(node(member, self.blocks) for member in self.producers),
             consumers=tuple(node(member, None) for member in self.consumers),
         )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of indices along a channel axis: `count` channels of `repeat` indices each. group None: they stay."""
-
-    group: ChannelGroup | None
-    count: int
-    repeat: int = 1
-
-    @property
-    def size(self) -> int:
-        return self.count * self.repeat
-
-    def same_layout(self, other: Segment) -> bool:
-        """Whether channel i of both takes the same indices."""
-        return self.count == other.count and self.repeat == other.repeat
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which channels lie where along one axis of a tensor."""
-
-    axis: int
-    segments: tuple[Segment, ...]
-
-    @property
-    def groups(self) -> list[ChannelGroup]:
-        """The groups that have channels here."""
-        return [segment.group.root for segment in self.segments if segment.group is not None]
-
-    @property
-    def size(self) -> int:
-        return sum(segment.size for segment in self.segments)
-
-    def at(self, axis: int) -> Layout:
-        """The same channels along another axis."""
-        return Layout(axis, self.segments)
-
-    def repeated(self, times: int) -> Layout:
-        """Every index taken `times` times."""
-        return Layout(self.axis, tuple(Segment(part.group, part.count, part.repeat * times) for part in self.segments))
-
-    def freeze(self, reason: str) -> None:
-        """Keep all channels that lie here."""
-        for group in self.groups:
-            group.freeze(reason)
-
-    def begins(self) -> list[tuple[int, Segment]]:
-        """Each segment with the index where it begins."""
-        result, begin = [], 0
-        for segment in self.segments:
-            result.append((begin, segment))
-            begin += segment.size
-        return result

@@ -33,13 +33,22 @@ def group_norms(group: ChannelGroup, model: nn.Module) -> Tensor:
 def _norms(group: ChannelGroup, model: nn.Module) -> Iterator[Tensor]:
     """Each member's norms, on the CPU; a BatchNorm without factors is none."""
     for member in group.producers:
-        yield filter_norms(finite_weight(member, model)).cpu().double()
+        yield filter_norms(produced_rows(member, group.count, model)).cpu().double()
     for member in group.consumers:
         module = model.get_submodule(member.name) if member.type in LAYER_OPERATORS else None
         if module is not None and getattr(module, "weight", None) is not None:
             norms = filter_norms(by_input(finite_weight(member, model), module)).cpu().double()
-            places = norms[member.begin : member.begin + group.count * member.repeat]
-            yield torch.linalg.vector_norm(places.reshape(group.count, member.repeat), dim=1)
+            yield member.summed(norms.square(), group.count).sqrt()
+
+
+def produced_rows(member: Member, count: int, model: nn.Module) -> Tensor:
+    """What a producer makes a group's channels by: its weight with these along axis 0. Errors: InvalidDataError."""
+    kind = kind_of(model.get_submodule(member.name))
+    assert kind is not None
+    rows = finite_weight(member, model).movedim(kind.weight_axes[1], 0)
+    if len(rows) == count:
+        return rows
+    return rows[member.begin : member.begin + count * member.repeat].reshape(count, -1)
 
 
 def finite_weight(member: Member, model: nn.Module) -> Tensor:

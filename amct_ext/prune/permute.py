@@ -17,7 +17,7 @@ from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.discover import discover
-from amct_ext.prune.groups import ChannelGroup, Member
+from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
 
 _ROUNDS = 128
 _ROWS = 512  # of the weights that read a group; more are taken at even distances
@@ -47,8 +47,10 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
     everything = {name: replace(layer, prune=FilterPrune(0.5)) for name, layer in plan.layers.items()}
     modules, orders = dict(model.named_modules()), {}
     for group in discover(graph, replace(plan, layers=everything), model).prunable:
+        if not _is_plain(group):
+            continue
         rows = [rows for member in group.consumers for rows in _rows_of(member, group, plan, modules)]
-        if rows and group.count >= 8 and group.blocks is None and all(m.repeat == 1 for m in group.producers):
+        if rows and group.count >= 8:
             order = best_order(torch.cat(rows))
             if order != tuple(range(group.count)):
                 orders[group] = order
@@ -61,6 +63,12 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
             group: order for group, order in orders.items() if _keeps(model, group, order, modules, expected, inputs)
         }
     return {group.producers[0].name: order for group, order in orders.items()}
+
+
+def _is_plain(group: ChannelGroup) -> bool:
+    """Whether layers alone make and read the channels, all that a layer makes, in the same order everywhere."""
+    members = [*group.producers, *group.consumers]
+    return group.cells is None and not any(m.places or m.type == INITIALIZER for m in members)
 
 
 def _keeps(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
+from amct_ext.prune.groups import INITIALIZER
 from amct_ext.record.types import ChannelRecord
 
 # ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to remove.
@@ -17,10 +19,22 @@ _BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Removal:
-    """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis."""
+    """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis.
 
-    def __init__(self, model: nn.Module, records: Iterable[ChannelRecord]) -> None:
+    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute. `factors`: of the
+    output channels of layers, by layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        records: Iterable[ChannelRecord],
+        sizes: Mapping[tuple[str, str], object] = MappingProxyType({}),
+        factors: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._modules = dict(model.named_modules())
+        self._sizes, self._factors = sizes, factors
+        self._initializers: dict[tuple[str, int], set[int]] = {}
         self._outputs: dict[str, set[int]] = {}
         self._inputs: dict[str, set[int]] = {}
         self._undo: list[tuple[dict[str, Any], str, Any]] = []
@@ -30,9 +44,13 @@ class Removal:
             for node in record.consumers:
                 if node.type in LAYER_OPERATORS:
                     self._inputs.setdefault(node.name, set()).update(node.prune_index)
+                elif node.type == INITIALIZER:
+                    self._initializers.setdefault((node.name, node.axis or 0), set()).update(node.prune_index)
 
     def apply(self) -> str:
         """Remove the channels; returns what went wrong, '' for nothing."""
+        for name, factors in self._factors.items():
+            self._multiply(self._modules[name], factors)
         # Inputs first: removing outputs would shift the blocks of a grouped convolution.
         for remove, all_indices in ((self._remove_input, self._inputs), (self._remove_output, self._outputs)):
             for name, indices in all_indices.items():
@@ -42,6 +60,14 @@ class Removal:
                     remove(self._modules[name], indices)
                 except (RuntimeError, IndexError) as error:
                     return f"{name} cannot be cut: {error}"
+        for (name, axis), indices in self._initializers.items():
+            owner, _, key = name.rpartition(".")
+            try:
+                self._remove(self._modules[owner], key, axis, indices)
+            except (RuntimeError, IndexError) as error:
+                return f"{name} cannot be cut: {error}"
+        for (name, attribute), value in self._sizes.items():
+            self._set(self._modules[name], attribute, value)
         return ""
 
     def undo(self) -> None:
@@ -49,6 +75,13 @@ class Removal:
         for holder, key, old in reversed(self._undo):
             holder[key] = old
         self._undo.clear()
+
+    def _multiply(self, module: nn.Module, factors: Tensor) -> None:
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name, None)
+            if tensor is not None:
+                shaped = factors.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
+                self._replace(module, name, _like(tensor, tensor.detach() * shaped))
 
     def _remove_output(self, module: nn.Module, indices: set[int]) -> None:
         kind = _kind_of(module)
@@ -94,14 +127,18 @@ class Removal:
         if tensor is not None:
             self._replace(module, name, _like(tensor, _drop(tensor.detach(), axis, indices)))
 
-    def _replace(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def _replace(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         holder: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         self._undo.append((holder, name, holder[name]))
         holder[name] = tensor
 
     def _decrease(self, module: nn.Module, attribute: str, by: int) -> None:
+        if attribute in vars(module):
+            self._set(module, attribute, vars(module)[attribute] - by)
+
+    def _set(self, module: nn.Module, attribute: str, value: object) -> None:
         self._undo.append((vars(module), attribute, vars(module)[attribute]))
-        vars(module)[attribute] -= by
+        vars(module)[attribute] = value
 
 
 def _kind_of(module: nn.Module) -> LayerKind:
@@ -110,13 +147,13 @@ def _kind_of(module: nn.Module) -> LayerKind:
     return kind
 
 
-def _drop(tensor: torch.Tensor, axis: int, indices: Sequence[int] | set[int]) -> torch.Tensor:
+def _drop(tensor: Tensor, axis: int, indices: Sequence[int] | set[int]) -> Tensor:
     dropped = set(indices)
     keep = [index for index in range(tensor.shape[axis]) if index not in dropped]
     return tensor.index_select(axis, torch.tensor(keep, dtype=torch.long, device=tensor.device))
 
 
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def _like(old: Tensor, new: Tensor) -> Tensor:
     """`new` as the successor of `old`: memory format, Parameter or buffer, requires_grad, the user's attributes."""
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)

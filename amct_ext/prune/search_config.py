@@ -12,7 +12,7 @@ from typing import Any
 from amct_ext.config.text import FilterPrune, Override, RetrainConfig, parse_config, shortest_decimal
 from amct_ext.errors import ConfigError, ConfigParseError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import MessageSyntaxError, Places, format_message, parse_message
+from amct_ext.proto.text import FieldLocations, MessageSyntaxError, format_message, parse_message
 
 _SEARCH = "amct_ext.config.AutoChannelPruneConfig"
 _RETRAIN = "amct_ext.config.RetrainConfig"
@@ -54,10 +54,10 @@ def read_search_config(path: str) -> SearchConfig:
     Errors: OSError; SearchConfigError (a RuntimeError: text that is no configuration); ConfigError (values, an override
     file that is missing or holds more than skips and ratios).
     """
-    message, places = _parse(path, _SEARCH)
+    message, locations = _parse(path, _SEARCH)
 
     def wrong(name: str, reason: str) -> ConfigError:
-        return ConfigError(f"{places.at(name)}: {name}: {reason}")
+        return ConfigError(f"{locations.at(name)}: {name}: {reason}")
 
     if not message.HasField("compress_ratio"):
         raise wrong("compress_ratio", "it is required")
@@ -71,16 +71,16 @@ def read_search_config(path: str) -> SearchConfig:
     override_file = message.override_prune_cfg
     if override_file and not Path(override_file).is_file():
         raise wrong("override_prune_cfg", f"there is no file '{override_file}'")
-    override = _read_override(override_file) if override_file else RetrainConfig(places=Places(path))
+    override = _read_override(override_file) if override_file else RetrainConfig(locations=FieldLocations(path))
     return SearchConfig(ratio, message.ascend_optimized, most, message.test_iteration, override, override_file)
 
 
 def _read_override(path: str) -> RetrainConfig:
-    message, places = _parse(path, _RETRAIN)
+    message, locations = _parse(path, _RETRAIN)
     for field, _ in message.ListFields():
         if field.name not in _ALLOWED:
             raise ConfigError(
-                f"{places.at(field.name)}: {field.name} has no place in an override file; "
+                f"{locations.at(field.name)}: {field.name} has no place in an override file; "
                 f"allowed: {', '.join(_ALLOWED)}"
             )
     config = parse_config(path)
@@ -88,7 +88,7 @@ def _read_override(path: str) -> RetrainConfig:
         for index, item in enumerate(getattr(config, name)):
             if item.quantizes or not isinstance(item.prune, FilterPrune):
                 raise ConfigError(
-                    f"{places.at(name, index)}: {name}: '{item.target}' must hold a filter_pruner and nothing else"
+                    f"{locations.at(name, index)}: {name}: '{item.target}' must hold a filter_pruner and nothing else"
                 )
     return config
 
@@ -112,7 +112,7 @@ def _fill(prune_config: Any, prune: FilterPrune) -> None:
         pruner.importance = pruner.Importance.Value(prune.importance)
 
 
-def _parse(path: str | os.PathLike[str], kind: str) -> tuple[Any, Places]:
+def _parse(path: str | os.PathLike[str], kind: str) -> tuple[Any, FieldLocations]:
     source = os.fspath(path)
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -122,4 +122,4 @@ def _parse(path: str | os.PathLike[str], kind: str) -> tuple[Any, Places]:
         message = parse_message(kind, text, source, repeated_scalars=True)
     except MessageSyntaxError as error:
         raise SearchConfigError(*error.args) from None
-    return message, Places(source, text)
+    return message, FieldLocations(source, text)

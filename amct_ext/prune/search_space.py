@@ -105,7 +105,11 @@ def write_costs(info: Mapping[str, Mapping[str, Any]], records: Any) -> None:
     for record in records:
         group = read_group(record)
         cost = sum(info[m.name][_COST] / info[m.name]["cout"] for m in group.producers if m.name in info)
-        cost += sum(m.repeat * info[m.name][_COST] / info[m.name]["cin"] for m in group.consumers if m.name in info)
+        cost += sum(
+            m.per_channel(group.count) * info[m.name][_COST] / info[m.name]["cin"]
+            for m in group.consumers
+            if m.name in info
+        )
         write_attribute(record.producer[0], _COST, "FLOAT", cost)
 
 
@@ -119,7 +123,7 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
             entry = info.get(member.name)
             if entry is None:
                 continue
-            fewer = count * member.repeat
+            fewer = round(count * member.per_channel(group.count))
             entry[_COST] *= (entry[side] - fewer) / entry[side]
             entry[side] -= fewer
             if "work" in entry:

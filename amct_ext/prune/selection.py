@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.ops import filter_norms
 from amct_ext.prune.groups import ChannelGroup
-from amct_ext.prune.importance import finite_weight, group_norms
+from amct_ext.prune.importance import group_norms, produced_rows
 
 ASCEND_MULTIPLE = 16
 MEASURES = ("BALANCED_L2", "GROUP_L2", "GATE_TAYLOR")  # in this order each looks at more
@@ -48,31 +49,55 @@ def importance(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.expand(weights[0].shape[0])
 
 
-def least_important(scores: torch.Tensor, ratio: float, ascend_optimized: bool, blocks: int = 1) -> tuple[int, ...]:
+def least_important(scores: Tensor, ratio: float, ascend_optimized: bool, blocks: int = 1) -> tuple[int, ...]:
     """The channels that go, ascending: in each of the equal blocks equally many; among equals the first."""
-    size = len(scores) // blocks
-    count = removal_count(len(scores), ratio, ascend_optimized, blocks) // blocks
-    if count <= 0:
-        return ()
-    order = scores.reshape(blocks, size).argsort(dim=1, stable=True)[:, :count]
-    places = order + torch.arange(blocks, device=order.device).unsqueeze(1) * size
-    return tuple(sorted(places.flatten().tolist()))
+    cells = torch.arange(blocks).repeat_interleave(len(scores) // blocks)
+    return tuple(_least_important(scores, cells, ratio, ascend_optimized).tolist())
 
 
-def select_channels(group: ChannelGroup, plan: Plan, model: nn.Module, scores: Tensor | None = None) -> tuple[int, ...]:
-    """The channels of a group that go: the producers' smallest ratio counts, and rounding if any asks for it.
-
-    `scores`: of GATE_TAYLOR. Without them (a dry run without a loss) GROUP_L2 stands in for it.
-    """
-    settings = _settings(group, plan)
-    if scores is None:
-        if measure_of(group, plan) == "BALANCED_L2":
-            scores = importance([finite_weight(member, model) for member in group.producers])
+def _least_important(scores: Tensor, cells: Tensor, ratio: float, ascend_optimized: bool) -> Tensor:
+    """`cells`: number of the cell of each channel; cells lose in proportion to their sizes. -1: no such condition."""
+    gone = []
+    sizes = cells[cells >= 0].unique(return_counts=True)[1].tolist()
+    unit = math.gcd(*sizes)
+    for cell, size in [(-1, int((cells < 0).sum())), *enumerate(sizes)]:
+        if cell < 0:
+            count = removal_count(size, ratio, ascend_optimized) if size else 0
         else:
-            scores = group_norms(group, model)
+            units = sum(sizes) // unit
+            count = removal_count(sum(sizes), ratio, ascend_optimized, units) // units * (size // unit)
+        if count > 0:
+            places = (cells == cell).nonzero().flatten()
+            gone.append(places[scores[places].argsort(stable=True)[:count]])
+    return torch.cat(gone).sort().values if gone else torch.zeros(0, dtype=torch.int64)
+
+
+def select_channels(
+    group: ChannelGroup, plan: Plan, model: nn.Module, scores: Mapping[ChannelGroup, Tensor] = MappingProxyType({})
+) -> dict[ChannelGroup, tuple[int, ...]]:
+    """The channels that go, of a group and of those linked with it.
+
+    The producers' smallest ratio counts, and rounding if any asks for it. `scores`: of GATE_TAYLOR. Without them (a
+    dry run without a loss) GROUP_L2 stands in for it.
+    """
+    groups = group.linked or [group]
+    settings = [prune for each in groups for prune in _settings(each, plan)]
     ratio = min(prune.ratio for prune in settings)
     ascend = any(prune.ascend_optimized for prune in settings)
-    return least_important(scores.cpu(), ratio, ascend, group.blocks or 1)
+    ranked = torch.cat([_scores(each, plan, model, scores.get(each)).cpu() for each in groups])
+    cells = torch.cat([torch.full((each.count,), -1) if each.cells is None else each.cells for each in groups])
+    gone = torch.zeros(len(ranked), dtype=torch.bool)
+    gone[_least_important(ranked, cells, ratio, ascend)] = True
+    parts = gone.split([each.count for each in groups])
+    return {each: tuple(part.nonzero().flatten().tolist()) for each, part in zip(groups, parts, strict=True)}
+
+
+def _scores(group: ChannelGroup, plan: Plan, model: nn.Module, measured: Tensor | None) -> Tensor:
+    if measured is not None:
+        return measured
+    if measure_of(group, plan) == "BALANCED_L2":
+        return importance([produced_rows(member, group.count, model) for member in group.producers])
+    return group_norms(group, model)
 
 
 def _settings(group: ChannelGroup, plan: Plan) -> list[FilterPrune]:

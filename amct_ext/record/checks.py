@@ -78,7 +78,7 @@ def check_channel(record: ChannelRecord, where: Where) -> None:
     for node in (*record.producers, *record.consumers):
         _check_node(node, where)
     first = record.producers[0]
-    for node in (*record.producers, *record.consumers):
+    for node in record.producers:  # a reader may have them in another order (behind a channel shuffle)
         same_width = node.end - node.begin == first.end - first.begin
         if same_width and _relative(node) != _relative(first):
             raise RecordError(
@@ -98,7 +98,7 @@ def _check_node(node: PruneNode, where: Where) -> None:
 
 
 def _node_problem(node: PruneNode) -> str:
-    """What is wrong with one node, '' for nothing. Its place is found only for a message: that scans the file."""
+    """What is wrong with one node, '' for nothing. Its line is looked up only for a message: that scans the file."""
     if not node.name or not node.type:
         return ": name and type must be given"
     if not 0 <= node.begin < node.end:
@@ -106,6 +106,8 @@ def _node_problem(node: PruneNode) -> str:
     for field, value in (("group", node.group), ("prune_group", node.prune_group)):
         if value is not None and value < 1:
             return f": {field} is {value}, must be 1 or more"
+    if node.axis is not None and node.axis < 0:
+        return f": axis is {node.axis}, must be 0 or more"
     for index in node.prune_index:
         if not node.begin <= index < node.end:
             return f": prune_index {index} lies outside its channels [{node.begin}, {node.end})"
@@ -151,11 +153,16 @@ def check_unique(record: Record, source: str) -> None:
     for what, names in (
         ("quantisation factors", (item.key for item in record.quant)),
         ("2:4 masks", (item.name for item in record.sparse)),
-        ("removed channels (producer)", (node.name for item in record.channel for node in item.producers)),
     ):
         twice = _first_duplicate(names)
         if twice is not None:
             raise RecordError(f"{source}: layer '{twice}' has {what} twice; keep one entry")
+    ranges: dict[str, list[range]] = {}
+    for node in (node for item in record.channel for node in item.producers):
+        channels, before = range(node.begin, node.end), ranges.setdefault(node.name, [])
+        if any(channels.start < other.stop and other.start < channels.stop for other in before):
+            raise RecordError(f"{source}: layer '{node.name}' has removed channels (producer) twice; keep one entry")
+        before.append(channels)
 
 
 def _first_duplicate(names: Iterable[str]) -> str | None:

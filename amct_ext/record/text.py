@@ -9,7 +9,7 @@ from typing import Any
 
 from amct_ext.errors import RecordError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import MessageSyntaxError, Places, Where, format_message, parse_message
+from amct_ext.proto.text import FieldLocations, MessageSyntaxError, Where, format_message, parse_message
 from amct_ext.record.attributes import read_attribute, write_attribute
 from amct_ext.record.checks import check_channel, check_quant, check_sparse, check_unique
 from amct_ext.record.types import ChannelRecord, PruneNode, QuantRecord, Record, SparseRecord
@@ -44,15 +44,15 @@ def parse_record(text: str, source: str = "<record>") -> Record:
         raise RecordError(
             f"{error.reason} (restore the record file from a copy, or make it again with create_*)"
         ) from None
-    places = Places(source, text)
+    locations = FieldLocations(source, text)
     quant = []
     for index, item in enumerate(message.record):
-        factors = _read_quant(item, lambda index=index: places.at("record", index))  # type: ignore[misc]
+        factors = _read_quant(item, lambda index=index: locations.at("record", index))  # type: ignore[misc]
         if factors is not None:
             quant.append(factors)
     channel, sparse = [], []
     for index, item in enumerate(message.prune_record):
-        where: Where = lambda index=index: places.at("prune_record", index)  # type: ignore[misc]  # noqa: E731
+        where: Where = lambda index=index: locations.at("prune_record", index)  # type: ignore[misc]  # noqa: E731
         if item.HasField("selective_prune"):
             sparse.append(_read_sparse(item, where))
         else:
@@ -147,7 +147,8 @@ def _read_sparse(item: Any, where: Where) -> SparseRecord:
 
 def _read_node(node: Any, where: Where) -> PruneNode:
     values: dict[str, Any] = {}
-    for name, kind in (("type", "STRING"), ("begin", "INT"), ("end", "INT"), ("group", "INT"), ("prune_group", "INT")):
+    for name, kind in (("type", "STRING"), ("begin", "INT"), ("end", "INT"), ("group", "INT"), ("prune_group", "INT"),
+                       ("axis", "INT")):  # fmt: skip
         value = read_attribute(node, name, kind, where)
         if value is None and name in ("type", "begin", "end"):
             raise RecordError(
@@ -187,7 +188,7 @@ def _write_channel(item: Any, record: ChannelRecord) -> None:
 def _write_node(item: Any, node: PruneNode) -> None:
     item.name = node.name
     write_attribute(item, "type", "STRING", node.type.encode("utf-8"))
-    for name in ("begin", "end", "group", "prune_group"):
+    for name in ("begin", "end", "group", "prune_group", "axis"):
         value = getattr(node, name)
         if value is not None:
             write_attribute(item, name, "INT", value)

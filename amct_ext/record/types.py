@@ -38,7 +38,8 @@ class QuantRecord:
 class PruneNode:
     """A graph node of a channel group: its ONNX operator, and the group's channels begin..end in this node's own count.
 
-    prune_index lists the removed channels in ascending order, already shifted by `begin`; empty means none.
+    prune_index lists the removed channels in ascending order, already shifted by `begin`; empty means none. type
+    'Initializer': a parameter or buffer that no layer of a known type holds; `name` is its own, `axis` is cut.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PruneNode:
     group: int | None = None
     prune_group: int | None = None
     prune_index: tuple[int, ...] = ()
+    axis: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""amct_ext itself: its default, `profile: BEST`, and the aids one by one."""
+"""amct_ext itself: its default, `profile: BEST`, and the options one by one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 import amct_ext as amct
+from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
-from benchmarks.accuracy.training import Group
+from benchmarks.accuracy.training import ParamGroup
 
 _MASK_STEPS = 20  # steps between refreshes of 2:4 masks
-_SCALE_RATE = 0.003  # of learned weight scales, relative to the weights' rate
+_SCALE_LR = 0.003  # of learned weight scales, relative to the weights' rate
 
 
 @dataclass(frozen=True)
-class Aids:
+class Options:
     """Settings beyond AMCT's; None leaves them to the profile."""
 
     profile: str | None = None
@@ -32,8 +32,8 @@ class Aids:
     mask_gradient: str | None = None
     permute_channels: str | None = None
 
-    def concern(self, setting: Setting) -> bool:
-        """Whether each of the aids changes something in this setting."""
+    def apply_to(self, setting: Setting) -> bool:
+        """Whether each of the options changes something in this setting."""
         applies = {
             "profile": True,
             "learned_scales": setting.weight_bits == 4,
@@ -51,31 +51,31 @@ def _field(name: str, value: str | None) -> str:
     return f" {name}: {value}" if value else ""
 
 
-def configuration(task: Task, setting: Setting, aids: Aids) -> str:
+def configuration(task: Task, setting: Setting, options: Options) -> str:
     """The text of the configuration file."""
-    data = f"retrain_data_quant_config {{ ulq_quantize {{{_field('range_search', aids.range_search)} }} }}"
-    rule = "ulq_retrain" if aids.learned_scales else "arq_retrain"
-    start = _field("scale_start", aids.scale_start)
+    data = f"retrain_data_quant_config {{ ulq_quantize {{{_field('range_search', options.range_search)} }} }}"
+    rule = "ulq_retrain" if options.learned_scales else "arq_retrain"
+    start = _field("scale_start", options.scale_start)
 
     def weight(bits: int) -> str:
         return f"retrain_weight_quant_config {{ {rule} {{ dst_type: INT{bits}{start} }} }}"
 
     lines = [f"batch_num: {CALIBRATION_BATCHES}", data, weight(setting.weight_bits)]
-    if aids.profile:
-        lines.append(f"profile: {aids.profile}")
+    if options.profile:
+        lines.append(f"profile: {options.profile}")
     if setting.sparse:
-        how = f"update_freq: {_MASK_STEPS}{_field('mask_gradient', aids.mask_gradient)}"
-        how += _field("permute_channels", aids.permute_channels)
+        how = f"update_freq: {_MASK_STEPS}{_field('mask_gradient', options.mask_gradient)}"
+        how += _field("permute_channels", options.permute_channels)
         lines.append(f"prune_config {{ n_out_of_m_pruner {{ l1_selective_prune {{ {how} }} }} }}")
     if setting.prune:
-        how = f"prune_ratio: {setting.prune} ascend_optimized: false{_field('importance', aids.importance)}"
+        how = f"prune_ratio: {setting.prune} ascend_optimized: false{_field('importance', options.importance)}"
         lines.append(f"prune_config {{ filter_pruner {{ balanced_l2_norm_filter_prune {{ {how} }} }} }}")
     for name in task.keep_8_bits if setting.weight_bits == 4 else ():
         lines.append(f'override_layer_configs {{ layer_name: "{name}" {data} {weight(8)} }}')
     return "\n".join(lines) + "\n"
 
 
-def groups(model: nn.Module, lr: float) -> list[Group]:
+def param_groups(model: nn.Module, lr: float) -> list[ParamGroup]:
     """Clips at the weights' rate, learned scales at 0.003 of it, both without decay."""
     weights, clips, scales = [], [], []
     for name, parameter in model.named_parameters():
@@ -85,33 +85,33 @@ def groups(model: nn.Module, lr: float) -> list[Group]:
             clips.append(parameter)
         else:
             weights.append(parameter)
-    made: list[Group] = [{"params": weights, "lr": lr}]
+    groups: list[ParamGroup] = [{"params": weights, "lr": lr}]
     if clips:
-        made.append({"params": clips, "lr": lr, "weight_decay": 0.0})
+        groups.append({"params": clips, "lr": lr, "weight_decay": 0.0})
     if scales:
-        made.append({"params": scales, "lr": lr * _SCALE_RATE, "weight_decay": 0.0})
-    return made
+        groups.append({"params": scales, "lr": lr * _SCALE_LR, "weight_decay": 0.0})
+    return groups
 
 
-def _loss_for_pruning(task: Task, setting: Setting, aids: Aids) -> dict[str, Any]:
+def _loss_for_pruning(task: Task, setting: Setting, options: Options) -> dict[str, Any]:
     """The argument of create that GATE_TAYLOR takes, and BEST where it prunes: losses of the calibration batches."""
-    if not setting.prune or (aids.importance != "GATE_TAYLOR" and aids.profile != "BEST"):
+    if not setting.prune or (options.importance != "GATE_TAYLOR" and options.profile != "BEST"):
         return {}
     batches = task.labelled_calibration(CALIBRATION_BATCHES)
     return {"pruning_loss": lambda model: (task.loss(model(x), y) for x, y in batches)}
 
 
-def compress(model: nn.Module, task: Task, setting: Setting, aids: Aids, trained: bool = True) -> Trainee:
+def compress(model: nn.Module, task: Task, setting: Setting, options: Options) -> PreparedModel:
     """Compressed, and calibrated in training forwards: a pruned network has no statistics of its own yet."""
-    if not aids.concern(setting):
-        raise NotOfferedError("changes nothing in this setting")
+    if not options.apply_to(setting):
+        raise UnsupportedError("changes nothing in this setting")
     with tempfile.TemporaryDirectory() as folder:
         config, record = Path(folder) / "compression.cfg", Path(folder) / "record.txt"
-        config.write_text(configuration(task, setting, aids))
-        paths, loss = (str(config), str(record)), _loss_for_pruning(task, setting, aids)
+        config.write_text(configuration(task, setting, options))
+        paths, loss = (str(config), str(record)), _loss_for_pruning(task, setting, options)
         model = amct.create_compressed_retrain_model(model.eval(), task.example(), *paths, **loss)
         model.train()
         with torch.no_grad():
             for batch in task.calibration(CALIBRATION_BATCHES):
                 model(batch)
-    return Trainee(model, groups(model, task.budget.lr), trained=trained)
+    return PreparedModel(model, param_groups(model, task.budget.lr))

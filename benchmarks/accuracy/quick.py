@@ -1,4 +1,4 @@
-"""A quick look at the accuracy (at most three minutes): one seed, small tasks, amct_ext beside the float network.
+"""A quick check of the accuracy (at most three minutes): one seed, small tasks, amct_ext beside the float network.
 
     python -m benchmarks.accuracy.quick
 
@@ -24,32 +24,32 @@ from benchmarks.accuracy.tasks.registry import SETTINGS, Setting, load_task
 
 
 @dataclass(frozen=True)
-class Look:
-    """``chance``: the score of a network that knows nothing; ``may_lose``: share of the float network's lead on it."""
+class Check:
+    """``chance``: the score of a network that knows nothing; ``max_loss``: share of the float network's lead on it."""
 
     task: str
     setting: str
     chance: float
-    may_lose: float = 0.5
+    max_loss: float = 0.5
 
 
-LOOKS = (
-    Look("digits", "int8", 10.0),
-    Look("digits", "half", 10.0, 0.75),
-    Look("lm-small", "int8", math.log2(96)),
-    Look("lm-small", "int4", math.log2(96)),
-    Look("lm-small", "sparse", math.log2(96)),
+CHECKS = (
+    Check("digits", "int8", 10.0),
+    Check("digits", "half", 10.0, 0.75),
+    Check("lm-small", "int8", math.log2(96)),
+    Check("lm-small", "int4", math.log2(96)),
+    Check("lm-small", "sparse", math.log2(96)),
 )
 _METHODS = ("amct", "amct-best")
 
 
-def broken(look: Look, score: float, floating: float) -> bool:
+def is_broken(check: Check, score: float, floating: float) -> bool:
     """Whether too much of the float network's lead on chance is gone; NaN counts as broken."""
-    lead = (score - look.chance) / (floating - look.chance)
-    return not lead >= 1 - look.may_lose
+    lead = (score - check.chance) / (floating - check.chance)
+    return not lead >= 1 - check.max_loss
 
 
-def measured(task: Task, setting: Setting, method: str) -> float:
+def score_of(task: Task, setting: Setting, method: str) -> float:
     score = run(task, setting, METHODS[method], seed=0).score
     return math.nan if score is None else score
 
@@ -59,23 +59,23 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"data and float weights (default: {CACHE})")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    began, wrong = time.perf_counter(), []
+    began, failures = time.perf_counter(), []
     floating: dict[str, float] = {}
     print("| task | setting | float + budget | " + " | ".join(METHODS[name].label for name in _METHODS) + " |")
     print("|---" * (3 + len(_METHODS)) + "|")
-    for look in LOOKS:
-        task, setting = load_task(look.task, args.cache), SETTINGS[look.setting]
-        if look.task not in floating:
-            floating[look.task] = measured(task, SETTINGS["float"], "float-budget")
-        base = floating[look.task]
-        scores = [measured(task, setting, name) for name in _METHODS]
+    for check in CHECKS:
+        task, setting = load_task(check.task, args.cache), SETTINGS[check.setting]
+        if check.task not in floating:
+            floating[check.task] = score_of(task, SETTINGS["float"], "float-budget")
+        base = floating[check.task]
+        scores = [score_of(task, setting, name) for name in _METHODS]
         cells = [f"{score:.{task.decimals}f}" for score in (base, *scores)]
-        print(f"| {look.task} | {setting.about} | {' | '.join(cells)} |", flush=True)
+        print(f"| {check.task} | {setting.about} | {' | '.join(cells)} |", flush=True)
         for name, score in zip(_METHODS, scores, strict=True):
-            if broken(look, score, base):
-                wrong.append(f"{look.task}, {setting.about}, {METHODS[name].label}: {score} where float has {base}")
-    print(f"\n{time.perf_counter() - began:.0f} s", *wrong, sep="\n")
-    return 1 if wrong else 0
+            if is_broken(check, score, base):
+                failures.append(f"{check.task}, {setting.about}, {METHODS[name].label}: {score} where float has {base}")
+    print(f"\n{time.perf_counter() - began:.0f} s", *failures, sep="\n")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -20,21 +20,21 @@ from pathlib import Path
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.results import Result, read
 from benchmarks.accuracy.run import CACHE
-from benchmarks.accuracy.tables import accuracy_table, aids_table, costs_table, skipped_list, standings_table
+from benchmarks.accuracy.tables import accuracy_table, comparison_table, costs_table, options_table, skipped_list
 from benchmarks.accuracy.tasks.registry import MEASURED
 from benchmarks.document import write_between
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "accuracy.md"
 _PARTS = {
     "accuracy": accuracy_table,
-    "standings": standings_table,
+    "comparison": comparison_table,
     "skipped": skipped_list,
-    "aids": aids_table,
+    "options": options_table,
     "costs": costs_table,
 }
 
 
-def wanted(tasks: Iterable[str], methods: Iterable[str]) -> list[tuple[str, str, str]]:
+def planned_runs(tasks: Iterable[str], methods: Iterable[str]) -> list[tuple[str, str, str]]:
     """(task, setting, method); float networks are run once for a task, not for each setting."""
     runs: dict[tuple[str, str, str], None] = {}
     for task, name in itertools.product(tasks, methods):
@@ -46,7 +46,7 @@ def wanted(tasks: Iterable[str], methods: Iterable[str]) -> list[tuple[str, str,
 def run_missing(args: argparse.Namespace) -> None:
     """Failed runs are named and left out; the others go on."""
     found = {} if args.again else read()
-    for task, setting, method in wanted(args.tasks, args.methods):
+    for task, setting, method in planned_runs(args.tasks, args.methods):
         seeds = [str(seed) for seed in args.seeds if (task, setting, method, seed) not in found]
         if not seeds:
             continue

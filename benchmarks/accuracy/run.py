@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.accuracy.material.packages import MissingMaterialError
+from benchmarks.accuracy.datasets.packages import MissingDataError
 from benchmarks.accuracy.methods import METHODS, Method
+from benchmarks.accuracy.prepared_model import UnsupportedError
 from benchmarks.accuracy.results import Result, append
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import SETTINGS, TASKS, Setting, load_task
-from benchmarks.accuracy.trainee import NotOfferedError
 from benchmarks.accuracy.training import train
 from benchmarks.version import commit
 
@@ -34,27 +34,27 @@ CACHE = Path.home() / ".cache" / "amct_ext" / "accuracy"
 
 
 def run(task: Task, setting: Setting, method: Method, seed: int) -> Result:
-    """Raises NotOfferedError where the method has no such setting."""
-    model = task.start(seed)
+    """Raises UnsupportedError where the method has no such setting."""
+    model = task.float_model(seed)
     began = time.perf_counter()
-    trainee = method.prepare(model, task, setting)
+    prepared = method.prepare(model, task, setting)
     ready = time.perf_counter()
-    if trainee.trained:
-        train(trainee.model, task, task.budget, seed, trainee.groups, trainee.loss_of, trainee.before_step)
+    if prepared.needs_training:
+        train(prepared.model, task, task.budget, seed, prepared.param_groups, prepared.loss_fn, prepared.before_step)
     done = time.perf_counter()
     return Result(
         task.name,
         setting.name,
         method.name,
         seed,
-        score=round(task.evaluate(trainee.model), 4),
+        score=round(task.evaluate(prepared.model), 4),
         prepare_seconds=round(ready - began, 1),
         train_seconds=round(done - ready, 1),
         version=(method.installed() if method.package else commit()) or "",
     )
 
 
-def attempts(
+def run_seeds(
     task_name: str, setting: Setting, method: Method, seeds: Iterable[int], cache: Path = CACHE
 ) -> Iterator[Result]:
     """A result for each seed, or one without a score and with the reason where something is missing or not offered.
@@ -71,7 +71,7 @@ def attempts(
             for seed in seeds:
                 yield run(task, setting, method, seed)
             return
-        except (NotOfferedError, MissingMaterialError) as error:
+        except (UnsupportedError, MissingDataError) as error:
             reason = str(error)
     for seed in seeds:
         yield Result(task_name, setting.name, method.name, seed, skipped=reason)
@@ -90,7 +90,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # deprecations in other toolkits
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # what toolkits print
-        for result in attempts(args.task, SETTINGS[args.setting], METHODS[args.method], args.seeds, args.cache):
+        for result in run_seeds(args.task, SETTINGS[args.setting], METHODS[args.method], args.seeds, args.cache):
             print(json.dumps(asdict(result)), file=out, flush=True)
             if not args.no_write:
                 append(result)

@@ -24,7 +24,7 @@ class Summary:
         return f"{mean} (1 seed)" if self.count == 1 else f"{mean} ± {self.error:.{decimals}f}"
 
 
-def summarise(values: Sequence[float]) -> Summary:
+def summarize(values: Sequence[float]) -> Summary:
     """Raises ValueError without values."""
     if not values:
         raise ValueError("no values to summarise")

@@ -1,4 +1,4 @@
-"""Results as Markdown: accuracy by task and method, aids, costs, what was left out."""
+"""Results as Markdown: accuracy by task and method, options, costs, what was left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import median_high
 
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.results import Result, scores
-from benchmarks.accuracy.statistics import summarise
+from benchmarks.accuracy.statistics import summarize
 from benchmarks.accuracy.tasks.registry import MEASURED, SETTINGS, TASKS
 
 _NONE = "-"
@@ -21,12 +21,12 @@ def _of(results: Iterable[Result], task: str, setting: str, method: str) -> list
 
 def _cell(results: Sequence[Result], task: str, setting: str, method: str) -> str:
     values = scores(_of(results, task, setting, method))
-    return summarise(values).text(TASKS[task].decimals) if values else _NONE
+    return summarize(values).text(TASKS[task].decimals) if values else _NONE
 
 
 def _best(results: Sequence[Result], task: str, setting: str, methods: Iterable[str]) -> str | None:
     """The method with the best mean."""
-    means = {m: summarise(v).mean for m in methods if (v := scores(_of(results, task, setting, m)))}
+    means = {m: summarize(v).mean for m in methods if (v := scores(_of(results, task, setting, m)))}
     sign = 1 if TASKS[task].higher_is_better else -1
     return max(means, key=lambda m: sign * means[m]) if means else None
 
@@ -43,7 +43,7 @@ def accuracy_table(results: Sequence[Result]) -> list[str]:
     """One table for each task: methods that have a result, by setting; the best of the peers and of ours are bold."""
     lines: list[str] = []
     for task, settings in MEASURED.items():
-        listed = [m for m in METHODS.values() if m.kind != "aid"]
+        listed = [m for m in METHODS.values() if m.kind != "option"]
         rows = []
         leaders = {s: {_best(results, task, s, [m.name for m in listed if m.kind == "peer"])} for s in settings}
         for setting in settings:
@@ -63,7 +63,7 @@ def accuracy_table(results: Sequence[Result]) -> list[str]:
     return lines[:-1]
 
 
-def standings_table(results: Sequence[Result]) -> list[str]:
+def comparison_table(results: Sequence[Result]) -> list[str]:
     """The best peer beside the best of ours, and the mean of their differences over the seeds that both have."""
     kinds = {kind: [m.name for m in METHODS.values() if m.kind == kind] for kind in ("peer", "ours")}
     rows = []
@@ -77,14 +77,14 @@ def standings_table(results: Sequence[Result]) -> list[str]:
             pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
             ahead = [sign * (a - b) for a, b in pairs if a is not None and b is not None]
             if ahead:
-                told = summarise(ahead).text(TASKS[task].decimals)
-                rows.append([f"{task}, {SETTINGS[setting].about}", METHODS[peer].label, METHODS[own].label, told])
+                text = summarize(ahead).text(TASKS[task].decimals)
+                rows.append([f"{task}, {SETTINGS[setting].about}", METHODS[peer].label, METHODS[own].label, text])
     return _markdown(["", "best peer", "best of amct_ext", "amct_ext ahead by"], rows)
 
 
-def aids_table(results: Sequence[Result]) -> list[str]:
-    """Each aid alone beside the default and BEST."""
-    columns = [m for m in METHODS.values() if m.kind == "aid"]
+def options_table(results: Sequence[Result]) -> list[str]:
+    """Each option alone beside the default and BEST."""
+    columns = [m for m in METHODS.values() if m.kind == "option"]
     lines = []
     for task, settings in MEASURED.items():
         for setting in settings:
@@ -92,9 +92,9 @@ def aids_table(results: Sequence[Result]) -> list[str]:
             tried = {label: cell for label, cell in cells.items() if cell != _NONE}
             if tried:
                 ours = [f"default {_cell(results, task, setting, 'amct')}"]
-                told = "; ".join([*ours, *(f"`{label}` {cell}" for label, cell in tried.items())])
-                lines.append(f"| {task}, {SETTINGS[setting].about} | {told} |")
-    return ["| task | each aid alone |", "|---|---|", *lines] if lines else ["No results yet."]
+                text = "; ".join([*ours, *(f"`{label}` {cell}" for label, cell in tried.items())])
+                lines.append(f"| {task}, {SETTINGS[setting].about} | {text} |")
+    return ["| task | each option alone |", "|---|---|", *lines] if lines else ["No results yet."]
 
 
 def costs_table(results: Sequence[Result]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 WEIGHT_DECAY = 1e-2
-_WARM_UP = 0.1
+_WARMUP_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Budget:
     batch: int
 
 
-class Lesson(Protocol):
+class TrainingTask(Protocol):
     """What the training asks of a task."""
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]: ...
@@ -31,41 +31,41 @@ class Lesson(Protocol):
     def loss(self, output: Tensor, target: Tensor) -> Tensor: ...
 
 
-Group = dict[str, Any]
-LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, output, target
+ParamGroup = dict[str, Any]
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, output, target
 
 
-def rate(step: int, steps: int) -> float:
-    """The share of the highest rate: 10 % of the steps rising, then a cosine to 0."""
-    warm = int(steps * _WARM_UP)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+def lr_factor(step: int, steps: int) -> float:
+    """Learning rate relative to the highest: linear warm-up over 10 % of the steps, then a cosine to 0."""
+    warmup = int(steps * _WARMUP_SHARE)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def train(
     model: nn.Module,
-    lesson: Lesson,
+    task: TrainingTask,
     budget: Budget,
     seed: int,
-    groups: list[Group] | None = None,
-    loss_of: LossOf | None = None,
+    param_groups: list[ParamGroup] | None = None,
+    loss_fn: LossFn | None = None,
     before_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Trains in place. ``groups``: other parameter groups than all at the budget's rate; ``loss_of``: another loss."""
+    """Train in place; without ``param_groups`` all parameters at the budget rate, without ``loss_fn`` by the task's."""
     torch.manual_seed(seed)
-    groups = groups or [{"params": list(model.parameters()), "lr": budget.lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-    highest = [group["lr"] for group in groups]
+    param_groups = param_groups or [{"params": list(model.parameters()), "lr": budget.lr}]
+    optimizer = torch.optim.AdamW(param_groups, weight_decay=WEIGHT_DECAY)
+    highest = [group["lr"] for group in param_groups]
     model.train()
     for step in range(budget.steps):
         for group, lr in zip(optimizer.param_groups, highest, strict=True):
-            group["lr"] = lr * rate(step, budget.steps)
+            group["lr"] = lr * lr_factor(step, budget.steps)
         if before_step is not None:
             before_step(step)
-        x, y = lesson.batch(step, seed)
+        x, y = task.batch(step, seed)
         output = model(x)
-        loss = lesson.loss(output, y) if loss_of is None else loss_of(x, output, y)
+        loss = task.loss(output, y) if loss_fn is None else loss_fn(x, output, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

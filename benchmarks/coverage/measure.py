@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.coverage import ours, quantised, rival
+from benchmarks.coverage import ours, peer, quantised
 from benchmarks.coverage.layers import find_layers, macs, parameters
 from benchmarks.coverage.ours import describe
 from benchmarks.coverage.results import PARTS, Pruned, Quantised, Result
@@ -38,7 +38,7 @@ def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, se
     result = Result(entry.name, asked=layers.asked(ratio), parameters=parameters(model), macs=products[""])
     steps: dict[str, tuple[Callable[[], Any], Callable[[str], Any]]] = {
         "ours": (lambda: ours.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
-        "rival": (lambda: rival.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
+        "peer": (lambda: peer.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
         "quantised": (
             lambda: quantised.job(model, inputs, layers, products, ratio),
             lambda text: Quantised(error=text),

@@ -20,7 +20,8 @@ import amct_ext as amct
 from benchmarks.coverage.layers import Layers, call, macs, parameters, widths_of
 from benchmarks.coverage.results import Pruned
 
-NOTHING_TO_PRUNE = "no layer can lose channels"  # words of the error that create raises then
+# Words of the errors that create raises then.
+_NOTHING_TO_PRUNE = ("no layer can lose channels", "no layer of the model can be pruned that way")
 _MOST_REASONS = 12
 _PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
 _SHAPE = re.compile(r"\[[\d, ]+\]")
@@ -42,6 +43,11 @@ def configuration(folder: Path, ratio: float, quantise: bool = True) -> tuple[st
     return str(path), str(folder / "record.txt")
 
 
+def nothing_to_prune(error: Exception) -> bool:
+    """Whether create refuses a model because none of its channels can go."""
+    return any(words in str(error) for words in _NOTHING_TO_PRUNE)
+
+
 def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int, ratio: float) -> Pruned:
     """`whole`: multiplications of the unpruned model. Exceptions become the error of the result."""
     began = time.perf_counter()
@@ -51,7 +57,7 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
             pruned = amct.create_prune_retrain_model(copy.deepcopy(model), inputs, *paths)
         except Exception as error:
             reasons = _counted(heard, model, layers, ratio)
-            if NOTHING_TO_PRUNE in str(error):
+            if nothing_to_prune(error):
                 return Pruned(note="create refuses: no channels to prune", reasons=reasons)
             text = describe(error).replace(f"{folder}/", "")
             return Pruned(error=f"create: {text}", reasons=reasons)
@@ -65,7 +71,7 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         parameters_left=parameters(pruned) / parameters(model),
         macs_left=macs(pruned, inputs)[""] / max(whole, 1),
         seconds=round(seconds, 2),
-        proof=_proof(model, pruned, inputs),
+        proof=amct.verify_pruning(model, pruned, inputs).error,
         reasons=_reasons(pruned, layers, ratio),
     )
 
@@ -94,12 +100,6 @@ def describe(error: BaseException) -> str:
     """Type and first line, short."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
-
-
-def _proof(model: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) -> float | None:
-    """The difference that the library's own proof finds, None where it has none."""
-    verify = getattr(amct, "verify_pruning", None)
-    return None if verify is None else float(verify(model, pruned, inputs))
 
 
 def _reasons(pruned: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:

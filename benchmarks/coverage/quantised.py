@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import amct_ext as amct
 from amct_ext.graph.run import tensors_in
 from benchmarks.coverage.layers import Layers, call
-from benchmarks.coverage.ours import NOTHING_TO_PRUNE, configuration, describe
+from benchmarks.coverage.ours import configuration, describe, nothing_to_prune
 from benchmarks.coverage.results import Quantised
 
 _T = TypeVar("_T")
@@ -102,7 +102,7 @@ class _Job:
         try:
             self.compressed, seconds = timed(self._create)
         except ValueError as error:
-            if NOTHING_TO_PRUNE not in str(error):
+            if not nothing_to_prune(error):
                 raise
             self.paths = configuration(self.folder, 0.0)
             self.compressed, seconds = timed(self._create)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-PARTS = ("ours", "rival", "quantised")
+PARTS = ("ours", "peer", "quantised")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Result:
     parameters: int = 0
     macs: int = 0
     ours: Pruned | None = None
-    rival: Pruned | None = None
+    peer: Pruned | None = None
     quantised: Quantised | None = None
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.coverage.run                                     # all parts that have no result yet
     python -m benchmarks.coverage.run --models timm/resnet18 'smp/*' --again
-    python -m benchmarks.coverage.run --parts ours rival --results /tmp/pruning.jsonl
+    python -m benchmarks.coverage.run --parts ours peer --results /tmp/pruning.jsonl
 
 Appends a JSON line per model, so that an interrupted run goes on where it stopped. A model takes 5 to 60 seconds on one
 core.
@@ -62,7 +62,7 @@ def _measure(name: str, parts: Sequence[str], seconds: float, gigabytes: float, 
 def preload(names: Sequence[str], parts: Sequence[str]) -> None:
     """Imports what the models need, those packages that are there."""
     packages = dict.fromkeys(ENTRIES[name].package for name in names)
-    more = {"rival": "torch_pruning", "quantised": "onnxruntime"}
+    more = {"peer": "torch_pruning", "quantised": "onnxruntime"}
     for package in (*packages, *(more[part] for part in parts if part in more)):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
@@ -84,7 +84,7 @@ def summary(result: Result) -> str:
     parts = [result.model]
     if result.error:
         parts.append(result.error)
-    for label, part in (("amct_ext", result.ours), ("Torch-Pruning", result.rival)):
+    for label, part in (("amct_ext", result.ours), ("Torch-Pruning", result.peer)):
         if part is not None:
             done = f"{part.pruned} of {result.asked}, {part.parameters_left:.2f} / {part.macs_left:.2f} left"
             parts.append(f"{label}: {part.error or done}")

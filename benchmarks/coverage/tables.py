@@ -61,7 +61,7 @@ def models_table(results: Iterable[Result]) -> list[str]:
         times = ", ".join(map(_seconds, (job.create, job.restore, job.save)))
         rows.append((
             result.model, f"{result.parameters / 1e6:.1f}", str(result.asked), *_pruned(result.ours),
-            *_pruned(result.rival), f"{_percent(job.weights)} / {_percent(job.macs)}", times, _checks(result.quantised),
+            *_pruned(result.peer), f"{_percent(job.weights)} / {_percent(job.macs)}", times, _checks(result.quantised),
         ))  # fmt: skip
     return markdown_table(head, rows).splitlines()
 
@@ -75,24 +75,24 @@ def totals(results: Sequence[Result]) -> list[str]:
 
 def _pruning_totals(results: Sequence[Result]) -> list[tuple[str, str]]:
     ours = [result for result in results if works(result.ours)]
-    rival = [result for result in results if works(result.rival)]
-    both = [result for result in ours if works(result.rival)]
+    peer = [result for result in results if works(result.peer)]
+    both = [result for result in ours if works(result.peer)]
     proofs = [result.ours.proof for result in ours if result.ours is not None and result.ours.proof is not None]
     rows = [
         ("amct_ext prunes, the smaller model runs", f"{len(ours)} models"),
-        ("Torch-Pruning prunes, the smaller model runs", f"{len(rival)} models"),
+        ("Torch-Pruning prunes, the smaller model runs", f"{len(peer)} models"),
         ("channels asked for, all models", str(_sum(results, lambda result: result.asked))),
         ("pruned by amct_ext", _of_asked(results, lambda result: result.ours)),
-        ("pruned by Torch-Pruning", _of_asked(results, lambda result: result.rival)),
+        ("pruned by Torch-Pruning", _of_asked(results, lambda result: result.peer)),
         ("where both work: parameters left, amct_ext / Torch-Pruning", _both_left(both, "parameters")),
         ("where both work: multiplications left, amct_ext / Torch-Pruning", _both_left(both, "macs")),
         (
             f"where Torch-Pruning works: amct_ext prunes {100 * _ENOUGH:.0f} % of the asked channels",
-            f"{sum(_enough(result) for result in rival)} of {len(rival)}",
+            f"{sum(_enough(result) for result in peer)} of {len(peer)}",
         ),
         (
             f"where Torch-Pruning works: amct_ext leaves no more than {100 * _POINTS:.0f} points more of both",
-            f"{sum(_as_small(result) for result in rival)} of {len(rival)}",
+            f"{sum(_as_small(result) for result in peer)} of {len(peer)}",
         ),
     ]
     if proofs:
@@ -115,7 +115,7 @@ def _both_left(results: Sequence[Result], what: str) -> str:
         return sum(getattr(result, what) * getattr(part(result), f"{what}_left") for result in results)
 
     whole = sum(getattr(result, what) for result in results)
-    return f"{_share(left(lambda result: result.ours), whole)} / {_share(left(lambda result: result.rival), whole)}"
+    return f"{_share(left(lambda result: result.ours), whole)} / {_share(left(lambda result: result.peer), whole)}"
 
 
 def _enough(result: Result) -> bool:
@@ -123,13 +123,13 @@ def _enough(result: Result) -> bool:
 
 
 def _as_small(result: Result) -> bool:
-    ours, rival = result.ours, result.rival
+    ours, peer = result.ours, result.peer
     return (
         ours is not None
-        and rival is not None
+        and peer is not None
         and works(ours)
-        and ours.parameters_left <= rival.parameters_left + _POINTS
-        and ours.macs_left <= rival.macs_left + _POINTS
+        and ours.parameters_left <= peer.parameters_left + _POINTS
+        and ours.macs_left <= peer.macs_left + _POINTS
     )
 
 
@@ -164,7 +164,7 @@ def failures(results: Iterable[Result]) -> list[str]:
     for result in results:
         told = [("the model", result.error)]
         told += [("amct_ext", result.ours.error)] if result.ours is not None else []
-        told += [("Torch-Pruning", result.rival.error)] if result.rival is not None else []
+        told += [("Torch-Pruning", result.peer.error)] if result.peer is not None else []
         job = result.quantised
         if job is not None:
             told.append((f"amct_ext, quantised, {job.stage}", job.error))

@@ -68,7 +68,7 @@ def evaluation(model: nn.Module, x: Tensor) -> Run:
     return run
 
 
-def turns(
+def time_in_rounds(
     runs: dict[str, Run],
     rounds: int,
     clock: Callable[[], float],
@@ -115,8 +115,12 @@ def main() -> None:
         x, labels = job.batch(args.batch or job.samples)
         made = {key: pair for key, pair in models(job, x).items() if not args.only or key in args.only}
         clock = CLOCKS[args.clock]
-        steps = turns({key: training(model, batch, labels) for key, (model, batch) in made.items()}, args.rounds, clock)
-        evals = turns({key: evaluation(model, batch) for key, (model, batch) in made.items()}, args.rounds, clock)
+        steps = time_in_rounds(
+            {key: training(model, batch, labels) for key, (model, batch) in made.items()}, args.rounds, clock
+        )
+        evals = time_in_rounds(
+            {key: evaluation(model, batch) for key, (model, batch) in made.items()}, args.rounds, clock
+        )
         table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, median ms ({args.clock})")
         for heading in ("", "step", "to float", "evaluation", "to float", "on integers"):
             table.add_column(heading, justify="right" if heading else "left")

@@ -37,7 +37,7 @@ BEGIN, END = "<!-- cuda: begin (written by benchmarks/ops/bench_cuda.py) -->", "
 MIB = 1 << 20
 SIZES = (1, 8, 64, 512)
 AIM, AIM_FROM = 0.85, 64
-RIVALS_AT = 64
+BASELINES_AT = 64
 CALLS = 20
 HEAD = "| op | MiB | launches | call us | graph us | GB/s | of copy | eager/ours | torch op/ours | Inductor/ours |"
 
@@ -177,8 +177,8 @@ def measure(op: Op, compile_too: bool) -> str:
     share = copy_us(op.moved) / graph
     missed = op.mebibytes >= AIM_FROM and share < AIM and "search" not in op.name
     ratios = []
-    for rival in (op.eager, op.torch_op, compiled(op.written_out) if op.written_out and compile_too else None):
-        ratios.append(f"{measured_us(rival, 3) / call:.1f}x" if rival and op.mebibytes == RIVALS_AT else "")
+    for baseline in (op.eager, op.torch_op, compiled(op.written_out) if op.written_out and compile_too else None):
+        ratios.append(f"{measured_us(baseline, 3) / call:.1f}x" if baseline and op.mebibytes == BASELINES_AT else "")
     cells = [
         f"{op.name} {str(op.dtype).removeprefix('torch.')}", str(op.mebibytes), str(launches(op.ours)), f"{call:.1f}",
         f"{graph:.1f}", f"{op.moved / graph / 1e3:.0f}", f"{share:.0%}{' (missed)' if missed else ''}", *ratios,
@@ -216,7 +216,7 @@ def main() -> None:
     lines = [head, "", HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     print("\n".join(lines), flush=True)
     for dtype in (torch.float32,) if arguments.quick else (torch.float32, torch.bfloat16, torch.float16):
-        for size in (RIVALS_AT,) if arguments.quick else SIZES:
+        for size in (BASELINES_AT,) if arguments.quick else SIZES:
             for source in (activation_ops, weight_ops):
                 for op in source(size, dtype):
                     lines.append(measure(op, not arguments.no_compile))

@@ -1,4 +1,4 @@
-"""pytest-benchmark suite of the ops: `pytest benchmarks/ops/bench_ops.py`; ratios to floor and rivals in extra_info.
+"""pytest-benchmark suite of the ops: `pytest benchmarks/ops/bench_ops.py`; ratios to floor and baselines in extra_info.
 
 A row stands in the file of its op's stem, in the list `ROWS`: files whose name begins with a family are found by
 themselves. `benchmarks/ops/report.py` tabulates the same rows.
@@ -27,7 +27,7 @@ ROWS: list[Row] = [row for stem in _STEMS for row in import_module(f"benchmarks.
 @pytest.mark.parametrize("count", [1, 2], ids=["1 thread", "2 threads"])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_op(benchmark: BenchmarkFixture, row: Row, count: int) -> None:
-    """Time ours with pytest-benchmark, the floor and the rivals beside it."""
+    """Time ours with pytest-benchmark, the floor and the baselines beside it."""
     calls = row.calls()
     with threads(count):
         benchmark(calls.ours)
@@ -36,6 +36,6 @@ def test_op(benchmark: BenchmarkFixture, row: Row, count: int) -> None:
         benchmark.group = row.name
         benchmark.extra_info["floor"] = calls.floor_name
         benchmark.extra_info["ratio to floor"] = round(ours / median_ms(calls.floor), 3)
-        for name, rival in (("eager", calls.eager), ("torch op", calls.torch_op), ("inductor", calls.inductor)):
-            if rival is not None:
-                benchmark.extra_info[f"{name} / ours"] = round(median_ms(rival, 0.2, 1, 20) / ours, 2)
+        for name, baseline in (("eager", calls.eager), ("torch op", calls.torch_op), ("inductor", calls.inductor)):
+            if baseline is not None:
+                benchmark.extra_info[f"{name} / ours"] = round(median_ms(baseline, 0.2, 1, 20) / ours, 2)

@@ -1,4 +1,4 @@
-"""One table of every op: ours, its rivals, the floor; writes the CPU part of docs/performance.md.
+"""One table of every op: ours, its baselines, the floor; writes the CPU part of docs/performance.md.
 
 python -m benchmarks.ops.report [--quick] [--seconds S] [--no-compile] [--write]
 """
@@ -20,7 +20,7 @@ from amct_ext import ops
 from benchmarks.document import write_part
 from benchmarks.ops.bench_ops import ROWS
 from benchmarks.ops.row import Row
-from benchmarks.timing import in_turns, processor, threads, times_slower
+from benchmarks.timing import interleaved, median_ratio, processor, threads
 
 BEGIN, END = "<!-- cpu: begin (written by benchmarks/ops/report.py) -->", "<!-- cpu: end -->"
 HEAD = (
@@ -30,13 +30,13 @@ HEAD = (
 
 def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
     calls = row.calls()
-    rivals = {"eager": calls.eager, "torch op": calls.torch_op, "Inductor": calls.inductor if compile_too else None}
-    present = [call for call in rivals.values() if call]
+    baselines = {"eager": calls.eager, "torch op": calls.torch_op, "Inductor": calls.inductor if compile_too else None}
+    present = [call for call in baselines.values() if call]
     with threads(count):
-        floor, ours, *fresh = in_turns([calls.floor, calls.ours, *([calls.fresh] if calls.fresh else [])], seconds)
-        beside, *slower = in_turns([calls.ours, *present], seconds / 4, 2, 1)
-    ratio = times_slower(ours, floor)
-    ratios = iter(f"{times_slower(times, beside):.1f}x" for times in slower)
+        floor, ours, *fresh = interleaved([calls.floor, calls.ours, *([calls.fresh] if calls.fresh else [])], seconds)
+        beside, *slower = interleaved([calls.ours, *present], seconds / 4, 2, 1)
+    ratio = median_ratio(ours, floor)
+    ratios = iter(f"{median_ratio(times, beside):.1f}x" for times in slower)
     cells = [
         row.name,
         str(count),
@@ -44,8 +44,8 @@ def measure(row: Row, count: int, seconds: float, compile_too: bool) -> str:
         f"{statistics.median(ours):.3f}",
         f"{ratio:.2f}",
         f"{calls.limit:.2f}{'' if ratio <= calls.limit else ' (missed)'}" if calls.limit else "",
-        f"{times_slower(ours, fresh[0]):.2f}" if fresh else "",
-        *(next(ratios) if rival else "" for rival in rivals.values()),
+        f"{median_ratio(ours, fresh[0]):.2f}" if fresh else "",
+        *(next(ratios) if baseline else "" for baseline in baselines.values()),
     ]
     return "| " + " | ".join(cells) + " |"
 

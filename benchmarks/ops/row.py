@@ -1,4 +1,4 @@
-"""What a row of the op table is: an op on one input, its rivals, and the floor (one torch call moving the bytes)."""
+"""What a row of the op table is: an op on one input, its baselines, and the floor (one torch call moving the bytes)."""
 
 from __future__ import annotations
 

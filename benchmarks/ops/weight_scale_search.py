@@ -1,4 +1,4 @@
-"""Rows of the scale search: 32 scales a weight; the rival tries them one by one."""
+"""Rows of the scale search: 32 scales a weight; the baseline tries them one by one."""
 
 from __future__ import annotations
 

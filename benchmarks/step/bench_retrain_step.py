@@ -67,8 +67,8 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Figures]:
     for v, figures in found.items():
         figures.step = statistics.median(times[v])
         figures.ratio, figures.eager = (
-            statistics.median(own / other for own, other in zip(times[v], times[rival], strict=True))
-            for rival in (FLOAT, EAGER)
+            statistics.median(own / other for own, other in zip(times[v], times[baseline], strict=True))
+            for baseline in (FLOAT, EAGER)
         )
     return found
 

@@ -1,4 +1,4 @@
-"""The rivals: the same quantisation in ordinary tensor operations, as eager toolkits do it, and in torch's own ops."""
+"""The baselines: the same quantisation in plain tensor operations, as eager toolkits do it, and in torch's own ops."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Clips(nn.Module):
         self.clip_max = nn.Parameter(torch.tensor(4.0))
         self.clip_min = nn.Parameter(torch.tensor(-4.0))
 
-    def quantised(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         if not (torch.isfinite(self.clip_max) and torch.isfinite(self.clip_min)):  # the host reads of an eager toolkit
             raise RuntimeError("clips are not finite")
         return LearnedClips.apply(x, self.clip_max, self.clip_min)
@@ -67,12 +67,12 @@ class _Clips(nn.Module):
 
 class EagerConv2d(_Clips, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantised(x), RangeScale.apply(self.weight), self.bias)
+        return self._conv_forward(self.quantized(x), RangeScale.apply(self.weight), self.bias)
 
 
 class EagerLinear(_Clips, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantised(x), RangeScale.apply(self.weight), self.bias)
+        return F.linear(self.quantized(x), RangeScale.apply(self.weight), self.bias)
 
 
 class _LearnedScale(nn.Module):
@@ -87,12 +87,12 @@ class _LearnedScale(nn.Module):
         self.scale, self.zero_point = nn.Parameter(torch.tensor([8 / 255])), nn.Parameter(torch.tensor([0.0]))
         self.register_buffer("weight_zero", torch.zeros(len(self.weight), dtype=torch.int32))
 
-    def quantised(self, x: Tensor) -> Tensor:
+    def quantized(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             self.scale.clamp_(min=EPS)
         return torch._fake_quantize_learnable_per_tensor_affine(x, self.scale, self.zero_point, -128, 127, 1.0)
 
-    def quantised_weight(self) -> Tensor:
+    def quantized_weight(self) -> Tensor:
         with torch.no_grad():  # a min-max observer
             low, high = torch.aminmax(self.weight.flatten(1), dim=1)
             scale = torch.maximum(-low, high).div(127.5).clamp_(min=EPS)
@@ -101,12 +101,12 @@ class _LearnedScale(nn.Module):
 
 class TorchConv2d(_LearnedScale, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantised(x), self.quantised_weight(), self.bias)
+        return self._conv_forward(self.quantized(x), self.quantized_weight(), self.bias)
 
 
 class TorchLinear(_LearnedScale, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantised(x), self.quantised_weight(), self.bias)
+        return F.linear(self.quantized(x), self.quantized_weight(), self.bias)
 
 
 def _replace(model: nn.Module, conv: type, linear: type) -> nn.Module:
@@ -118,11 +118,11 @@ def _replace(model: nn.Module, conv: type, linear: type) -> nn.Module:
     return model
 
 
-def quantise_eagerly(model: nn.Module) -> nn.Module:
+def quantize_eagerly(model: nn.Module) -> nn.Module:
     """Turns the convolutions and linear layers of `model` into their eager quantised forms, in place."""
     return _replace(model, EagerConv2d, EagerLinear)
 
 
-def quantise_with_torch_ops(model: nn.Module) -> nn.Module:
+def quantize_with_torch_ops(model: nn.Module) -> nn.Module:
     """The same with the fake-quantisation ops that torch brings."""
     return _replace(model, TorchConv2d, TorchLinear)

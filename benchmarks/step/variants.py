@@ -1,4 +1,4 @@
-"""What the step benchmark compares: the float model, ours in every form, and rivals; one training step of each."""
+"""What the step benchmark compares: the float model, ours in every form, and baselines; one training step of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
-from benchmarks.step.eager_quant import quantise_eagerly, quantise_with_torch_ops
+from benchmarks.step.eager_quant import quantize_eagerly, quantize_with_torch_ops
 from benchmarks.step.models import Job
 
 _DATA, _ADAPTIVE = "retrain_data_quant_config { ulq_quantize { } } ", "retrain_weight_quant_config { arq_retrain { } } "
@@ -30,11 +30,11 @@ OURS = {
     "2:4, renewed each step": _SPARSE,
     "2:4 renewed + INT8": BOTH,
 }
-RIVALS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    EAGER: quantise_eagerly,
-    "INT8, torch's fake-quant ops": quantise_with_torch_ops,
+BASELINES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    EAGER: quantize_eagerly,
+    "INT8, torch's fake-quant ops": quantize_with_torch_ops,
 }
-VARIANTS = (FLOAT, *OURS, *RIVALS)
+VARIANTS = (FLOAT, *OURS, *BASELINES)
 
 
 def make(variant: str, job: Job, sample: Tensor, compiled: bool = False) -> nn.Module:
@@ -49,8 +49,8 @@ def make(variant: str, job: Job, sample: Tensor, compiled: bool = False) -> nn.M
             amct.configure(model, stash="off")
         if variant.endswith("forward auto"):
             amct.configure(model, forward="auto")
-    elif variant in RIVALS:
-        model = RIVALS[variant](model)
+    elif variant in BASELINES:
+        model = BASELINES[variant](model)
     model.train()
     return torch.compile(model) if compiled else model  # type: ignore[return-value]
 

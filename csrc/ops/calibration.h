@@ -31,7 +31,7 @@ AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> search_clip_range_hi
                                                                                         const Tensor& extremes,
                                                                                         int64_t num_bits = 8);
 
-// Clips of a range that contains zero, from a histogram with two halves: those of least mean absolute (or squared)
+// Clips of a range that contains zero, from a signed histogram: those of least mean absolute (or squared)
 // error. The range reaches as far on either side, but never beyond the data. fixed_min: the lower end is 0.
 // Returns {clip_max, clip_min}, float32 scalars; NaN where values were not finite.
 AMCT_API std::tuple<Tensor, Tensor> search_clip_range_wide(const Tensor& histogram, const Tensor& extremes,

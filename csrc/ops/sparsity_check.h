@@ -34,11 +34,9 @@ inline void check_decaying_backward(const char* op, const at::Tensor& grad, cons
 inline int64_t check_refresh(const char* op, const at::Tensor& w, const at::Tensor& mask, const at::Tensor& step,
                              int64_t update_freq, int64_t axis) {
   check_floating(op, "w", w);
-  check_type(op, "mask", mask, at::kBool);
+  check_mask(op, mask, w);
   check_type(op, "step", step, at::kLong);
-  check_same_shape(op, "mask", mask, "w", w);
   check_scalar(op, "step", step);
-  check_device(op, "mask", mask, "w", w);
   check_device(op, "step", step, "w", w);
   TORCH_CHECK_VALUE(update_freq >= 0, op, ": update_freq must be 0 or more, not ", update_freq);
   return check_axis(op, "axis", w, axis);

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.jobs import rnn_job
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext
@@ -200,8 +200,8 @@ def test_damaged_files(trained: Any, tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         for _ in range(40):
             data = bytearray(raw)
-            for place, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
-                data[place] = value % 256
+            for index, value in torch.randint(0, 2048, (4, 2), generator=generator).tolist():
+                data[index] = value % 256
             path.write_bytes(data)
             told(lambda: read_state_dict(str(path), "model"), "damaged.pth")
 

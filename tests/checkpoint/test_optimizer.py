@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.golden_deviations import WITHOUT_MODEL
-from support.golden_run import Case, case_names
-from support.retrain_job import Job, assert_same_state, train
+from support.golden.deviations import WITHOUT_MODEL
+from support.golden.run import Case, case_names
+from support.jobs import rnn_job
+from support.jobs.retrain_job import Job, assert_same_state, train
+from support.models import small
 from torch import nn
 
 import amct_ext
@@ -26,12 +26,12 @@ OPTIMIZERS = {
 
 
 def as_amct(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> dict[str, Any]:
-    """The state that AMCT's optimizer over its model.parameters() would have: other places, more parameters."""
+    """The state that AMCT's optimizer over its model.parameters() would have: other positions, more parameters."""
     named = dict(model.named_parameters())
     state = {}
-    for place, ours in enumerate(amct_parameters(model).values()):
+    for index, ours in enumerate(amct_parameters(model).values()):
         if ours is not None and named[ours] in optimizer.state:
-            state[place] = copy.deepcopy(optimizer.state[named[ours]])
+            state[index] = copy.deepcopy(optimizer.state[named[ours]])
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"} | options
     return {"state": state, "param_groups": [{**group, "params": list(range(len(amct_parameters(model))))}]}
 

@@ -116,7 +116,7 @@ def test_a_temporary_name_that_cannot_be_used(tmp_path: Path, monkeypatch: pytes
         os.link(other, in_the_way)
     else:
         error = OSError("no locks available") if made == "no locks" else BlockingIOError()
-        monkeypatch.setattr(files, "_PATIENCE", 0.02)
+        monkeypatch.setattr(files, "_LOCK_TIMEOUT", 0.02)
         monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(error))
     write_atomic(path, "new")
     assert path.read_text() == "new" and other.read_text() == "precious"

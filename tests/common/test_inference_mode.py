@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.single_layer import SAMPLES
+from support.models.single_layer import SAMPLES
 from torch import nn
 
 from amct_ext.common.layer_kinds import LAYER_KINDS, QUANTIZABLE, LayerKind, kind_named, kind_of

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support import small_models as small
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

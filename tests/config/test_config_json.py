@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.rejection import rejected
+from support.checks.rejection import rejected
+from support.models import small
 from torch import nn
 
 import amct_ext

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from google.protobuf import descriptor_pool, text_format
+from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from amct_ext.config.text import (
 )
 from amct_ext.errors import ConfigError, ConfigParseError
 from amct_ext.proto import message_class
-from amct_ext.proto.text import Places
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def test_shortest_decimal_gives_back_what_a_user_writes(digits: int):
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "words"),
+    ("text", "location", "words"),
     [
         ("batch_num: 1\nbatch_nun: 2\n", ":2:1:", ["'batch_nun'", "did you mean 'batch_num'"]),
         ("\nbatch_num: many", ":2:12:", ["'batch_num'", "many"]),
@@ -127,15 +126,15 @@ def test_shortest_decimal_gives_back_what_a_user_writes(digits: int):
         ("{}", ":1:1:", []),
     ],
 )
-def test_text_that_does_not_parse_gives_file_line_and_field(parse, text: str, place: str, words: list[str]):
+def test_text_that_does_not_parse_gives_file_line_and_field(parse, text: str, location: str, words: list[str]):
     with pytest.raises(ConfigParseError) as caught:
         parse(text)
     message = str(caught.value)
-    assert f"job.cfg{place}" in message
+    assert f"job.cfg{location}" in message
     assert all(word in message for word in words)
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, text_format.ParseError)
-    assert caught.value.GetLine() == int(place.split(":")[1])
+    assert caught.value.GetLine() == int(location.split(":")[1])
 
 
 @pytest.mark.parametrize(
@@ -196,25 +195,6 @@ def test_repeated_skip_names_are_noted(parse, caplog):
 def test_a_config_can_be_pickled(parse):
     config = parse("batch_num: 4")
     assert pickle.loads(pickle.dumps(config)) == config
-
-
-def test_places_follow_the_text():
-    text = 'a: 1\nb { c: 2 #x {\n c: "]" "x"\n d <e: 1> }\nskip: ["a",\n"b"];\nb: {c:7 },\n'
-    places = Places("f", text)
-    assert places.at("a") == "f:1"
-    assert places.at("b") == "f:7"
-    assert places.at("b", 0, "c") == "f:3"
-    assert places.at("b", 0, "c", 0) == "f:2"
-    assert places.at("b", 0, "d", "e") == "f:4"
-    assert places.at("skip", 1) == "f:6"
-    assert places.at("b", 0, "absent") == "f:2"
-    assert places.at("absent") == "f"
-
-
-def test_messages_live_in_a_pool_of_their_own():
-    assert message_class("amct_ext.config.RetrainConfig")().batch_num == 1
-    with pytest.raises(KeyError):
-        descriptor_pool.Default().FindMessageTypeByName("amct_ext.config.RetrainConfig")
 
 
 @pytest.mark.parametrize(

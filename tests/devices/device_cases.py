@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job, standin
-from support import small_models as small
-from support.device_job import (
+from support.jobs import rnn_job
+from support.jobs.device_job import (
     CPU,
     DEVICE,
     EXACT,
@@ -28,7 +27,9 @@ from support.device_job import (
     references_on_the_cpu,
     run,
 )
-from support.op_arguments import arguments
+from support.models import small
+from support.ops.arguments import arguments
+from support.processes import standin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import standin
-from support.device_job import CPU, DEVICE, EXACT, Job, host_syncs_in_training, run
-from support.op_samples import DTYPES, inputs, layout, same_bits
+from support.jobs.device_job import CPU, DEVICE, EXACT, Job, host_syncs_in_training, run
+from support.ops.samples import DTYPES, inputs, layout, same_bits
+from support.processes import standin
 
 from amct_ext import backends, ops
 

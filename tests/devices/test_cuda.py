@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.op_arguments import WITH_CUDA_KERNEL, arguments
-from support.op_samples import same_bits
+from support.models import small
+from support.ops.arguments import WITH_CUDA_KERNEL, arguments
+from support.ops.samples import same_bits
 from torch import Tensor, nn
 
 import amct_ext

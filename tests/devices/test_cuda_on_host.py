@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.child_pytest import ROOT, Report, pytest_in_child, run
+from support.processes.child_pytest import ROOT, Report, pytest_in_child, run
 
 BUILD = ROOT / "build" / "cuda_on_host"
 SANITIZE = os.environ.get("AMCT_ON_HOST_SANITIZE", "")  # address,undefined or thread

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import reference_cost
-from support import standin
-from support.child_pytest import ROOT, Report, pytest_in_child
+from support.processes import standin
+from support.processes.child_pytest import ROOT, Report, pytest_in_child
 
 from amct_ext import backends, ops
 

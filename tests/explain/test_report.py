@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.rejection import rejected
+from support.checks.rejection import rejected
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from support import small_models as small
+from support.models import small
 
 import amct_ext
 from amct_ext.config.json import read_json

@@ -11,8 +11,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from support import small_models as small
-from support.export_job import Net, X, outputs, trained
+from support.jobs.export_job import Net, X, outputs, trained
+from support.models import small
 from torch import Tensor
 
 import amct_ext

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from support.export_models import PAIRS, Mixed, Tokens, build, nodes, record_all, run, simulate
+from support.models.export_models import PAIRS, Mixed, Tokens, build, nodes, record_all, run, simulate
 from torch import nn
 
 from amct_ext.export.files import encode, write_files

@@ -175,7 +175,7 @@ def layer_tensors(entries: Any) -> Counter[tuple[str, tuple[int, ...]]]:
     return Counter((kind, tuple(dims)) for kind, dims in entries if dims and kind != "INT64")
 
 
-def initialisers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
@@ -210,7 +210,7 @@ def test_fake_quant_model_computes_what_amcts_did(case: str, exported: Callable[
 def test_deploy_attributes_and_words_follow_the_record(case: str, exported: Callable[[str], Exported]) -> None:
     ours = exported(case)
     model = onnx.load(ours.deploy)
-    tensors, nodes = initialisers(model), {node.name: node for node in model.graph.node}
+    tensors, nodes = initializers(model), {node.name: node for node in model.graph.node}
     for record in ours.records:
         deq = np.asarray(record.scale_w, np.float32) * np.float32(record.scale_d)
         np.testing.assert_array_equal(tensors[f"{record.key}.dequant.param"], deq.view(np.uint32).astype(np.uint64))
@@ -228,8 +228,8 @@ def test_every_integer_and_constant_equals_amcts_file(exported: Callable[[str], 
     ours = exported("cnn_quant")
     for path in (ours.fake_quant, ours.deploy):
         theirs_file = onnx.load(golden / "cnn_quant" / path.name)
-        expected = {name.replace(".sub_module", ""): array for name, array in initialisers(theirs_file).items()}
-        found = initialisers(onnx.load(path))
+        expected = {name.replace(".sub_module", ""): array for name, array in initializers(theirs_file).items()}
+        found = initializers(onnx.load(path))
         assert set(found) == set(expected)
         for name, array in expected.items():
             assert found[name].dtype == array.dtype

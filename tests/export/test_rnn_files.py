@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from support.golden_run import Case
-from support.rnn_job import Job, batch, evaluate, every_kind, optimizer_of, train
+from support.golden.run import Case
+from support.jobs.rnn_job import Job, batch, evaluate, every_kind, optimizer_of, train
 from torch import Tensor, nn
 
 import amct_ext

@@ -12,8 +12,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from support import small_models as small
-from support.export_job import Net, X, outputs, trained
+from support.jobs.export_job import Net, X, outputs, trained
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
-from support.export_models import (
+from support.models.export_models import (
     PAIRS,
     SHAPES,
     Mixed,

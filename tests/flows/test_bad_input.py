@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from google.protobuf import text_format
-from support import small_models as small
-from support.rejection import rejected
-from support.retrain_job import Job, evaluate, optimizer_of, train
+from support.checks.rejection import rejected
+from support.jobs.retrain_job import Job, evaluate, optimizer_of, train
+from support.models import small
 from torch import nn
 
 import amct_ext

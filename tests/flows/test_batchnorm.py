@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job
+from support.jobs.retrain_job import Job
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

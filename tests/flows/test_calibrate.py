@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.onnx_run import run_onnx
-from support.quantizers import quantizers
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
-from support.rnn_job import Job as RnnJob
-from support.rnn_job import every_kind
+from support.checks.onnx_run import run_onnx
+from support.checks.quantizers import quantizers
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.jobs.rnn_job import Job as RnnJob
+from support.jobs.rnn_job import every_kind
+from support.models import small
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

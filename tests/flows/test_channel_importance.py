@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.channel_search import CLASSES, DATA, Search
+from support.jobs.channel_search import CLASSES, DATA, Search
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

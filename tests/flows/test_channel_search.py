@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.channel_search import DATA, LABEL, Returns, Search
-from support.rejection import rejected
-from support.wide_model import wide
+from support.checks.rejection import rejected
+from support.jobs.channel_search import DATA, LABEL, Returns, Search
+from support.models import small
+from support.models.wide_model import wide
 from torch import Tensor, nn
 
 import amct_ext

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.recompilation import no_recompilation
+from support.checks.recompilation import no_recompilation
+from support.jobs import rnn_job
+from support.models import small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.agreement import CLOSE, compare
-from support.devices import DEVICES
-from support.golden_deviations import (
+from support.checks.agreement import CLOSE, compare
+from support.golden.deviations import (
     ACCEPTED,
     COUNTERS,
     NEGATIVE_SCALES,
@@ -27,7 +26,8 @@ from support.golden_deviations import (
     channel_counts,
     other_channels,
 )
-from support.golden_run import Case, case_names
+from support.golden.run import Case, case_names
+from support.processes.devices import DEVICES
 from torch import Tensor
 
 import amct_ext

@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from support import small_models as small
-from support.single_layer import SAMPLES
+from support.models import small
+from support.models.single_layer import SAMPLES
 from torch import Tensor, nn
 
 import amct_ext

@@ -9,11 +9,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from support import small_models as small
-from support.golden_run import Case
-from support.onnx_run import run_onnx
-from support.rejection import rejected
-from support.retrain_job import assert_same_state, evaluate, optimizer_of, train
+from support.checks.onnx_run import run_onnx
+from support.checks.rejection import rejected
+from support.golden.run import Case
+from support.jobs.retrain_job import assert_same_state, evaluate, optimizer_of, train
+from support.models import small
 from torch import nn
 
 import amct_ext

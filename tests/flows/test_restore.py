@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, resume, train, train_and_save
+from support.models import small
 from torch import nn
 
 import amct_ext

@@ -10,9 +10,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support import small_models as small
-from support.onnx_run import run_onnx
-from support.retrain_job import Job, evaluate, optimizer_of, train
+from support.checks.onnx_run import run_onnx
+from support.jobs.retrain_job import Job, evaluate, optimizer_of, train
+from support.models import small
 from torch import nn
 
 import amct_ext

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.any_job import AnyJob
+from support.jobs.any_job import AnyJob
 from torch import nn
 
 import amct_ext

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.recompilation import no_recompilation
-from support.retrain_job import Job, optimizer_of
+from support.checks.recompilation import no_recompilation
+from support.jobs.retrain_job import Job, optimizer_of
+from support.models import small
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

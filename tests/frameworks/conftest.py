@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.ranks import Ranks, two_ranks
+from support.processes.ranks import Ranks, two_ranks
 
 
 @pytest.fixture(scope="module")

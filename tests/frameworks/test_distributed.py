@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support import small_models as small
-from support.ranks import LOCAL, WORLD, Ranks, own_folder
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of
+from support.models import small
+from support.processes.ranks import LOCAL, WORLD, Ranks, own_folder
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

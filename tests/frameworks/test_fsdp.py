@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.ranks import LOCAL, WORLD, Ranks, own_folder
-from support.retrain_job import Job, evaluate
+from support.jobs.retrain_job import Job, evaluate
+from support.models import small
+from support.processes.ranks import LOCAL, WORLD, Ranks, own_folder
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh

@@ -10,7 +10,8 @@ import pytest
 import real_models
 import torch
 import torch.nn.functional as F
-from support import agreement, small_models
+from support.checks import agreement
+from support.models import small as small_models
 from torch import Tensor, nn
 
 import amct_ext

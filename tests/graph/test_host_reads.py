@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from support import small_models as small
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.golden_run import load_module
-from support.graph_nets import Net, conv, image
+from support.golden.run import load_module
+from support.models.graph_nets import Net, conv, image
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.integer_forward import both, took_integers
-from support.single_layer import compressed
+from support.checks.integer_forward import both, took_integers
+from support.models import small
+from support.models.single_layer import compressed
 from torch import Tensor, nn
 
 import amct_ext
@@ -22,7 +22,7 @@ from amct_ext.model_surgery.lookup import compressed_layers
 PER_TENSOR = small.QUANT.replace("arq_retrain { }", "arq_retrain { channel_wise: false }")
 
 
-def normalised() -> nn.Module:
+def normalized() -> nn.Module:
     """A convolution before a BatchNorm whose factors have both signs."""
     net = nn.Sequential(nn.Conv2d(5, 20, 3, stride=2, padding=1), nn.BatchNorm2d(20))
     norm = net[1]
@@ -39,7 +39,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Sequential(nn.Conv2d(5, 20, (3, 2), padding=(2, 0), dilation=(1, 2))), (3, 5, 7, 9)),
     "without bias": (lambda: nn.Sequential(nn.Conv2d(5, 20, 3, bias=False)), (3, 5, 7, 9)),
     "one position": (lambda: nn.Sequential(nn.Conv2d(5, 20, 3)), (3, 5, 3, 3)),
-    "normalised": (normalised, (3, 5, 7, 9)),
+    "normalised": (normalized, (3, 5, 7, 9)),
     "linear": (lambda: nn.Sequential(nn.Linear(7, 4)), (50, 7)),
     "sequence": (lambda: nn.Sequential(nn.Linear(7, 40)), (3, 5, 7)),
     "vector": (lambda: nn.Sequential(nn.Linear(7, 4)), (7,)),
@@ -152,7 +152,7 @@ def test_a_bias_beyond_32_bits_saturates(sign: int, tmp_path: Path) -> None:
 
 
 def test_a_scale_that_is_none_shows(tmp_path: Path) -> None:
-    model = compressed(normalised(), torch.randn(2, 5, 7, 9), tmp_path)
+    model = compressed(normalized(), torch.randn(2, 5, 7, 9), tmp_path)
     amct_ext.configure(model, forward="integer")
     with torch.no_grad():
         model[1].weight[3] = torch.inf

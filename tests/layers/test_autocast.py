@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.retrain_job import Job, optimizer_of
+from support.jobs.retrain_job import Job, optimizer_of
+from support.models import small
 from torch import nn
 
 import amct_ext

@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from support import small_models as small
-from support.any_job import PER_TENSOR, AnyJob, off
-from support.onnx_run import run_onnx
+from support.checks.onnx_run import run_onnx
+from support.jobs.any_job import PER_TENSOR, AnyJob, off
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.single_layer import SAMPLES, STATES
+from support.models import small
+from support.models.single_layer import SAMPLES, STATES
 from torch import Tensor, nn
 
 import amct_ext

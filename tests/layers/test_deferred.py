@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.deferred_model import Net, evaluated
+from support.models.deferred_model import Net, evaluated
 from torch import Tensor, nn
 
 import amct_ext

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import small_models as small
-from support.integer_forward import both, took_integers
-from support.single_layer import compressed
+from support.checks.integer_forward import both, took_integers
+from support.models import small
+from support.models.single_layer import compressed
 from torch import Tensor, nn
 
 import amct_ext

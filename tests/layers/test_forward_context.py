@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state
-from support.rnn_job import Job as RnnJob
-from support.rnn_job import every_kind
+from support.jobs.retrain_job import Job, assert_same_state
+from support.jobs.rnn_job import Job as RnnJob
+from support.jobs.rnn_job import every_kind
+from support.models import small
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

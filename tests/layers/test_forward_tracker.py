@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.deferred_model import Net, evaluated
+from support.models.deferred_model import Net, evaluated
 from torch import Tensor, nn
 
 import amct_ext
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> nn.Module:
 
 
 X = torch.randn(2, 3, 16, 16)
-PLACES = ("stem.0", "stem.1", "inner.0", "inner.3", "branch.1", "head")
+MODULES = ("stem.0", "stem.1", "inner.0", "inner.3", "branch.1", "head")
 
 
 def raising(end: type[BaseException]) -> Callable[..., None]:
@@ -56,9 +56,9 @@ def assert_plain(model: nn.Module, x: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("end", ENDS)
 def test_an_interrupted_forward_is_not_under_way(model: nn.Module, end: type[BaseException]) -> None:
     want, alone = model(X), model.get_submodule("stem.0")(X)
-    for place in PLACES:
+    for module_name in MODULES:
         for register in ("register_forward_pre_hook", "register_forward_hook"):
-            handle = getattr(model.get_submodule(place), register)(raising(end))
+            handle = getattr(model.get_submodule(module_name), register)(raising(end))
             try:
                 model(X)
             except end:
@@ -131,8 +131,8 @@ def test_a_model_within_a_model_and_within_itself(tmp_path: Path) -> None:
             assert torch.equal(model(X), want)
             busy.pop()
 
-    for place in ("stem.0", "inner.3"):
-        model.get_submodule(place).register_forward_hook(again)
+    for module_name in ("stem.0", "inner.3"):
+        model.get_submodule(module_name).register_forward_hook(again)
     assert torch.equal(nn.Sequential(model)(X), want)
     assert set(types) == {DeferredTensor}
     assert session_of(model).tracker.forward_id is None

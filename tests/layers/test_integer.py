@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.integer_forward import both, took_integers
-from support.retrain_job import Job, optimizer_of, train
-from support.saved_tensors import Watch
-from support.single_layer import Chain, compressed
+from support.checks.integer_forward import both, took_integers
+from support.checks.saved_tensors import Watch
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
+from support.models.single_layer import Chain, compressed
 from torch import Tensor, nn
 
 import amct_ext

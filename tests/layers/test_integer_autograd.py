@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.integer_forward import both, output_and_gradients, took_integers
-from support.retrain_job import Job, optimizer_of, train
-from support.saved_tensors import saved_bytes
-from support.single_layer import Chain, compressed
+from support.checks.integer_forward import both, output_and_gradients, took_integers
+from support.checks.saved_tensors import saved_bytes
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
+from support.models.single_layer import Chain, compressed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

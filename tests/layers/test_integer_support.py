@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.integer_forward import both, took_integers
-from support.single_layer import Chain, compressed
+from support.checks.integer_forward import both, took_integers
+from support.models.single_layer import Chain, compressed
 from torch import nn
 
 import amct_ext

@@ -120,8 +120,8 @@ def test_data_without_signs_of_an_older_checkpoint_go_on() -> None:
     data = torch.zeros(2 * BINS + 1024, dtype=torch.int64)
     parts = data[: 2 * BINS].view(-1, 2), data[2 * BINS :].view(torch.float32).view(2, 1024)
     ops.range_histogram_(x[:2_000], *parts)
-    found = ValueHistogram().sample(ValueHistogram().add(data, x[2_000:]))
-    whole = ValueHistogram().sample(ValueHistogram().add(torch.zeros(0), x))
+    found = ValueHistogram().statistics(ValueHistogram().add(data, x[2_000:]))
+    whole = ValueHistogram().statistics(ValueHistogram().add(torch.zeros(0), x))
     assert found.amct_range(8) == whole.amct_range(8)
     for a, b in zip(found.histogram(), whole.histogram(), strict=True):
         assert torch.equal(a.sum(0), b.sum(0))

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import assert_same_state
-from support.rnn_job import (
+from support.jobs.retrain_job import assert_same_state
+from support.jobs.rnn_job import (
     KINDS,
     PER_TENSOR,
     Job,
@@ -23,6 +22,7 @@ from support.rnn_job import (
     optimizer_of,
     train,
 )
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

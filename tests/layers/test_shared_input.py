@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.quantizers import quantizers
-from support.retrain_job import Job, optimizer_of, train
+from support.checks.quantizers import quantizers
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext
@@ -111,16 +111,16 @@ def test_shared_clips_get_the_gradient_of_all_readers(tmp_path: Path) -> None:
     model = Job(tmp_path, small.QUANT).create()
     train(model, optimizer_of(model), range(1))
     x = torch.randn(2, 8, 6, 6) * 3
-    quantiser = model.conv1.act_quant
+    quantizer = model.conv1.act_quant
     model.zero_grad()
     (model.conv1(x).sum() + model.down(x).sum() * 2).backward()
-    both = quantiser.clip_max.grad.clone()
-    quantiser.clip_max.grad = None
-    y = quantiser._quantize(x)[0]
+    both = quantizer.clip_max.grad.clone()
+    quantizer.clip_max.grad = None
+    y = quantizer._quantize(x)[0]
     weights = (model.conv1.compressed_weight(), model.down.compressed_weight())
     one = nn.functional.conv2d(y, weights[0], None, 2, 1).sum()
     (one + nn.functional.conv2d(y, weights[1], model.down.bias, 2).sum() * 2).backward()
-    torch.testing.assert_close(both, quantiser.clip_max.grad)
+    torch.testing.assert_close(both, quantizer.clip_max.grad)
 
 
 def test_reader_without_the_owner(tmp_path: Path) -> None:

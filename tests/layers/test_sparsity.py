@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from support import small_models as small
-from support.retrain_job import Job, evaluate, optimizer_of, train
+from support.jobs.retrain_job import Job, evaluate, optimizer_of, train
+from support.models import small
 
 from amct_ext import ops
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, optimizer_of, train
-from support.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
-from support.single_layer import LAYERS, Chain, compressed
+from support.checks.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
+from support.models.single_layer import LAYERS, Chain, compressed
 from torch import Tensor, nn
 
 import amct_ext

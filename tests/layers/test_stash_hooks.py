@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job
-from support.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
-from support.single_layer import Chain, compressed
+from support.checks.saved_tensors import Watch, assert_same_gradients, gradients, saved_bytes
+from support.jobs.retrain_job import Job
+from support.models import small
+from support.models.single_layer import Chain, compressed
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -77,7 +77,7 @@ def test_where_hooks_are_forbidden_nothing_changes(tmp_path: Path) -> None:
 def test_hooks_of_the_user_at_the_quantiser(tmp_path: Path) -> None:
     """What a layer computes with is what its backward gets, whoever had a hand in it."""
     model = compressed(Chain(nn.Linear(7, 4)), torch.randn(5, 7), tmp_path)
-    quantiser, x = model.layer.act_quant, torch.randn(5, 7)
+    quantizer, x = model.layer.act_quant, torch.randn(5, 7)
 
     def in_place(module: nn.Module, args: Any, y: Tensor) -> None:
         with torch.no_grad():
@@ -89,6 +89,6 @@ def test_hooks_of_the_user_at_the_quantiser(tmp_path: Path) -> None:
         (nn.Module.register_forward_hook, in_place),
         (nn.Module.register_full_backward_hook, lambda m, given, grads: None),
     ):
-        handle = register(quantiser, hook)
+        handle = register(quantizer, hook)
         assert_same_gradients(model, lambda m: m(x))
         handle.remove()

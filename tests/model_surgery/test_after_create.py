@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.linear_job import Change, Job, X, build, close, train
+from support.jobs.linear_job import Change, Job, X, build, close, train
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext
@@ -33,16 +33,16 @@ class Lora(Adapter):
     merged = False
 
 
-def put(place: int, make: Callable[[Any], nn.Module]) -> Change:
+def put(index: int, make: Callable[[Any], nn.Module]) -> Change:
     def change(model: Any) -> None:
-        model[place] = make(model[place])
+        model[index] = make(model[index])
 
     return change
 
 
-@pytest.mark.parametrize(("flow", "place"), [("compressed", 0), ("compressed", 2), ("quant", 0)])
+@pytest.mark.parametrize(("flow", "index"), [("compressed", 0), ("compressed", 2), ("quant", 0)])
 @pytest.mark.parametrize("make", [Adapter, lambda old: nn.Linear(8, old.out_features)])
-def test_wrapped_or_exchanged(tmp_path: Path, make: Any, place: int, flow: str, caplog: Any) -> None:
+def test_wrapped_or_exchanged(tmp_path: Path, make: Any, index: int, flow: str, caplog: Any) -> None:
     """Evaluation and save work; the record keeps the names of create."""
     job = Job(tmp_path)
     if flow == "quant":
@@ -50,18 +50,18 @@ def test_wrapped_or_exchanged(tmp_path: Path, make: Any, place: int, flow: str, 
         model: Any = amct_ext.create_quant_retrain_model(f"{job.config}.json", build(), job.record, X)
     else:
         model = job.create(build())
-    put(place, make)(model)
+    put(index, make)(model)
     train(model)
     want = model.eval()(X)
     wrapped = make is Adapter
-    assert (f'key: "{place}"' in Path(job.record).read_text()) is wrapped
+    assert (f'key: "{index}"' in Path(job.record).read_text()) is wrapped
     with caplog.at_level(logging.WARNING):
         if flow == "quant":
             amct_ext.save_quant_retrain_model(f"{job.config}.json", model, job.record, job.out, X)
         else:
             assert close(job.save(model), want)
-    assert (f"layer '{place}', compressed at create, is no longer" in caplog.text) is not wrapped
-    assert bool(amct_ext.explain(model)[str(place)].quantised) is wrapped
+    assert (f"layer '{index}', compressed at create, is no longer" in caplog.text) is not wrapped
+    assert bool(amct_ext.explain(model)[str(index)].quantised) is wrapped
     amct_ext.to_amct_state_dict(model)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, evaluate
-from support.state_job import CONFIGS, clips, copied, floats_only, quantising, steps
+from support.jobs.retrain_job import Job, evaluate
+from support.jobs.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
+from support.models import small
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -33,7 +33,7 @@ def interpolated(average: nn.Module, model: nn.Module) -> None:
         mine.lerp_(new, 0.5) if mine.is_floating_point() else mine.copy_(new)
 
 
-@quantising
+@quantizing
 @pytest.mark.parametrize("rule", [floats_only, every_entry, interpolated])
 def test_an_average_made_before_the_calibration_keeps_its_clips(job: Job, name: str, rule: Callable) -> None:
     model = job.create()
@@ -58,7 +58,7 @@ def test_an_average_made_before_the_calibration_keeps_its_clips(job: Job, name: 
         assert torch.equal(told.eval()(loud), seen)
 
 
-@quantising
+@quantizing
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_averages_update_throughout_a_calibration(job: Job, name: str, use_buffers: bool) -> None:
     model = job.create()

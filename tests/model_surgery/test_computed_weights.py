@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils as utils
-from support import small_models as small
-from support.any_job import AnyJob, off
-from support.linear_job import Change, Job, X, build, close, train
-from support.onnx_run import run_onnx
+from support.checks.onnx_run import run_onnx
+from support.jobs.any_job import AnyJob, off
+from support.jobs.linear_job import Change, Job, X, build, close, train
+from support.models import small
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

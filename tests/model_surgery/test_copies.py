@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.models import small
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.any_job import AnyJob, off
-from support.onnx_run import run_onnx
-from support.written import SPARSE_QUANT, Written, linear
+from support.checks.onnx_run import run_onnx
+from support.jobs.any_job import AnyJob, off
+from support.models import small
+from support.models.custom_forward import SPARSE_QUANT, Written, linear
 from torch import Tensor, nn
 
 import amct_ext

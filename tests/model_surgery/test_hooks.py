@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, optimizer_of, train
+from support.jobs.retrain_job import Job, optimizer_of, train
+from support.models import small
 from torch import nn
 
 from amct_ext.model_surgery.hooks import detach

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.any_job import AnyJob
-from support.written import Written, linear
+from support.jobs.any_job import AnyJob
+from support.models import small
+from support.models.custom_forward import Written, linear
 from torch import Tensor, nn
 
 import amct_ext

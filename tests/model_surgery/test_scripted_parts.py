@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.linear_job import Job, X, build, close, train
+from support.jobs.linear_job import Job, X, build, close, train
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.onnx_run import run_onnx
+from support.checks.onnx_run import run_onnx
 from torch import nn
 
 import amct_ext

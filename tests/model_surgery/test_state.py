@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
-from support.rnn_job import Job as RnnJob
-from support.rnn_job import every_kind
-from support.state_job import CONFIGS, clips, copied, floats_only, quantising, steps
-from torch import Tensor, nn
+from support.jobs.retrain_job import Job, assert_same_state, evaluate, optimizer_of, train
+from support.jobs.rnn_job import Job as RnnJob
+from support.jobs.rnn_job import every_kind
+from support.jobs.state_job import CONFIGS, clips, copied, floats_only, quantizing, steps
+from support.models import small
+from torch import nn
 
 import amct_ext
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.cached_item import CachedItem
 from amct_ext.layers.shift_search import ShiftSearch
 
 
@@ -90,34 +89,6 @@ def test_recurrent_layers_too(tmp_path: Path, kind: str) -> None:
     assert {k: v for k, v in clips(average).items() if "max" in k} == {k: v for k, v in before.items() if "max" in k}
 
 
-# -- how a number is known
-
-
-class Elsewhere(Tensor):
-    """A tensor that claims to be on another device, and counts how often it is read."""
-
-    reads = 0
-
-    is_cpu = False
-
-    def item(self) -> float:  # type: ignore[override]
-        Elsewhere.reads += 1
-        return self.as_subclass(Tensor).item()
-
-
-def test_another_device_is_read_once_for_each_foreign_write() -> None:
-    Elsewhere.reads = 0
-    buffer, value = torch.tensor(3).as_subclass(Elsewhere), CachedItem(0)
-    assert [value.read(buffer) for _ in range(3)] == [3, 3, 3] and Elsewhere.reads == 1
-    buffer.add_(1)
-    value.wrote(buffer, 4)
-    assert value.read(buffer) == 4 and Elsewhere.reads == 1
-    buffer.copy_(torch.tensor(7))
-    assert [value.read(buffer) for _ in range(3)] == [7, 7, 7] and Elsewhere.reads == 2
-    assert value.read(torch.tensor(9).as_subclass(Elsewhere)) == 9 and Elsewhere.reads == 3
-    assert copy.deepcopy(value).value == 9
-
-
 # -- types and empty batches
 
 
@@ -135,7 +106,7 @@ def test_the_default_dtype_is_nothing_to_the_state(job: Job, name: str, dtype: t
             assert model.state_dict()[key].dtype == value.dtype, key
 
 
-@quantising
+@quantizing
 def test_an_empty_batch_is_none(job: Job, name: str) -> None:
     model, twin = job.create(), job.create()
     empty = small.SAMPLE[:0]
@@ -158,7 +129,7 @@ def test_an_empty_batch_is_none(job: Job, name: str) -> None:
 # -- what only parameters, or a write in eval mode, tells
 
 
-@quantising
+@quantizing
 def test_torch_func_sees_values_copied_in_place(job: Job, name: str) -> None:
     trained = job.create()
     steps(trained, 3)

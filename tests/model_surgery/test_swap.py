@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import small_models as small
-from support.retrain_job import Job, evaluate, optimizer_of, train
+from support.jobs.retrain_job import Job, evaluate, optimizer_of, train
+from support.models import small
 from torch import nn
 
 from amct_ext.graph.inputs import parse_inputs

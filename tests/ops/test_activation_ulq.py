@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, ULQ_CLIPS, inputs, layout, same_bits, scalars
+from support.ops.samples import DTYPES, ULQ_CLIPS, inputs, layout, same_bits, scalars
 from torch import Tensor
 
 from amct_ext import ops

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import scalars
+from support.ops.samples import scalars
 from torch import Tensor
 
 from amct_ext import ops

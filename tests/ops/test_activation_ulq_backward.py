@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, ULQ_CLIPS, inputs, same_bits, scalars
+from support.ops.samples import DTYPES, ULQ_CLIPS, inputs, same_bits, scalars
 
 from amct_ext import ops
 from amct_ext.ops import activation_ulq as ulq

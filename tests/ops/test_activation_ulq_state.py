@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.op_samples import DTYPES, same_bits
+from support.ops.samples import DTYPES, same_bits
 
 from amct_ext import ops
 from amct_ext.ops import activation_ulq as ulq

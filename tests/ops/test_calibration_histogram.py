@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.op_samples import DTYPES, layouts
+from support.ops.samples import DTYPES, layouts
 from torch import Tensor
 
 from amct_ext import ops
@@ -67,12 +67,15 @@ def test_the_histogram_is_exact_in_any_order(dtype: torch.dtype, device: torch.d
         assert same(expected, gathered([x])), shape
         assert same(expected, gathered([x[1::2], x[:0], x[::2]])), shape
         assert int(expected[0][:, 0].sum()) == x.numel()
-        keys = torch.arange(histogram._FIRST, histogram._FIRST + histogram.BINS, device=device)[1:] << histogram._CUT
+        keys = (
+            torch.arange(histogram._FIRST_KEY, histogram._FIRST_KEY + histogram.BINS, device=device)[1:]
+            << histogram._OPEN_BITS
+        )
         bottom = keys.to(torch.int32).view(torch.float32).double()
         width = bottom * 2.0**-10 / (bottom / 2 ** bottom.log2().floor())
         large = x.float().abs().double()[x.float().abs() >= 2.0**-24].sum()
         counts, rest = expected[0][1:].double().unbind(1)
-        total = torch.where(counts > 0, counts * bottom + rest * width / 2**histogram._CUT, 0).sum()
+        total = torch.where(counts > 0, counts * bottom + rest * width / 2**histogram._OPEN_BITS, 0).sum()
         torch.testing.assert_close(total, large, rtol=1e-12, atol=0)
 
 
@@ -81,7 +84,7 @@ def test_halves_for_either_sign_are_the_histogram_of_either_part(dtype: torch.dt
     x = torch.cat([values("normal", 3_000), torch.tensor([0.0, -0.0, 1e-30, -1e-30])]).to(device, dtype)
     found = []
     for function in (ops.range_histogram_, histogram.range_histogram_reference):
-        state = torch.zeros(histogram.HALVES, dtype=torch.int64, device=device), torch.zeros(2, 8, device=device)
+        state = torch.zeros(histogram.SIGNED_SHAPE, dtype=torch.int64, device=device), torch.zeros(2, 8, device=device)
         for part in (x[:1_000], x[1_000:]):
             function(part, *state)
         found.append(state)

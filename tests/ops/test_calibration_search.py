@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, layouts, same_bits
+from support.ops.samples import DTYPES, layouts, same_bits
 from torch import Tensor
 
 from amct_ext import ops

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, inputs
+from support.ops.samples import DTYPES, inputs
 from torch import Tensor
 
 from amct_ext import ops

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.integer_products import RANGES, convolutions, matrices
-from support.op_samples import layout, same_bits, scalars
+from support.ops.integer_products import RANGES, convolutions, matrices
+from support.ops.samples import layout, same_bits, scalars
 
 from amct_ext import ops
 from amct_ext.ops import integer_accumulators as accumulators

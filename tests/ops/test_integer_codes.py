@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.op_samples import DTYPES, inputs, layout, same_bits, scalars
+from support.ops.samples import DTYPES, inputs, layout, same_bits, scalars
 
 from amct_ext import ops
 from amct_ext.ops import integer_codes as coding

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.integer_products import RANGES, convolutions, exact, matrices, weight
-from support.op_samples import layout, same_bits, scalars
+from support.ops.integer_products import RANGES, convolutions, exact, matrices, weight
+from support.ops.samples import layout, same_bits, scalars
 
 from amct_ext import ops
 from amct_ext.ops import integer_product as reference
@@ -122,14 +122,14 @@ def test_bad_input_is_refused(device: torch.device) -> None:
     codes, scale, offset, *_ = ops.ulq_quantize(x, high, low, high, low)
     packed, sums = ops.pack_weight(torch.randn(3, 8, device=device), scale.reshape(1))
     arguments = [codes, scale, offset, packed, sums, torch.ones(3, device=device)]
-    for place, wrong, error, match in (
+    for index, wrong, error, match in (
         (0, codes.int(), TypeError, "codes"),
         (0, codes[:, :3], ValueError, "packed must have shape"),
         (1, torch.ones(2, device=device), ValueError, "x_scale"),
         (5, torch.ones(2, device=device), ValueError, "w_scale"),
     ):
         with pytest.raises(error, match=match):
-            ops.integer_linear(*arguments[:place], wrong, *arguments[place + 1 :])
+            ops.integer_linear(*arguments[:index], wrong, *arguments[index + 1 :])
     with pytest.raises(ValueError, match="bias"):
         ops.integer_linear(*arguments, torch.ones(2, device=device))
     with pytest.raises(ValueError, match="four dimensions"):

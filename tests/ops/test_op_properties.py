@@ -7,7 +7,7 @@ import math
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.op_samples import DTYPES, same_bits
+from support.ops.samples import DTYPES, same_bits
 from torch import Tensor
 
 from amct_ext import ops

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_arguments import arguments
+from support.ops.arguments import arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.op_samples import same_bits
+from support.ops.samples import same_bits
 from torch import Tensor
 
 import amct_ext

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import rnn_job
-from support import small_models as small
-from support.plain_rules import PlainOps
-from support.single_layer import LAYERS, Chain, can_be_sparse, compressed
+from support.jobs import rnn_job
+from support.models import small
+from support.models.single_layer import LAYERS, Chain, can_be_sparse, compressed
+from support.ops.straight_through import PlainOps
 from torch import Tensor, nn
 
 import amct_ext

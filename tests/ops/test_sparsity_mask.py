@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, inputs, layout, same_bits
+from support.ops.samples import DTYPES, inputs, layout, same_bits
 
 from amct_ext import ops
 from amct_ext.ops import sparsity_mask as masks

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, axes_of, inputs, output_axis, same_bits, special_rows
+from support.ops.samples import DTYPES, axes_of, inputs, output_axis, same_bits, special_rows
 
 from amct_ext import ops
 from amct_ext.ops import weight_lsq as lsq

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.op_samples import DTYPES, inputs
+from support.ops.samples import DTYPES, inputs
 
 from amct_ext import ops
 from amct_ext.ops.weight_norms import filter_norms_reference

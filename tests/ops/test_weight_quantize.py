@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.op_samples import DTYPES, axes_of, inputs, same_bits, special_rows
+from support.ops.samples import DTYPES, axes_of, inputs, same_bits, special_rows
 
 from amct_ext import ops
 from amct_ext.ops.weight_quantize import quantize_weight_reference

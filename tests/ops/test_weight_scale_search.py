@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.op_samples import DTYPES, axes_of, inputs, same_bits, special_rows
+from support.ops.samples import DTYPES, axes_of, inputs, same_bits, special_rows
 from torch import Tensor
 
 from amct_ext import ops

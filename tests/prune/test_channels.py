@@ -7,9 +7,9 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from support.channel_nets import plain, planned
-from support.graph_nets import Net, conv, image
-from support.pruning_proof import masked, outputs
+from support.checks.pruning_proof import masked, outputs
+from support.models.channel_nets import plain, planned
+from support.models.graph_nets import Net, conv, image
 from torch import nn
 
 from amct_ext.prune.channels import apply_channels
@@ -19,8 +19,8 @@ def test_parameters_keep_what_the_user_set():
     net = plain().to(memory_format=torch.channels_last)
     net[0].weight.requires_grad_(False)
     net[0].weight.no_decay = True
-    graph, records = planned(net, image())
-    apply_channels(net, graph, records, image())
+    found, records = planned(net, image())
+    apply_channels(net, found, records, image())
     assert isinstance(net[3].weight, nn.Parameter)
     assert net[3].weight.requires_grad
     assert not net[0].weight.requires_grad
@@ -33,9 +33,9 @@ def test_parameters_keep_what_the_user_set():
 def test_nothing_is_disturbed_by_the_trial():
     net = plain().train()
     net[1].eval()
-    graph, records = planned(net, image())
+    found, records = planned(net, image())
     statistics, data, random = net[1].running_mean.clone(), image(), torch.get_rng_state()
-    (kept, _) = apply_channels(net, graph, records, data)
+    (kept, _) = apply_channels(net, found, records, data)
     stay = [channel for channel in range(8) if channel not in kept.producers[0].prune_index]
     assert torch.equal(net[1].running_mean, statistics[stay])
     assert torch.equal(torch.get_rng_state(), random)
@@ -46,8 +46,8 @@ def test_nothing_is_disturbed_by_the_trial():
 
 def test_an_importable_copy_stays_usable():
     net = plain()
-    graph, records = planned(net, image())
-    apply_channels(net, graph, records, image())
+    found, records = planned(net, image())
+    apply_channels(net, found, records, image())
     again = copy.deepcopy(net)
     assert torch.equal(again(torch.ones(1, 3, 6, 6)), net(torch.ones(1, 3, 6, 6)))
 
@@ -60,10 +60,10 @@ def test_a_group_whose_size_is_written_into_the_model_is_dropped(caplog):
     net = Net(forward, a=conv(3, 8), b=conv(8, 6), out=nn.Linear(216, 2)).eval()
     whole = copy.deepcopy(net)
     data = image()
-    graph, records = planned(net, data)
+    found, records = planned(net, data)
     assert len(records) == 2
     with caplog.at_level(logging.WARNING, "amct_ext"):
-        kept = apply_channels(net, graph, records, data)
+        kept = apply_channels(net, found, records, data)
     assert kept == records[:1]
     assert "b is not pruned: the model would fail" in caplog.text
     assert net.b.out_channels == 6
@@ -78,15 +78,15 @@ def test_a_head_that_only_runs_in_training_is_seen():
         return (main, m.aux(y.mean((2, 3)))) if m.training else main
 
     net = Net(forward, a=conv(3, 8), head=nn.Linear(8, 2), aux=nn.Linear(8, 2)).eval()
-    graph, records = planned(net, image())
+    found, records = planned(net, image())
     assert [record.producers[0].name for record in records] == ["a"]
-    assert apply_channels(net, graph, records, image()) == ()
+    assert apply_channels(net, found, records, image()) == ()
     assert net.a.out_channels == 8
     net.train()(image())
 
 
 def test_outputs_whose_size_depends_on_the_weights_do_not_hinder():
     net = Net(lambda m, x: (lambda y: y[y > 0])(m.b(F.relu(m.a(x)))), a=conv(3, 8), b=conv(8, 4)).eval()
-    graph, records = planned(net, image())
-    assert apply_channels(net, graph, records, image()) == records
+    found, records = planned(net, image())
+    assert apply_channels(net, found, records, image()) == records
     assert net.a.out_channels == 5

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.wide_model import wide
+from support.models import small
+from support.models.wide_model import wide
 from torch import Tensor, nn
 
 import amct_ext

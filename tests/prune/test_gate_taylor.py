@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graph_nets import Net, conv, image
-from support.pruning_proof import plan_for, unsettle
+from support.checks.pruning_proof import plan_for, unsettle
+from support.models.graph_nets import Net, conv, image
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, kind_of

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from support.golden_run import load_module
+from support.golden.run import load_module
 
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
@@ -51,7 +51,10 @@ class Case:
             self.created = load.created_state(name)
 
     def records(self):
-        return plan_channels(discover(self.graph, self.plan, self.model), self.plan, self.model)
+        return plan_channels(self.found(), self.plan, self.model)
+
+    def found(self):
+        return discover(self.graph, self.plan, self.model)
 
 
 def without_indices(record: ChannelRecord) -> ChannelRecord:
@@ -109,7 +112,7 @@ def test_groups_that_only_we_find(record_property, golden, name):
     for record, (_, _, repeat) in zip(ours, MORE[name], strict=True):
         gone = record.producers[0].prune_index
         assert record.consumers[0].prune_index == tuple(c * repeat + i for c in gone for i in range(repeat))
-    kept = apply_channels(case.model, case.graph, records, case.data)
+    kept = apply_channels(case.model, case.found(), records, case.data)
     assert kept == records
 
 
@@ -124,7 +127,7 @@ def test_a_reused_layer_keeps_its_neighbours_whole_instead_of_failing(record_pro
 @pytest.mark.parametrize("name", [*EQUAL, *COUPLED, *MORE])
 def test_amcts_record_replays_exactly(golden, name):
     case = Case(golden, name)
-    applied = apply_channels(case.model, case.graph, case.reference, case.data, strict=True)
+    applied = apply_channels(case.model, case.found(), case.reference, case.data, strict=True)
     assert applied == case.reference
     state = case.model.state_dict()
     float_names = {reference_name(name, case.created): name for name in state}

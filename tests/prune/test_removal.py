@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graph_nets import Net
-from support.pruning_nets import Bottleneck, Dense, Inverted, conv, head, image
-from support.pruning_proof import prove
+from support.checks.pruning_proof import prove
+from support.models.graph_nets import Net
+from support.models.pruning_nets import Bottleneck, Dense, Inverted, conv, head, image
 from torch import nn
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from support import small_models as small
-from support.channel_search import Search
-from support.rejection import rejected
+from support.checks.rejection import rejected
+from support.jobs.channel_search import Search
+from support.models import small
 
 import amct_ext
 from amct_ext.config.text import parse_config

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError, split_param_groups
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee, groups_beside
 
 
 def _layers(bits: int, percentile: float) -> dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]]:
@@ -35,16 +35,16 @@ def _layers(bits: int, percentile: float) -> dict[type[nn.Module], tuple[type[nn
             "weight_narrow_range": False,
         }
     classes = {nn.Conv1d: qnn.QuantConv1d, nn.Conv2d: qnn.QuantConv2d, nn.Linear: qnn.QuantLinear}
-    return {kind: (quantised, how) for kind, quantised in classes.items()}
+    return {kind: (quantized, how) for kind, quantized in classes.items()}
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:
     """Quantised and calibrated in evaluation mode."""
     from brevitas.graph.calibrate import calibration_mode
     from brevitas.graph.quantize import layerwise_quantize
 
     if setting.prune or setting.sparse:
-        raise NotOfferedError("it quantises only")
+        raise UnsupportedError("it quantises only")
     names = [name for name, _ in model.named_parameters()]
     model.eval()
     if setting.weight_bits == 4:
@@ -56,4 +56,4 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
             model(batch)
     with torch.no_grad():
         model(batches[0])  # scales from statistics become parameters before the optimizer is made
-    return Trainee(model, groups_beside(model, names, task.budget.lr))
+    return PreparedModel(model, split_param_groups(model, names, task.budget.lr))

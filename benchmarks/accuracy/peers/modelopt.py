@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 
 _GROUP, _BINS = 32, 4096
 
@@ -59,15 +59,15 @@ def _calibrate(model: nn.Module, batches: list[Tensor], percentile: float) -> No
         module.disable_calib()
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:
     """Sparsified where asked for, then quantised and calibrated in evaluation mode."""
     import modelopt.torch.quantization as mtq
     import modelopt.torch.sparsity.weight_sparsity as mts
 
     if setting.prune:
-        raise NotOfferedError("its channel pruning searches sub-networks under a budget, not a given share")
+        raise UnsupportedError("its channel pruning searches sub-networks under a budget, not a given share")
     if setting.sparse:
         model = mts.sparsify(model, "sparse_magnitude")
     model = mtq.quantize(model, _config(task, setting))
     _calibrate(model, task.calibration(CALIBRATION_BATCHES), task.percentile)
-    return Trainee(model)
+    return PreparedModel(model)

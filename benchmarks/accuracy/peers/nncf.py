@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError, split_param_groups
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee, groups_beside
-from benchmarks.rivals.toolkits import Enclosed
+from benchmarks.peers.toolkits import WrappedModel
 
 _FLOAT = ("add", "__add__", "__iadd__", "embedding", "layer_norm", "scaled_dot_product_attention")
 
@@ -33,12 +33,12 @@ def _toolkit() -> Any:
     return nncf
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting) -> PreparedModel:
     """Quantised and calibrated; what is neither convolution, linear nor recurrent is told to stay float."""
     if setting.prune or setting.sparse:
-        raise NotOfferedError("NNCF 3 has neither channel pruning nor 2:4 masks for torch")
+        raise UnsupportedError("NNCF 3 has neither channel pruning nor 2:4 masks for torch")
     if setting.weight_bits != 8:
-        raise NotOfferedError("its quantised training has INT8 weights; INT4 is for compressing weights alone")
+        raise UnsupportedError("its quantised training has INT8 weights; INT4 is for compressing weights alone")
     nncf = _toolkit()
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -46,8 +46,8 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
     estimators = RangeEstimatorParametersSet
     ranges = estimators.MEAN_QUANTILE if task.heavy_tails else estimators.MEAN_MINMAX
     names = [f"model.{name}" for name, _ in model.named_parameters()]
-    quantised = nncf.quantize(
-        Enclosed(model).eval(),
+    quantized = nncf.quantize(
+        WrappedModel(model).eval(),
         nncf.Dataset(task.calibration(CALIBRATION_BATCHES)),
         preset=nncf.QuantizationPreset.MIXED,
         target_device=nncf.TargetDevice.CPU,
@@ -59,4 +59,4 @@ def prepare(model: nn.Module, task: Task, setting: Setting) -> Trainee:
             activations_range_estimator_params=ranges,
         ),
     )
-    return Trainee(quantised, groups_beside(quantised, names, task.budget.lr))
+    return PreparedModel(quantized, split_param_groups(quantized, names, task.budget.lr))

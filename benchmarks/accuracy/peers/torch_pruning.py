@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from benchmarks.accuracy.amct import Aids, compress
+from benchmarks.accuracy.amct import Options, compress
+from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import SETTINGS, Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 
 
 def _prune(model: nn.Module, task: Task, ratio: float, importance: str) -> None:
@@ -29,9 +29,9 @@ def _prune(model: nn.Module, task: Task, ratio: float, importance: str) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting, importance: str = "l2") -> Trainee:
+def prepare(model: nn.Module, task: Task, setting: Setting, importance: str = "l2") -> PreparedModel:
     """Pruned by the group's L2 norm or by the first-order Taylor term, then quantised."""
     if not setting.prune:
-        raise NotOfferedError("it prunes only")
+        raise UnsupportedError("it prunes only")
     _prune(model, task, setting.prune, importance)
-    return compress(model, task, SETTINGS["int8"], Aids())
+    return compress(model, task, SETTINGS["int8"], Options())

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from benchmarks.accuracy.prepared_model import CALIBRATION_BATCHES, PreparedModel, UnsupportedError
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import Setting
-from benchmarks.accuracy.trainee import CALIBRATION_BATCHES, NotOfferedError, Trainee
 
 _GROUP = 32
 _PT2E_LAYERS = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
@@ -73,13 +73,13 @@ def _freeze_halfway(model: nn.Module, steps: int) -> Callable[[int], None]:
     return before_step
 
 
-def prepare_pt2e(model: nn.Module, task: Task, setting: Setting, freeze: bool = True) -> Trainee:
+def prepare_pt2e(model: nn.Module, task: Task, setting: Setting, freeze: bool = True) -> PreparedModel:
     """Exported in training mode, calibrated, its ranges frozen halfway."""
     from torchao.quantization.pt2e import allow_exported_model_train_eval
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     if setting.prune or setting.sparse:
-        raise NotOfferedError("PT2E quantises only")
+        raise UnsupportedError("PT2E quantises only")
     exported = torch.export.export(model.train(), (task.example(),)).module()
     prepared = allow_exported_model_train_eval(
         prepare_qat_pt2e(exported, _layer_quantizer(task, model, setting.weight_bits))
@@ -88,19 +88,19 @@ def prepare_pt2e(model: nn.Module, task: Task, setting: Setting, freeze: bool = 
     with torch.no_grad():
         for batch in task.calibration(CALIBRATION_BATCHES):
             prepared(batch)
-    return Trainee(prepared, before_step=_freeze_halfway(prepared, task.budget.steps) if freeze else None)
+    return PreparedModel(prepared, before_step=_freeze_halfway(prepared, task.budget.steps) if freeze else None)
 
 
-def prepare_linear(model: nn.Module, task: Task, setting: Setting, grouped: bool = True) -> Trainee:
+def prepare_linear(model: nn.Module, task: Task, setting: Setting, grouped: bool = True) -> PreparedModel:
     """Linear layers: INT8 inputs with a scale per token, weights per channel or in groups of 32 inputs."""
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     if setting.prune or setting.sparse:
-        raise NotOfferedError("its QAT quantises only")
+        raise UnsupportedError("its QAT quantises only")
     others = (nn.Conv1d, nn.Conv2d, nn.LSTM, nn.GRU)
     if any(isinstance(module, others) for module in model.modules()):
-        raise NotOfferedError("its QAT by modules takes linear layers only")
+        raise UnsupportedError("its QAT by modules takes linear layers only")
     activations = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
     dtype = torch.int8 if setting.weight_bits == 8 else getattr(torch, "int4")  # noqa: B009 (not in torch's types)
     if setting.weight_bits == 4 and grouped:
@@ -108,4 +108,4 @@ def prepare_linear(model: nn.Module, task: Task, setting: Setting, grouped: bool
     else:
         weights = IntxFakeQuantizeConfig(dtype, "per_channel", is_symmetric=True)
     quantize_(model, QATConfig(activation_config=activations, weight_config=weights, step="prepare"))
-    return Trainee(model)
+    return PreparedModel(model)

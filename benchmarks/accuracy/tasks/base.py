@@ -1,4 +1,4 @@
-"""What every task has: a float start, batches by (step, seed), a loss, a score on test data, a budget."""
+"""What every task has: a float network, batches by (step, seed), a loss, a score on test data, a budget."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _EXAMPLE_SEED = 77
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training that makes the float start; ``still``: parameters whose names begin so do not train."""
+    """A part of the float network's training; ``frozen``: prefixes of the parameters that do not train in it."""
 
     steps: int
     lr: float
-    still: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
 
 class Task(ABC):
@@ -37,8 +37,8 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = True
     decimals: ClassVar[int] = 2
     budget: ClassVar[Budget]
-    float_phases: ClassVar[tuple[Phase, ...]]
-    seeds_share_start: ClassVar[bool] = False
+    float_training: ClassVar[tuple[Phase, ...]]
+    shared_float_model: ClassVar[bool] = False
     keep_8_bits: ClassVar[tuple[str, ...]] = ()  # layers whose weights keep 8 bits where the others have 4
     heavy_tails: ClassVar[bool] = False  # peers take ranges that leave out 0.1 % of the values, else 0.01 %
     classifier: ClassVar[str] = ""  # the layer whose outputs are no channels to remove
@@ -57,7 +57,7 @@ class Task(ABC):
 
     @abstractmethod
     def network(self) -> nn.Module:
-        """The float network before the training that makes the start."""
+        """The float network before its training."""
 
     @abstractmethod
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,29 +91,29 @@ class Task(ABC):
         """A batch to trace the network with."""
         return self.batch(0, _EXAMPLE_SEED)[0]
 
-    def draw(self, count: int, step: int, seed: int) -> tuple[Tensor, torch.Generator]:
+    def sample_indices(self, count: int, step: int, seed: int) -> tuple[Tensor, torch.Generator]:
         """Indices below ``count`` for a batch, and the generator for what else is random in it."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return torch.randint(count, (self.budget.batch,), generator=generator), generator
 
-    def kept(self, make: Callable[[], Mapping[str, ArrayLike]]) -> dict[str, Tensor]:
-        """The arrays of this task's data file, made at the first call."""
+    def cached(self, make: Callable[[], Mapping[str, ArrayLike]]) -> dict[str, Tensor]:
+        """The arrays of this task's data file, which the first call writes."""
         path = self.cache / f"{self.name}.npz"
         if not path.exists():
             np.savez(path, **make())  # type: ignore[arg-type]
         with np.load(path) as file:
             return {key: torch.from_numpy(file[key]) for key in file}
 
-    def start(self, seed: int) -> nn.Module:
-        """The float network; tasks that train it from scratch have one for each seed."""
-        seed = 0 if self.seeds_share_start else seed
+    def float_model(self, seed: int) -> nn.Module:
+        """The trained float network; one for each seed, or with ``shared_float_model`` one for all."""
+        seed = 0 if self.shared_float_model else seed
         torch.manual_seed(seed)
         model = self.network()
         path = self.cache / f"{self.name}_float{seed}.pt"
         if not path.exists():
-            for number, phase in enumerate(self.float_phases):
+            for number, phase in enumerate(self.float_training):
                 for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(not name.startswith(phase.still))
+                    parameter.requires_grad_(not name.startswith(phase.frozen))
                 train(model, self, Budget(phase.steps, phase.lr, self.budget.batch), 1000 + seed + number)
             torch.save(model.state_dict(), path)
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -123,5 +123,5 @@ class Task(ABC):
     def evaluate(self, model: nn.Module) -> float:
         """The score in evaluation mode; batches are all of the budget's size, for exported graphs take no other."""
         model.eval()
-        whole = [x for x in self.test_x.split(self.budget.batch) if len(x) == self.budget.batch]
-        return self.score(torch.cat([model(x) for x in whole]))
+        full = [x for x in self.test_x.split(self.budget.batch) if len(x) == self.budget.batch]
+        return self.score(torch.cat([model(x) for x in full]))

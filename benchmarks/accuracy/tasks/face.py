@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.material.images import spread
-from benchmarks.accuracy.material.packages import faces, mtcnn_refine_weights, photographs
+from benchmarks.accuracy.datasets.images import uniform
+from benchmarks.accuracy.datasets.packages import faces, mtcnn_refine_weights, photographs
 from benchmarks.accuracy.statistics import area_under_curve
 from benchmarks.accuracy.tasks.base import Phase, Task
 from benchmarks.accuracy.training import Budget
@@ -40,17 +40,17 @@ class RefineNet(nn.Module):
 def _views(images: Tensor, generator: torch.Generator) -> Tensor:
     """(count, 1, h, w) in 0 to 1, turned, moved, scaled, mirrored, dimmed, under noise, as (count, 3, 24, 24)."""
     count = len(images)
-    angle, scale = spread(generator, count) * 0.35, torch.exp(spread(generator, count) * 0.2)
+    angle, scale = uniform(generator, count) * 0.35, torch.exp(uniform(generator, count) * 0.2)
     mirror = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1
-    shift = spread(generator, count, 2) * 0.2
+    shift = uniform(generator, count, 2) * 0.2
     row0 = [angle.cos() / scale * mirror, -angle.sin() / scale, shift[:, 0]]
     row1 = [angle.sin() / scale * mirror, angle.cos() / scale, shift[:, 1]]
     theta = torch.stack(row0 + row1, 1).reshape(count, 2, 3)
     grid = F.affine_grid(theta, [count, 1, _SIZE, _SIZE], align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    contrast = 0.55 + 0.45 * spread(generator, count, 1, 1, 1)
-    light = 0.5 + 0.25 * spread(generator, count, 1, 1, 1)
-    noise = torch.randn(moved.shape, generator=generator) * 0.12 * (1 + spread(generator, count, 1, 1, 1))
+    contrast = 0.55 + 0.45 * uniform(generator, count, 1, 1, 1)
+    light = 0.5 + 0.25 * uniform(generator, count, 1, 1, 1)
+    noise = torch.randn(moved.shape, generator=generator) * 0.12 * (1 + uniform(generator, count, 1, 1, 1))
     seen = ((moved - moved.mean((2, 3), keepdim=True)) * contrast + light + noise).clamp(0, 1)
     return ((seen * 255 - 127.5) / 128).expand(-1, 3, -1, -1)
 
@@ -64,8 +64,8 @@ class Face(Task):
     )
     score_name = "area under the ROC curve, %"
     budget = Budget(steps=60, lr=2e-4, batch=64)
-    float_phases = (Phase(300, 5e-4),)
-    seeds_share_start = True
+    float_training = (Phase(300, 5e-4),)
+    shared_float_model = True
     keep_8_bits = ("conv1",)
     classifier = "dense5_1"
 
@@ -97,7 +97,7 @@ class Face(Task):
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Half faces; of the others half are patches of photographs."""
-        chosen, generator = self.draw(_TRAINING_FACES, step, seed)
+        chosen, generator = self.sample_indices(_TRAINING_FACES, step, seed)
         half, quarter = self.budget.batch // 2, self.budget.batch // 4
         patches = torch.stack([self._patch(generator) for _ in range(quarter)])
         images = torch.cat([self.faces[chosen[:half]], self.others[chosen[half : half + quarter]], patches])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.material.images import distort
-from benchmarks.accuracy.material.packages import mnist_5k, sklearn_digits
+from benchmarks.accuracy.datasets.images import distort
+from benchmarks.accuracy.datasets.packages import mnist_5k, sklearn_digits
 from benchmarks.accuracy.tasks.base import Phase, Task
 from benchmarks.accuracy.training import Budget
 
@@ -68,8 +68,8 @@ class Classification(Task):
         return F.cross_entropy(output, target)
 
     def distillation(self, output: Tensor, teacher: Tensor) -> Tensor:
-        likely, wanted = F.log_softmax(output / 2, 1), F.softmax(teacher / 2, 1)
-        return 4 * F.kl_div(likely, wanted, reduction="batchmean")
+        likely, target = F.log_softmax(output / 2, 1), F.softmax(teacher / 2, 1)
+        return 4 * F.kl_div(likely, target, reduction="batchmean")
 
     def score(self, output: Tensor) -> float:
         return 100 * float((output.argmax(1) == self.test_y[: len(output)]).float().mean())
@@ -82,7 +82,7 @@ class Mobile(Classification):
         "test on 1,000 others, 4 times each"
     )
     budget = Budget(steps=200, lr=1e-3, batch=64)
-    float_phases = (Phase(900, 4e-3),)
+    float_training = (Phase(900, 4e-3),)
     keep_8_bits = ("stem",)
 
     def load(self) -> None:
@@ -96,7 +96,7 @@ class Mobile(Classification):
         return MobileNet(stem_stride=2, top=96)
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen, generator = self.draw(len(self.x), step, seed)
+        chosen, generator = self.sample_indices(len(self.x), step, seed)
         return distort(self.x[chosen], generator), self.y[chosen]
 
 
@@ -107,7 +107,7 @@ class Digits(Classification):
         "here for 300 steps; test on 500 others, 4 times each"
     )
     budget = Budget(steps=40, lr=1e-3, batch=64)
-    float_phases = (Phase(300, 4e-3),)
+    float_training = (Phase(300, 4e-3),)
     keep_8_bits = ("stem",)
 
     def load(self) -> None:
@@ -121,7 +121,7 @@ class Digits(Classification):
         return MobileNet(stem_stride=1, top=0)
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen, generator = self.draw(len(self.x), step, seed)
+        chosen, generator = self.sample_indices(len(self.x), step, seed)
         down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
         moved = torch.roll(self.x[chosen], (down, right), (2, 3))
         return moved + 0.3 * torch.randn(moved.shape, generator=generator), self.y[chosen]

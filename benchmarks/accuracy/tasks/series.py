@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.material.packages import watch_recordings
+from benchmarks.accuracy.datasets.packages import watch_recordings
 from benchmarks.accuracy.tasks.base import Phase
 from benchmarks.accuracy.tasks.image import Classification
 from benchmarks.accuracy.training import Budget
@@ -41,7 +41,7 @@ class Watch(Classification):
         "(6 channels, 7 exercises, 7 persons); test on 3 other persons"
     )
     budget = Budget(steps=60, lr=5e-4, batch=32)
-    float_phases = (Phase(500, 3e-3),)
+    float_training = (Phase(500, 3e-3),)
     keep_8_bits = ("conv1",)
 
     def load(self) -> None:
@@ -66,12 +66,12 @@ class Watch(Classification):
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Windows from anywhere in the recordings, louder or softer, under noise."""
-        chosen, generator = self.draw(len(self.train), step, seed)
-        places = torch.rand(len(chosen), generator=generator).tolist()
+        chosen, generator = self.sample_indices(len(self.train), step, seed)
+        offsets = torch.rand(len(chosen), generator=generator).tolist()
         windows, labels = [], []
-        for i, place in zip(chosen.tolist(), places, strict=True):
+        for i, offset in zip(chosen.tolist(), offsets, strict=True):
             x, y = self.train[i]
-            begin = int(place * (x.shape[1] - _WINDOW))
+            begin = int(offset * (x.shape[1] - _WINDOW))
             windows.append(x[:, begin : begin + _WINDOW])
             labels.append(y)
         x = torch.stack(windows) * (1 + 0.2 * torch.randn(len(chosen), 1, 1, generator=generator))

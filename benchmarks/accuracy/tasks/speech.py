@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.material.packages import silero_weights
-from benchmarks.accuracy.material.voices import spectrum, speech
+from benchmarks.accuracy.datasets.packages import silero_weights
+from benchmarks.accuracy.datasets.speech import spectrum, speech
 from benchmarks.accuracy.statistics import area_under_curve
 from benchmarks.accuracy.tasks.base import Phase, Task
 from benchmarks.accuracy.training import Budget
@@ -46,13 +46,13 @@ class Vad(Task):
     decimals = 3
     budget = Budget(steps=100, lr=2e-4, batch=16)
     # The convolutions stay still at first: it is the shipped ones whose outputs have heavy tails.
-    float_phases = (Phase(400, 1e-3, ("conv",)), Phase(250, 3e-4))
-    seeds_share_start = True
+    float_training = (Phase(400, 1e-3, ("conv",)), Phase(250, 3e-4))
+    shared_float_model = True
     heavy_tails = True  # the LSTM's input: 99.9 % below 10, single values in the hundreds
 
     def load(self) -> None:
         self.weights = silero_weights()
-        data = self.kept(lambda: speech(self.cache))
+        data = self.cached(lambda: speech(self.cache))
         kernel = self.weights[_STFT]
         self.x, self.y = spectrum(data["x"].float(), kernel), data["y"]
         self.test_x, self.test_y = spectrum(data["xt"].float(), kernel), data["yt"]
@@ -69,7 +69,7 @@ class Vad(Task):
         return model
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen, _ = self.draw(len(self.x), step, seed)
+        chosen, _ = self.sample_indices(len(self.x), step, seed)
         return self.x[chosen], self.y[chosen]
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.material.packages import docstrings
+from benchmarks.accuracy.datasets.packages import docstrings
 from benchmarks.accuracy.tasks.base import Phase, Task
 from benchmarks.accuracy.training import Budget
 
@@ -60,11 +60,11 @@ class Lm(Task):
     higher_is_better = False
     decimals = 4
     budget = Budget(steps=80, lr=1.5e-4, batch=16)
-    float_phases = (Phase(1500, 3e-3),)
-    seeds_share_start = True
+    float_training = (Phase(1500, 3e-3),)
+    shared_float_model = True
 
     def load(self) -> None:
-        text = self.kept(lambda: {"text": np.frombuffer("\n\n".join(docstrings()).encode(), np.uint8)})["text"].long()
+        text = self.cached(lambda: {"text": np.frombuffer("\n\n".join(docstrings()).encode(), np.uint8)})["text"].long()
         cut, long = int(len(text) * _TRAINING_SHARE), _LENGTH + 1
         self.text = text[:cut]
         test = text[cut : cut + _TEST_TEXTS * long].reshape(_TEST_TEXTS, long)
@@ -74,7 +74,7 @@ class Lm(Task):
         return ByteTransformer()
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
-        chosen, _ = self.draw(len(self.text) - _LENGTH - 2, step, seed)
+        chosen, _ = self.sample_indices(len(self.text) - _LENGTH - 2, step, seed)
         rows = torch.stack([self.text[i : i + _LENGTH + 1] for i in chosen.tolist()])
         return rows[:, :-1], rows[:, 1:]
 
@@ -90,12 +90,12 @@ class Lm(Task):
 
 
 class LmSmall(Lm):
-    """For a quick look: one block of 64, trained for 200 steps."""
+    """For a quick check: one block of 64, trained for 200 steps."""
 
     name = "lm-small"
     about = "byte transformer (1 block of 64), trained here for 200 steps on torch's docstrings"
     budget = Budget(steps=30, lr=3e-4, batch=16)
-    float_phases = (Phase(200, 5e-3),)
+    float_training = (Phase(200, 5e-3),)
 
     def network(self) -> nn.Module:
         return ByteTransformer(width=64, blocks=1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 
 import torch
-from support import op_arguments, op_samples
+from support.ops import arguments as op_arguments
+from support.ops import samples as op_samples
 
 
 def pytest_configure() -> None:

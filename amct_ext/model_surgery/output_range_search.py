@@ -1,0 +1,200 @@
+"""`range_search: OUTPUT`: the model is run again on a calibration input, and its output decides between clips."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from amct_ext.common.ranks import sum_
+from amct_ext.errors import ModelError
+from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.run import tensors_in, untouched
+from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.forward_context import frozen_state, state_updates_disabled
+from amct_ext.layers.range_search import Clips
+from amct_ext.layers.shared_input import SharedInputCache
+from amct_ext.model_surgery.lookup import compressed_modules
+from amct_ext.model_surgery.session import ATTRIBUTE, Session, activation_quantizers
+
+logger = logging.getLogger("amct_ext")
+_MAX_SINGLE_SEARCHES = 8  # quantisers tried one by one: those whose candidates differ most
+_MIN_WIDTH_RATIO = 1.05  # a candidate this close in width to the present clips is not tried
+_MAX_ERROR_RATIO = 0.999  # a candidate replaces the present clips at this error or below, relative to theirs
+
+
+def keep_calibration_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward that may finish a calibration: copy its input, because the forward may write into it."""
+    session: Session = getattr(model, ATTRIBUTE)
+    session.calibration_input = None
+    if torch.compiler.is_compiling() or state_updates_disabled():
+        return
+    if any(not quantizer.range_decided and quantizer.may_calibrate for quantizer in activation_quantizers(model)):
+        try:
+            session.calibration_input = Inputs(args, kwargs).copied()
+        except Exception as error:  # such an input cannot be given again
+            logger.debug("no copy of the input: %s", error)
+
+
+@torch.no_grad()
+def search_output_ranges(model: nn.Module) -> None:
+    """Give quantisers that have just been calibrated the candidates with which the output is nearest to float's.
+
+    The model runs again on the input of the forward just made, 29 times at most:
+
+    1. With float activations and quantised weights: the reference.
+    2. With each kind of candidate in all quantisers. The best kind stays.
+    3. With other candidates for one quantiser at a time, those first whose candidates differ most.
+
+    The error of a run is the squared difference to the reference relative to the reference's squares, summed over the
+    outputs. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after
+    each training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
+    cannot be run again, the ranges of least absolute error stay, with a warning.
+    """
+    session: Session = getattr(model, ATTRIBUTE)
+    inputs, session.calibration_input = session.calibration_input, None
+    every = activation_quantizers(model)
+    pending = [quantizer for quantizer in every if quantizer.calibrated and not quantizer.range_decided]
+    session.output_search_pending = any(not quantizer.calibrated for quantizer in every)
+    if not pending:
+        return
+    quantizers, candidates = _candidates_of_all_ranks(pending)
+    for quantizer in pending:
+        quantizer.candidates, quantizer.range_decided = (), True
+    if not quantizers:  # clips that were loaded
+        return
+    evaluator = _Evaluator(model, inputs, quantizers)
+    try:
+        with evaluator.prepared():
+            chosen = _search(evaluator, candidates)
+    except _CannotEvaluateError as error:
+        chosen = [each[0] for each in candidates]
+        logger.warning(
+            "range_search: OUTPUT: the model cannot be run again on its calibration input (%s); the ranges of least "
+            "absolute error are taken, as range_search: ABSOLUTE_ERROR does: layer '%s'%s",
+            error, quantizers[0].layer, "" if len(quantizers) == 1 else f" and {len(quantizers) - 1} more",
+        )  # fmt: skip
+    for quantizer, clips in zip(quantizers, chosen, strict=True):
+        quantizer.set_range(clips)
+
+
+def _candidates_of_all_ranks(
+    pending: Sequence[ActivationQuantizer],
+) -> tuple[list[ActivationQuantizer], list[list[Clips]]]:
+    """The quantisers that have candidates on any rank, and their candidates: the means over the ranks."""
+    most = max(len(quantizer.candidates) for quantizer in pending)
+    count = torch.tensor([float(most)], device=pending[0].clip_max.device)
+    sum_(count)
+    if not bool(count):
+        return [], []
+    table = torch.zeros(len(pending), 4, 3, dtype=torch.float64, device=count.device)
+    for row, quantizer in zip(table, pending, strict=True):
+        for slot, clips in zip(row, quantizer.candidates, strict=False):
+            slot[0] = 1
+            slot[1:] = torch.stack(clips)
+    sum_(table)
+    found = [i for i, row in enumerate(table[:, 0, 0].tolist()) if row]
+    means = table[..., 1:] / table[..., :1].clamp_min(1)
+    return [pending[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
+
+
+def _search(evaluator: _Evaluator, candidates: list[list[Clips]]) -> list[Clips]:
+    """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
+    reference = evaluator.output(None)
+    kinds = len(candidates[0])
+    errors = [evaluator.error([each[kind] for each in candidates], reference) for kind in range(kinds)]
+    best = min(range(kinds), key=errors.__getitem__)
+    least, chosen = errors[best], [each[best] for each in candidates]
+    widths = [[float(clips.high - clips.low) for clips in each] for each in candidates]
+    spread = [max(each) / max(min(each), math.ulp(0.0)) for each in widths]
+    order = sorted(range(len(candidates)), key=lambda i: -spread[i])[:_MAX_SINGLE_SEARCHES]
+    for i in order:
+        present = widths[i][best]
+        for clips, width in zip(candidates[i], widths[i], strict=True):
+            if max(width, present) <= _MIN_WIDTH_RATIO * min(width, present):
+                continue
+            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], reference)
+            if error < _MAX_ERROR_RATIO * least:
+                least, chosen[i] = error, clips
+    return chosen
+
+
+class _CannotEvaluateError(ModelError):
+    """Why a model cannot be run again or its output cannot be compared; raised on all ranks or on none."""
+
+
+class _Evaluator:
+    """Evaluates a model on one input with other clips."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs | None, quantizers: Sequence[ActivationQuantizer]) -> None:
+        self.model, self.inputs, self.quantizers = model, inputs, quantizers
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Within it all layers multiply floats; afterwards no quantiser keeps a result of these evaluations."""
+        layers = [(layer, layer.integer) for layer in compressed_modules(self.model)]
+        every = activation_quantizers(self.model)
+        try:
+            for layer, _ in layers:
+                layer.integer = None
+            yield
+        finally:
+            for layer, integer in layers:
+                layer.integer = integer
+            for quantizer in every:
+                quantizer.shared = SharedInputCache()
+
+    def output(self, clips: Sequence[Clips] | None) -> list[Tensor]:
+        """The floating-point tensors that the model returns; without clips those of float activations."""
+        found: list[Tensor] = []
+        problem = ""
+        every = activation_quantizers(self.model)
+        for quantizer, own in zip(self.quantizers, clips or (), strict=False):
+            quantizer.set_range(own)
+        try:
+            for quantizer in every:
+                quantizer.bypassed = clips is None
+            if self.inputs is None:
+                raise _CannotEvaluateError("it cannot be copied")
+            if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+                raise _CannotEvaluateError("its parameters are sharded")
+            inputs = self.inputs.copied()
+            with untouched(self.model), frozen_state():
+                output = self.model.forward(*inputs.args, **inputs.kwargs)
+            found = [x.detach().double() for x in tensors_in(output) if x.is_floating_point() and x.numel()]
+            found = [x for x in found if x.dim()] or found  # a loss beside what it is computed from
+        except Exception as error:
+            problem = str(error) if isinstance(error, _CannotEvaluateError) else f"{type(error).__name__}: {error}"
+        finally:
+            for quantizer in every:
+                quantizer.bypassed = False
+        if not problem and not found:
+            problem = "it returns no floating-point tensor"
+        if not problem and clips is None and not all(bool(torch.isfinite(x).all()) for x in found):
+            problem = "its output is not finite"
+        self._raise_on_any_rank(problem)
+        return found
+
+    def error(self, clips: Sequence[Clips], reference: Sequence[Tensor]) -> float:
+        """How far the output is from the reference; infinite where it is not finite."""
+        output = self.output(clips)
+        same = [x.shape for x in output] == [x.shape for x in reference]
+        self._raise_on_any_rank("" if same else "the shapes that it returns vary")
+        total = reference[0].new_zeros(())
+        for x, right in zip(output, reference, strict=True):
+            total += (x - right).square().sum() / right.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        sum_(total)
+        error = float(total)
+        return error if math.isfinite(error) else math.inf
+
+    def _raise_on_any_rank(self, problem: str) -> None:
+        failed = torch.tensor(float(bool(problem)), device=self.quantizers[0].clip_max.device)
+        sum_(failed)
+        if bool(failed):
+            raise _CannotEvaluateError(problem or "another rank says why")

@@ -1,0 +1,60 @@
+"""What forbids to change the shape of a layer or parameter, whoever reads its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from amct_ext.common.layer_kinds import Family, computed_parameter, kind_of
+from amct_ext.graph.trace import Graph
+from amct_ext.graph.traits import why_not_usable
+from amct_ext.graph.values import Node
+
+
+def shared_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameters and buffers that several modules hold: each of their names -> all of them."""
+    names: dict[int, list[str]] = {}
+    for listed in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in listed:
+            names.setdefault(id(tensor), []).append(name)
+    return {name: ", ".join(same) for same in names.values() if len(same) > 1 for name in same}
+
+
+def obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
+    """Layers whose shapes must not change, with the reason."""
+    modules = dict(model.named_modules())
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name or "the model itself")
+    result: dict[str, str] = {}
+    for parameter_name, readers in graph.parameter_readers().items():
+        name = parameter_name.rpartition(".")[0]
+        if name in graph.calls:  # else ops compute with it, and their rules say what becomes of it
+            result[name] = f"{readers[0].name} also reads its parameter {parameter_name}"
+    for name, calls in graph.calls.items():
+        for reason in _layer_obstacles(name, calls, modules[name], graph, owners):
+            result.setdefault(name, reason)
+    return result
+
+
+def _layer_obstacles(
+    name: str, calls: list[Node], module: nn.Module, graph: Graph, owners: dict[int, list[str]]
+) -> Iterator[str]:
+    kind = kind_of(module)
+    if kind is not None and kind.family is Family.BATCH_NORM:
+        if len(calls) > 1:
+            yield f"it is called {len(calls)} times in one forward"
+        computed = computed_parameter(module)
+        if computed:
+            yield f"its {computed} is computed (parametrisation or weight norm)"
+    else:
+        reason = why_not_usable(graph.calls, name, module)
+        if reason:
+            yield reason
+    for parameter in module._parameters.values():
+        others = [other for other in owners.get(id(parameter), []) if other != name]
+        if others:
+            yield f"it shares a parameter with {', '.join(others)}"

@@ -1,0 +1,79 @@
+"""For each op that channel removal can follow, its rule. An op that is not listed keeps its channels whole."""
+
+from __future__ import annotations
+
+import re
+
+from amct_ext.graph.values import Node
+from amct_ext.prune.rules import elementwise, movement, norms, products, reduction
+from amct_ext.prune.rules.types import Rule
+
+# Elementwise ops that torch (some versions, or for the in-place form) does not tag as such.
+_ELEMENTWISE = {
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "hardsigmoid",
+    "hardtanh",
+    "hardswish",
+    "log_sigmoid_forward",
+    "_prelu_kernel",
+    "_to_copy",
+    "native_dropout",
+    "bernoulli",
+    "fill",
+    "zero",
+}
+_SPATIAL = re.compile(
+    r"(_?adaptive_)?(max|avg)_pool[123]d(_with_indices)?$|upsample_\w+[123]d$|_upsample_\w+[123]d(_aa)?$"
+    r"|(reflection|replication)_pad[123]d$|grid_sampler_[23]d$"
+)
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+                    movement.copy_of_shape),
+    # elements move
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze"), movement.reshape),
+    **dict.fromkeys(("permute", "transpose", "t"), movement.permute),
+    **dict.fromkeys(("split", "split_with_sizes"), movement.split),
+    **dict.fromkeys(("select", "unbind"), movement.select),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), movement.pixel_shuffle),
+    "as_strided": movement.as_strided,
+    "slice": movement.slice_,
+    "expand": movement.expand,
+    "repeat": movement.repeat,
+    "flip": movement.flip,
+    "roll": movement.roll,
+    "constant_pad_nd": movement.pad,
+    "channel_shuffle": movement.channel_shuffle,
+    "cat": elementwise.concatenate,
+    "stack": elementwise.stack,
+    # along axes
+    **dict.fromkeys(("mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "amax", "amin"),
+                    reduction.statistic),
+    **dict.fromkeys(("max", "min", "prod", "logsumexp", "argmax", "argmin", "cumsum", "sort", "_softmax",
+                     "_log_softmax"), reduction.along_dims),
+    # normalisations
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), norms.layer_norm),
+    "native_group_norm": norms.group_norm,
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+                     "cudnn_batch_norm", "miopen_batch_norm"), norms.batch_norm),
+    # products
+    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), products.matrix_product),
+    "convolution": products.convolution,
+    "embedding": products.embedding,
+    **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+                     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+                     "_scaled_dot_product_fused_attention_overrideable"), products.attention),
+}  # fmt: skip
+
+
+def op_rule(node: Node) -> Rule | None:
+    """The rule for an op, None where it is not known."""
+    if node.op in _RULES:
+        return _RULES[node.op]
+    if node.pointwise or node.op in _ELEMENTWISE:
+        return elementwise.elementwise
+    if _SPATIAL.match(node.op):
+        return reduction.spatial
+    return None

@@ -1,0 +1,113 @@
+"""Sizes that change when channels go: shapes in the forward, and attributes of modules that hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext.graph.values import Node, Value
+from amct_ext.prune.channel_map import ChannelMap
+from amct_ext.prune.discover import Discovery
+
+# Attributes that hold numbers of channels, in torch's modules and in common libraries. Others are never changed.
+SIZE_ATTRIBUTES = frozenset(
+    (
+        "normalized_shape", "num_channels", "num_features", "num_parameters",  # norms and PReLU of torch
+        "head_dim", "key_dim", "dim_head", "head_size", "attention_head_size", "all_head_size", "inner_dim",
+        "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
+        "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
+        "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes", "split_sizes",
+    )
+)  # fmt: skip
+_NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
+
+
+def kept(channel_map: ChannelMap, gone: Tensor) -> Tensor:
+    """Which indices stay: as channel_map.ids, bool."""
+    return ~gone[channel_map.ids]
+
+
+def expected_shape(value: Value, found: Discovery, gone: Tensor) -> tuple[int, ...]:
+    """The shape of a value once channels are gone. Rows that lose different numbers give -1."""
+    shape = list(value.shape)
+    for item in found.maps.get(value, ()):
+        if item.ids.shape[item.axis] == shape[item.axis]:
+            counts = kept(item, gone).sum(item.axis).unique()
+            shape[item.axis] = int(counts) if len(counts) == 1 else -1
+    return tuple(shape)
+
+
+def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict[tuple[str, str], object]:
+    """New values of size attributes, by module and attribute; attributes that two ops want different are left out."""
+    modules = dict(model.named_modules())
+    wanted: dict[tuple[str, str], object] = {}
+    torn: set[tuple[str, str]] = set()
+    for node in found.graph.nodes:
+        changes = dict(_changes(node, found, gone)) if node.module is None else {}
+        if not changes:
+            continue
+        for name in _scopes(node.scope):
+            for attribute, value in vars(modules[name]).items():
+                if attribute in SIZE_ATTRIBUTES:
+                    new = _replaced(value, changes)
+                    key = (name, attribute)
+                    if new is not None and wanted.setdefault(key, new) != new:
+                        torn.add(key)
+    return {key: value for key, value in wanted.items() if key not in torn}
+
+
+def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
+    """Factors for the output channels of layers that make queries, by layer: attention then divides by a smaller root.
+
+    A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
+    """
+    factors = torch.ones(len(gone))
+    for rows in found.attended:
+        stay = (~gone[rows]).sum(1, keepdim=True) / rows.shape[1]
+        factors[rows] = stay.sqrt().expand(rows.shape)
+    factors[0] = 1
+    result = {}
+    for source, ids in found.sources.items():
+        owner, _, key = source.name.rpartition(".")
+        if key == "weight" and source.axis == 0 and bool((factors[ids] != 1).any()):
+            result[owner] = factors[ids]
+    return result
+
+
+def _scopes(scope: str) -> list[str]:
+    parts = scope.split(".") if scope else []
+    return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _NEAR), -1)]
+
+
+def _changes(node: Node, found: Discovery, gone: Tensor) -> Iterator[tuple[int, int]]:
+    """Sizes that a node is given or works on: old and new."""
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None and found.maps.get(value)]
+    for value in values:
+        new = expected_shape(value, found, gone)
+        yield from ((a, b) for a, b in zip(value.shape, new, strict=True) if a != b and b >= 0)
+        trailing = [(math.prod(value.shape[i:]), math.prod(new[i:])) for i in range(len(new))]
+        yield from ((a, b) for a, b in trailing if a != b and b >= 0)
+    source = node.inputs[0] if node.inputs else None
+    if node.op == "slice" and source is not None:
+        dim = node.args["dim"] % len(source.shape)
+        for item in found.maps.get(source, ()):
+            if item.axis == dim:
+                stay = kept(item, gone).movedim(dim, -1).reshape(-1, item.ids.shape[dim])[0].cumsum(0)
+                for edge in (node.args["start"], node.args["end"]):
+                    if isinstance(edge, int) and 0 < edge <= len(stay):
+                        yield edge, int(stay[edge - 1])
+
+
+def _replaced(value: object, changes: dict[int, int]) -> object:
+    """A size or sizes with those that change replaced; None where none does."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return changes.get(value)
+    if isinstance(value, (tuple, list)) and value and all(type(item) is int for item in value):
+        new = [changes.get(item, item) for item in value]
+        return type(value)(new) if new != list(value) and not isinstance(value, torch.Size) else None
+    return None

@@ -1,1 +1,0 @@
-"""What the tasks are made of: files inside installed packages, espeak-ng's voices, distorted images."""

@@ -1,0 +1,126 @@
+"""The proof that channels were removed rightly.
+
+The pruned network must compute what the whole one does when every reader of a removed channel ignores it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from amct_ext.config.plan import LayerPlan, Plan
+from amct_ext.config.text import FilterPrune
+from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.run import tensors_in
+from amct_ext.graph.trace import Graph, trace
+from amct_ext.prune.channels import apply_channels, plan_channels
+from amct_ext.prune.discover import discover
+from amct_ext.prune.trial import run_masked
+from amct_ext.record.types import ChannelRecord
+
+
+def plan_for(
+    graph: Graph, model: nn.Module, ratio: float = 0.4, skip: tuple[str, ...] = (), ascend: bool = False
+) -> Plan:
+    """Prune every layer that can be pruned by the same ratio, but those in `skip`."""
+    layers = {
+        name: LayerPlan(
+            name, trait.type, None, FilterPrune(ratio, ascend) if trait.filter_prunable and name not in skip else None
+        )
+        for name, trait in graph.traits(model).items()
+    }
+    return Plan(1, layers, fp16=False, write_shift_bit=False, quant_active=False, prune_active=True)
+
+
+def unsettle(model: nn.Module) -> nn.Module:
+    """BatchNorm statistics and weights as after training, so that nothing is the identity by chance."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None:
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.3)
+    return model.eval()
+
+
+def masked(model: nn.Module, records: tuple[ChannelRecord, ...]) -> nn.Module:
+    """A copy of the whole model in which the weights that would read removed channels are zero."""
+    model = copy.deepcopy(model)
+    modules: dict[str, Any] = dict(model.named_modules())
+    with torch.no_grad():
+        for record in records:
+            for node in record.consumers:
+                module, gone = modules.get(node.name), list(node.prune_index)
+                if isinstance(module, nn.Linear):
+                    module.weight[:, gone] = 0
+                elif isinstance(module, nn.ConvTranspose2d):
+                    module.weight[gone] = 0
+                elif isinstance(module, nn.Conv2d) and not module.groups == module.in_channels > 1:
+                    inputs = module.in_channels // module.groups
+                    outputs = module.out_channels // module.groups
+                    for channel in gone:
+                        block = channel // inputs
+                        module.weight[block * outputs : (block + 1) * outputs, channel % inputs] = 0
+    return model
+
+
+def outputs(model: nn.Module, data: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(tensors_in(model(*data) if isinstance(data, tuple) else model(data)))
+
+
+def prove(
+    model: nn.Module,
+    data: Any,
+    ratio: float = 0.4,
+    skip: tuple[str, ...] = (),
+    tolerance: float = 1e-5,
+    mixes: bool = False,
+) -> tuple[set[str], dict[str, str]]:
+    """Prune a copy and check it against the masked whole; returns the pruned layers, and why the others stay.
+
+    `mixes`: norms or functions of weights mix the channels, so that zero weights are not all there is to mask.
+    """
+    unsettle(model)
+    graph = trace(model, data)
+    plan = plan_for(graph, model, ratio, skip)
+    found = discover(graph, plan, model)
+    records = plan_channels(found, plan, model)
+    pruned = copy.deepcopy(model)
+    kept = apply_channels(pruned, found, records, data)
+    assert kept == records, "a record was dropped by the trial forward: discovery was wrong"
+    references = [] if mixes else [outputs(masked(model, kept), data)]
+    gone = found.removed(kept, model)
+    references.append(run_masked(model, parse_inputs(model, data), found, gone)[1])
+    for reference in references:
+        for got, wanted in zip(outputs(pruned, data), reference, strict=True):
+            assert got.shape == wanted.shape
+            atol = tolerance * max(1.0, float(wanted.abs().max()))
+            torch.testing.assert_close(got, wanted, rtol=tolerance, atol=atol)
+    cut = {node.name for record in kept for node in record.producers if node.prune_index}
+    check_attributes(pruned)
+    assert retraces(pruned, data, graph)
+    return cut, found.why_not()
+
+
+def check_attributes(model: nn.Module) -> None:
+    """Every layer's attributes tell its parameters' shapes."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert tuple(module.weight.shape) == (module.out_features, module.in_features)
+        elif isinstance(module, nn.ConvTranspose2d):
+            assert tuple(module.weight.shape[:2]) == (module.in_channels, module.out_channels // module.groups)
+        elif isinstance(module, nn.Conv2d):
+            assert tuple(module.weight.shape[:2]) == (module.out_channels, module.in_channels // module.groups)
+        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            assert module.running_mean.shape == (module.num_features,)
+
+
+def retraces(model: nn.Module, data: Any, before: Graph) -> bool:
+    """The pruned model runs the same operations in the same order."""
+    return [(node.op, node.name) for node in trace(model, data).nodes] == [(n.op, n.name) for n in before.nodes]
