@@ -65,13 +65,15 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
     wrong = other_outputs(model, pruned, inputs)
     if wrong:
         return Pruned(error=wrong)
+    proof, note = _proof(model, pruned, inputs)
     left = widths_of(pruned, layers.widths)
     return Pruned(
         pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
         parameters_left=parameters(pruned) / parameters(model),
         macs_left=macs(pruned, inputs)[""] / max(whole, 1),
         seconds=round(seconds, 2),
-        proof=amct.verify_pruning(model, pruned, inputs).error,
+        note=note,
+        proof=proof,
         reasons=_reasons(pruned, layers, ratio),
     )
 
@@ -100,6 +102,14 @@ def describe(error: BaseException) -> str:
     """Type and first line, short."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
+
+
+def _proof(model: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) -> tuple[float | None, str]:
+    """The difference that the proof of the removal finds, or why there is none."""
+    try:
+        return amct.verify_pruning(model, pruned, inputs).error, ""
+    except Exception as error:
+        return None, f"proof: {describe(error)}"
 
 
 def _reasons(pruned: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:

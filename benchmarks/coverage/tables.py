@@ -11,6 +11,7 @@ from benchmarks.coverage.results import Pruned, Quantised, Result
 
 _NONE = "-"
 _ENOUGH = 0.95  # of the asked channels
+_MAX_PROOF = 1e-5
 _POINTS = 0.02  # of parameters or multiplications left, beside the other pruner
 
 
@@ -164,6 +165,7 @@ def failures(results: Iterable[Result]) -> list[str]:
     for result in results:
         told = [("the model", result.error)]
         told += [("amct_ext", result.ours.error)] if result.ours is not None else []
+        told += [("amct_ext", _proof_failure(result.ours))] if result.ours is not None else []
         told += [("Torch-Pruning", result.peer.error)] if result.peer is not None else []
         job = result.quantised
         if job is not None:
@@ -173,6 +175,12 @@ def failures(results: Iterable[Result]) -> list[str]:
             told.append(("amct_ext, ONNX", off))
         lines += [f"* `{result.model}`, {where}: {_plain(text)}" for where, text in told if text]
     return lines
+
+
+def _proof_failure(part: Pruned) -> str:
+    if part.proof is not None and not part.proof <= _MAX_PROOF:
+        return f"the proof of the removal finds a difference of {part.proof:.1e}"
+    return part.note if part.note.startswith("proof") else ""
 
 
 def _plain(text: str) -> str:
