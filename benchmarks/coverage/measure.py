@@ -51,7 +51,7 @@ def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, se
             with time_limit(seconds):
                 found[name] = step()
         except (Exception, TookTooLongError) as error:
-            found[name] = failed(str(error) if isinstance(error, TookTooLongError) else describe(error))
+            found[name] = failed(describe(error).removeprefix("TookTooLongError: "))
     return replace(result, **found)
 
 

@@ -8,6 +8,7 @@ import logging
 import re
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -99,7 +100,8 @@ def _shapes(sizes: Sequence[torch.Size]) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line, short."""
+    """Type and first line, short; the traceback goes to the standard error."""
+    traceback.print_exception(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
 

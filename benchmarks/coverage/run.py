@@ -17,6 +17,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -31,11 +32,11 @@ GIGABYTES = 12.0
 _SPARE_SECONDS = 60.0  # beyond the limits of the parts: building the model, and code that hears no signal
 
 
-def run_one(name: str, parts: Sequence[str], seconds: float, gigabytes: float) -> Result:
-    """Of a forked process, which is killed at the limits."""
+def run_one(name: str, parts: Sequence[str], seconds: float, gigabytes: float, log: Path) -> Result:
+    """Of a forked process, which is killed at the limits; what it prints is appended to the log."""
     context = multiprocessing.get_context("fork")  # packages that are imported already need not be imported again
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(name, parts, seconds, gigabytes, sender))
+    child = context.Process(target=_measure, args=(name, parts, seconds, gigabytes, log, sender))
     child.start()
     sender.close()
     result = None
@@ -50,13 +51,15 @@ def run_one(name: str, parts: Sequence[str], seconds: float, gigabytes: float) -
     return result
 
 
-def _measure(name: str, parts: Sequence[str], seconds: float, gigabytes: float, sender: Connection) -> None:
+def _measure(name: str, parts: Sequence[str], seconds: float, gigabytes: float, log: Path, sender: Connection) -> None:
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    sender.send(measure(ENTRIES[name], parts, seconds=seconds))
+    with log.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        print(f"==== {name}", file=sys.stderr, flush=True)
+        sender.send(measure(ENTRIES[name], parts, seconds=seconds))
+        sys.stdout.flush()
 
 
 def preload(names: Sequence[str], parts: Sequence[str]) -> None:
@@ -103,6 +106,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit for one part of a model")
     parser.add_argument("--gigabytes", type=float, default=GIGABYTES, help="limit of one process")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="what the processes print, with tracebacks")
     args = parser.parse_args()
     found = {} if args.again else read(args.results)
     missing = {name: missing_parts(found.get(name), args.parts) for name in chosen(args.models)}
@@ -110,7 +114,7 @@ def main() -> None:
     quiet()
     preload(list(missing), args.parts)
     for name, parts in missing.items():
-        result = replace(run_one(name, parts, args.seconds, args.gigabytes), version=commit())
+        result = replace(run_one(name, parts, args.seconds, args.gigabytes, args.log), version=commit())
         append(result, args.results)
         print(summary(result), flush=True)
 
