@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from benchmarks.coverage.results import Pruned
 _NOTHING_TO_PRUNE = ("no layer can lose channels", "no layer of the model can be pruned that way")
 _MOST_REASONS = 12
 _PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
-_SHAPE = re.compile(r"\[[\d, ]+\]")
+_SHAPE = re.compile(r"\[[\dN, ]+\]")
 
 
 def configuration(folder: Path, ratio: float, quantise: bool = True) -> tuple[str, str]:
@@ -75,7 +75,7 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         seconds=round(seconds, 2),
         note=note,
         proof=proof,
-        reasons=_reasons(pruned, layers, ratio),
+        reasons=_reasons(pruned, layers, ratio, dict(heard)),
     )
 
 
@@ -114,10 +114,15 @@ def _proof(model: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...]) -> tupl
         return None, f"proof: {describe(error)}"
 
 
-def _reasons(pruned: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
-    """Why channels stayed, without the names of layers -> how many of the asked ones stayed for it."""
-    explained = ((name, item.not_pruned) for name, item in amct.explain(pruned).items())
-    return _counted(((name, why) for name, why in explained if why), pruned, layers, ratio)
+def _reasons(pruned: nn.Module, layers: Layers, ratio: float, logged: Mapping[str, str]) -> dict[str, int]:
+    """Why channels stayed, without the names of layers -> how many of the asked ones stayed for it.
+
+    What the trial forward fails with is logged only, and told without its numbers.
+    """
+    explained = {name: item.not_pruned for name, item in amct.explain(pruned).items() if item.not_pruned}
+    tried = {name: re.sub(r"\d+", "N", why) for name, why in logged.items() if "would fail" in why}
+    reasons = explained | {name: why for name, why in tried.items() if name in explained}
+    return _counted(reasons.items(), pruned, layers, ratio)
 
 
 def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
