@@ -1,11 +1,12 @@
-"""`amct-ext`: look at the files of a retraining job without running it."""
+"""`amct-ext`: look at the files of a retraining job, and prove its pruning."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -18,6 +19,7 @@ from amct_ext.checkpoint.load import read_state_dict
 from amct_ext.config.files import check_config
 from amct_ext.errors import AmctError
 from amct_ext.explain import targets
+from amct_ext.flows.verify import prove_records
 from amct_ext.record.text import read_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -108,6 +110,35 @@ def checkpoint(
         shape, dtype = " x ".join(map(str, value.shape)) or "scalar", str(value.dtype).removeprefix("torch.")
         _add_row(table, key, shape, dtype)
     Console().print(table)
+
+
+@app.command()
+def verify(
+    network: Annotated[str, typer.Argument(help="FILE.py:FUNCTION; the function returns (float model, input_data)")],
+    record: ExistingFile,
+    tolerance: Annotated[float, typer.Option(help="largest difference of outputs that passes, relative")] = 1e-5,
+) -> None:
+    """Prove a record's channel pruning: run the network cut by it beside the whole one without those channels.
+
+    FILE.py is executed. Ends with status 1 where the outputs differ by more than the tolerance.
+    """
+    with _errors_reported():
+        model, input_data = _function(network)()
+        proof = prove_records(model, read_record(str(record)).channel, input_data)[1]
+    typer.echo(str(proof))
+    if not proof.error <= tolerance:
+        raise typer.Exit(1)
+
+
+def _function(network: str) -> Callable[[], Any]:
+    """What FILE.py:FUNCTION names. Errors: ValueError."""
+    path, _, name = network.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"'{network}' must be FILE.py:FUNCTION; there is no file '{path}'")
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise ValueError(f"{path} has no function '{name}'")
+    return cast(Callable[[], Any], function)
 
 
 @contextlib.contextmanager

@@ -175,3 +175,28 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
 def test_checkpoint_bad_files(tmp_path: Path, content: object, options: tuple[str, ...], word: str) -> None:
     torch.save(content, tmp_path / "bad.pth")
     assert word in refused("checkpoint", tmp_path / "bad.pth", *options)
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3)), torch.randn(2, 3, 8, 8)
+"""
+
+
+def test_verify_proves_a_record_and_fails_beyond_the_tolerance(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NETWORK)
+    (tmp_path / "prune.cfg").write_text(small.CONFIGS["filter"])
+    scope: dict[str, object] = {}
+    exec(NETWORK, scope)
+    model, x = scope["build"]()  # type: ignore[operator]
+    amct_ext.create_prune_retrain_model(model, x, str(tmp_path / "prune.cfg"), str(tmp_path / "record.txt"))
+    status, text = run("verify", f"{tmp_path}/net.py:build", tmp_path / "record.txt")
+    assert status == 0 and "channels removed" in text and "% of the parameters left" in text
+    assert run("verify", f"{tmp_path}/net.py:build", tmp_path / "record.txt", "--tolerance", "-1")[0] == 1
+    for network, message in ((f"{tmp_path}/net.py:make", "no function 'make'"), ("absent.py:build", "no file")):
+        status, text = run("verify", network, tmp_path / "record.txt")
+        assert status == 1 and message in text

@@ -65,7 +65,7 @@ def _conv(cls: type[nn.Module], dims: int) -> LayerKind:
 def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True) -> LayerKind:
     return LayerKind(
         cls, Family.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
-        quantizable=quantizable, filter_prunable=True, input_prunable=True, sparse_prunable=True,
+        quantizable=quantizable, filter_prunable=True, input_prunable=True, sparse_prunable=quantizable,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def layer_traits(
     result = {}
     for name, module in modules.items():
         kind = kind_of(module)
-        if kind is None or not kind.quantizable:
+        if kind is None or not (kind.quantizable or kind.filter_prunable):
             continue
         # A recurrent layer has several weights.
         named = [(key, value) for key, value in module._parameters.items() if value is not None]
@@ -54,7 +54,8 @@ def layer_traits(
         result[name] = LayerTraits(
             type=kind.name,
             quantizable=not reason,
-            filter_prunable=_filter_prunable(kind, module, usable, reader, name in calls),
+            filter_prunable=name not in left_alone
+            and _filter_prunable(kind, module, usable, reader, calls.get(name, [])),
             sparse_prunable=kind.sparse_prunable and not why_dense,
             int4_weights=_int4_weights(kind, module, weights),
             why_not_quantizable=reason,
@@ -63,13 +64,15 @@ def layer_traits(
     return result
 
 
-def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: str, called: bool) -> bool:
-    """Whether a layer may lose output channels: one that runs as such, or whose weight an op reads (`reader`)."""
+def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: str, calls: Sequence[Node]) -> bool:
+    """Whether a layer may lose output channels: one that runs, any number of times, or whose weight an op reads."""
     if not kind.filter_prunable or is_depthwise(module):
         return False
     if kind.family is Family.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
         return False  # its weight holds the outputs of one group only
-    return not usable or (bool(reader) and not called and not computed_parameter(module))
+    if not usable or len(calls) > 1:
+        return not usable or not why_not_cut(calls, kind.name, module)
+    return bool(reader) and not calls and not computed_parameter(module)
 
 
 def parameter_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
@@ -107,8 +110,16 @@ def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str =
     return ""
 
 
+def why_not_cut(calls: Sequence[Node], name: str, module: nn.Module) -> str:
+    """Why a layer's channels cannot be removed in one of its calls, '' where they can."""
+    reasons = (why_not_usable({name: [call]}, name, module) for call in calls)
+    return next((reason for reason in reasons if reason), "")
+
+
 def why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
     """Limits of the quantised layers themselves, '' where there is none."""
+    if not kind.quantizable:
+        return f"there is no quantised {kind.name}"
     if kind.family is Family.RNN:
         for attribute, wanted in (("num_layers", 1), ("bidirectional", False), ("dropout", 0), ("proj_size", 0)):
             value = getattr(module, attribute)

@@ -92,6 +92,7 @@ class _Walk:
         self._plan = plan
         self._modules = dict(model.named_modules())
         self._obstacles = obstacles(graph, model)
+        self._fixed_readers: set[str] = set()  # layers that read channels that stay
         self._shared = shared_parameters(model)
         for value in graph.sources:
             if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
@@ -202,6 +203,10 @@ class _Walk:
         value = node.inputs[0] if node.inputs else None
         maps = self.context.of(value)
         if value is None or not maps:
+            known = self.coupling.sources.get(Source(node.name, None))
+            if known is not None:
+                self.coupling.freeze(known, f"{node.name} reads channels that stay in another call")
+            self._fixed_readers.add(node.name)
             return
         if kind.family is Family.BATCH_NORM and maps[0].axis != 1:
             self._across(node, maps)
@@ -238,7 +243,14 @@ class _Walk:
         self.context.maps[output] = (along(ids, axis, len(output.shape)),)
 
     def _read(self, node: Node, ids: Tensor, group: int | None = None) -> None:
-        self.coupling.read(Read(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
+        # A layer that is called several times has the same channels each time, and is named once.
+        source = Source(node.name, None)
+        known = source in self.coupling.sources
+        self.coupling.join(ids, self.coupling.ids_of(source, len(ids)), node.name)
+        if node.name in self._fixed_readers:
+            self.coupling.freeze(ids, f"{node.name} reads channels that stay in another call")
+        if not known:
+            self.coupling.read(Read(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
 
     def _across(self, node: Node, maps: Maps) -> None:
         """BatchNorm over another axis (tokens): one factor and term for all channels, so it is not cut itself."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import Family, computed_parameter, kind_of
 from amct_ext.graph.trace import Graph
-from amct_ext.graph.traits import why_not_usable
+from amct_ext.graph.traits import why_not_cut
 from amct_ext.graph.values import Node
 
 
@@ -45,13 +45,11 @@ def _layer_obstacles(
 ) -> Iterator[str]:
     kind = kind_of(module)
     if kind is not None and kind.family is Family.BATCH_NORM:
-        if len(calls) > 1:
-            yield f"it is called {len(calls)} times in one forward"
         computed = computed_parameter(module)
         if computed:
             yield f"its {computed} is computed (parametrisation or weight norm)"
     else:
-        reason = why_not_usable(graph.calls, name, module)
+        reason = why_not_cut(calls, name, module)
         if reason:
             yield reason
     for parameter in module._parameters.values():

@@ -22,6 +22,14 @@ SIZE_ATTRIBUTES = frozenset(
         "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes", "split_sizes",
     )
 )  # fmt: skip
+# Ops that are given sizes. Others take them from their inputs.
+_SIZED = frozenset(
+    (
+        "view", "_unsafe_view", "reshape", "_reshape_alias", "as_strided", "expand", "repeat", "split",
+        "split_with_sizes", "slice", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm",
+        "_prelu_kernel",
+    )
+)  # fmt: skip
 _NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
 
 
@@ -41,22 +49,30 @@ def expected_shape(value: Value, found: Discovery, gone: Tensor) -> tuple[int, .
 
 
 def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict[tuple[str, str], object]:
-    """New values of size attributes, by module and attribute; attributes that two ops want different are left out."""
+    """New values of size attributes, by module and attribute.
+
+    Of several ops the one nearest to the module decides; an attribute that two such want different is left out.
+    """
     modules = dict(model.named_modules())
-    wanted: dict[tuple[str, str], object] = {}
+    wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
     for node in found.graph.nodes:
-        changes = dict(_changes(node, found, gone)) if node.module is None else {}
+        changes = dict(_changes(node, found, gone)) if node.op in _SIZED else {}
         if not changes:
             continue
-        for name in _scopes(node.scope):
+        for distance, name in enumerate(_scopes(node.scope)):
             for attribute, value in vars(modules[name]).items():
-                if attribute in SIZE_ATTRIBUTES:
-                    new = _replaced(value, changes)
-                    key = (name, attribute)
-                    if new is not None and wanted.setdefault(key, new) != new:
-                        torn.add(key)
-    return {key: value for key, value in wanted.items() if key not in torn}
+                new = _replaced(value, changes) if attribute in SIZE_ATTRIBUTES else None
+                if new is None:
+                    continue
+                key = (name, attribute)
+                nearest, before = wanted.get(key, (_NEAR, new))
+                if distance < nearest:
+                    torn.discard(key)
+                    wanted[key] = (distance, new)
+                elif distance == nearest and new != before:
+                    torn.add(key)
+    return {key: value for key, (_, value) in wanted.items() if key not in torn}
 
 
 def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:

@@ -163,6 +163,9 @@ def compress(job: Job, name: str, config: Path, start: Path, float_accuracy: flo
     job.check("within one point of float", after >= float_accuracy - ALLOWED_LOSS, f"({100 * after:.2f} %)")
     onnx_accuracy = export(job, model, folder, answers)
     record = read_record(folder / "killed" / "record.txt")
+    if record.channel:
+        proof = amct.verify_pruning(starting_model(start), model, SAMPLE)
+        job.check("pruned network is the whole one without the removed channels", proof.error < 1e-5, f"({proof})")
     return Compressed(name, model, record, before, after, onnx_accuracy, whole, killed, resumed)
 
 

@@ -18,8 +18,8 @@ ACCEPTED = "cnn_linear_cw_error"
 NEGATIVE_SCALES = ("cnn_override_types", "cnn_ulqw_lr05", "cnn_skips")
 # AMCT trains only the biases of a recurrent layer; with the weights trained too the runs part after one step.
 RECURRENT = ("gru_cwfalse", "gru_quant", "lstm_quant")
-# We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution; a
-# convolution with one input channel is not taken for depthwise.
+# We prune more there: channels pass a flatten (each is H*W features), a sigmoid, a transposed convolution, which loses
+# its own too; a convolution with one input channel is not taken for depthwise.
 PRUNED_FURTHER = ("group_filter_asc", "group_filter_noasc", "odd_filter_quant", "deconv_filter")
 # AMCT raises at create.
 WITHOUT_MODEL = (*REJECTED, ACCEPTED, "reused_filter")
