@@ -22,7 +22,7 @@ from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal
 from amct_ext.prune.selection import measure_of, select_channels
 from amct_ext.prune.sizes import changed_attributes, changed_factors
-from amct_ext.prune.trial import Difference, Masked, largest_error, parting, run_masked, run_pruned
+from amct_ext.prune.trial import Difference, largest_error, parting, run_masked, run_pruned
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
@@ -132,26 +132,35 @@ class _Trial:
         """What is wrong without the channels of some records, and then the model is whole again; None for nothing."""
         records = [self._records[index] for index in sorted(wanted)]
         gone = self.found.removed(records, self._model)
-        masked: tuple[Masked, list[Tensor]] | None = None
-        try:
-            masked = run_masked(self._model, self._inputs, self.found, gone)
-        except Exception as error:
-            _logger.debug("no comparison with the whole model: %s", error)
         removal = removal_of(self._model, self.found, records)
         failed = removal.apply()
-        difference = Difference(None, failed) if failed else self._compare(gone, masked)
+        difference = Difference(None, failed) if failed else self._fails_by_itself(gone)
+        if difference is None:
+            difference = self._fails_beside_the_whole(removal, gone)
         if difference is not None:
             removal.undo()
         return difference
 
-    def _compare(self, gone: Tensor, masked: tuple[Masked, list[Tensor]] | None) -> Difference | None:
-        pruned, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
-        if difference is not None:
+    def _fails_beside_the_whole(self, removal: Removal, gone: Tensor) -> Difference | None:
+        """Compare the outputs with those of the whole model; where they differ, once more, node by node."""
+        for node_by_node in (False, True):
+            pruned, outputs, _ = run_pruned(self._model, self._inputs, self.found, gone, node_by_node)
+            removal.undo()
+            try:
+                masked, wanted = run_masked(self._model, self._inputs, self.found, gone, node_by_node)
+            except Exception as error:
+                _logger.debug("no comparison with the whole model: %s", error)
+                return None
+            finally:
+                removal.apply()
+            if largest_error(outputs, wanted) <= _LARGEST_ERROR:
+                return None
+        return parting(pruned, masked)
+
+    def _fails_by_itself(self, gone: Tensor) -> Difference | None:
+        difference = run_pruned(self._model, self._inputs, self.found, gone)[2]
+        if difference is not None or self._training_dims is None:
             return difference
-        if masked is not None and largest_error(outputs, masked[1]) > _LARGEST_ERROR:
-            return parting(pruned, masked[0])
-        if self._training_dims is None:
-            return None
         try:
             dims = self._train()
         except Exception as error:
@@ -184,7 +193,7 @@ class _Trial:
         gone = self.found.removed(records, self._model)
         removal = removal_of(self._model, self.found, records)
         try:
-            return bool(removal.apply()) or self._compare(gone, None) is not None
+            return bool(removal.apply()) or self._fails_by_itself(gone) is not None
         finally:
             removal.undo()
 
