@@ -90,10 +90,10 @@ def _of_own_parameters(
         if source.axis is not None and bool(gone[ids].any()):
             owner, _, key = source.name.rpartition(".")
             if key == "weight":
-                shape = shapes.setdefault(owner, list(getattr(modules[owner], key).shape))
+                shape = shapes.setdefault(owner, list(_weight(modules[owner]).shape))
                 shape[source.axis] = int((~gone[ids]).sum())
     for owner, shape in shapes.items():
-        old = list(modules[owner].weight.shape)
+        old = list(_weight(modules[owner]).shape)
         for attribute in _OWN & vars(modules[owner]).keys():
             value = vars(modules[owner])[attribute]
             if isinstance(value, (tuple, list)) and list(value) == old:
@@ -170,3 +170,10 @@ def _replaced(value: object, changes: dict[int, int], shapes: Resized) -> object
             return type(value)(part) if part != sizes and -1 not in part else None
     replaced = [changes.get(item, item) for item in sizes]
     return type(value)(replaced) if replaced != list(sizes) else None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """A weight that may be a buffer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
