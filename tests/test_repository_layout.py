@@ -22,7 +22,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "errors": "flows/test_bad_input.py",
     },
     "checkpoint": {"amct_names_rnn": "checkpoint/test_amct_names.py"},
-    "common": {},
+    "common": {"held_objects": "common/test_references.py"},
     "config": {
         "json_text": "config/test_config_json.py",
         "plan_checks": "config/test_plan.py",
