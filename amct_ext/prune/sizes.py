@@ -92,7 +92,7 @@ def _of_own_parameters(
                 shape = shapes.setdefault(owner, list(getattr(modules[owner], key).shape))
                 shape[source.axis] = int((~gone[ids]).sum())
     for owner, shape in shapes.items():
-        old = list(modules[owner].weight.shape)
+        old = list(getattr(modules[owner], "weight").shape)  # noqa: B009 - a parameter or a buffer
         for attribute in _OWN & vars(modules[owner]).keys():
             value = vars(modules[owner])[attribute]
             if isinstance(value, (tuple, list)) and list(value) == old:
