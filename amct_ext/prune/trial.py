@@ -41,11 +41,9 @@ class Difference:
 class _Observed(Recorder):
     """A recorded forward that compares itself with the recording of the whole model."""
 
-    def __init__(
-        self, model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, checks_sums: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool) -> None:
         super().__init__(model, inputs)
-        self.found, self.gone, self.checks_sums = found, gone, checks_sums
+        self.found, self.gone, self._sums = found, gone, sums
         self.checksums: list[list[Checksum | None]] = []
 
     def expected(self) -> Node | None:
@@ -58,7 +56,7 @@ class Pruned(_Observed):
     """The forward of the smaller model."""
 
     def observe(self, node: Node, results: list[Tensor]) -> None:
-        if self.checks_sums:
+        if self._sums:
             self.checksums.append([_checksum(tensor) for tensor in results])
 
     def difference(self) -> Difference | None:
@@ -77,7 +75,7 @@ class Masked(_Observed):
     """The forward of the whole model in which readers ignore what is gone, and statistics leave it out."""
 
     def observe(self, node: Node, results: list[Tensor]) -> None:
-        if not self.checks_sums:
+        if not self._sums:
             return
         old = self.found.graph.nodes[len(self.nodes) - 1] if len(self.nodes) <= len(self.found.graph.nodes) else None
         alike = old is not None and old.op == node.op and len(old.outputs) == len(results)
@@ -167,11 +165,14 @@ class Masked(_Observed):
 
 
 def run_pruned(
-    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, checks_sums: bool = False
+    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool = False
 ) -> tuple[Pruned, list[Tensor], Difference | None]:
-    """A forward of the smaller model: its recording, outputs, and what is wrong with it."""
+    """A forward of the smaller model: its recording, outputs, and what is wrong with it.
+
+    `sums`: take the checksums that `parting` compares.
+    """
     inputs = inputs.copied()
-    pruned = Pruned(model, inputs, found, gone, checks_sums)
+    pruned = Pruned(model, inputs, found, gone, sums)
     try:
         outputs = [tensor.clone() for tensor in tensors_in(pruned.run(inputs))]
     except Exception as error:
@@ -185,11 +186,11 @@ def run_pruned(
 
 
 def run_masked(
-    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, checks_sums: bool = False
+    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool = False
 ) -> tuple[Masked, list[Tensor]]:
     """A forward of the whole model without the influence of what is gone."""
     inputs = inputs.copied()
-    masked = Masked(model, inputs, found, gone, checks_sums)
+    masked = Masked(model, inputs, found, gone, sums)
     return masked, [tensor.clone() for tensor in tensors_in(masked.run(inputs))]
 
 
