@@ -40,7 +40,7 @@ def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, se
         "ours": (lambda: ours.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
         "peer": (lambda: peer.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
         "quantised": (
-            lambda: quantised.job(model, inputs, layers, products, ratio),
+            lambda: quantised.job(model, inputs, layers, ratio),
             lambda text: Quantised(error=text),
         ),
     }
