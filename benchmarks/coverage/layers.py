@@ -126,7 +126,7 @@ def _weights(node: Node) -> list[Tensor]:
 
 
 def macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
-    """Multiplications of one evaluation: of convolutions and matrix products, also those without a layer (attention)."""
+    """Multiplications of one evaluation in convolutions and matrix products, also those without a layer (attention)."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.eval()(*inputs)
