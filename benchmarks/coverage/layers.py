@@ -125,18 +125,12 @@ def _weights(node: Node) -> list[Tensor]:
     return [found for found in variables if found is not None and found.dim() > 1]
 
 
-def macs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
-    """Multiplications of one evaluation, by the name of the module that does them; '' has the sum.
-
-    Counted are convolutions and matrix products, also those without a layer (attention).
-    """
+def macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Multiplications of one evaluation in convolutions and matrix products, also those without a layer (attention)."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model.eval()(*inputs)
-    counts = {key: sum(by_operator.values()) // 2 for key, by_operator in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    named = {key.removeprefix(f"{root}."): count for key, count in counts.items() if key.startswith(f"{root}.")}
-    return named | {"": counts["Global"]}
+    return counter.get_total_flops() // 2
 
 
 def parameters(model: nn.Module) -> int:

@@ -35,12 +35,12 @@ def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, se
         layers, products = find_layers(model, inputs), macs(model, inputs)
     except Exception as error:
         return Result(entry.name, error=describe(error))
-    result = Result(entry.name, asked=layers.asked(ratio), parameters=parameters(model), macs=products[""])
+    result = Result(entry.name, asked=layers.asked(ratio), parameters=parameters(model), macs=products)
     steps: dict[str, tuple[Callable[[], Any], Callable[[str], Any]]] = {
-        "ours": (lambda: ours.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
-        "peer": (lambda: peer.prune(model, inputs, layers, products[""], ratio), lambda text: Pruned(error=text)),
+        "ours": (lambda: ours.prune(model, inputs, layers, products, ratio), lambda text: Pruned(error=text)),
+        "peer": (lambda: peer.prune(model, inputs, layers, products, ratio), lambda text: Pruned(error=text)),
         "quantised": (
-            lambda: quantised.job(model, inputs, layers, products, ratio),
+            lambda: quantised.job(model, inputs, layers, ratio),
             lambda text: Quantised(error=text),
         ),
     }

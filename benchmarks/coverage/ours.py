@@ -71,7 +71,7 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
     return Pruned(
         pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
         parameters_left=parameters(pruned) / parameters(model),
-        macs_left=macs(pruned, inputs)[""] / max(whole, 1),
+        macs_left=macs(pruned, inputs) / max(whole, 1),
         seconds=round(seconds, 2),
         note=note,
         proof=proof,

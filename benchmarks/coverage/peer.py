@@ -42,7 +42,7 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         return Pruned(
             pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
             parameters_left=parameters(candidate) / parameters(model),
-            macs_left=macs(candidate, inputs)[""] / max(whole, 1),
+            macs_left=macs(candidate, inputs) / max(whole, 1),
             seconds=round(seconds, 2),
             note="attention left whole" if keep_attention else "",
         )

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +28,8 @@ _ROUNDING, _DRAWS = 3e-6, 4  # relative error of a layer's sums; evaluations wit
 _NOT_WEIGHTS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
 
 
-def job(
-    model: nn.Module, inputs: tuple[Any, ...], layers: Layers, operations: Mapping[str, int], ratio: float
-) -> Quantised:
-    """`operations`: multiplications of the unpruned model by module. Exceptions end the job and are its error."""
+def job(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, ratio: float) -> Quantised:
+    """Exceptions end the job and are its error."""
     run = _Job(model, inputs, ratio)
     steps: dict[str, Callable[[], None]] = {
         "create": run.create,
@@ -51,15 +49,15 @@ def job(
                 if stage != "restore":
                     break
             if stage == "create":
-                weights, products = shares(model, run.compressed, layers, operations)
-                run.result = replace(run.result, weights=weights, macs=products, first_line=_first_line(run.compressed))
+                weights, products = shares(model, run.compressed, layers)
+                run.result = replace(
+                    run.result, weights=weights, macs=products, first_line=str(amct.explain(run.compressed).coverage)
+                )
     return run.result
 
 
-def shares(
-    model: nn.Module, compressed: nn.Module, layers: Layers, operations: Mapping[str, int]
-) -> tuple[float, float]:
-    """Shares of weights and of multiplications that are quantised.
+def shares(model: nn.Module, compressed: nn.Module, layers: Layers) -> tuple[float, float]:
+    """Shares of weights and of multiplications that are quantised, the latter as `explain` tells.
 
     Weights are parameters of two dimensions or more that the outputs depend on, but for embeddings and tables of
     positions (one of the first dimension).
@@ -74,16 +72,7 @@ def shares(
         if name in layers.used and not table and not isinstance(modules[owner], _NOT_WEIGHTS):
             total += parameter.numel()
             done += parameter.numel() * (owner in quantised or name in quantised)
-    told = getattr(explanation, "coverage", None)
-    if told is not None:  # it knows products of weights that are no layer's
-        return done / max(total, 1), 1 - told.macs.get("float", 0.0)
-    return done / max(total, 1), sum(operations.get(name, 0) for name in quantised) / max(operations[""], 1)
-
-
-def _first_line(compressed: nn.Module) -> str:
-    """What `explain` says of the whole model, '' where it does not."""
-    line = str(amct.explain(compressed)).splitlines()[0]
-    return line if line.startswith("INT") else ""
+    return done / max(total, 1), 1 - explanation.coverage.macs.get("float", 0.0)
 
 
 class _Job:
