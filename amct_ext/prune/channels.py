@@ -28,6 +28,7 @@ from amct_ext.record.types import ChannelRecord
 _logger = logging.getLogger("amct_ext")
 
 _LARGEST_ERROR = 1e-3  # of outputs, relative; rounding in deep networks stays well below
+_LARGEST_ROUNDING = 8  # the same in units of the outputs' precision, for half and bfloat16
 
 _UNLIKE = Difference(None, "it computes something else without them")
 
@@ -152,7 +153,7 @@ class _Trial:
         _, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
         if difference is not None:
             return difference
-        if masked is not None and largest_error(outputs, masked) > _LARGEST_ERROR:
+        if masked is not None and largest_error(outputs, masked) > _tolerance(outputs):
             return _UNLIKE
         return self._compare_in_training([tensor.dim() for tensor in outputs], removal)
 
@@ -207,6 +208,11 @@ class _Trial:
             if linked & result:
                 result |= linked
         return result
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    precisions = [torch.finfo(tensor.dtype).eps for tensor in outputs if tensor.is_floating_point()]
+    return max(_LARGEST_ERROR, _LARGEST_ROUNDING * max(precisions, default=0))
 
 
 def _key(record: ChannelRecord) -> tuple[str, int, int]:

@@ -30,8 +30,8 @@ class Discovery:
     """All groups in the order in which their first producer ran, and where in the forward their channels are.
 
     maps: the channels in each value. classes: for each id of a map, the smallest id of the same channel. sources: the
-    ids of each axis of a parameter or buffer. attended: ids (heads, size) of the queries of each attention that divides
-    by the root of their size.
+    ids of each axis of a parameter or buffer. attended: of each attention that divides
+    by the root of the size of a head, the parameters that scale its queries and the ids (heads, size) of these.
     """
 
     graph: Graph
@@ -39,7 +39,7 @@ class Discovery:
     maps: Mapping[Value, Maps] = field(default_factory=dict, repr=False)
     classes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64), repr=False)
     sources: Mapping[Source, Tensor] = field(default_factory=dict, repr=False)
-    attended: Sequence[Tensor] = ()
+    attended: Sequence[tuple[tuple[str, ...], Tensor]] = ()
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
@@ -89,7 +89,7 @@ class _Walk:
     def __init__(self, graph: Graph, plan: Plan, model: nn.Module) -> None:
         self.coupling = Coupling()
         self.context = Context(self.coupling, self)
-        self._plan = plan
+        self._plan, self._calls = plan, graph.calls
         self._modules = dict(model.named_modules())
         self._obstacles = obstacles(graph, model)
         self._fixed_readers: set[str] = set()  # layers that read channels that stay
@@ -173,6 +173,11 @@ class _Walk:
     @staticmethod
     def _operator(node: Node, kind: LayerKind) -> str:
         return kind.onnx[0] if node.op == "addmm" else kind.onnx[-1]
+
+    def scalable(self, node: Node) -> bool:
+        kind = kind_of(self._modules[node.name])
+        once = len(self._calls.get(node.name, [])) == 1
+        return once and kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
 
     # Nodes
 
