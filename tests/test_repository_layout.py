@@ -22,7 +22,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "errors": "flows/test_bad_input.py",
     },
     "checkpoint": {"amct_names_rnn": "checkpoint/test_amct_names.py"},
-    "common": {},
+    "common": {"held_objects": "common/test_references.py"},
     "config": {
         "json_text": "config/test_config_json.py",
         "plan_checks": "config/test_plan.py",
@@ -60,13 +60,14 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "settings": "layers/test_integer_support.py",
     },
     "graph": {
-        "export_risks": "graph/test_host_reads.py",
         "onnx_names": "graph/test_trace.py",
         "probes": "model_surgery/test_outside_the_trace.py",
         "recorder": "graph/test_trace.py",
         "run": "graph/test_trace.py",
         "tensor_values": "graph/test_trace.py",
+        "hosted": "layers/test_host.py",
         "values": "graph/test_trace.py",
+        "weight_use": "explain/test_coverage.py",
     },
     "layers": {
         "activation_calibration": "flows/test_calibrate.py",
@@ -75,11 +76,16 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "classes": "layers/test_derive.py",
         "conv_linear": "layers/test_compressed.py",
         "deferred_conv": "layers/test_deferred.py",
+        "layer_refs": "layers/test_shared_input.py",
+        "own_forward": "flows/test_own_forward.py",
+        "plain_product": "flows/test_own_forward.py",
+        "product_call": "graph/test_products.py",
     },
     "model_surgery": {
         "batchnorm_links": "layers/test_bn_fold.py",
         "range_averaging": "frameworks/test_distributed.py",
         "session": "model_surgery/test_copies.py",
+        "split_attention": "layers/test_attention.py",
     },
     "ops": {
         "_activation_clips": "ops/test_activation_ulq.py",

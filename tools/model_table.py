@@ -51,7 +51,8 @@ def row(name: str, folder: Path) -> str:
     for text in (FILTER + QUANT, SPARSE + QUANT):
         config = folder / "compress.cfg"
         config.write_text(text)
-        reports.append(list(amct_ext.explain(real_models.build(name), real_models.sample(name), config).values()))
+        found = amct_ext.explain(real_models.build(name), real_models.sample(name), config).values()
+        reports.append([layer for layer in found if layer.is_layer])
     filtered, sparse = reports
     whole = [layer for layer in filtered if layer.not_pruned]
     alone = [layer for layer in sparse if layer.left_alone]

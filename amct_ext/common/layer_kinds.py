@@ -138,6 +138,13 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in LAYER_KINDS if isinstance(module, kind.cls)), None)
 
 
+def output_axis(module: nn.Module) -> int:
+    """Where the output channels of a convolution or linear layer lie in its weight."""
+    kind = kind_of(module)
+    assert kind is not None  # asked of layers only
+    return kind.weight_axes[1]
+
+
 def layer_type(module: nn.Module) -> str | None:
     """Name of the standard layer class that `module` is an instance of, or None."""
     kind = kind_of(module)
@@ -168,6 +175,8 @@ def computed_parameter(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase):
         names = [name for name in module._flat_weights_names if name.startswith(("weight", "bias"))]
     for name in names:
+        if kind_of(module) is None and not hasattr(module, name):  # a module of the user's need not have a bias
+            continue
         plain = name in module._parameters and not hasattr(type(module), name)
         if not plain or (module._parameters[name] is None and name != "bias" and layer_type(module) not in BATCH_NORMS):
             return name

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from amct_ext.config.plan import LayerPlan, QuantPlan
 from amct_ext.config.text import FilterPrune
+from amct_ext.explain.coverage import Coverage, coverage, percent, why_float
 from amct_ext.explain.reasons import layer_reasons
 from amct_ext.explain.table import markdown_table
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import Session, session_of
 
-_COLUMNS = ("layer", "type", "quantised", "pruned")
+_COLUMNS = ("layer", "type", "weights", "quantised", "pruned")
+_NO_LAYER = "it is no layer"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `quantised` and `pruned` say what was done, '' for nothing; then the field with `not_` says why.
+    """One layer, or one weight that is no layer's.
 
-    Both `pruned` and `not_pruned` are set where a layer only lost input channels: `not_pruned` is about its outputs.
+    `quantised` and `pruned` say what was done, '' for nothing; then the field with `not_` says why. Both `pruned` and
+    `not_pruned` are set where a layer only lost input channels: `not_pruned` is about its outputs. `share`: of all
+    weights that the forward multiplies or looks up, 0 to 1; None where the forward uses none of it. `is_layer`: whether
+    a configuration can name it.
     """
 
     name: str
@@ -29,6 +34,8 @@ class LayerReport:
     pruned: str = ""
     not_quantised: str = ""
     not_pruned: str = ""
+    share: float | None = None
+    is_layer: bool = True
 
     @property
     def left_alone(self) -> bool:
@@ -37,25 +44,30 @@ class LayerReport:
 
 
 class Explanation(dict[str, LayerReport]):
-    """Reports by layer name, in the model's order; printed as a Markdown table.
+    """Reports by name: layers in the model's order, then weights that belong to no layer; printed as a Markdown table.
 
-    `export`: what is to be known of saving this model, '' for nothing; printed below the table.
+    A weight is named by its module where it is called ``weight``, else by its own qualified name. `coverage`: how
+    much of the model is quantised, printed first. `export`: what is to be known of saving this model, '' for nothing;
+    printed below the table.
     """
 
     export: str = ""
+    coverage: Coverage = Coverage()
 
     def __str__(self) -> str:
         rows = [
             (
                 item.name,
                 item.type,
+                "" if item.share is None else percent(item.share),
                 item.quantised or f"no: {item.not_quantised}",
                 "; ".join(filter(None, (item.pruned, item.not_pruned and f"no: {item.not_pruned}"))),
             )
             for item in self.values()
         ]
         table = markdown_table(_COLUMNS, rows)
-        return f"{table}\n\nSaving: {self.export}" if self.export else table
+        text = f"{self.coverage}\n\n{table}"
+        return f"{text}\n\nSaving: {self.export}" if self.export else text
 
 
 def report(model: nn.Module) -> Explanation:
@@ -65,12 +77,31 @@ def report(model: nn.Module) -> Explanation:
     lost_inputs: dict[str, int] = {}
     for node in (node for record in session.channel for node in record.consumers):
         lost_inputs[node.name] = lost_inputs.get(node.name, 0) + len(node.prune_index)
+    uses, total = session.weight_uses.weights, sum(use.weights for use in session.weight_uses.weights.values())
+    shares = {name: use.weights / max(total, 1) for name, use in uses.items()}
     explanation = Explanation(
-        (layer.name, _report(layer, session, layer.name in present, lost_inputs.get(layer.name, 0)))
+        (
+            layer.name,
+            replace(
+                _report(layer, session, layer.name in present, lost_inputs.get(layer.name, 0)),
+                share=shares.get(layer.name),
+            ),
+        )
         for layer in session.plan.layers.values()
     )
-    explanation.export = session.export_note
+    for name, use in uses.items():
+        if name not in explanation:
+            explanation[name] = LayerReport(
+                name, use.type, not_quantised=why_float(use), not_pruned=_NO_LAYER, share=shares[name], is_layer=False
+            )
+    explanation.export, explanation.coverage = session.export_note, model_coverage(model)
     return explanation
+
+
+def model_coverage(model: nn.Module) -> Coverage:
+    """How much of a compressed model is quantised. Errors: ModelError (any other model)."""
+    quantised = {layer.layer_name for _, layer in compressed_layers(model) if layer.weight_quantizers}
+    return coverage(session_of(model), quantised)
 
 
 def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: int) -> LayerReport:

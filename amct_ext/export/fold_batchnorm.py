@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
-from amct_ext.common.layer_kinds import CONVS, layer_type
+from amct_ext.common.layer_kinds import CONVS, keeps_forward, layer_type
 from amct_ext.errors import ExportError
 
 
@@ -31,7 +35,8 @@ def fold_batchnorms(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[
         problem = _fold(conv, bn)
         if problem is None:
             for norm in [bn, *_aliases(bn, modules, conv_bn)]:
-                vars(norm)["forward"] = _identity  # the object, for it may be reached by several names
+                # the object, for it may be reached by several names
+                vars(norm)["forward"] = _identity if keeps_forward(norm) else functools.partial(_without_norm, norm)
             if bn.weight is not None:
                 mirrored[conv_name] = (bn.weight < 0).cpu().numpy()
         elif conv_name in recorded:
@@ -41,6 +46,31 @@ def fold_batchnorms(model: nn.Module, conv_bn: Mapping[str, str], recorded: set[
 
 def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+class _NoNorm(TorchFunctionMode):
+    """While it is on, normalising by the statistics of one module hands on the input as it is."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self._norm = norm
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.batch_norm, torch.batch_norm):
+            place = 1 if func is F.batch_norm else 3
+            mean = args[place] if len(args) > place else kwargs.get("running_mean")
+            if mean is self._norm.running_mean:
+                return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+def _without_norm(norm: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the forward of a class of the user's own does beside the normalisation: an activation, say."""
+    with _NoNorm(norm):
+        return type(norm).forward(norm, *args, **kwargs)
 
 
 def _aliases(bn: _BatchNorm, modules: Mapping[str, nn.Module], conv_bn: Mapping[str, str]) -> list[nn.Module]:

@@ -144,7 +144,10 @@ def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
     if len(nodes) == 1:
         return nodes[0]
     if nodes:
-        raise ExportError(f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised")
+        raise ExportError(
+            f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised (of a list of images, "
+            "give save one)"
+        )
     raise ExportError(
         f"layer {layer!r} is in the record, but no {', '.join(sorted(PRODUCT_OPERATORS))} of the exported graph reads "
         "its weight: in evaluation it does not run with this input_data, or computes with another weight than its own"

@@ -83,6 +83,8 @@ class _Decompose(TorchFunctionMode):
             return args[0].transpose(-2, -1)
         if func in (torch.rms_norm, torch.nn.functional.rms_norm):
             return _rms_norm(*args, **kwargs)
+        if func is torch.nn.functional.one_hot and len(args) == 1 and kwargs.get("num_classes", -1) == -1:
+            return func(args[0], int(args[0].max()) + 1)
         return func(*args, **kwargs)
 
 

@@ -7,6 +7,7 @@ Works on plain float models: compressed layers are already folded back, 2:4 mask
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from amct_ext.common.layer_kinds import ONNX_GATES, layer_type
+from amct_ext.common.layer_kinds import ONNX_GATES, keeps_forward, layer_type
 from amct_ext.common.references import copy_model
 from amct_ext.errors import ExportError, RecordError
 from amct_ext.export.axes import Axes, check_axes
@@ -70,6 +71,7 @@ def export_quantized(
     if not records:
         raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
     float_model, inputs = _prepare(model, input_data)
+    own_forward = {norm for norm in conv_bn.values() if not keeps_forward(float_model.get_submodule(norm))}
     mirrored = fold_batchnorms(float_model, conv_bn, {record.key for record in records})
     layers, recurrent = _factors(float_model, records, mirrored, write_shift)
 
@@ -92,7 +94,11 @@ def export_quantized(
 
     def folded_values() -> LayerValues:
         known = values()  # a convolution of the float model returns what its BatchNorm returned
-        return {name: known[conv_bn.get(name, name)] for name in known if name not in conv_bn.values()}
+        # a BatchNorm with an activation inside returns something else, which no layer of the float model does
+        mixed = {conv for conv, norm in conv_bn.items() if norm in own_forward}
+        return {
+            name: known[conv_bn.get(name, name)] for name in known if name not in conv_bn.values() and name not in mixed
+        }
 
     _write(float_model, inputs, axes, paths, lower, expected, folded_values)
     return paths
@@ -127,18 +133,20 @@ def export_plain(
     return paths
 
 
-def try_capture(model: nn.Module, input_data: Any) -> None:
-    """Try to capture the float `model` as a save would, and write nothing. Errors: ExportError where neither way works.
+def try_capture(model: nn.Module, input_data: Any, trace_first: bool) -> bool:
+    """Try to capture the float `model` as a save would, and write nothing; returns whether it was traced.
 
-    The trace comes first: a forward that torch.export cannot follow may keep it busy for a minute.
+    `trace_first`: torch.export is tried only where no trace can be made; a forward that it cannot follow may keep it
+    busy for a minute. Errors: ExportError where neither way works.
     """
     float_model, inputs = _prepare(model, input_data)
     axes = check_axes(None, None, None)
     with precision_of(float_model):
-        try:
-            capture(float_model, inputs, axes, traced="not tried")
-        except ExportError:
-            capture(float_model, inputs, axes)
+        if trace_first:
+            with contextlib.suppress(ExportError):
+                capture(float_model, inputs, axes, traced="not tried")
+                return True
+        return bool(capture(float_model, inputs, axes).why_traced)
 
 
 def _factors(

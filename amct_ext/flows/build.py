@@ -19,26 +19,32 @@ from amct_ext.common.references import copy_model
 from amct_ext.common.wrapping import unwrap, wrap_like
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import Plan, after_pruning, resolve, resolve_json
+from amct_ext.config.plan_checks import quant_active
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
-from amct_ext.errors import RecordError
+from amct_ext.errors import ConfigError, RecordError
 from amct_ext.explain.reasons import layer_reasons
 from amct_ext.flows.check import check_model
 from amct_ext.flows.diagnosis import (
+    check_called_once,
     check_pruned,
     check_pruning_loss,
     export_note,
     float_in_checkpoint,
+    log_coverage,
     uncalled_layers,
     warn_of_left_alone,
+    warn_of_merging,
 )
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
+from amct_ext.graph.weight_use import weight_uses
 from amct_ext.model_surgery.fast_path import disable_fast_path
 from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 from amct_ext.model_surgery.recording import load_masks, start_record
 from amct_ext.model_surgery.session import Findings, Session, session_of
+from amct_ext.model_surgery.split_attention import split_attention
 from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
@@ -89,6 +95,7 @@ def create(
     check_pruning_loss(start.groups.prunable, start.plan, pruning_loss, planner.config.source)
     inner = _compress(start, record_file, pruning_loss)
     check_pruned(session_of(inner), planner.config.source)
+    log_coverage(inner)
     start_record(inner)
     return wrap_like(model, inner)
 
@@ -100,6 +107,7 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
 
 def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
     warn_of_left_alone(start.graph)
+    warn_of_merging(start.model, start.plan)
     records = plan_channels(start.groups, start.plan, start.model, pruning_loss)
     channel = apply_channels(start.model, start.groups, records, start.inputs)
     if asks_for_permutation(start.plan):
@@ -152,6 +160,7 @@ def traits_to_plan(
     """Traits of the layers that a plan by ``config`` decides on, and ``config`` in the names of these layers."""
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
+    inner = split_attention(inner, inputs)
     inner, graph, config = split_recurrent(inner, trace(inner, inputs), inputs, config)
     return graph.traits(inner), config
 
@@ -159,11 +168,17 @@ def traits_to_plan(
 def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
+    if isinstance(planner.config, JsonConfig) or quant_active(planner.config):
+        inner = split_attention(inner, inputs)
     graph = trace(inner, inputs)
     if planner.splits_recurrent:
         inner, graph, planner = _split_recurrent(inner, graph, inputs, planner)
     traits = graph.traits(inner)
-    plan = planner.resolve(traits)
+    try:
+        plan = planner.resolve(traits)
+    except ConfigError:
+        check_called_once(graph, inputs)
+        raise
     groups = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
     findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
     return Examined(inner, inputs, graph, plan, groups, findings)
@@ -186,17 +201,17 @@ def _insert(
     channel: tuple[ChannelRecord, ...],
     kept_float: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
-    """Insert the layers into the (pruned) model; the second trace sees the model as it is now."""
-    model, inputs = start.model, start.inputs
+    """Insert the layers into the (pruned) model. The graph is that of the whole one: it differs in sizes alone."""
+    model, inputs, graph = start.model, start.inputs, start.graph
     session = Session(start.plan, os.path.abspath(record_file), channel, start.findings)
-    graph = trace(model, inputs)
     session.export_note = export_note(model, graph, inputs)
+    session.weight_uses = weight_uses(graph.nodes, model)
     session.plan = after_pruning(session.plan, graph.traits(model))
     planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in kept_float]
     kept_float = {**kept_float, **unreplaceable(model, parse_inputs(model, inputs), planned)}
     model, session.conv_bn, session.left_float = insert_layers(model, graph, session.plan, kept_float)
     compressed = dict(compressed_layers(model))
-    session.order = tuple(name for name in graph.calls if name in compressed)
+    session.order = tuple(name for name in graph.layer_order() if name in compressed)
     attach(model, session)
     return model
 

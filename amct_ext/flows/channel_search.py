@@ -199,6 +199,8 @@ def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
         name = group.producers[0].name
         if any(len(owners[member.name]) > 1 for member in group.producers) or group.linked:
             logger.warning("%s is not searched and stays whole: parts of its channels go with other layers'", name)
+        elif any(member.repeat != 1 for member in group.producers):
+            logger.warning("%s is not searched and stays whole: one channel takes several of its outputs", name)
         elif group.cells is None or group.blocks is not None:
             single.append(group)
         else:

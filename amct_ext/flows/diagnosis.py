@@ -8,31 +8,75 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import keeps_forward
+from amct_ext.common.layer_kinds import QUANTIZABLE, keeps_forward
 from amct_ext.common.wrapping import unwrap
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.config.traits import LayerTraits
-from amct_ext.errors import ConfigError
+from amct_ext.errors import ConfigError, InputDataError
 from amct_ext.explain.reasons import layer_reasons
+from amct_ext.explain.report import model_coverage
 from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
+from amct_ext.graph.export_risks import free_parts
+from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph
+from amct_ext.layers.attention import InProjection
 from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
-from amct_ext.model_surgery.session import Session
+from amct_ext.model_surgery.session import Session, session_of
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.selection import measure_of
 
 logger = logging.getLogger("amct_ext")
 _MAX_LISTED = 9  # layers named in a message
+_MAX_PARTS = 3
+# Methods by which networks of branches merge them for deployment (RepVGG; MobileOne, timm; RepViT, YOLO).
+_MERGING = ("switch_to_deploy", "reparameterize", "fuse", "fuse_convs")
+_MOST = 0.9  # of the weights; where less is quantised, create warns
 
 
 def warn_of_left_alone(graph: Graph) -> None:
     """Log the layers that ran and are not to be compressed, with the reason."""
-    for name, reason in graph.left_alone.items():
-        logger.warning("layer '%s' is left as it is: %s", name, reason)
+    for name in graph.calls:
+        if name in graph.left_alone:
+            logger.warning("layer '%s' is left as it is: %s", name, graph.left_alone[name])
+
+
+def warn_of_merging(model: nn.Module, plan: Plan) -> None:
+    """Log blocks with branches to be compressed and a method that merges them into one layer (RepVGG, MobileOne)."""
+    planned = [layer.name for layer in planned_layers(plan)]
+    blocks: dict[tuple[str, str], list[str]] = {}
+    inner: list[str] = []
+    for name, module in reversed(list(model.named_modules())):  # what is inside comes before what holds it
+        method = next((method for method in _MERGING if callable(getattr(type(module), method, None))), "")
+        if not method:
+            continue
+        prefix = f"{name}." if name else ""
+        branches = sum(layer.startswith(prefix) for layer in planned)
+        if branches > 1 and not any(other.startswith(prefix) for other in inner):
+            blocks.setdefault((type(module).__name__, method), []).append(name)
+            inner.append(name)
+    for (cls, method), names in blocks.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        logger.warning(
+            "'%s'%s (%s): %s() merges layers that are compressed one by one. Call it before create, or not at all: "
+            "merged later they are a float layer in the files, without what was learned of their ranges",
+            names[-1], more, cls, method,
+        )  # fmt: skip
+
+
+def check_called_once(graph: Graph, inputs: Inputs) -> None:
+    """Raise InputDataError where a list of several items is all that makes the layers run several times."""
+    counts = [len(calls) for calls in graph.calls.values() if calls[0].op in QUANTIZABLE]
+    for value in (*inputs.args, *inputs.kwargs.values()):
+        items = len(value) if isinstance(value, (list, tuple)) else 0
+        if items > 1 and counts and all(count % items == 0 for count in counts):
+            raise InputDataError(
+                f"input_data holds a list of {items} items and the model runs once for each, so no layer can be "
+                "compressed: a layer has to run once in a forward. Give create and save a list of one item"
+            )
 
 
 def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTraits]) -> dict[str, str]:
@@ -46,6 +90,7 @@ def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTr
     reason = "the forward uses its parameters without calling the layer (layer.forward(x), or a function of the weight)"
     layers = dict(unwrap(model).named_modules())
     uncalled = [name for name in traits if name in read and name not in graph.calls and keeps_forward(layers[name])]
+    uncalled = [name for name in uncalled if name not in graph.products]
     found = dict.fromkeys(uncalled, reason)
     for name, layer in layers.items():
         own = {id(parameter) for parameter in layer.parameters(recurse=False)}
@@ -67,7 +112,9 @@ def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor
         if type(module) is standard_class(module):
             continue
         own = (f"{name}.weight_quant.", f"{name}.sparsity.")
-        kept = all(f"{name}.{key}" in state for key in module._parameters if module._parameters[key] is not None)
+        present = [key for key in module._parameters if module._parameters[key] is not None]
+        # the entries of an InProjection are those of the attention around it
+        kept = isinstance(module, InProjection) or all(f"{name}.{key}" in state for key in present)
         if kept and not any(key.startswith(own) for key in state):
             found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
     return found
@@ -85,6 +132,16 @@ def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: Prunin
         logger.warning(
             "%s: pruning_loss has no effect, for no layer that can be pruned asks for importance: GATE_TAYLOR", source
         )
+
+
+def log_coverage(model: nn.Module) -> None:
+    """Log how much of a compressed model is quantised, as a warning where it is little; nothing where none is asked."""
+    if not session_of(model).plan.quant_active:
+        return
+    coverage = model_coverage(model)
+    level = logging.INFO if coverage.quantised >= _MOST else logging.WARNING
+    more = "" if level == logging.INFO else " (amct_ext.explain(model) says why)"
+    logger.log(level, "%s: %s%s", type(model).__name__, coverage, more)
 
 
 def check_pruned(session: Session, source: str) -> None:
@@ -114,20 +171,23 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     """
     if not graph.export_risks:
         return ""
-    risks = format_risks(graph.export_risks)
+    fixed = [risk for risk in graph.export_risks if risk.specializes]
     try:
-        try_capture(model, input_data)
-        fixed = format_risks([risk for risk in graph.export_risks if risk.specializes])
-        if not fixed:
+        # torch.export may be busy with reads and branches for a minute before it gives them up
+        traced = try_capture(model, input_data, trace_first=bool(fixed))
+        if not fixed and not traced:
             return ""
         note = (
-            f"save may trace one forward: sizes, branches and numbers that forward takes from tensors ({fixed}) are "
-            "constants in the files then, those of input_data"
+            "save may trace one forward: sizes, branches and numbers that forward takes from tensors "
+            f"({format_risks(fixed or graph.export_risks)}) are constants in the files then, those of input_data"
         )
     except Exception as error:  # whatever it is, save would meet it too
         note = (
-            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: {risks}. Take it out "
-            "of forward, or save a model without it"
+            f"this model cannot be exported, so save will fail: {error}\nWhat may be in the way: "
+            f"{format_risks(graph.export_risks)}. Take it out of forward, or create, train in the model and save only "
+            "a part without it"
         )
+        parts = free_parts(graph.export_risks, list(graph.calls))
+        note += f", such as {', '.join(map(repr, parts[:_MAX_PARTS]))}" if parts else ""
     logger.warning("%s: %s", type(model).__name__, note)
     return note

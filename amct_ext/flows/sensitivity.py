@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, kind_of
+from amct_ext.common.layer_kinds import Family, kind_named, kind_of
 from amct_ext.common.references import copy_model
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
@@ -20,6 +21,8 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in
 from amct_ext.layers.classes import to_float
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.plain_product import plain_product
+from amct_ext.layers.product_call import ProductCall
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
@@ -57,8 +60,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
     _check_ready(layers)
     for layer in layers.values():
         layer.search_n, layer.integer = None, None
-    of_float = {name: _float_layers(layer) for name, layer in layers.items()}
-    measure = _Measurement(network, layers, of_float, loss)
+    measure = _Measurement(network, layers, loss)
     for batch in loader:
         measure.add(batch)
     if not measure.batches:
@@ -73,10 +75,11 @@ class _Measurement:
         self,
         network: nn.Module,
         layers: dict[str, CompressedLayer],
-        of_float: dict[str, tuple[Forward, Forward]],
         loss: Loss | None,
     ) -> None:
-        self.network, self.layers, self.of_float, self.loss = network, layers, of_float, loss
+        self.network, self.layers, self.loss = network, layers, loss
+        self._counting = False
+        self.of_float = {name: _float_layers(layer, partial(self._count, name)) for name, layer in layers.items()}
         self.batches = 0
         self._macs = dict.fromkeys(layers, 0)
         self._whole = 0.0
@@ -101,11 +104,11 @@ class _Measurement:
         total = max(sum(self._macs.values()), 1)
         rows = []
         for name, layer in self.layers.items():
-            kind, activation = kind_of(layer), layer.activation
-            assert kind is not None and activation is not None
+            activation = layer.activation
+            assert activation is not None
             bits = activation.num_bits, layer.weight_quantizers[0].num_bits
             own, weights = self._own[name] / self.batches, self._weights[name] / self.batches
-            rows.append(LayerSensitivity(layer.layer_name, kind.name, *bits, own, weights, self._macs[name] / total))
+            rows.append(LayerSensitivity(layer.layer_name, _type(layer), *bits, own, weights, self._macs[name] / total))
         return Sensitivity(rows, self._whole / self.batches, "error" if self.loss is None else "loss")
 
     def _run(self, batch: Any) -> list[Tensor]:
@@ -125,19 +128,25 @@ class _Measurement:
         size = sum(float(x.square().sum()) for x in reference)
         return sum(float((x - y).square().sum()) for x, y in zip(seen, reference, strict=True)) / max(size, 1e-300)
 
+    def _count(self, name: str, x: Tensor, output: Tensor) -> None:
+        if self._counting:
+            self._macs[name] += _multiplications(self.layers[name], x, output)
+
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """Count the multiplications of each layer in the forwards inside."""
         names = {layer: name for name, layer in self.layers.items()}
 
-        def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             assert isinstance(layer, CompressedLayer)
             self._macs[names[layer]] += _multiplications(layer, args[0] if args else kwargs["input"], output)
 
-        handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in names]
+        handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in names]
+        self._counting = True
         try:
             yield
         finally:
+            self._counting = False
             for handle in handles:
                 handle.remove()
 
@@ -153,9 +162,17 @@ def _check_ready(layers: dict[str, CompressedLayer]) -> None:
         )
 
 
-def _float_layers(layer: CompressedLayer) -> tuple[Forward, Forward]:
-    """The forward of the float layer, and of the float layer with the quantised weight."""
+def _float_layers(layer: CompressedLayer, count: Callable[[Tensor, Tensor], None]) -> tuple[Forward, Forward]:
+    """The forward of the float layer, and of the float layer with the quantised weight.
+
+    Of a layer that is not called, the product in its place; the float one tells ``count`` of its input and result.
+    """
+    product = layer.refs.product
+    if product is not None and product.host:
+        return _float_products(layer, count)
     plain, rounded = to_float(layer), to_float(layer)
+    if product is not None:
+        rounded = plain_product(rounded, product)
     names: tuple[str, ...] = ("weight",)
     if isinstance(layer, CompressedRNN):
         names = ("weight_ih_l0", "weight_hh_l0")
@@ -164,11 +181,28 @@ def _float_layers(layer: CompressedLayer) -> tuple[Forward, Forward]:
         ]
         vars(rounded)["_flat_weights"] = list(vars(rounded)["_flat_weights"])
     else:
-        weights = [layer.compressed_weight()]
+        weight = layer.compressed_weight()
+        weights = [weight.t() if product is not None and product.columns else weight]
     rounded._parameters = dict(rounded._parameters)
     for name, weight in zip(names, weights, strict=True):
         setattr(rounded, name, nn.Parameter(weight.detach(), requires_grad=False))
     return plain.forward, rounded.forward
+
+
+def _float_products(layer: CompressedLayer, count: Callable[[Tensor, Tensor], None]) -> tuple[Forward, Forward]:
+    weight = layer.compressed_weight().detach()
+
+    def plain(call: ProductCall) -> Tensor:
+        y = call.compute(call.x, layer.weight)
+        count(call.x, y)
+        return y
+
+    return plain, lambda call: call.compute(call.x, weight)
+
+
+def _computes(layer: CompressedLayer) -> str:
+    """The name of the method that computes a layer."""
+    return "product" if layer.refs.product is not None and layer.refs.product.host else "forward"
 
 
 @contextmanager
@@ -176,18 +210,28 @@ def _forwards(layers: dict[str, CompressedLayer], forwards: dict[str, Forward]) 
     """Other forwards for some layers."""
     try:
         for name, forward in forwards.items():
-            vars(layers[name])["forward"] = forward
+            vars(layers[name])[_computes(layers[name])] = forward
         yield
     finally:
         for name in forwards:
-            vars(layers[name]).pop("forward", None)
+            vars(layers[name]).pop(_computes(layers[name]), None)
+
+
+def _type(layer: CompressedLayer) -> str:
+    kind = kind_of(layer)
+    if kind is not None:
+        return kind.name
+    assert layer.refs.product is not None
+    return layer.refs.product.kind
 
 
 def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
-    kind = kind_of(layer)
+    kind, product = kind_named(_type(layer)), layer.refs.product
     assert kind is not None
     if isinstance(layer, CompressedRNN):
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
     of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each position of its input
+    if product is not None and kind_of(layer) is None:
+        return int(output.numel()) // max(layer.weight.shape[int(product.columns)], 1) * layer.weight.numel()
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))
     return (x if of_input else output).numel() // max(width, 1) * layer.weight.numel()

@@ -4,13 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch._ops import OpOverload
 
 from amct_ext.graph.values import Value
 
+READ = "() of a tensor"  # behind the function that the model's code calls
+READ_BY_TORCH = "a value that an operator reads on the host"
 _OPERATOR = "operator "
+
+# Operators that are neither of torch's core nor decomposed into it and have a translation all the same. Some are what
+# autograd sees of a common one on this or that device.
+_TRANSLATED = frozenset(
+    {
+        "_embedding_bag_forward_only",
+        "_fft_c2c",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_trilinear",
+        "addbmm",
+        "complex",
+        "grid_sampler_3d",
+        "linalg_vector_norm",
+        "miopen_batch_norm",
+        "native_batch_norm",
+        "polar",
+        "rand_like",
+        "randint_like",
+        "randn_like",
+        "unfold",
+        "view_as_real",
+    }
+)
+# Operators of its core, or decomposed into it, that have none. torch's tracing exporter knows some of them.
+_WITHOUT_TRANSLATION = frozenset({"_cdist_forward", "_pdist_forward", "linalg_pinv", "mvlgamma", "randperm"})
+_DEPENDS = frozenset({"aminmax"})  # of its core too: some calls are translated, others not
+_NEVER_EXPORTED = frozenset({"equal", "randperm"})  # whatever they are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +57,13 @@ class ExportRisk:
 
     @property
     def specializes(self) -> bool:
-        """Whether a trace would keep what it saw; an unknown operator is followed or not."""
-        return not self.what.startswith(_OPERATOR)
+        """Whether save traces one forward for it, or is likely to; of the others only a try can tell."""
+        return not self.what.startswith(_OPERATOR) and self.what != READ_BY_TORCH
+
+    @property
+    def read(self) -> bool:
+        """Whether the model's own code reads a tensor there."""
+        return self.what.endswith(READ)
 
     def __str__(self) -> str:
         return " ".join(
@@ -32,14 +71,23 @@ class ExportRisk:
         )
 
 
-def export_problem(func: OpOverload, inputs: tuple[Value, ...]) -> str:
-    """Why an exporter may stop at an op: sizes that depend on values, or an op that it may not know; '' otherwise."""
+def export_problem(func: OpOverload, inputs: Sequence[Value]) -> str:
+    """Why an exporter may stop at an op, '' where none does.
+
+    It may have sizes that depend on values, be read on the host inside of torch, or be unknown to exporters.
+    """
     namespace, name = func._schema.name.split("::")
+    if not (name in _NEVER_EXPORTED or any(value.depends_on_input() for value in inputs)):
+        return ""
     if torch.Tag.dynamic_output_shape in func.tags and (
         name != "index" or any(value.dtype in (torch.bool, torch.uint8) for value in inputs)
     ):
         return f"sizes that depend on values ({name})"
-    if namespace == "aten" and _is_common(name):
+    if name == "_local_scalar_dense":
+        return READ_BY_TORCH
+    if namespace == "aten" and name in _WITHOUT_TRANSLATION:
+        return f"an operator that torch.export cannot translate ({name})"
+    if namespace == "aten" and name not in _DEPENDS and (name in _TRANSLATED or _is_common(name)):
         return ""
     return f"{_OPERATOR}{namespace}::{name}"
 
@@ -53,3 +101,20 @@ def _is_common(name: str) -> bool:
     known = torch.export.default_decompositions()
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     return any(torch.Tag.core in overload.tags or overload in known for overload in overloads)
+
+
+def free_parts(risks: Sequence[ExportRisk], layers: Sequence[str]) -> list[str]:
+    """The outermost modules that hold some of the `layers` and none of the risks: those with most layers first.
+
+    A model whose forward cannot be exported may be compressed and saved by these parts. Single layers are none.
+    """
+    held = {risk.module for risk in risks}
+    found: dict[str, int] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        for depth in range(1, len(parts)):
+            name = ".".join(parts[:depth])
+            if not any(module == name or module.startswith(f"{name}.") for module in held):
+                found[name] = found.get(name, 0) + 1
+                break
+    return sorted(found, key=lambda name: -found[name])

@@ -60,11 +60,13 @@ def left_out_by_eval(model: nn.Module, inputs: Inputs, calls: Calls) -> frozense
     candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
     try:
         model_copy = copy_model(model).eval()
+        gone = candidates - {name for name, _ in model_copy.named_modules(remove_duplicate=False)}
+        candidates -= gone
         with preserved_random_state(model_copy), _removing_called(model_copy, candidates):
             inputs.copied().call(model_copy)
     except Exception:
         return frozenset()
-    return frozenset(candidates)
+    return frozenset(candidates | gone)
 
 
 @torch.no_grad()

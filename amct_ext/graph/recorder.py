@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
-from amct_ext.graph.export_risks import ExportRisk, export_problem
+from amct_ext.graph.export_risks import READ, READ_BY_TORCH, ExportRisk, export_problem
 from amct_ext.graph.host_reads import HostReads, caller
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.onnx_names import NodeNames
@@ -155,13 +155,16 @@ class Recorder(TorchDispatchMode):
     def note_read(self, tensor: torch.Tensor, how: str) -> None:
         """The model's code reads a tensor that depends on the input: what it finds decides on what runs."""
         if not self._layers and self._values.lookup(tensor).depends_on_input():
-            self._note_risk(f"{how.strip('_')}() of a tensor")
+            self._note_risk(how.strip("_") + READ)
             if how in ("numpy", "__array__"):  # its memory is handed out, and no op tells of what is written there
                 self._values.overwrite(tensor, self._log.relate("host_memory", (self._values.lookup(tensor),), tensor))
 
     def _note_risk(self, what: str) -> None:
         module = next((scope for scope in reversed(self._log.scopes) if scope), "")
-        self.export_risks[ExportRisk(what, caller(), module)] = None
+        risk = ExportRisk(what, caller(), module)
+        if what == READ_BY_TORCH and any(risk.place == other.place and other.read for other in self.export_risks):
+            return  # what the model's code reads is named with the function it calls
+        self.export_risks[risk] = None
 
     @contextlib.contextmanager
     def _unrecorded(self) -> Iterator[None]:
@@ -256,10 +259,9 @@ class Recorder(TorchDispatchMode):
         # An op that writes may return nothing (foreach ops) or what it wrote; either way that is its result.
         results = results + [tensor for tensor in written if not any(tensor is result for result in results)]
         outputs = tuple(value_of(tensor) for tensor in results)
-        if any(value.depends_on_input() for value in inputs):
-            problem = export_problem(func, inputs)
-            if problem:
-                self._note_risk(problem)
+        problem = export_problem(func, inputs)
+        if problem:
+            self._note_risk(problem)
         pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
         node = self._log.add_op(op, inputs, outputs, named, pointwise)
         for tensor, value in zip(results, outputs, strict=True):

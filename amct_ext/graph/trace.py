@@ -11,11 +11,15 @@ from torch import nn
 from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.export_risks import ExportRisk
+from amct_ext.graph.hosted import find_hosted
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
+from amct_ext.graph.products import find_products
 from amct_ext.graph.recorder import record
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
+from amct_ext.graph.weight_use import factors, sources
+from amct_ext.layers.product_call import Product
 
 _UNREAD = "its result reaches no tensor that the model returns"
 _EVALUATED_ONLY = (
@@ -23,6 +27,9 @@ _EVALUATED_ONLY = (
 )
 _LEFT_OUT = "model.eval() takes it out of the forward (a train() of its own that merges it into another layer?)"
 _WRITTEN = "forward writes its weight or bias itself"
+# Ops that a BatchNorm becomes.
+_NORM_OPS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm")
+_RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "permute", "transpose", "t")
 
 
 @dataclass(eq=False)
@@ -31,7 +38,8 @@ class Graph:
 
     `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not
     run in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that
-    are none of the model's. `export_risks`: the places that make it worth while to try an export.
+    are none of the model's. `export_risks`: the places that make it worth while to try an export. `products`: modules
+    with a weight and a forward of their own -> the product in it, or why there is none to quantise.
     """
 
     nodes: list[Node]
@@ -41,10 +49,28 @@ class Graph:
     left_alone: Mapping[str, str] = field(default_factory=dict)
     foreign: list[nn.Parameter] = field(default_factory=list)
     export_risks: tuple[ExportRisk, ...] = ()
+    products: Mapping[str, Product | str] = field(default_factory=dict)
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
-        return layer_traits(self.calls, model, self.left_alone, self.parameter_readers())
+        return layer_traits(self.calls, model, self.left_alone, self.parameter_readers(), self.products)
+
+    def product_nodes(self) -> dict[str, Node]:
+        """The op that is the product of each module in `products`, in execution order."""
+        found = {}
+        wanted = {f"{name}.weight": name for name, product in self.products.items() if isinstance(product, Product)}
+        for node in self.nodes if wanted else ():
+            weights = [value for value in factors(node) if not value.depends_on_input()]
+            if len(weights) == 1:
+                read = {source.name for source in sources(weights[0]) if source.kind == "parameter"}
+                found.update({wanted[name]: node for name in read & wanted.keys()})
+        return found
+
+    def layer_order(self) -> list[str]:
+        """Layers, and modules with a product of their own, in the order in which they first ran."""
+        products = {id(node): name for name, node in self.product_nodes().items()}
+        names = (products.get(id(node), node.module) for node in self.nodes)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     def unread(self) -> frozenset[str]:
         """Layers from which no recorded op leads to an output. Empty where the model returns no computed tensor."""
@@ -56,6 +82,7 @@ class Graph:
                 seen.add(id(node))
                 open_nodes += [value.producer for value in node.inputs if value is not None]
         layers = {name: nodes for name, nodes in self.calls.items() if nodes[0].op in QUANTIZABLE}
+        layers |= {name: [node] for name, node in self.product_nodes().items()}
         found = frozenset(name for name, nodes in layers.items() if not any(id(node) in seen for node in nodes))
         return found if len(found) < len(layers) else frozenset()
 
@@ -75,21 +102,54 @@ class Graph:
     def conv_bn(self) -> dict[str, str]:
         """Convolution name -> BatchNorm name, where the BatchNorm is the only reader of the convolution's output."""
         pairs = {}
-        for name, calls in self.calls.items():
-            node = calls[0]
-            if len(calls) != 1 or node.op not in CONVS or len(node.outputs) != 1:
-                continue
+        convolutions = {
+            name: calls[0] for name, calls in self.calls.items() if len(calls) == 1 and calls[0].op in CONVS
+        }
+        for name, node in self.product_nodes().items():
+            product = self.products[name]
+            if isinstance(product, Product) and product.kind in CONVS:
+                convolutions[name] = node
+        for name, node in convolutions.items():
             readers = node.outputs[0].consumers
-            if len(readers) != 1 or readers[0].op not in BATCH_NORMS or node.outputs[0] in self.outputs:
+            if len(node.outputs) != 1 or len(readers) != 1 or node.outputs[0] in self.outputs:
                 continue
-            if len(self.calls[readers[0].name]) == 1:
-                pairs[name] = readers[0].name
+            norm = self._norm(readers[0])
+            if norm:
+                pairs[name] = norm
         return pairs
+
+    def _norm(self, node: Node) -> str:
+        """The module whose only BatchNorm a node is: a plain one, or that in a forward of its own; '' where none."""
+        if node.op in BATCH_NORMS:
+            return node.name if len(self.calls[node.name]) == 1 else ""
+        if node.op not in _NORM_OPS:
+            return ""
+        read = {key: node.args.get(key) for key in ("running_mean", "running_var", "weight", "bias")}
+        names = {value.name for value in read.values() if isinstance(value, Value)}
+        owner = next(iter(names), "").rpartition(".")[0]
+        if not owner or names != {f"{owner}.{key}" for key, value in read.items() if value is not None}:
+            return ""
+        mean = read["running_mean"]
+        uses = sum(other.op in _NORM_OPS and other.args.get("running_mean") is mean for other in self.nodes)
+        return owner if uses == 1 and isinstance(mean, Value) and not node.args.get("training") else ""
 
     def fed_by_relu(self, layer: str) -> bool:
         """Whether input 0 of the layer comes straight from a ReLU (module or function, not ReLU6 or a clamp)."""
         value = self.layer_input(layer)
+        if isinstance(self.products.get(layer), Product):
+            value = self._product_input(layer)
         return value is not None and value.producer is not None and value.producer.op == "relu"
+
+    def _product_input(self, name: str) -> Value | None:
+        """What the product of a module reads, before its forward padded it with zeros or gave it another shape."""
+        node = self.product_nodes().get(name)
+        value = None if node is None else next(value for value in factors(node) if value.depends_on_input())
+        while value is not None and value.producer is not None:
+            made = value.producer
+            if made.op not in _RESHAPES and (made.op != "constant_pad_nd" or made.args.get("value")):
+                break
+            value = made.inputs[0]
+        return value
 
     def parameter_readers(self) -> dict[str, list[Node]]:
         """Parameters that an op reads outside the layer that holds them: qualified parameter name -> the ops."""
@@ -113,6 +173,7 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
     Errors: InputDataError (input_data has another type, or the model rejects it), ModelError (nothing to trace).
     """
     recording = record(model, input_data)
+    inputs = parse_inputs(model, input_data)
     graph = Graph(
         recording.nodes,
         recording.inputs,
@@ -120,12 +181,14 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
         recording.calls,
         foreign=recording.foreign,
         export_risks=recording.export_risks,
+        products=find_products(model, inputs),
     )
-    inputs = parse_inputs(model, input_data)
+    hosted = find_hosted(model, inputs, graph.nodes, graph.products)
+    graph = replace(graph, products={**graph.products, **hosted})
     read = [model.get_parameter(name) for name in graph.parameter_readers()]
     left = dict.fromkeys(confirmed_unread(model, inputs, graph.unread()), _UNREAD)
     left |= dict.fromkeys(left_out_by_eval(model, inputs, graph.calls), _LEFT_OUT)
     left |= dict.fromkeys((name.rpartition(".")[0] for name in recording.written), _WRITTEN)
     left |= dict.fromkeys(evaluated_only(model, inputs, graph.calls, read), _EVALUATED_ONLY)
-    layers = {name for name, nodes in graph.calls.items() if nodes[0].op in QUANTIZABLE}
+    layers = {name for name, nodes in graph.calls.items() if nodes[0].op in QUANTIZABLE} | graph.products.keys()
     return replace(graph, left_alone={name: why for name, why in left.items() if name in layers})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import nn
 
@@ -13,28 +14,40 @@ from amct_ext.common.layer_kinds import (
     computed_parameter,
     is_depthwise,
     keeps_forward,
+    kind_named,
     kind_of,
     layer_type,
 )
 from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.values import Node
+from amct_ext.layers.attention import InProjection
+from amct_ext.layers.product_call import Product
 
 Calls = Mapping[str, Sequence[Node]]
+_SIZED = "the attention around it divides its channels into heads"
+_OWN_FORWARD = "its class has a forward of its own"
 
 
 def layer_traits(
-    calls: Calls, model: nn.Module, left_alone: Mapping[str, str], readers: Mapping[str, Sequence[Node]]
+    calls: Calls,
+    model: nn.Module,
+    left_alone: Mapping[str, str],
+    readers: Mapping[str, Sequence[Node]],
+    products: Mapping[str, Product | str] = MappingProxyType({}),
 ) -> dict[str, LayerTraits]:
     """Traits of every layer whose class can be quantised or pruned, in named_modules order.
 
-    `left_alone`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers.
+    `left_alone`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers;
+    `products`: modules with a forward of their own -> the product in it, or why there is none to quantise.
     """
     modules = dict(model.named_modules())
     owners = parameter_owners(modules)
     read_by = {id(model.get_parameter(name)): nodes[0].name for name, nodes in readers.items()}
     result = {}
     for name, module in modules.items():
-        kind = kind_of(module)
+        kind, product = kind_of(module), products.get(name)
+        if kind is None and isinstance(product, Product):
+            kind = kind_named(product.kind)
         if kind is None or not (kind.quantizable or kind.filter_prunable):
             continue
         # A recurrent layer has several weights.
@@ -42,22 +55,33 @@ def layer_traits(
         weights = [value for key, value in named if key.startswith("weight")]
         # A weight that only an op reads (out_proj of MultiheadAttention) is no layer's that runs.
         reader = next((read_by[id(value)] for value in weights if id(value) in read_by), "")
-        usable = why_not_usable(calls, name, module, reader) or left_alone.get(name, "")
-        others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o != name))
+        usable = left_alone.get(name, "")
+        if kind_of(module) is not None:
+            usable = why_not_usable(calls, name, module, reader) or usable
+        unsuited = usable
+        if product is not None:
+            unsuited = product if isinstance(product, str) else left_alone.get(name, "")
+        holds = isinstance(module, InProjection)  # whose weight is registered at the attention around it, too
+        own = {name, name.rpartition(".")[0]} if holds else {name}
+        others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o not in own))
         shared = ", ".join(other or "the model itself" for other in others)
         # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
-        reason = usable or (shared and f"its weight is shared with {shared}") or why_not_quantizable(kind, module)
-        why_dense = usable or (reason if foreign else "")
+        shared_with = shared and f"its weight is shared with {shared}"
+        limits = "" if isinstance(product, Product) else why_not_quantizable(kind, module)
+        reason = unsuited or shared_with or limits
+        why_dense = usable or (reason if foreign else "") or (_OWN_FORWARD if isinstance(product, Product) else "")
         if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
             why_dense = f"its weight is also read by {reader}, outside of the layer"
+        why_whole = (_OWN_FORWARD if kind_of(module) is None else "") or (_SIZED if holds else "")
         result[name] = LayerTraits(
             type=kind.name,
             quantizable=not reason,
-            filter_prunable=name not in left_alone
+            filter_prunable=not why_whole
+            and name not in left_alone
             and _filter_prunable(kind, module, usable, reader, calls.get(name, [])),
             sparse_prunable=kind.sparse_prunable and not why_dense,
-            int4_weights=_int4_weights(kind, module, weights),
+            int4_weights=_int4_weights(kind, module, weights, isinstance(product, Product) and product.columns),
             why_not_quantizable=reason,
             why_not_sparse=why_dense,
         )
@@ -134,8 +158,8 @@ def why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
     return ""
 
 
-def _int4_weights(kind: LayerKind, module: nn.Module, weights: Sequence[nn.Parameter]) -> bool:
+def _int4_weights(kind: LayerKind, module: nn.Module, weights: Sequence[nn.Parameter], columns: bool) -> bool:
     """INT4 weights are packed in pairs along the input channels: these must be even in number and in one group."""
-    axis = kind.weight_axes[0]
+    axis = kind.weight_axes[1 if columns else 0]
     one_group = getattr(module, "groups", 1) == 1
     return one_group and all(weight.shape[axis] % 2 == 0 for weight in weights if weight.dim() > axis)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from amct_ext.common.layer_kinds import kind_of
-from amct_ext.layers import conv_linear, rnn
+from amct_ext.layers import conv_linear, own_forward, rnn
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import derived_class, take_attributes
+from amct_ext.layers.product_call import Product
 
 # By name of the kind in common/layer_kinds.py; the kinds that are quantizable are here.
 _COMPRESSED: dict[str, type[CompressedLayer]] = {
@@ -22,21 +21,35 @@ _COMPRESSED: dict[str, type[CompressedLayer]] = {
     "LSTM": rnn.CompressedLSTM,
     "GRU": rnn.CompressedGRU,
 }
+# The same for layers with a forward of their own, and for modules that are none of torch's layers.
+_OWN: dict[str, type[CompressedLayer]] = {
+    "Conv1d": own_forward.OwnConv1d,
+    "Conv2d": own_forward.OwnConv2d,
+    "Conv3d": own_forward.OwnConv3d,
+    "Linear": own_forward.OwnLinear,
+    "ConvTranspose1d": own_forward.OwnConvTranspose1d,
+    "ConvTranspose2d": own_forward.OwnConvTranspose2d,
+}
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
 _INSTANCE_NAMES = {"layer_name", "refs", "integer"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
 _COPYING = {"__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__"}
 
 
-def compressed_class(layer: nn.Module) -> tuple[type[CompressedLayer] | None, str]:
+def compressed_class(layer: nn.Module, product: Product | None = None) -> tuple[type[CompressedLayer] | None, str]:
     """The compressed class for a float layer and '', or None and the reason.
 
-    A subclass that keeps its parent's forward counts as the parent and gets a class derived from both.
+    A subclass that keeps its parent's forward counts as the parent and gets a class derived from both. ``product``: the
+    one in the forward of a class that has a forward of its own.
     """
-    parent = standard_class(layer)
-    if parent is None or type(layer).forward is not parent.forward:
-        return None, f"{type(layer).__name__} has no compressed form"
-    base, own = _COMPRESSED[parent.__name__], type(layer)
+    parent, own = standard_class(layer), type(layer)
+    if product is not None:
+        other = own_forward.OwnProduct if product.kind == "Linear" else own_forward.OwnConvolution
+        base, parent = (other, nn.Module) if parent is None else (_OWN[parent.__name__], parent)
+    elif parent is None or own.forward is not parent.forward:
+        return None, f"{own.__name__} has no compressed form"
+    else:
+        base = _COMPRESSED[parent.__name__]
     clash = _own_names(layer, parent) & _reserved(base)
     if clash:
         return None, f"it has a member '{min(clash)}', a name that a compressed layer needs for itself"
@@ -56,8 +69,7 @@ def standard_class(layer: nn.Module) -> type[nn.Module] | None:
 
 def to_float(layer: CompressedLayer) -> nn.Module:
     """The float layer again, of its own class, 2:4 mask folded into the weight (do not use ``layer`` afterwards)."""
-    own: type[Any] = next(base for base in type(layer).__mro__ if not issubclass(base, CompressedLayer))
-    plain: nn.Module = object.__new__(own)
+    plain: nn.Module = object.__new__(own_forward.float_class(layer))
     take_attributes(plain, layer)
     for name in (*layer.own_children, *_INSTANCE_NAMES):
         plain._modules.pop(name, None)

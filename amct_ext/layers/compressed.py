@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, Self, SupportsIndex
 
 import torch
@@ -20,20 +19,14 @@ from amct_ext.layers.activation_types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.layers.layer_refs import UnregisteredRefs
+from amct_ext.layers.product_call import Product
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity, masked
 from amct_ext.layers.stash import stashed
 from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
 
 _EPS = torch.finfo(torch.float32).eps
-
-
-@dataclass
-class UnregisteredRefs:
-    """Modules that a layer refers to without registering them: their state belongs elsewhere in the model."""
-
-    shared_act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
-    batch_norm: _BatchNorm | None = None  # that follows, and has fixed statistics in evaluations
 
 
 class ProductOnCodes(Protocol):
@@ -101,7 +94,7 @@ class CompressedLayer(nn.Module):
             quantised = self.act_quant(x, results)
         elif quantizer is not None:
             quantised = quantizer.forward_shared(x, results)
-        weight = self.compressed_weight()
+        weight = self._compressed(self.source_weight(*args))
         # Only the gradient of the weight reads the input again.
         if quantizer is not None and quantizer.stash and weight.requires_grad:
             with stashed(quantizer.num_bits, *results[0]):
@@ -110,7 +103,13 @@ class CompressedLayer(nn.Module):
 
     def compressed_weight(self) -> Tensor:
         """The weight that the product uses: masked and fake-quantised; in training a 2:4 mask may be renewed."""
-        weight = self.weight
+        return self._compressed(self.source_weight())
+
+    def source_weight(self, *args: Any) -> Tensor:
+        """The float weight of the product; ``args``: as of `_forward`, where one is under way."""
+        return self.weight
+
+    def _compressed(self, weight: Tensor) -> Tensor:
         if self.weight_quant is None:
             return weight if self.sparsity is None else self.sparsity(weight)
         if self.sparsity is None:
@@ -180,7 +179,7 @@ class CompressedLayer(nn.Module):
     @torch.no_grad()
     def masked_weight(self) -> Tensor:
         """The float weight with the current 2:4 mask folded in."""
-        weight = whole(self.weight.detach())
+        weight = whole(self.source_weight().detach())
         if self.sparsity is None:
             return weight
         self.sparsity.repair_mask(weight)
@@ -204,12 +203,14 @@ class CompressedLayer(nn.Module):
     # -- construction
 
     @classmethod
-    def from_float(cls, layer: nn.Module, plan: LayerPlan, batch_num: int, fixed_min: bool) -> CompressedLayer:
+    def from_float(
+        cls, layer: nn.Module, plan: LayerPlan, batch_num: int, fixed_min: bool, product: Product | None = None
+    ) -> CompressedLayer:
         """Take over the float layer's parameters, hooks and settings (the float object must not be used afterwards)."""
         new = object.__new__(cls)
         take_attributes(new, layer)
         new.layer_name = plan.name
-        new.refs = UnregisteredRefs()
+        new.refs = UnregisteredRefs(product=product)
         new.integer = None
         vars(new).update(dict.fromkeys(cls.own_children))
         new._add_children(plan, batch_num, fixed_min)
@@ -259,6 +260,8 @@ class CompressedLayer(nn.Module):
 
         Not where the weight is sharded, for no rank holds it; nor where the scale was loaded and not trained since.
         """
+        if not any(quantizer.learned for quantizer in self.weight_quantizers):
+            return
         for quantizer, weight in zip(self.weight_quantizers, self._quantized_weights(), strict=True):
             if quantizer.learned and not weight.is_meta and not hasattr(weight, "full_tensor"):
                 mask = None if self.sparsity is None else self.sparsity.mask
@@ -266,7 +269,7 @@ class CompressedLayer(nn.Module):
 
     def _quantized_weights(self) -> tuple[Tensor, ...]:
         """The weights of `weight_quantizers`."""
-        return () if self.weight_quant is None else (self.weight,)
+        return () if self.weight_quant is None else (self.source_weight(),)
 
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module; a change of mode is also where weights may have been swapped through ``weight.data``."""

@@ -16,6 +16,8 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
     """Why no input can take the integer forward of ``layer``; None where one can."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         return "no integer kernel for this type"
+    if layer.refs.product is not None:
+        return "a forward of its class's own"
     if layer.weight_quant is None or layer.activation is None:
         return "not quantised"
     if max(layer.weight_quant.num_bits, layer.activation.num_bits) > 8:

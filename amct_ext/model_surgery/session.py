@@ -15,6 +15,7 @@ from amct_ext.config.text import RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.weight_use import WeightUses
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
@@ -59,6 +60,7 @@ class Session:
     written: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
+    weight_uses: WeightUses = field(default_factory=WeightUses)  # of the float model, after pruning
     output_search_pending: bool = False  # range_search: OUTPUT has yet to choose between clips
     gptq_pending: bool = False  # GPTQ has yet to change weights
     calibration_input: Inputs | None = None  # of the forward under way, for the output search

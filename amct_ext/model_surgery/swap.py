@@ -18,6 +18,9 @@ from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import take_attributes
+from amct_ext.layers.host import Host, host_of, plain_host
+from amct_ext.layers.plain_product import plain_product
+from amct_ext.layers.product_call import Product
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.batchnorm_links import foldable
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
@@ -44,17 +47,21 @@ def insert_layers(
     for layer_plan in planned_layers(plan):
         name = layer_plan.name
         module = modules[name]
-        cls, reason = compressed_class(module)
+        found = graph.products.get(name)
+        product = found if isinstance(found, Product) else None
+        cls, reason = compressed_class(module, product)
         reason = reason or leave.get(name, "")
         if cls is None or reason:
             logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
             left_float[name] = reason
             continue
         try:
-            inserted[name] = cls.from_float(module, layer_plan, plan.batch_num, _fixed_min(graph, layer_plan, module))
+            fixed_min = _fixed_min(graph, layer_plan, module)
+            inserted[name] = cls.from_float(module, layer_plan, plan.batch_num, fixed_min, product)
         except (AttributeError, TypeError) as error:
             raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
     model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})
+    model = _insert_hosts(model, inserted)
     _share_inputs(graph, plan, inserted)
     return model, _link_batchnorms(model, graph, inserted), left_float
 
@@ -86,8 +93,29 @@ def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dic
 
 
 def fold_layers(model: nn.Module) -> nn.Module:
-    """Turn every compressed layer back into its float layer, 2:4 masks folded in (in place; returns the model)."""
-    return replace_modules(model, {layer: to_float(layer) for _, layer in list(compressed_layers(model))})
+    """Turn every compressed layer back into a float layer, 2:4 masks folded in (in place; returns the model).
+
+    One with a forward of its own comes back inside of a plain layer, whose weight is the one that is multiplied.
+    """
+    folded: dict[nn.Module, nn.Module] = {}
+    for _, layer in list(compressed_layers(model)):
+        plain, product = to_float(layer), layer.refs.product
+        folded[layer] = plain if product is None or product.host else plain_product(plain, product)
+    model = replace_modules(model, folded)
+    return replace_modules(model, {host: plain_host(host) for host in model.modules() if isinstance(host, Host)})
+
+
+def _insert_hosts(model: nn.Module, inserted: Mapping[str, CompressedLayer]) -> nn.Module:
+    """Put a host in the place of each module that computes the product of an inserted layer."""
+    hosted: dict[str, list[str]] = {}
+    for name, layer in inserted.items():
+        if layer.refs.product is not None and layer.refs.product.host:
+            host = layer.refs.product.host
+            hosted.setdefault(host, []).append(name.removeprefix(f"{host}."))
+    for host, names in hosted.items():
+        module = model.get_submodule(host)
+        model = replace_modules(model, {module: host_of(module, names)})
+    return model
 
 
 def sharing_groups(graph: Graph, plan: Plan) -> list[tuple[str, ...]]:
@@ -117,7 +145,8 @@ def _link_batchnorms(model: nn.Module, graph: Graph, inserted: Mapping[str, Comp
     for conv, norm in graph.conv_bn().items():
         if conv not in inserted or inserted[conv].weight_quant is None:
             continue
-        own = all(id(parameter) not in read for parameter in inserted[conv].parameters(recurse=False))
+        layer = inserted[conv]
+        own = layer.refs.product is not None or all(id(p) not in read for p in layer.parameters(recurse=False))
         if own and foldable(model.get_submodule(norm)):
             inserted[conv].set_batch_norm(model.get_submodule(norm))
             pairs[conv] = norm

@@ -133,14 +133,9 @@ class _Trial:
         """What is wrong without some channels. The model stays cut where nothing is and `stays`."""
         records = [self._records[index] for index in sorted(wanted)]
         gone = self.found.removed(records, self._model)
-        masked: list[Tensor] | None = None
-        try:
-            masked = run_masked(self._model, self._inputs, self.found, gone)[1]
-        except Exception as error:
-            _logger.debug("no comparison with the whole model: %s", error)
         removal = removal_of(self._model, self.found, records)
         failed = removal.apply()
-        difference = Difference(None, failed) if failed else self._compare(gone, masked, removal)
+        difference = Difference(None, failed) if failed else self._compare(gone, removal)
         if difference is _UNLIKE and stays:
             pruned = run_pruned(self._model, self._inputs, self.found, gone, sums=True)[0]
             removal.undo()
@@ -149,13 +144,20 @@ class _Trial:
             removal.undo()
         return difference
 
-    def _compare(self, gone: Tensor, masked: list[Tensor] | None, removal: Removal) -> Difference | None:
+    def _compare(self, gone: Tensor, removal: Removal) -> Difference | None:
         _, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
+        difference = difference or self._compare_in_training([tensor.dim() for tensor in outputs], removal)
         if difference is not None:
             return difference
-        if masked is not None and largest_error(outputs, masked) > _tolerance(outputs):
-            return _UNLIKE
-        return self._compare_in_training([tensor.dim() for tensor in outputs], removal)
+        removal.undo()
+        try:
+            wanted = run_masked(self._model, self._inputs, self.found, gone)[1]
+        except Exception as error:
+            _logger.debug("no comparison with the whole model: %s", error)
+            return None
+        finally:
+            removal.apply()
+        return _UNLIKE if largest_error(outputs, wanted) > _tolerance(outputs) else None
 
     def _compare_in_training(self, evaluated: list[int], removal: Removal) -> Difference | None:
         """Heads that only run in training read channels that an eval forward does not show."""

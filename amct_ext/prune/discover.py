@@ -22,6 +22,7 @@ from amct_ext.prune.rules.table import op_rule
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 from amct_ext.record.types import ChannelRecord
 
+LAYER_TENSORS = ("weight", "bias", "running_mean", "running_var")  # what removal cuts with a layer
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
 
 
@@ -93,6 +94,7 @@ class _Walk:
         self._modules = dict(model.named_modules())
         self._obstacles = obstacles(graph, model)
         self._fixed_readers: set[str] = set()  # layers that read channels that stay
+        self._returned = set(graph.outputs)
         self._shared = shared_parameters(model)
         for value in graph.sources:
             if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
@@ -110,7 +112,9 @@ class _Walk:
         try:
             if node.module is not None:
                 self._layer(node)
-            elif any(self.context.of(value) for value in node.inputs):
+            elif any(value.consumers or value in self._returned for value in node.outputs) and any(
+                self.context.of(value) for value in node.inputs
+            ):
                 self._op(node)
         except CannotFollow as reason:
             self._keep_whole(node, str(reason))
@@ -124,9 +128,10 @@ class _Walk:
 
     def is_covered(self, source: Source) -> bool:
         """Whether a source is cut with a layer."""
-        if source.axis is None:
-            return True
-        owner = self._modules.get(source.name.rpartition(".")[0])
+        name, _, key = source.name.rpartition(".")
+        if source.axis is None or key not in LAYER_TENSORS:
+            return source.axis is None
+        owner = self._modules.get(name)
         kind = kind_of(owner) if owner is not None else None
         return kind is not None and kind.family in _CUT_LAYERS
 

@@ -107,6 +107,7 @@ class ChannelGroup:
                 prune_group=blocks,
                 prune_index=member.indices(removed),
                 axis=member.axis,
+                reordered=bool(member.places),
             )
 
         return ChannelRecord(

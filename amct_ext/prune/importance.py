@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of, output_axis
 from amct_ext.errors import InvalidDataError
 from amct_ext.ops import filter_norms
 from amct_ext.prune.groups import ChannelGroup, Member
@@ -43,9 +43,7 @@ def _norms(group: ChannelGroup, model: nn.Module) -> Iterator[Tensor]:
 
 def produced_rows(member: Member, count: int, model: nn.Module) -> Tensor:
     """What a producer makes a group's channels by: its weight with these along axis 0. Errors: InvalidDataError."""
-    kind = kind_of(model.get_submodule(member.name))
-    assert kind is not None
-    rows = finite_weight(member, model).movedim(kind.weight_axes[1], 0)
+    rows = finite_weight(member, model).movedim(output_axis(model.get_submodule(member.name)), 0)
     if len(rows) == count:
         return rows
     return rows[member.begin : member.begin + count * member.repeat].reshape(count, -1)

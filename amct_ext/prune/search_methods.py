@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amct_ext.common.layer_kinds import output_axis
 from amct_ext.errors import InputDataError, ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.prune.cost import Cost
@@ -111,13 +112,15 @@ class TaylorLossSensitivity(SensitivityBase):
         names = list(dict.fromkeys(member.name for group in groups for member in group.producers))
         model.requires_grad_(False)
         weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
-        scores = {name: torch.zeros(weight.shape[0]) for name, weight in zip(names, weights, strict=True)}
+        axes = {name: output_axis(model.get_submodule(name)) for name in names}
+        scores = {name: torch.zeros(weight.shape[axes[name]]) for name, weight in zip(names, weights, strict=True)}
         for inputs, label in self._samples:
             with torch.enable_grad():
                 gradients = torch.autograd.grad(self._loss(model, inputs, label), weights, allow_unused=True)
             for name, weight, gradient in zip(names, weights, gradients, strict=True):
                 if gradient is not None:  # else it does not matter to the output
-                    scores[name] += (weight.detach() * gradient).flatten(1).float().abs().sum(1).cpu()
+                    changes = (weight.detach() * gradient).movedim(axes[name], 0)
+                    scores[name] += changes.flatten(1).float().abs().sum(1).cpu()
         for record, group in zip(search_records, groups, strict=True):
             write_scores(record, torch.stack([scores[member.name] for member in group.producers]).sum(0))
 

@@ -20,7 +20,8 @@ SIZE_ATTRIBUTES = frozenset(
         "head_dim", "key_dim", "dim_head", "head_size", "attention_head_size", "all_head_size", "inner_dim",
         "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
         "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
-        "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes", "split_sizes",
+        "expand_chs", "splits", "input_split", "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes",
+        "key_value_proj_dim", "split_sizes",
     )
 )  # fmt: skip
 # Ops that are given sizes. Others take them from their inputs.
@@ -90,10 +91,10 @@ def _of_own_parameters(
         if source.axis is not None and bool(gone[ids].any()):
             owner, _, key = source.name.rpartition(".")
             if key == "weight":
-                shape = shapes.setdefault(owner, list(getattr(modules[owner], key).shape))
+                shape = shapes.setdefault(owner, list(_weight(modules[owner]).shape))
                 shape[source.axis] = int((~gone[ids]).sum())
     for owner, shape in shapes.items():
-        old = list(getattr(modules[owner], "weight").shape)  # noqa: B009 - a parameter or a buffer
+        old = list(_weight(modules[owner]).shape)
         for attribute in _OWN & vars(modules[owner]).keys():
             value = vars(modules[owner])[attribute]
             if isinstance(value, (tuple, list)) and list(value) == old:
@@ -172,3 +173,10 @@ def _replaced(value: object, changes: dict[int, int], shapes: Resized) -> object
             return type(value)(part) if part != sizes and -1 not in part else None
     replaced = [changes.get(item, item) for item in sizes]
     return type(value)(replaced) if replaced != list(sizes) else None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """A weight that may be a buffer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

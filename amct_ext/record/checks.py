@@ -78,8 +78,8 @@ def check_channel(record: ChannelRecord, where: Where) -> None:
     for node in (*record.producers, *record.consumers):
         _check_node(node, where)
     first = record.producers[0]
-    for node in record.producers:  # a reader may have them in another order (behind a channel shuffle)
-        same_width = node.end - node.begin == first.end - first.begin
+    for node in (*record.producers, *record.consumers):
+        same_width = not node.reordered and node.end - node.begin == first.end - first.begin
         if same_width and _relative(node) != _relative(first):
             raise RecordError(
                 f"{where()}: '{node.name}' and '{first.name}' are one group but remove different channels "

@@ -160,8 +160,12 @@ def _read_node(node: Any, where: Where) -> PruneNode:
     except UnicodeDecodeError:
         raise RecordError(f"{where()}: node '{node.name}': its type is no UTF-8 text: give an ONNX operator") from None
     # anything else (prune_axis of older files, remain_channels, ...) carries nothing a restore needs
+    reordered = bool(read_attribute(node, "reordered", "INT", where))
     return PruneNode(
-        name=node.name, prune_index=tuple(read_attribute(node, "prune_index", "INTS", where) or ()), **values
+        name=node.name,
+        reordered=reordered,
+        prune_index=tuple(read_attribute(node, "prune_index", "INTS", where) or ()),
+        **values,
     )
 
 
@@ -192,6 +196,8 @@ def _write_node(item: Any, node: PruneNode) -> None:
         value = getattr(node, name)
         if value is not None:
             write_attribute(item, name, "INT", value)
+    if node.reordered:
+        write_attribute(item, "reordered", "INT", 1)
     if node.prune_index:
         write_attribute(item, "prune_index", "INTS", node.prune_index)
 

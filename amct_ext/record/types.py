@@ -40,6 +40,7 @@ class PruneNode:
 
     prune_index lists the removed channels in ascending order, already shifted by `begin`; empty means none. type
     'Initializer': a parameter or buffer that no layer of a known type holds; `name` is its own, `axis` is cut.
+    reordered: the group's channels may lie in another order here than in the producers (behind a channel shuffle).
     """
 
     name: str
@@ -50,6 +51,7 @@ class PruneNode:
     prune_group: int | None = None
     prune_index: tuple[int, ...] = ()
     axis: int | None = None
+    reordered: bool = False
 
 
 @dataclass(frozen=True)

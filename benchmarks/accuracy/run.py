@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -30,16 +28,9 @@ from benchmarks.accuracy.results import Result, append
 from benchmarks.accuracy.tasks.base import Task
 from benchmarks.accuracy.tasks.registry import SETTINGS, TASKS, Setting, load_task
 from benchmarks.accuracy.training import train
+from benchmarks.version import commit
 
 CACHE = Path.home() / ".cache" / "amct_ext" / "accuracy"
-
-
-@functools.cache
-def _commit() -> str:
-    """The commit of this tree, "-dirty" after it where tracked files differ; "" where git does not know."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def run(task: Task, setting: Setting, method: Method, seed: int) -> Result:
@@ -59,7 +50,7 @@ def run(task: Task, setting: Setting, method: Method, seed: int) -> Result:
         score=round(task.evaluate(prepared.model), 4),
         prepare_seconds=round(ready - began, 1),
         train_seconds=round(done - ready, 1),
-        version=(method.installed() if method.package else _commit()) or "",
+        version=(method.installed() if method.package else commit()) or "",
     )
 
 

@@ -41,7 +41,7 @@ def test_ratio_is_reached_and_not_overshot(search: Search, build: Any, ascend: b
     if not ascend:
         assert reached < wanted * 1.3  # steps are small
     assert set(ratios) == (
-        {"stem", "conv1", "conv2", "down", "fc"} if build is small.build else {"a", "b", "grouped", "fc"}
+        {"stem", "conv1", "conv2", "down", "fc"} if build is small.build else {"a", "b", "grouped", "up", "fc"}
     )
     if ascend:
         record = amct_ext.explain(build(), small.SAMPLE, search.out)

@@ -132,9 +132,9 @@ def test_a_subclass_is_its_parent_unless_it_computes_on_its_own():
     assert "addmm" in ops(graph)
     traits = graph.traits(net)
     assert traits["kept"].type == traits["own"].type == "Linear"
-    assert traits["kept"].quantizable
-    assert not traits["own"].quantizable
-    assert "Own has a forward of its own" in traits["own"].why_not_quantizable
+    assert traits["kept"].quantizable and traits["kept"].sparse_prunable
+    assert traits["own"].quantizable  # at the product in its forward
+    assert "Own has a forward of its own" in traits["own"].why_not_sparse
 
 
 def test_a_part_that_fails_and_is_caught_leaves_no_trace():

@@ -51,7 +51,8 @@ def test_pruning_has_its_own_conditions():
     assert not unbatched.filter_prunable
     assert not unbatched.sparse_prunable
     deconv = trait(nn.ConvTranspose2d(3, 4, 2), image())
-    assert not deconv.filter_prunable
+    assert deconv.filter_prunable
+    assert not trait(nn.ConvTranspose2d(4, 4, 2, groups=2), image(4)).filter_prunable
     assert deconv.sparse_prunable
 
 
@@ -103,7 +104,7 @@ def test_reused_shared_and_idle_layers():
     assert traits["other"].why_not_quantizable == "its weight is shared with twin"
     assert traits["other"].filter_prunable
     assert "not called" in traits["idle"].why_not_quantizable
-    assert not traits["reused"].filter_prunable
+    assert traits["reused"].filter_prunable
     assert not traits["idle"].sparse_prunable
 
 

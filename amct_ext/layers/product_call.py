@@ -1,0 +1,188 @@
+"""Calls of torch functions that multiply an input by a weight, met while a forward of the user's own runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a function takes its operands: place and keyword of each. columns: its weight is [in, out], else [out, in].
+
+    neutral: keywords that must have these values, for the product to be nothing but one.
+    """
+
+    kind: str
+    x: tuple[int, str] = (0, "input")
+    weight: tuple[int, str] = (1, "weight")
+    bias: tuple[int, str] | None = (2, "bias")
+    columns: bool = False
+    neutral: Mapping[str, object] = field(default_factory=dict)
+
+
+_MATMUL = _Form("Linear", weight=(1, "other"), bias=None, columns=True)
+_MM = _Form("Linear", weight=(1, "mat2"), bias=None, columns=True)
+_ADDMM = _Form(
+    "Linear", (1, "mat1"), (2, "mat2"), (0, "input"), columns=True, neutral={"beta": 1, "alpha": 1, "out": None}
+)
+_FORMS: Mapping[Callable[..., object], _Form] = {
+    F.conv1d: _Form("Conv1d"),
+    F.conv2d: _Form("Conv2d"),
+    F.conv3d: _Form("Conv3d"),
+    F.conv_transpose1d: _Form("ConvTranspose1d"),
+    F.conv_transpose2d: _Form("ConvTranspose2d"),
+    F.linear: _Form("Linear"),
+    torch.matmul: _MATMUL,
+    Tensor.matmul: _MATMUL,
+    Tensor.__matmul__: _MATMUL,
+    torch.mm: _MM,
+    Tensor.mm: _MM,
+    torch.addmm: _ADDMM,
+    Tensor.addmm: _ADDMM,
+}
+
+
+@dataclass(frozen=True)
+class TensorLike:
+    """Shape and type of a tensor that a forward was given."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product in the forward of a module, as a trial run met it.
+
+    kind: layer type whose product it is. columns: its weight is [in, out]. plain: its weight is the parameter itself.
+    args, kwargs: what the forward was given, tensors by shape and type. host: the module above that computes it, where
+    the layer itself is not called.
+    """
+
+    kind: str
+    columns: bool
+    plain: bool
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    host: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ProductCall:
+    """One call of such a function, with its operands as they were given."""
+
+    func: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def _form(self) -> _Form:
+        return _FORMS[self.func]
+
+    @property
+    def kind(self) -> str:
+        """The layer type whose product it is, 'Conv2d' or 'Linear'."""
+        return self._form.kind
+
+    @property
+    def columns(self) -> bool:
+        """Whether the weight is [in, out] as in ``x @ weight``; else it lies as in torch's layer of this kind."""
+        return self._form.columns
+
+    @property
+    def x(self) -> Tensor:
+        """The input."""
+        found: Tensor = self._operand(self._form.x)
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+        found: Tensor = self._operand(self._form.weight)
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, None where the function adds none."""
+        return None if self._form.bias is None else self._operand(self._form.bias)
+
+    def argument(self, place: int, name: str, default: Any) -> Any:
+        """An argument that is no operand."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The call with another input and another weight."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for (place, name), value in ((self._form.x, x), (self._form.weight, weight)):
+            if name in kwargs:
+                kwargs[name] = value
+            else:
+                args[place] = value
+        return self.func(*args, **kwargs)
+
+    def with_bias(self, bias: Tensor | None) -> ProductCall:
+        """The call with another bias; only for functions that take one."""
+        assert self._form.bias is not None
+        place, name = self._form.bias
+        if len(self.args) > place:
+            return ProductCall(self.func, (*self.args[:place], bias, *self.args[place + 1 :]), self.kwargs)
+        return ProductCall(self.func, self.args, {**self.kwargs, name: bias})
+
+    def _operand(self, form: tuple[int, str]) -> Any:
+        return self.argument(*form, None)
+
+
+def product_call(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> ProductCall | None:
+    """The call as a product of two tensors, None where it is none."""
+    form = _FORMS.get(func)
+    if form is None:
+        return None
+    kwargs = kwargs or _NOTHING
+    if any(name in kwargs and kwargs[name] != value for name, value in form.neutral.items()):
+        return None
+    call = ProductCall(func, args, kwargs)
+    return call if isinstance(call.x, Tensor) and isinstance(call.weight, Tensor) else None
+
+
+class ProductMode(TorchFunctionMode):
+    """While it is on, ``meet`` computes each product whose weight is ``weight`` or computed from it.
+
+    Tensors are compared as objects, which torch.compile can follow.
+    """
+
+    def __init__(self, weight: Tensor, meet: Callable[[ProductCall], Tensor]) -> None:
+        super().__init__()
+        self._derived = [weight]
+        self._meet = meet
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        call = product_call(func, args, kwargs)
+        if call is not None and self._from_weight(call.weight):
+            return self._meet(call)
+        result = func(*args, **(kwargs or {}))
+        new = isinstance(result, Tensor) and not self._from_weight(result)
+        if new and any(self._from_weight(value) for value in pytree.tree_leaves((args, kwargs))):
+            self._derived.append(result)
+        return result
+
+    def _from_weight(self, value: object) -> bool:
+        return any(value is known for known in self._derived)

@@ -1,0 +1,1 @@
+"""How much of public models is pruned and quantised, beside another pruner: docs/models.md."""

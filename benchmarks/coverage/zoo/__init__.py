@@ -1,0 +1,1 @@
+"""Public models at small size with random weights; nothing is downloaded."""
