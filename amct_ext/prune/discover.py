@@ -12,6 +12,7 @@ from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_na
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.trace import Graph
+from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import along
 from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
@@ -296,12 +297,3 @@ class _Walk:
             if groups > 1:
                 self.coupling.balance(ids.reshape(groups, -1), node.name)
             self._read(node, ids, groups if groups > 1 else None)
-
-
-def onnx_operator(node: Node, module: nn.Module) -> str:
-    """The ONNX operator that a call of a layer becomes, as records name it."""
-    kind = kind_named(node.op)
-    assert kind is not None
-    source = node.inputs[0] if node.inputs else None
-    flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
-    return kind.onnx[0] if flat else kind.onnx[-1]
