@@ -98,6 +98,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "search_space": "flows/test_channel_search.py",
     },
     "prune/rules": {
+        "attention": "prune/rules/test_products.py",
         "table": "prune/rules/test_channel_rules.py",
         "types": "prune/rules/test_channel_rules.py",
     },

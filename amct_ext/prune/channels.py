@@ -28,6 +28,7 @@ from amct_ext.record.types import ChannelRecord
 _logger = logging.getLogger("amct_ext")
 
 _LARGEST_ERROR = 1e-3  # of outputs, relative; rounding in deep networks stays well below
+_LARGEST_ROUNDING = 8  # the same in units of the outputs' precision, for half and bfloat16
 
 _UNLIKE = Difference(None, "it computes something else without them")
 
@@ -156,7 +157,7 @@ class _Trial:
             return None
         finally:
             removal.apply()
-        return _UNLIKE if largest_error(outputs, wanted) > _LARGEST_ERROR else None
+        return _UNLIKE if largest_error(outputs, wanted) > _tolerance(outputs) else None
 
     def _compare_in_training(self, evaluated: list[int], removal: Removal) -> Difference | None:
         """Heads that only run in training read channels that an eval forward does not show."""
@@ -209,6 +210,11 @@ class _Trial:
             if linked & result:
                 result |= linked
         return result
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    precisions = [torch.finfo(tensor.dtype).eps for tensor in outputs if tensor.is_floating_point()]
+    return max(_LARGEST_ERROR, _LARGEST_ROUNDING * max(precisions, default=0))
 
 
 def _key(record: ChannelRecord) -> tuple[str, int, int]:

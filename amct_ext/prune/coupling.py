@@ -75,7 +75,8 @@ class Coupling:
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
         self.balanced: list[tuple[Tensor, str]] = []  # ids (rows, n): each row must lose equally many; said by whom
-        self.attended: list[Tensor] = []  # ids of queries whose product with keys is divided by the root of their size
+        # Queries whose product with keys is divided by the root of their size: parameters that scale them, ids.
+        self.attended: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
         self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, family; ascending
 
