@@ -30,13 +30,9 @@ def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
     for value in graph.outputs:
         walk.coupling.freeze_all(walk.context.of(value), "its channels are an output of the model")
     grouping = Grouping(walk.coupling, walk.is_covered)
+    coupling = walk.coupling
     return Discovery(
-        graph,
-        tuple(grouping.groups),
-        walk.context.maps,
-        grouping.classes,
-        walk.coupling.sources,
-        walk.coupling.attended,
+        graph, tuple(grouping.groups), walk.context.maps, grouping.classes, coupling.sources, coupling.attended
     )
 
 
@@ -77,15 +73,19 @@ class _Walk:
         try:
             if node.module is not None:
                 self._layer(node)
-            elif any(value.consumers or value in self._returned for value in node.outputs) and any(
-                self.context.of(value) for value in node.inputs
-            ):
+            elif self._matters(node) and any(self.context.of(value) for value in node.inputs):
                 self._op(node)
         except CannotFollow as reason:
             self._keep_whole(node, str(reason))
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             # A form of the op that its rule does not expect: its channels stay, as those of an unknown op do.
             self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
+
+    def _matters(self, node: Node) -> bool:
+        """Whether an op's result is read, or what parameters are made into has to fit its input all the same."""
+        if any(value.consumers or value in self._returned for value in node.outputs):
+            return True
+        return any(v is not None and v.kind != "constant" and not v.depends_on_input() for v in node.inputs)
 
     def _keep_whole(self, node: Node, reason: str) -> None:
         for value in (*node.inputs, *node.outputs):
@@ -146,8 +146,8 @@ class _Walk:
 
     def scalable(self, node: Node) -> bool:
         kind = kind_of(self._modules[node.name])
-        once = len(self._calls.get(node.name, [])) == 1
-        return once and kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
+        asked = kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
+        return asked and len(self._calls[node.name]) == 1
 
     # Nodes
 

@@ -22,8 +22,8 @@ class Discovery:
     """All groups in the order in which their first producer ran, and where in the forward their channels are.
 
     maps: the channels in each value. classes: for each id of a map, the smallest id of the same channel. sources: the
-    ids of each axis of a parameter or buffer. attended: of each attention that divides
-    by the root of the size of a head, the parameters that scale its queries and the ids (heads, size) of these.
+    ids of each axis of a parameter or buffer. attended: of each attention that divides by the root of the size of a
+    head, the parameters that scale its queries and the ids (heads, size) of these.
     """
 
     graph: Graph
