@@ -126,7 +126,8 @@ def _reasons(pruned: nn.Module, layers: Layers, ratio: float, logged: Mapping[st
 
 
 def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()) if name]
+    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    names = [name for name, _ in named if name not in ("", "model")]  # "the model" is a word of the reasons
     ordered = sorted(map(re.escape, names), key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w./])(?:{'|'.join(ordered)})(?![\w.])")
     counts: Counter[str] = Counter()
