@@ -11,36 +11,23 @@ import copy
 import functools
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-_COMPUTED = (torch.Tensor, torch.jit.ScriptModule, torch.jit.ScriptFunction)
-_LEAVES: tuple[type, ...] = (
-    *weakref.ProxyTypes, *_COMPUTED, type, types.ModuleType, types.BuiltinFunctionType, types.NoneType, bool, int,
-    float, complex, str, bytes, bytearray, range, torch.dtype, torch.device,
-)  # fmt: skip
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-_CONSTANTS = frozenset(
-    (
-        type,
-        types.ModuleType,
-        types.BuiltinFunctionType,
-        types.NoneType,
-        bool,
-        int,
-        float,
-        complex,
-        str,
-        bytes,
-        torch.dtype,
-    )
+from amct_ext.common.held_objects import (
+    COMPUTED,
+    CONTAINERS,
+    LEAVES,
+    PLAIN,
+    attributes_of,
+    contents_of,
+    filled_cells,
+    leads_nowhere,
+    slots_of,
 )
-_EXACT_CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set, frozenset, deque))
-_PLAIN = (*_CONTAINERS, types.FunctionType, types.MethodType, functools.partial, weakref.ref)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -100,65 +87,6 @@ def _proxies(module: nn.Module) -> list[Any]:
     return [reference for reference in weakref.getweakrefs(module) if type(reference) in weakref.ProxyTypes]
 
 
-def slots_of(obj: Any) -> Iterator[tuple[Any, Any]]:
-    """Each filled slot (``__slots__``) of an object: its descriptor and its value."""
-    descriptors = _slots.get(type(obj))
-    if descriptors is None:
-        slotted = [vars(base) for base in type(obj).__mro__ if "__slots__" in vars(base)]
-        found = [value for body in slotted for value in body.values() if isinstance(value, types.MemberDescriptorType)]
-        descriptors = _slots[type(obj)] = tuple(found)
-    for descriptor in descriptors:
-        try:
-            yield descriptor, descriptor.__get__(obj)
-        except AttributeError:
-            continue
-
-
-# By class, the descriptors of its slots: most have none, which takes longer to find out than all else.
-_slots: weakref.WeakKeyDictionary[type, tuple[types.MemberDescriptorType, ...]] = weakref.WeakKeyDictionary()
-
-
-def _leads_nowhere(value: Any) -> bool:
-    """Whether a value is a constant or an empty container, as most attributes of a module are."""
-    kind = type(value)
-    return kind in _CONSTANTS or (kind in _EXACT_CONTAINERS and not value)
-
-
-def _attributes(obj: Any) -> dict[str, Any]:
-    """The dictionary of an object's attributes, whatever its class makes of the access to them."""
-    try:
-        found = object.__getattribute__(obj, "__dict__")
-    except (AttributeError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _contents(obj: Any) -> Iterator[Any]:
-    """What a plain container or function holds."""
-    if isinstance(obj, types.FunctionType):
-        yield from (cell.cell_contents for cell in _filled_cells(obj))
-        yield from (obj.__defaults__, obj.__kwdefaults__)
-    elif isinstance(obj, types.MethodType):
-        yield from (obj.__self__, obj.__func__)
-    elif isinstance(obj, functools.partial):
-        yield from (obj.func, obj.args, obj.keywords)
-    elif isinstance(obj, weakref.ref):
-        yield obj()
-    elif isinstance(obj, _CONTAINERS):
-        yield from obj
-        if isinstance(obj, dict):
-            yield from obj.values()
-
-
-def _filled_cells(function: types.FunctionType) -> Iterator[types.CellType]:
-    for cell in function.__closure__ or ():
-        try:
-            _ = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-        yield cell
-
-
 def _reachable(model: nn.Module) -> dict[int, Any]:
     """By identity, all that a model's attributes lead to, tensors and scripted parts included, constants not."""
     found: dict[int, Any] = {}
@@ -166,20 +94,20 @@ def _reachable(model: nn.Module) -> dict[int, Any]:
     pending: list[tuple[Any, bool]] = [(model, False)]
     while pending:
         obj, in_function = pending.pop()
-        if isinstance(obj, _LEAVES):
-            if isinstance(obj, _COMPUTED):
+        if isinstance(obj, LEAVES):
+            if isinstance(obj, COMPUTED):
                 found[id(obj)] = obj
             continue
-        wholly = isinstance(obj, _PLAIN) or not in_function
+        wholly = isinstance(obj, PLAIN) or not in_function
         if id(obj) in (followed if wholly else found):
             continue
         found[id(obj)] = obj
         if wholly:
             followed.add(id(obj))
             inside = in_function or isinstance(obj, (types.FunctionType, weakref.ref))
-            pending.extend((part, inside) for part in _contents(obj))
+            pending.extend((part, inside) for part in contents_of(obj))
             if not isinstance(obj, types.FunctionType) and not in_function:
-                pending.extend((part, False) for part in _attributes(obj).values() if not _leads_nowhere(part))
+                pending.extend((part, False) for part in attributes_of(obj).values() if not leads_nowhere(part))
                 pending.extend((part, False) for _, part in slots_of(obj))
     return found
 
@@ -200,7 +128,7 @@ class _Rewriter:
     def run(self, obj: Any) -> Any:
         """What stands in the place of ``obj`` from now on."""
         obj = self._new.get(id(obj), obj)
-        if isinstance(obj, _LEAVES):
+        if isinstance(obj, LEAVES):
             return obj
         if id(obj) not in self._done:
             self._done[id(obj)] = (obj, obj)
@@ -209,7 +137,7 @@ class _Rewriter:
 
     def _rewritten(self, obj: Any) -> Any:
         shared = id(obj) in self._shared
-        if shared and not (isinstance(obj, _PLAIN) and self._refers_to_old(obj)):
+        if shared and not (isinstance(obj, PLAIN) and self._refers_to_old(obj)):
             return obj
         if isinstance(obj, types.FunctionType):
             return self._function(obj, shared) if self._refers_to_old(obj) else obj
@@ -225,7 +153,7 @@ class _Rewriter:
             if _same(items, obj):
                 return obj
             return obj._make(items) if hasattr(obj, "_make") else type(obj)(items)
-        if isinstance(obj, _CONTAINERS):
+        if isinstance(obj, CONTAINERS):
             obj = self._container(obj, shared)
         if not shared:
             self._rewrite_attributes(obj)
@@ -239,9 +167,9 @@ class _Rewriter:
             part = pending.pop()
             if id(part) in self._new:
                 return True
-            if isinstance(part, _PLAIN) and id(part) not in seen:
+            if isinstance(part, PLAIN) and id(part) not in seen:
                 seen[id(part)] = part
-                pending.extend(_contents(part))
+                pending.extend(contents_of(part))
         return False
 
     def _container(self, obj: Any, shared: bool) -> Any:
@@ -268,9 +196,9 @@ class _Rewriter:
         return target
 
     def _rewrite_attributes(self, obj: Any) -> None:
-        attributes = _attributes(obj)
+        attributes = attributes_of(obj)
         for name, value in list(attributes.items()):
-            if _leads_nowhere(value):
+            if leads_nowhere(value):
                 continue
             new = self.run(value)
             if new is not value:
@@ -301,13 +229,13 @@ class _Rewriter:
 
     def _function(self, function: types.FunctionType, shared: bool) -> Any:
         if not shared:
-            for cell in _filled_cells(function):
+            for cell in filled_cells(function):
                 if self._refers_to_old(cell.cell_contents):
                     cell.cell_contents = self.run(cell.cell_contents)
             function.__defaults__, function.__kwdefaults__ = self._defaults(function)
             return function
         old = function.__closure__ or ()
-        leading = [cell for cell in _filled_cells(function) if self._refers_to_old(cell.cell_contents)]
+        leading = [cell for cell in filled_cells(function) if self._refers_to_old(cell.cell_contents)]
         for cell in leading:
             self._cells.setdefault(id(cell), types.CellType())  # empty; functions that shared it go on sharing
         closure = tuple(self._cells.get(id(cell), cell) for cell in old)

@@ -20,11 +20,12 @@ from amct_ext.errors import ConfigError
 from amct_ext.flows.build import float_copy
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
+from amct_ext.graph.traits import onnx_operator
 from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels
 from amct_ext.prune.cost import layer_works
-from amct_ext.prune.discover import Discovery, discover, onnx_operator
+from amct_ext.prune.discover import Discovery, discover
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_config import SearchConfig, dumps, read_search_config
 from amct_ext.prune.search_methods import (

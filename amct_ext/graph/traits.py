@@ -163,3 +163,12 @@ def _int4_weights(kind: LayerKind, module: nn.Module, weights: Sequence[nn.Param
     axis = kind.weight_axes[1 if columns else 0]
     one_group = getattr(module, "groups", 1) == 1
     return one_group and all(weight.shape[axis] % 2 == 0 for weight in weights if weight.dim() > axis)
+
+
+def onnx_operator(node: Node, module: nn.Module) -> str:
+    """The ONNX operator that a call of a layer becomes, as records name it."""
+    kind = kind_named(node.op)
+    assert kind is not None
+    source = node.inputs[0] if node.inputs else None
+    flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
+    return kind.onnx[0] if flat else kind.onnx[-1]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.common.references import slots_of
+from amct_ext.common.held_objects import slots_of
 
 
 def derived_class(compressed: type, user: type) -> type:

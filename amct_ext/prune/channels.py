@@ -22,12 +22,15 @@ from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal
 from amct_ext.prune.selection import measure_of, select_channels
 from amct_ext.prune.sizes import changed_attributes, changed_factors
-from amct_ext.prune.trial import Difference, Masked, largest_error, parting, run_masked, run_pruned
+from amct_ext.prune.trial import Difference, largest_error, parting, run_masked, run_pruned
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
 
 _LARGEST_ERROR = 1e-3  # of outputs, relative; rounding in deep networks stays well below
+_LARGEST_ROUNDING = 8  # the same in units of the outputs' precision, for half and bfloat16
+
+_UNLIKE = Difference(None, "it computes something else without them")
 
 
 def plan_channels(
@@ -120,49 +123,66 @@ class _Trial:
         self.channels = [
             set(found.classes[found.removed([record], model).nonzero().flatten()].tolist()) for record in records
         ]
-        # Heads that only run in training read channels that an eval forward does not show; a model that cannot train on
-        # this input (one image and BatchNorm on a single pixel) is judged by its eval forward alone.
-        self._training_dims: list[int] | None = None
-        try:
-            self._training_dims = self._train()
-        except Exception as error:
-            _logger.debug("no trial in train mode: %s", error)
+        self._whole_in_training: list[int] | Exception | None = None  # dimensions of the outputs, once they are asked
 
     def __call__(self, wanted: Collection[int]) -> Difference | None:
         """What is wrong without the channels of some records, and then the model is whole again; None for nothing."""
+        return self._attempt(wanted, stays=True)
+
+    def _attempt(self, wanted: Collection[int], stays: bool) -> Difference | None:
+        """What is wrong without some channels. The model stays cut where nothing is and `stays`."""
         records = [self._records[index] for index in sorted(wanted)]
         gone = self.found.removed(records, self._model)
-        masked: tuple[Masked, list[Tensor]] | None = None
-        try:
-            masked = run_masked(self._model, self._inputs, self.found, gone)
-        except Exception as error:
-            _logger.debug("no comparison with the whole model: %s", error)
         removal = removal_of(self._model, self.found, records)
         failed = removal.apply()
-        difference = Difference(None, failed) if failed else self._compare(gone, masked)
-        if difference is not None:
+        difference = Difference(None, failed) if failed else self._compare(gone, removal)
+        if difference is _UNLIKE and stays:
+            pruned = run_pruned(self._model, self._inputs, self.found, gone, sums=True)[0]
+            removal.undo()
+            return parting(pruned, run_masked(self._model, self._inputs, self.found, gone, sums=True)[0])
+        if difference is not None or not stays:
             removal.undo()
         return difference
 
-    def _compare(self, gone: Tensor, masked: tuple[Masked, list[Tensor]] | None) -> Difference | None:
-        pruned, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
+    def _compare(self, gone: Tensor, removal: Removal) -> Difference | None:
+        _, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
+        difference = difference or self._compare_in_training([tensor.dim() for tensor in outputs], removal)
         if difference is not None:
             return difference
-        if masked is not None and largest_error(outputs, masked[1]) > _LARGEST_ERROR:
-            return parting(pruned, masked[0])
-        if self._training_dims is None:
-            return None
+        removal.undo()
         try:
-            dims = self._train()
+            wanted = run_masked(self._model, self._inputs, self.found, gone)[1]
         except Exception as error:
-            return Difference(None, f"{type(error).__name__}: {error}")
-        if dims != self._training_dims:
-            return Difference(None, f"its outputs would have {dims} dimensions instead of {self._training_dims}")
-        return None
+            _logger.debug("no comparison with the whole model: %s", error)
+            return None
+        finally:
+            removal.apply()
+        return _UNLIKE if largest_error(outputs, wanted) > _tolerance(outputs) else None
 
-    def _train(self) -> list[int]:
-        with preserved_state(self._model, training=True), torch.no_grad():
-            return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]
+    def _compare_in_training(self, evaluated: list[int], removal: Removal) -> Difference | None:
+        """Heads that only run in training read channels that an eval forward does not show."""
+        got = self._train()
+        if got == evaluated:
+            return None
+        if self._whole_in_training is None:
+            removal.undo()
+            self._whole_in_training = self._train()
+            removal.apply()
+        whole = self._whole_in_training
+        if isinstance(whole, Exception):  # one image and BatchNorm on a single pixel, say: the eval forward decides
+            _logger.debug("no trial in train mode: %s", whole)
+            return None
+        if isinstance(got, Exception):
+            return Difference(None, f"in train mode: {type(got).__name__}: {got}")
+        return None if got == whole else Difference(None, f"its outputs would have {got} dimensions instead of {whole}")
+
+    def _train(self) -> list[int] | Exception:
+        """Dimensions of the outputs in train mode, or what went wrong."""
+        try:
+            with preserved_state(self._model, training=True), torch.no_grad():
+                return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]
+        except Exception as error:
+            return error
 
     def culprits(self, wanted: Collection[int]) -> set[int]:
         """A record without which those before it do no harm; found by halving."""
@@ -179,14 +199,7 @@ class _Trial:
 
     def _fails(self, wanted: Collection[int]) -> bool:
         """Whether the model fails without these records' channels; it is whole afterwards."""
-        whole = self.with_linked(set(wanted))
-        records = [self._records[index] for index in sorted(whole)]
-        gone = self.found.removed(records, self._model)
-        removal = removal_of(self._model, self.found, records)
-        try:
-            return bool(removal.apply()) or self._compare(gone, None) is not None
-        finally:
-            removal.undo()
+        return self._attempt(self.with_linked(set(wanted)), stays=False) is not None
 
     def with_linked(self, indices: set[int]) -> set[int]:
         """Records and those whose groups must lose channels with theirs."""
@@ -197,6 +210,11 @@ class _Trial:
             if linked & result:
                 result |= linked
         return result
+
+
+def _tolerance(outputs: list[Tensor]) -> float:
+    precisions = [torch.finfo(tensor.dtype).eps for tensor in outputs if tensor.is_floating_point()]
+    return max(_LARGEST_ERROR, _LARGEST_ROUNDING * max(precisions, default=0))
 
 
 def _key(record: ChannelRecord) -> tuple[str, int, int]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from amct_ext.prune.channel_map import ChannelMap
 
+_MANY = 4096  # pairs of ids, from which on equal ones are dropped
+
 
 @dataclass(frozen=True)
 class Source:
@@ -73,7 +75,8 @@ class Coupling:
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
         self.balanced: list[tuple[Tensor, str]] = []  # ids (rows, n): each row must lose equally many; said by whom
-        self.attended: list[Tensor] = []  # ids of queries whose product with keys is divided by the root of their size
+        # Queries whose product with keys is divided by the root of their size: parameters that scale them, ids.
+        self.attended: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
         self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, family; ascending
 
@@ -97,9 +100,9 @@ class Coupling:
     def families_in(self, ids: Tensor) -> list[CoupledLayers]:
         """The families that ids belong to, in order of their first index."""
         found: dict[int, CoupledLayers] = {}
-        for block in _in_order(self._blocks_of(ids.flatten()).unsqueeze(0)):
-            if block[0] >= 0:
-                family = self._producers[block[0]][2].root
+        for block in first_seen(self._blocks_of(ids.flatten())).tolist():
+            if block >= 0:
+                family = self._producers[block][2].root
                 found.setdefault(id(family), family)
         return list(found.values())
 
@@ -118,16 +121,19 @@ class Coupling:
         pairs = pairs[:, pairs[0] != pairs[1]]
         if not pairs.shape[1]:
             return
-        pairs = pairs.unique(dim=1) if pairs.shape[1] > 4096 else pairs
+        if pairs.shape[1] > _MANY:  # a joined axis is repeated along others
+            codes = (pairs[0] * self.size + pairs[1]).unique()
+            pairs = torch.stack([codes // self.size, codes % self.size])
         half = (pairs == 0).any(0)
         if bool(half.any()):
             self.freeze(pairs[:, half].flatten(), f"{where} combines the channels with others that stay")
             pairs = pairs[:, ~half]
         if pairs.shape[1]:
             self.edges.append((pairs[0], pairs[1]))
-            for first, second in _in_order(torch.stack([self._blocks_of(pairs[0]), self._blocks_of(pairs[1])])):
-                if first >= 0 and second >= 0:
-                    self._producers[first][2].absorb(self._producers[second][2])
+            blocks, count = self._blocks_of(pairs.flatten()).reshape(2, -1), len(self._producers)
+            known = (blocks >= 0).all(0)
+            for pair in first_seen(blocks[0, known] * count + blocks[1, known]).tolist():
+                self._producers[pair // count][2].absorb(self._producers[pair % count][2])
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """Keep channels; the first reason is the one that is told."""
@@ -152,12 +158,13 @@ class Coupling:
             self.unclaimed.append(read)
 
 
-def _in_order(columns: Tensor) -> list[list[int]]:
-    """The different columns of a matrix, in order of their first appearance."""
-    different, positions = columns.unique(dim=1, return_inverse=True)
-    count = columns.shape[1]
-    first = torch.full((different.shape[1],), count).scatter_reduce(0, positions, torch.arange(count), "amin")
-    ordered: list[list[int]] = different[:, first.argsort()].T.tolist()
+def first_seen(values: Tensor) -> Tensor:
+    """The different values of a vector, in order of their first appearance."""
+    if not len(values) or bool((values == values[0]).all()):
+        return values[:1]
+    different, positions = values.unique(return_inverse=True)
+    first = torch.full((len(different),), len(values)).scatter_reduce(0, positions, torch.arange(len(values)), "amin")
+    ordered: Tensor = different[first.argsort()]
     return ordered
 
 

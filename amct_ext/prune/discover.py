@@ -12,6 +12,7 @@ from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_na
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.trace import Graph
+from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import along
 from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
@@ -31,8 +32,8 @@ class Discovery:
     """All groups in the order in which their first producer ran, and where in the forward their channels are.
 
     maps: the channels in each value. classes: for each id of a map, the smallest id of the same channel. sources: the
-    ids of each axis of a parameter or buffer. attended: ids (heads, size) of the queries of each attention that divides
-    by the root of their size.
+    ids of each axis of a parameter or buffer. attended: of each attention that divides
+    by the root of the size of a head, the parameters that scale its queries and the ids (heads, size) of these.
     """
 
     graph: Graph
@@ -40,7 +41,7 @@ class Discovery:
     maps: Mapping[Value, Maps] = field(default_factory=dict, repr=False)
     classes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64), repr=False)
     sources: Mapping[Source, Tensor] = field(default_factory=dict, repr=False)
-    attended: Sequence[Tensor] = ()
+    attended: Sequence[tuple[tuple[str, ...], Tensor]] = ()
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
@@ -90,7 +91,7 @@ class _Walk:
     def __init__(self, graph: Graph, plan: Plan, model: nn.Module) -> None:
         self.coupling = Coupling()
         self.context = Context(self.coupling, self)
-        self._plan = plan
+        self._plan, self._calls = plan, graph.calls
         self._modules = dict(model.named_modules())
         self._obstacles = obstacles(graph, model)
         self._fixed_readers: set[str] = set()  # layers that read channels that stay
@@ -178,6 +179,11 @@ class _Walk:
     @staticmethod
     def _operator(node: Node, kind: LayerKind) -> str:
         return kind.onnx[0] if node.op == "addmm" else kind.onnx[-1]
+
+    def scalable(self, node: Node) -> bool:
+        kind = kind_of(self._modules[node.name])
+        once = len(self._calls.get(node.name, [])) == 1
+        return once and kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
 
     # Nodes
 
@@ -291,12 +297,3 @@ class _Walk:
             if groups > 1:
                 self.coupling.balance(ids.reshape(groups, -1), node.name)
             self._read(node, ids, groups if groups > 1 else None)
-
-
-def onnx_operator(node: Node, module: nn.Module) -> str:
-    """The ONNX operator that a call of a layer becomes, as records name it."""
-    kind = kind_named(node.op)
-    assert kind is not None
-    source = node.inputs[0] if node.inputs else None
-    flat = source is not None and len(source.shape) == 2 and getattr(module, "bias", None) is not None
-    return kind.onnx[0] if flat else kind.onnx[-1]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amct_ext.prune.coupling import CoupledLayers, Coupling, Read, Source
+from amct_ext.prune.coupling import CoupledLayers, Coupling, Read, Source, first_seen
 from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
 
 _MOST_BLOCKS = 64  # of one set of layers; channels that are coupled in another order make very many
@@ -66,11 +66,14 @@ class Grouping:
 
     def _merge(self, coupling: Coupling) -> None:
         """Layers whose channels became one through parameters alone belong together too."""
-        owner: dict[int, CoupledLayers] = {}
-        for layers in coupling.families:
+        owner = torch.full((coupling.size,), -1)
+        for number, layers in enumerate(coupling.families):
             for producer in layers.producers if layers.root is layers else ():
-                for channel in self.classes[producer.ids].unique().tolist():
-                    owner.setdefault(channel, layers).absorb(layers)
+                channels = self.classes[producer.ids]
+                for other in first_seen(owner[channels]).tolist():
+                    if other >= 0:
+                        coupling.families[other].absorb(layers)
+                owner[channels] = torch.where(owner[channels] < 0, number, owner[channels])
 
     def _reasons(self, coupling: Coupling) -> Tensor:
         """For each channel the number of its first reason to stay; the number of reasons where it has none."""
@@ -83,7 +86,7 @@ class Grouping:
     def _split(self, layers: CoupledLayers, reasons: Tensor, texts: list[str]) -> None:
         """One group for each block of channels that follow each other in all producers."""
         channels = torch.cat([self.classes[producer.ids] for producer in layers.producers])
-        order = _first_seen(channels)
+        order = first_seen(channels)
         number = torch.full((len(self.classes),), -1)
         number[order] = torch.arange(len(order))
         cuts = {0, len(order)}
@@ -110,7 +113,7 @@ class Grouping:
         for read in reads:
             channels = self.classes[read.ids]
             group_of = self._group_of[channels]
-            for number in _first_seen(group_of).tolist():
+            for number in first_seen(group_of).tolist():
                 if number in numbers:
                     group = self.groups[number]
                     places = torch.where(group_of == number, self._place_of[channels], -1)
@@ -168,18 +171,10 @@ class Grouping:
         return torch.cat(result)
 
 
-def _first_seen(values: Tensor) -> Tensor:
-    """The different values in order of their first appearance."""
-    different, positions = values.unique(return_inverse=True)
-    first = torch.full((len(different),), len(values)).scatter_reduce(0, positions, torch.arange(len(values)), "amin")
-    ordered: Tensor = different[first.argsort()]
-    return ordered
-
-
 def _renumbered(cells: Tensor) -> Tensor:
     """Cells numbered from 0 in order of their first channel; -1 stays."""
     result = torch.full_like(cells, -1)
-    for number, cell in enumerate(cell for cell in _first_seen(cells).tolist() if cell >= 0):
+    for number, cell in enumerate(cell for cell in first_seen(cells).tolist() if cell >= 0):
         result[cells == cell] = number
     return result
 

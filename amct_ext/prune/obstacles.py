@@ -15,9 +15,10 @@ from amct_ext.graph.values import Node
 def shared_parameters(model: nn.Module) -> dict[str, str]:
     """Parameters and buffers that several modules hold: each of their names -> all of them."""
     names: dict[int, list[str]] = {}
-    for listed in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in listed:
-            names.setdefault(id(tensor), []).append(name)
+    for prefix, module in model.named_modules():  # a module with two names is one that is cut
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
     return {name: ", ".join(same) for same in names.values() if len(same) > 1 for name in same}
 
 

@@ -21,8 +21,8 @@ _BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 class Removal:
     """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis.
 
-    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute. `factors`: of the
-    output channels of layers, by layer.
+    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute. `factors`: along
+    axis 0 of parameters, by name.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class Removal:
     def apply(self) -> str:
         """Remove the channels; returns what went wrong, '' for nothing."""
         for name, factors in self._factors.items():
-            self._multiply(self._modules[name], factors)
+            owner, _, key = name.rpartition(".")
+            self._multiply(self._modules[owner], key, factors)
         # Inputs first: removing outputs would shift the blocks of a grouped convolution.
         for remove, all_indices in ((self._remove_input, self._inputs), (self._remove_output, self._outputs)):
             for name, indices in all_indices.items():
@@ -76,12 +77,11 @@ class Removal:
             holder[key] = old
         self._undo.clear()
 
-    def _multiply(self, module: nn.Module, factors: Tensor) -> None:
-        for name in ("weight", "bias"):
-            tensor = getattr(module, name, None)
-            if tensor is not None:
-                shaped = factors.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
-                self._replace(module, name, _like(tensor, tensor.detach() * shaped))
+    def _multiply(self, module: nn.Module, name: str, factors: Tensor) -> None:
+        tensor = getattr(module, name, None)
+        if tensor is not None:
+            shaped = factors.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
+            self._replace(module, name, _like(tensor, tensor.detach() * shaped))
 
     def _remove_output(self, module: nn.Module, indices: set[int]) -> None:
         kind = _kind_of(module)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
+from amct_ext.prune.coupling import Source
 from amct_ext.prune.discover import Discovery
 
 # Attributes that hold numbers of channels, in torch's modules and in common libraries. Others are never changed.
@@ -20,7 +21,7 @@ SIZE_ATTRIBUTES = frozenset(
         "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
         "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
         "expand_chs", "splits", "input_split", "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes",
-        "split_sizes",
+        "key_value_proj_dim", "split_sizes",
     )
 )  # fmt: skip
 # Ops that are given sizes. Others take them from their inputs.
@@ -90,10 +91,10 @@ def _of_own_parameters(
         if source.axis is not None and bool(gone[ids].any()):
             owner, _, key = source.name.rpartition(".")
             if key == "weight":
-                shape = shapes.setdefault(owner, list(getattr(modules[owner], key).shape))
+                shape = shapes.setdefault(owner, list(_weight(modules[owner]).shape))
                 shape[source.axis] = int((~gone[ids]).sum())
     for owner, shape in shapes.items():
-        old = list(modules[owner].weight.shape)
+        old = list(_weight(modules[owner]).shape)
         for attribute in _OWN & vars(modules[owner]).keys():
             value = vars(modules[owner])[attribute]
             if isinstance(value, (tuple, list)) and list(value) == old:
@@ -103,20 +104,22 @@ def _of_own_parameters(
 
 
 def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
-    """Factors for the output channels of layers that make queries, by layer: attention then divides by a smaller root.
+    """Factors along axis 0 of parameters that make queries: attention then divides by a smaller root.
 
     A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
     """
-    factors = torch.ones(len(gone))
-    for rows in found.attended:
-        stay = (~gone[rows]).sum(1, keepdim=True) / rows.shape[1]
-        factors[rows] = stay.sqrt().expand(rows.shape)
-    factors[0] = 1
-    result = {}
-    for source, ids in found.sources.items():
-        owner, _, key = source.name.rpartition(".")
-        if key == "weight" and source.axis == 0 and bool((factors[ids] != 1).any()):
-            result[owner] = factors[ids]
+    result: dict[str, Tensor] = {}
+    for parameters, rows in found.attended:
+        share = (~gone[rows]).sum(1, keepdim=True) / rows.shape[1]
+        factors = torch.ones(len(gone))
+        factors[rows] = share.sqrt().expand(rows.shape)
+        for name in parameters if bool((share < 1).any()) else ():
+            weight = Source(f"{name.rpartition('.')[0]}.weight", 0)  # a layer's bias has the ids of its weight
+            ids = found.sources[Source(name, 0) if Source(name, 0) in found.sources else weight]
+            if not bool(torch.isin(ids, rows).any()):  # a norm's own parameter: the same channels by other ids
+                factors[found.classes[rows]] = share.sqrt().expand(rows.shape)
+                ids = found.classes[ids]
+            result[name] = factors[ids]
     return result
 
 
@@ -170,3 +173,10 @@ def _replaced(value: object, changes: dict[int, int], shapes: Resized) -> object
             return type(value)(part) if part != sizes and -1 not in part else None
     replaced = [changes.get(item, item) for item in sizes]
     return type(value)(replaced) if replaced != list(sizes) else None
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """A weight that may be a buffer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

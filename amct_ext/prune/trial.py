@@ -41,9 +41,9 @@ class Difference:
 class _Observed(Recorder):
     """A recorded forward that compares itself with the recording of the whole model."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool) -> None:
         super().__init__(model, inputs)
-        self.found, self.gone = found, gone
+        self.found, self.gone, self._sums = found, gone, sums
         self.checksums: list[list[Checksum | None]] = []
 
     def expected(self) -> Node | None:
@@ -56,7 +56,8 @@ class Pruned(_Observed):
     """The forward of the smaller model."""
 
     def observe(self, node: Node, results: list[Tensor]) -> None:
-        self.checksums.append([_checksum(tensor) for tensor in results])
+        if self._sums:
+            self.checksums.append([_checksum(tensor) for tensor in results])
 
     def difference(self) -> Difference | None:
         """The first node with another shape than the whole model's with its channels gone."""
@@ -74,6 +75,8 @@ class Masked(_Observed):
     """The forward of the whole model in which readers ignore what is gone, and statistics leave it out."""
 
     def observe(self, node: Node, results: list[Tensor]) -> None:
+        if not self._sums:
+            return
         old = self.found.graph.nodes[len(self.nodes) - 1] if len(self.nodes) <= len(self.found.graph.nodes) else None
         alike = old is not None and old.op == node.op and len(old.outputs) == len(results)
         kept_parts = [self._kept(value, tensor) for value, tensor in zip(old.outputs, results)] if alike else []  # type: ignore[union-attr] # noqa: B905
@@ -162,11 +165,14 @@ class Masked(_Observed):
 
 
 def run_pruned(
-    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor
+    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool = False
 ) -> tuple[Pruned, list[Tensor], Difference | None]:
-    """A forward of the smaller model: its recording, outputs, and what is wrong with it."""
+    """A forward of the smaller model: its recording, outputs, and what is wrong with it.
+
+    `sums`: take the checksums that `parting` compares.
+    """
     inputs = inputs.copied()
-    pruned = Pruned(model, inputs, found, gone)
+    pruned = Pruned(model, inputs, found, gone, sums)
     try:
         outputs = [tensor.clone() for tensor in tensors_in(pruned.run(inputs))]
     except Exception as error:
@@ -179,10 +185,12 @@ def run_pruned(
     return pruned, outputs, pruned.difference()
 
 
-def run_masked(model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor) -> tuple[Masked, list[Tensor]]:
+def run_masked(
+    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool = False
+) -> tuple[Masked, list[Tensor]]:
     """A forward of the whole model without the influence of what is gone."""
     inputs = inputs.copied()
-    masked = Masked(model, inputs, found, gone)
+    masked = Masked(model, inputs, found, gone, sums)
     return masked, [tensor.clone() for tensor in tensors_in(masked.run(inputs))]
 
 
@@ -210,10 +218,19 @@ def parting(pruned: Pruned, masked: Masked) -> Difference:
         if masked.nodes[number].op != old.op:
             return Difference(None, f"other operators run from {old.name} ({old.op}) on: what runs depends on the data")
     for old, got, wanted in zip(pruned.found.graph.nodes, pruned.checksums, masked.checksums, strict=False):
-        for a, b in zip(got, wanted, strict=False):
+        for value, a, b in zip(old.outputs, got, wanted, strict=False):
+            if _is_scaled(value, pruned.found):
+                continue
             if a is not None and b is not None and abs(a[0] - b[0]) > _ALIKE * max(a[1], b[1]):
                 return Difference(old, f"{old.name} ({old.op}) computes something else without them")
     return Difference(None, "it computes something else without them")
+
+
+def _is_scaled(value: Value, found: Discovery) -> bool:
+    """Whether queries are in a value: the smaller model has them multiplied by a factor."""
+    return any(
+        bool(torch.isin(item.ids, rows).any()) for item in found.maps.get(value, ()) for _, rows in found.attended
+    )
 
 
 def _checksum(tensor: Tensor) -> Checksum | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import small_models as small
-from support.any_job import AnyJob
-from support.awkward_nets import NETS
-from support.onnx_run import onnx_outputs
+from support.checks.onnx_run import onnx_outputs
+from support.jobs.any_job import AnyJob
+from support.models import small
+from support.models.awkward import NETS
 
 import amct_ext
 from amct_ext.graph.run import tensors_in
@@ -23,6 +23,8 @@ from amct_ext.graph.run import tensors_in
 def test_save_does_what_create_says(name: str, config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     make, arguments, fate = NETS[name]
+    if name == "experts":  # which rows an expert gets changes with the channels: a pruning trial refuses that
+        config = small.QUANT
     args, net, job = arguments(), make(), AnyJob(tmp_path, config)
     named = args[-1] if isinstance(args[-1], Mapping) else {}
 
@@ -40,7 +42,7 @@ def test_save_does_what_create_says(name: str, config: str, tmp_path: Path, capl
         assert ("save may trace" in said) == (fate == "traced")
         assert amct_ext.explain(model).export in said
         if fate == "refused":
-            assert "awkward_nets.py:" in said and "such as 'body'" in said
+            assert "awkward.py:" in said and "such as 'body'" in said
             with pytest.raises(amct_ext.AmctError):
                 job.save(model, args)
             return

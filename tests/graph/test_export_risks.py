@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import small_models as small
-from support.any_job import AnyJob, off
-from support.onnx_run import onnx_outputs
+from support.checks.onnx_run import onnx_outputs
+from support.jobs.any_job import AnyJob, off
+from support.models import small
 from torch import Tensor, nn
 
 import amct_ext

@@ -99,28 +99,6 @@ def convolution(node: Node, context: Context) -> Mapping[int, Maps]:
     return {0: (result,)}
 
 
-def attention(node: Node, context: Context) -> Mapping[int, Maps]:
-    """Scaled dot-product attention (..., heads, tokens, size): values keep their channels, queries meet keys."""
-    query, key, value = (node.args.get(name) for name in ("query", "key", "value"))
-    assert isinstance(query, Value) and isinstance(key, Value) and isinstance(value, Value)
-    last = len(query.shape) - 1
-    pairs = [[item for item in context.of(part) if item.axis == last] for part in (query, key)]
-    if all(pairs):
-        context.coupling.join(pairs[0][0].ids, _for_each_query(pairs[1][0], query, key).ids, node.name)
-        if node.args.get("scale") is None:  # then it is the root of the size of a head, which changes
-            context.coupling.attended.append(pairs[0][0].rows())
-    else:
-        for item in (*pairs[0], *pairs[1]):
-            context.coupling.freeze(item.ids, f"{node.name} multiplies the channels by others that stay")
-    kept = []
-    for item in context.of(value):
-        if item.axis != last or last - 1 in item.varying:
-            context.coupling.freeze(item.ids, f"{node.name} has the channels along another axis than the last")
-        else:
-            kept.append(_for_each_query(item, query, value))
-    return {0: tuple(kept)}
-
-
 def embedding(node: Node, context: Context) -> Mapping[int, Maps]:
     """A table that is looked up: its columns are channels, its rows stay."""
     table, dims = node.args.get("weight"), len(node.outputs[0].shape)
@@ -167,15 +145,6 @@ def _meet_inner(
     if groups > 1:
         context.coupling.balance(arriving.reshape(groups, -1), node.name)
     context.owners.reads(node, weight, arriving, groups if groups > 1 else None)
-
-
-def _for_each_query(item: ChannelMap, query: Value, value: Value) -> ChannelMap:
-    """A map of keys or values with the heads of the queries, several of which may share one of theirs."""
-    heads = len(query.shape) - 3
-    if heads not in item.varying or query.shape[heads] == value.shape[heads]:
-        return item
-    shared = query.shape[heads] // value.shape[heads]
-    return ChannelMap(item.ids.repeat_interleave(shared, heads), item.axis)
 
 
 def _without(item: ChannelMap, axis: int, node: Node, context: Context) -> Tensor:

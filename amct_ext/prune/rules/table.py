@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from amct_ext.graph.values import Node
-from amct_ext.prune.rules import elementwise, movement, norms, products, reduction
+from amct_ext.prune.rules import attention, elementwise, movement, norms, products, reduction
 from amct_ext.prune.rules.types import Rule
 
 # Elementwise ops that torch (some versions, or for the in-place form) does not tag as such.
@@ -68,7 +68,7 @@ _RULES: dict[str, Rule] = {
     "embedding": products.embedding,
     **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
                      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-                     "_scaled_dot_product_fused_attention_overrideable"), products.attention),
+                     "_scaled_dot_product_fused_attention_overrideable"), attention.attention),
 }  # fmt: skip
 
 

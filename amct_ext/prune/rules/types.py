@@ -31,6 +31,9 @@ class Owners(Protocol):
     def reads(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
         """The node reads channels by a layer's parameter."""
 
+    def scalable(self, node: Node) -> bool:
+        """Whether the output channels of a layer's call may be multiplied by way of its weight and bias."""
+
 
 @dataclass(frozen=True)
 class Context:

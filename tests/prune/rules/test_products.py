@@ -55,6 +55,8 @@ ATTENTION = {
     "explicit": {"explicit": True, "scale": 0.3},
     "explicit without scale": {"explicit": True},
     "queries and keys with a norm": {"norm": nn.RMSNorm, "scale": 0.3},
+    "queries and keys with a norm, scaled by the size": {"norm": nn.RMSNorm},
+    "LayerNorm for each head, scaled by the size": {"norm": nn.LayerNorm},
     "LayerNorm for each head": {"norm": nn.LayerNorm, "explicit": True, "scale": 0.3},
     "grouped queries": {"heads": 4, "shared": 2},
     "grouped queries, explicit": {"heads": 4, "shared": 2, "explicit": True},

@@ -1,0 +1,98 @@
+"""verify_pruning: a pruned network beside the whole one without the removed channels."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import small
+from torch import nn
+
+import amct_ext
+from amct_ext import verify_pruning
+from amct_ext.errors import InputDataError, ModelError, RecordError
+from amct_ext.flows.verify import prove_records
+from amct_ext.model_surgery.session import session_of
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> nn.Module:
+    (tmp_path / "prune.cfg").write_text(small.FILTER)
+    return amct_ext.create_prune_retrain_model(
+        small.build(), small.SAMPLE, str(tmp_path / "prune.cfg"), str(tmp_path / "record.txt")
+    )
+
+
+def test_numbers(pruned: nn.Module) -> None:
+    original = small.build()
+    proof = verify_pruning(original, pruned, small.SAMPLE)
+    assert proof.error < 1e-5
+    whole = sum(p.numel() for p in original.parameters())
+    assert proof.parameters_left == sum(p.numel() for p in pruned.parameters()) / whole
+    producers = [n for r in session_of(pruned).channel for n in r.producers if n.prune_index]
+    assert proof.removed == sum(len(node.prune_index) for node in producers) > 0
+    assert proof.channels == sum(node.end - node.begin for node in producers)
+    assert str(proof).startswith(f"{proof.removed} of {proof.channels} channels removed, ")
+
+
+def test_neither_model_is_changed(pruned: nn.Module) -> None:
+    original = small.build().train()
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (original, pruned)]
+    modes = [[m.training for m in each.modules()] for each in (original, pruned)]
+    verify_pruning(original, pruned, small.SAMPLE)
+    for model, state, mode in zip((original, pruned), before, modes, strict=True):
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        assert [module.training for module in model.modules()] == mode
+
+
+def test_training_since_does_not_matter(pruned: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.mul_(1.5)
+    assert verify_pruning(small.build(), pruned, small.SAMPLE).error < 1e-5
+
+
+def test_a_wrong_removal_is_seen() -> None:
+    """A reader that loses another channel than its producer computes something else."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    from support.models.channel_nets import planned
+
+    data = torch.randn(3, 4)
+    _, (record,) = planned(net, data, ratio=0.5)
+    assert prove_records(net, (record,), data)[1].error < 1e-6
+    gone = record.producers[0].prune_index
+    others = tuple(index for index in range(6) if index not in gone)
+    wrong = replace(record, consumers=tuple(replace(node, prune_index=others) for node in record.consumers))
+    assert prove_records(net, (wrong,), data)[1].error > 1e-2
+
+
+def test_a_model_that_is_not_pruned() -> None:
+    with pytest.raises(ModelError):
+        verify_pruning(small.build(), small.build(), small.SAMPLE)
+
+
+def test_a_pruned_model_of_other_shapes(pruned: nn.Module) -> None:
+    name, layer = next((n, m) for n, m in pruned.named_modules() if isinstance(m, nn.Linear))
+    layer.bias = nn.Parameter(torch.zeros(layer.out_features + 1))
+    with pytest.raises(ModelError, match=rf"{name}.bias has shape .* by the record it is"):
+        verify_pruning(small.build(), pruned, small.SAMPLE)
+
+
+def test_another_original(pruned: nn.Module) -> None:
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    other(small.SAMPLE if isinstance(small.SAMPLE, torch.Tensor) else small.SAMPLE[0])
+    with pytest.raises(RecordError):
+        verify_pruning(other, pruned, small.SAMPLE)
+
+
+def test_input_that_the_original_rejects(pruned: nn.Module) -> None:
+    with pytest.raises(InputDataError):
+        verify_pruning(small.build(), pruned, torch.randn(1, 1, 1))
+
+
+def test_a_copy_of_the_pruned_model_is_as_good(pruned: nn.Module) -> None:
+    assert verify_pruning(small.build(), copy.deepcopy(pruned), small.SAMPLE).error < 1e-5
