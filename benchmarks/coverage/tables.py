@@ -12,6 +12,7 @@ from benchmarks.coverage.results import Pruned, Quantised, Result
 _NONE = "-"
 _ENOUGH = 0.95  # of the asked channels
 _MAX_PROOF = 1e-5
+_MAX_REASONS = 25
 _POINTS = 0.02  # of parameters or multiplications left, beside the other pruner
 
 
@@ -208,5 +209,5 @@ def reasons_table(results: Iterable[Result]) -> list[str]:
             models[why].append(result.model)
             channels[why] += count
     order = sorted(models, key=lambda why: (-len(models[why]), -channels[why]))
-    rows = [(str(len(models[why])), str(channels[why]), _plain(why), models[why][0]) for why in order]
+    rows = [(str(len(models[why])), str(channels[why]), _plain(why), models[why][0]) for why in order[:_MAX_REASONS]]
     return markdown_table(("models", "channels", "reason", "for example"), rows).splitlines()
