@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,7 +54,8 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
         raise CheckpointError(
             f"checkpoint '{pth_file}' is no state dict; give the name of its entry as state_dict_name"
         )
-    state = dict(content)
+    state = OrderedDict(content)
+    versions = getattr(content, "_metadata", None)
     bare = [key for key, value in state.items() if not isinstance(value, Tensor) and not _is_extra(key)]
     if bare:
         raise CheckpointError(
@@ -72,8 +74,19 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
         )
     for prefix in _WRAPPERS * 2:
         if state and all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
+            state = OrderedDict((key[len(prefix) :], value) for key, value in state.items())
+            versions = _without_prefix(versions, prefix.rstrip("."))
+    if isinstance(versions, Mapping):
+        vars(state)["_metadata"] = versions  # torch's own place for the versions of modules
     return state
+
+
+def _without_prefix(versions: object, prefix: str) -> object:
+    """Versions of modules by name, with a wrapper's name taken off; the wrapper's own are left out."""
+    if not isinstance(versions, Mapping):
+        return versions
+    inner = {key: value for key, value in versions.items() if key == prefix or str(key).startswith(f"{prefix}.")}
+    return {str(key)[len(prefix) :].removeprefix("."): value for key, value in inner.items()}
 
 
 def _is_extra(key: str) -> bool:
@@ -115,7 +128,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
         )
     with _unchanged_on_failure(model):
         try:
-            model.load_state_dict(state, strict=True)
+            versioned = OrderedDict(state)
+            versions = getattr(state, "_metadata", None)  # modules may ask for them (torchvision's MNASNet)
+            vars(versioned)["_metadata"] = versions or getattr(model.state_dict(), "_metadata", None)
+            model.load_state_dict(versioned, strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"checkpoint '{pth_file}' cannot be loaded: {error}") from error
 

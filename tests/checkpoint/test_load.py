@@ -189,6 +189,33 @@ def test_extra_state(tmp_path: Path) -> None:
     assert all(torch.equal(other.state_dict()[key].nan_to_num(7), value.nan_to_num(7)) for key, value in before.items())
 
 
+class Versioned(nn.Module):
+    """A module that asks a state dict for its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small.build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("keep", ["whole", "wrapped", "plain dict"])
+def test_versions_of_modules(tmp_path: Path, keep: str) -> None:
+    job = Job(tmp_path, small.QUANT)
+    model = amct_ext.create_compressed_retrain_model(Versioned(), small.SAMPLE, str(job.config), str(job.record))
+    state = nn.ModuleDict({"module": model}).state_dict() if keep == "wrapped" else model.state_dict()
+    torch.save({"model": dict(state) if keep == "plain dict" else state}, tmp_path / "state.pth")
+    assert_same_state(job.restore(tmp_path / "state.pth", model=Versioned()), model)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_files(trained: Any, tmp_path: Path) -> None:
     """Whatever byte is wrong: read, or one error of ours with the file's name."""
