@@ -129,8 +129,9 @@ def test_tables_count_who_works_and_name_what_fails() -> None:
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in totals(results)]
     rows = {row[0]: row[1] for row in cells}
     assert rows["models measured"] == "2"
-    assert rows["pruned by amct_ext"] == "109, 54.5 %"
-    assert rows["where both work: parameters left, amct_ext / Torch-Pruning"] == "50.0 % / 60.0 %"
+    assert rows["channels pruned by amct_ext"] == "109 of 200, 54.5 %"
+    assert rows["models that amct_ext alone / Torch-Pruning alone prunes"] == "1 / 0"
+    assert rows["where both prune: parameters left, amct_ext / Torch-Pruning"] == "50.0 % / 60.0 %"
     assert rows["99 % of the weights and more in INT8"] == "1 of 2"
     assert rows["restored bit for bit"] == "1 of 1"
     assert len(models_table(results)) == 2 + 2

@@ -25,7 +25,7 @@ from benchmarks.coverage.results import Pruned
 _NOTHING_TO_PRUNE = ("no layer can lose channels", "no layer of the model can be pruned that way")
 _MOST_REASONS = 12
 _PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
-_SHAPE = re.compile(r"\[[\dN, ]+\]")
+_SHAPE = re.compile(r"\[[-\dN, ]+\]")
 
 
 def configuration(folder: Path, ratio: float, quantise: bool = True) -> tuple[str, str]:
@@ -126,7 +126,9 @@ def _reasons(pruned: nn.Module, layers: Layers, ratio: float, logged: Mapping[st
 
 
 def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layers, ratio: float) -> dict[str, int]:
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()) if name]
+    named = [*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
+    names = [name for name, _ in named if name not in ("", "model")]  # "the model" is a word of the reasons
     ordered = sorted(map(re.escape, names), key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w./])(?:{'|'.join(ordered)})(?![\w.])")
     counts: Counter[str] = Counter()

@@ -68,10 +68,11 @@ def shares(model: nn.Module, compressed: nn.Module, layers: Layers) -> tuple[flo
     total = done = 0
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        table = parameter.dim() < 2 or (parameter.shape[0] == 1 and not {owner, name} & quantised)
+        is_quantised = not quantised.isdisjoint({owner, name, name.removesuffix("_weight")})
+        table = parameter.dim() < 2 or (parameter.shape[0] == 1 and not is_quantised)
         if name in layers.used and not table and not isinstance(modules[owner], _NOT_WEIGHTS):
             total += parameter.numel()
-            done += parameter.numel() * (owner in quantised or name in quantised)
+            done += parameter.numel() * is_quantised
     return done / max(total, 1), 1 - explanation.coverage.macs.get("float", 0.0)
 
 

@@ -12,11 +12,13 @@ from benchmarks.coverage.results import Pruned, Quantised, Result
 _NONE = "-"
 _ENOUGH = 0.95  # of the asked channels
 _MAX_PROOF = 1e-5
+_MAX_REASONS = 25
 _POINTS = 0.02  # of parameters or multiplications left, beside the other pruner
 
 
 def works(part: Pruned | None) -> bool:
-    return part is not None and not part.error
+    """Whether channels went and the smaller model runs."""
+    return part is not None and not part.error and part.pruned > 0
 
 
 def _share(part: float, whole: float) -> str:
@@ -78,22 +80,28 @@ def _pruning_totals(results: Sequence[Result]) -> list[tuple[str, str]]:
     ours = [result for result in results if works(result.ours)]
     peer = [result for result in results if works(result.peer)]
     both = [result for result in ours if works(result.peer)]
+    beside = [result for result in peer if result.ours is not None]
+    measured = [result for result in results if result.ours is not None and result.peer is not None]
+    only = (
+        sum(works(result.ours) and not works(result.peer) for result in measured),
+        sum(works(result.peer) and not works(result.ours) for result in measured),
+    )
     proofs = [result.ours.proof for result in ours if result.ours is not None and result.ours.proof is not None]
     rows = [
-        ("amct_ext prunes, the smaller model runs", f"{len(ours)} models"),
-        ("Torch-Pruning prunes, the smaller model runs", f"{len(peer)} models"),
-        ("channels asked for, all models", str(_sum(results, lambda result: result.asked))),
-        ("pruned by amct_ext", _of_asked(results, lambda result: result.ours)),
-        ("pruned by Torch-Pruning", _of_asked(results, lambda result: result.peer)),
-        ("where both work: parameters left, amct_ext / Torch-Pruning", _both_left(both, "parameters")),
-        ("where both work: multiplications left, amct_ext / Torch-Pruning", _both_left(both, "macs")),
+        ("amct_ext prunes, the smaller model runs", _count(ours, results, lambda result: result.ours)),
+        ("Torch-Pruning prunes, the smaller model runs", _count(peer, results, lambda result: result.peer)),
+        ("models that amct_ext alone / Torch-Pruning alone prunes", f"{only[0]} / {only[1]}"),
+        ("channels pruned by amct_ext", _of_asked(results, lambda result: result.ours)),
+        ("channels pruned by Torch-Pruning", _of_asked(results, lambda result: result.peer)),
+        ("where both prune: parameters left, amct_ext / Torch-Pruning", _both_left(both, "parameters")),
+        ("where both prune: multiplications left, amct_ext / Torch-Pruning", _both_left(both, "macs")),
         (
-            f"where Torch-Pruning works: amct_ext prunes {100 * _ENOUGH:.0f} % of the asked channels",
-            f"{sum(_enough(result) for result in peer)} of {len(peer)}",
+            f"where Torch-Pruning prunes: amct_ext prunes {100 * _ENOUGH:.0f} % of the asked channels",
+            f"{sum(map(_enough, beside))} of {len(beside)}",
         ),
         (
-            f"where Torch-Pruning works: amct_ext leaves no more than {100 * _POINTS:.0f} points more of both",
-            f"{sum(_as_small(result) for result in peer)} of {len(peer)}",
+            f"where Torch-Pruning prunes: amct_ext leaves no more than {100 * _POINTS:.0f} points more of both",
+            f"{sum(map(_as_small, beside))} of {len(beside)}",
         ),
     ]
     if proofs:
@@ -101,14 +109,15 @@ def _pruning_totals(results: Sequence[Result]) -> list[tuple[str, str]]:
     return rows
 
 
-def _sum(results: Iterable[Result], figure: Callable[[Result], float]) -> int:
-    return round(sum(map(figure, results)))
+def _count(some: Sequence[Result], results: Iterable[Result], part: Callable[[Result], Pruned | None]) -> str:
+    return f"{len(some)} of {sum(part(result) is not None for result in results)}"
 
 
 def _of_asked(results: Sequence[Result], part: Callable[[Result], Pruned | None]) -> str:
-    parts = map(part, results)
-    pruned = sum(item.pruned for item in parts if item is not None and not item.error)
-    return f"{pruned}, {_share(pruned, _sum(results, lambda result: result.asked))}"
+    measured = [(item, result.asked) for result in results if (item := part(result)) is not None]
+    pruned = sum(item.pruned for item, _ in measured if not item.error)
+    asked = sum(count for _, count in measured)
+    return f"{pruned} of {asked}, {_share(pruned, asked)}"
 
 
 def _both_left(results: Sequence[Result], what: str) -> str:
@@ -185,6 +194,7 @@ def _proof_failure(part: Pruned) -> str:
 
 def _plain(text: str) -> str:
     """Without what Markdown would take for markup."""
+    text = text.replace("](", "] (")  # no link
     return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").strip()
 
 
@@ -199,5 +209,5 @@ def reasons_table(results: Iterable[Result]) -> list[str]:
             models[why].append(result.model)
             channels[why] += count
     order = sorted(models, key=lambda why: (-len(models[why]), -channels[why]))
-    rows = [(str(len(models[why])), str(channels[why]), _plain(why), models[why][0]) for why in order]
+    rows = [(str(len(models[why])), str(channels[why]), _plain(why), models[why][0]) for why in order[:_MAX_REASONS]]
     return markdown_table(("models", "channels", "reason", "for example"), rows).splitlines()
