@@ -9,6 +9,9 @@ from torch import nn
 
 from amct_ext.graph.values import Value, value_of
 
+# Nodes that no op is: values that depend on each other through shared memory.
+RELATIONS = ("unseen_view", "overwritten_part", "host_memory")
+
 # Makes the value of a tensor that depends on others through shared memory: op name, those values, the tensor.
 Relate = Callable[[str, tuple[Value, ...], torch.Tensor], Value]
 

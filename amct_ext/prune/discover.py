@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
+from amct_ext.graph.tensor_values import RELATIONS
 from amct_ext.graph.trace import Graph
 from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
@@ -82,10 +83,10 @@ class _Walk:
             self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
 
     def _matters(self, node: Node) -> bool:
-        """Whether an op's result is read, or what parameters are made into has to fit its input all the same."""
+        """Whether an op's result is read, or its inputs have to fit each other all the same."""
         if any(value.consumers or value in self._returned for value in node.outputs):
             return True
-        return any(v is not None and v.kind != "constant" and not v.depends_on_input() for v in node.inputs)
+        return node.op not in RELATIONS and sum(v is not None and v.kind != "constant" for v in node.inputs) > 1
 
     def _keep_whole(self, node: Node, reason: str) -> None:
         for value in (*node.inputs, *node.outputs):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from amct_ext.common.layer_kinds import kind_of
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
 from amct_ext.prune.coupling import Source
@@ -62,7 +63,7 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
     for node in found.graph.nodes:
-        shapes = _changed_shapes(node, found, gone) if node.op in _SIZED else []
+        shapes = _changed_shapes(node, found, gone) if _takes_sizes(node, modules) else []
         if not shapes:
             continue
         changes = dict(_changes(node, shapes, found, gone))
@@ -101,6 +102,11 @@ def _of_own_parameters(
                 yield (owner, attribute), type(value)(shape)
             elif value == old[-1] != shape[-1] and isinstance(value, int):
                 yield (owner, attribute), shape[-1]
+
+
+def _takes_sizes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether an op is given sizes. A convolution is, its groups; those of a layer are cut with it."""
+    return node.op in _SIZED or (node.op == "convolution" and kind_of(modules[node.scope]) is None)
 
 
 def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
