@@ -95,6 +95,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "proto": {"descriptors": "proto/test_proto_text.py"},
     "prune": {
+        "discovery": "prune/test_discover.py",
         "search_space": "flows/test_channel_search.py",
     },
     "prune/rules": {

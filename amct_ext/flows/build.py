@@ -48,7 +48,8 @@ from amct_ext.model_surgery.split_attention import split_attention
 from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
-from amct_ext.prune.discover import Discovery, discover
+from amct_ext.prune.discover import discover
+from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.permute import asks_for_permutation, permute_channels
 from amct_ext.record.types import ChannelRecord, Record

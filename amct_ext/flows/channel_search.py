@@ -25,7 +25,8 @@ from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels
 from amct_ext.prune.cost import layer_works
-from amct_ext.prune.discover import Discovery, discover
+from amct_ext.prune.discover import discover
+from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_config import SearchConfig, dumps, read_search_config
 from amct_ext.prune.search_methods import (

@@ -16,7 +16,7 @@ from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state, tensors_in
 from amct_ext.graph.values import Node
 from amct_ext.prune.check import check_records
-from amct_ext.prune.discover import Discovery
+from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
@@ -14,57 +10,16 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.graph.trace import Graph
 from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.channel_map import along
+from amct_ext.prune.channel_map import ChannelMap, along
 from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
+from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.grouping import Grouping
-from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.obstacles import obstacles, shared_parameters
 from amct_ext.prune.rules.table import op_rule
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
-from amct_ext.record.types import ChannelRecord
 
 LAYER_TENSORS = ("weight", "bias", "running_mean", "running_var")  # what removal cuts with a layer
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
-
-
-@dataclass(frozen=True)
-class Discovery:
-    """All groups in the order in which their first producer ran, and where in the forward their channels are.
-
-    maps: the channels in each value. classes: for each id of a map, the smallest id of the same channel. sources: the
-    ids of each axis of a parameter or buffer. attended: of each attention that divides
-    by the root of the size of a head, the parameters that scale its queries and the ids (heads, size) of these.
-    """
-
-    graph: Graph
-    groups: tuple[ChannelGroup, ...] = ()
-    maps: Mapping[Value, Maps] = field(default_factory=dict, repr=False)
-    classes: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64), repr=False)
-    sources: Mapping[Source, Tensor] = field(default_factory=dict, repr=False)
-    attended: Sequence[tuple[tuple[str, ...], Tensor]] = ()
-
-    @property
-    def prunable(self) -> tuple[ChannelGroup, ...]:
-        """The groups whose channels may go."""
-        return tuple(group for group in self.groups if not group.why_frozen)
-
-    def why_not(self) -> dict[str, str]:
-        """Layers that the plan would prune but that stay whole: name -> reason."""
-        cut = {member.name for group in self.prunable for member in group.producers}
-        frozen = [group for group in self.groups if group.why_frozen]
-        return {m.name: group.why_frozen for group in frozen for m in group.producers if m.name not in cut}
-
-    def removed(self, records: Sequence[ChannelRecord], model: nn.Module) -> Tensor:
-        """For each id whether its channel goes with these records of `model`, which is whole or cut already."""
-        gone = torch.zeros(len(self.classes), dtype=torch.bool)
-        for record in records:
-            for node in record.producers:
-                module = model.get_submodule(node.name)
-                kind = kind_of(module)
-                ids = self.sources.get(Source(f"{node.name}.weight", kind.weight_axes[1])) if kind else None
-                if ids is not None:
-                    gone[self.classes[ids[list(node.prune_index)]]] = True
-        return gone[self.classes]
 
 
 def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
@@ -75,13 +30,9 @@ def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
     for value in graph.outputs:
         walk.coupling.freeze_all(walk.context.of(value), "its channels are an output of the model")
     grouping = Grouping(walk.coupling, walk.is_covered)
+    coupling = walk.coupling
     return Discovery(
-        graph,
-        tuple(grouping.groups),
-        walk.context.maps,
-        grouping.classes,
-        walk.coupling.sources,
-        walk.coupling.attended,
+        graph, tuple(grouping.groups), walk.context.maps, grouping.classes, coupling.sources, coupling.attended
     )
 
 
@@ -100,28 +51,41 @@ class _Walk:
         for value in graph.sources:
             if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
                 self.context.maps[value] = tuple(
-                    along(self.coupling.ids_of(Source(value.name, axis), size), axis, len(value.shape))
-                    for axis, size in enumerate(value.shape)
-                    if size > 1
+                    self._parameter_map(value, axis) for axis, size in enumerate(value.shape) if size > 1
                 )
                 if value.name in self._shared:
                     self.coupling.freeze_all(
                         self.context.maps[value], f"{value.name} is shared by {self._shared[value.name]}"
                     )
 
+    def _parameter_map(self, value: Value, axis: int) -> ChannelMap:
+        owner, _, key = value.name.rpartition(".")
+        kind, groups = kind_of(self._modules[owner]), int(getattr(self._modules[owner], "groups", 1))
+        if key == "weight" and kind is not None and kind.family is Family.CONV and groups > 1 and axis == 1:
+            # A filter reads the inputs of its group: index j is another channel in another group.
+            filters, inputs = value.shape[:2]
+            ids = self.coupling.ids_of(Source(owner, None), groups * inputs).reshape(groups, 1, inputs)
+            ids = ids.expand(groups, filters // groups, inputs).reshape(filters, inputs, *[1] * (len(value.shape) - 2))
+            return ChannelMap(ids, 1)
+        return along(self.coupling.ids_of(Source(value.name, axis), value.shape[axis]), axis, len(value.shape))
+
     def visit(self, node: Node) -> None:
         try:
             if node.module is not None:
                 self._layer(node)
-            elif any(value.consumers or value in self._returned for value in node.outputs) and any(
-                self.context.of(value) for value in node.inputs
-            ):
+            elif self._matters(node) and any(self.context.of(value) for value in node.inputs):
                 self._op(node)
         except CannotFollow as reason:
             self._keep_whole(node, str(reason))
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             # A form of the op that its rule does not expect: its channels stay, as those of an unknown op do.
             self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
+
+    def _matters(self, node: Node) -> bool:
+        """Whether an op's result is read, or what parameters are made into has to fit its input all the same."""
+        if any(value.consumers or value in self._returned for value in node.outputs):
+            return True
+        return any(v is not None and v.kind != "constant" and not v.depends_on_input() for v in node.inputs)
 
     def _keep_whole(self, node: Node, reason: str) -> None:
         for value in (*node.inputs, *node.outputs):
@@ -182,8 +146,8 @@ class _Walk:
 
     def scalable(self, node: Node) -> bool:
         kind = kind_of(self._modules[node.name])
-        once = len(self._calls.get(node.name, [])) == 1
-        return once and kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
+        asked = kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
+        return asked and len(self._calls[node.name]) == 1
 
     # Nodes
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
 from amct_ext.prune.coupling import Source
-from amct_ext.prune.discover import Discovery
+from amct_ext.prune.discovery import Discovery
 
 # Attributes that hold numbers of channels, in torch's modules and in common libraries. Others are never changed.
 SIZE_ATTRIBUTES = frozenset(

@@ -16,7 +16,7 @@ from amct_ext.graph.recorder import Recorder, op_name
 from amct_ext.graph.run import tensors_in
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
-from amct_ext.prune.discover import Discovery
+from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.rules.types import dims_of
 from amct_ext.prune.sizes import expected_shape, kept
 

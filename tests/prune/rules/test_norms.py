@@ -167,3 +167,11 @@ def test_channels_that_stay_are_told(name):
         net.register_buffer("mean", torch.randn(5))
         net.register_buffer("var", torch.rand(5) + 0.5)
     assert reason in refusal(net, data(), layer)
+
+
+def test_a_norm_whose_result_nothing_reads_still_has_to_fit():
+    torch.manual_seed(0)
+    net = Net(lambda m, x: (lambda y: (m.norm(y), m.out(y))[1])(m.a(x)), a=conv(3, 4), norm=nn.GroupNorm(2, 4),
+              out=conv(4, 2))  # fmt: skip
+    assert prove(net, image(), ratio=0.5)[0] == {"a"}
+    assert prove(net, image(), ratio=0.2)[0] == {"a"}  # one of four is rounded up to one of each group
