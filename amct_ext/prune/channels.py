@@ -151,12 +151,15 @@ class _Trial:
             return difference
         removal.undo()
         try:
-            wanted = run_masked(self._model, self._inputs, self.found, gone)[1]
+            masked, wanted = run_masked(self._model, self._inputs, self.found, gone)
         except Exception as error:
             _logger.debug("no comparison with the whole model: %s", error)
             return None
         finally:
             removal.apply()
+        if not masked.repeats():
+            _logger.debug("no comparison with the whole model: its forwards differ (a cache, or random numbers)")
+            return None
         return _UNLIKE if largest_error(outputs, wanted) > _tolerance(outputs) else None
 
     def _compare_in_training(self, evaluated: list[int], removal: Removal) -> Difference | None:

@@ -82,6 +82,10 @@ class Masked(_Observed):
         kept_parts = [self._kept(value, tensor) for value, tensor in zip(old.outputs, results)] if alike else []  # type: ignore[union-attr] # noqa: B905
         self.checksums.append([None if part is None else _checksum(part) for part in kept_parts])
 
+    def repeats(self) -> bool:
+        """Whether the operators were those of the recording, so that each was masked by its own channels."""
+        return [node.op for node in self.nodes] == [node.op for node in self.found.graph.nodes]
+
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         old = self.expected()
         if old is None or old.module is None or not args or not isinstance(args[0], Tensor) or not old.inputs:
