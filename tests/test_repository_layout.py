@@ -99,7 +99,8 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "search_space": "flows/test_channel_search.py",
     },
     "prune/rules": {
-        "attention": "prune/rules/test_products.py",
+        "attention": "prune/rules/test_product_rules.py",
+        "products": "prune/rules/test_product_rules.py",
         "table": "prune/rules/test_channel_rules.py",
         "types": "prune/rules/test_channel_rules.py",
     },

@@ -74,8 +74,8 @@ def test_frozen_parameters_stay_frozen(tmp_path: Path) -> None:
     assert torch.equal(model.fc.weight, before)
 
 
-def test_attention_projections_are_left_float_with_a_reason(tmp_path: Path) -> None:
-    """nn.MultiheadAttention holds its input projections as bare parameters and never calls its output layer."""
+def test_attention_between_two_inputs_is_left_float_with_a_reason(tmp_path: Path) -> None:
+    """One parameter holds the projections of both inputs, and the output layer is never called."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -84,7 +84,8 @@ def test_attention_projections_are_left_float_with_a_reason(tmp_path: Path) -> N
             self.fc = nn.Linear(16, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(self.attention(x, x, x, need_weights=False)[0])
+            other = x.flip(1) * 2
+            return self.fc(self.attention(x, other, other, need_weights=False)[0])
 
     (tmp_path / "c.cfg").write_text(small.QUANT)
     x = torch.randn(2, 5, 16)
