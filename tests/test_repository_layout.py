@@ -100,6 +100,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "prune/rules": {
         "attention": "prune/rules/test_product_rules.py",
+        "operators": "prune/test_trial.py",
         "products": "prune/rules/test_product_rules.py",
         "table": "prune/rules/test_channel_rules.py",
         "types": "prune/rules/test_channel_rules.py",

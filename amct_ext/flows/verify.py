@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from amct_ext.common.inference_mode import outside_inference_mode
@@ -16,7 +15,6 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.errors import ModelError
 from amct_ext.flows.build import float_copy
 from amct_ext.graph.inputs import parse_inputs
-from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.graph.trace import trace
 from amct_ext.model_surgery.session import session_of
 from amct_ext.prune.channels import removal_of
@@ -80,14 +78,14 @@ def prove_records(
     plan = Plan(1, layers, fp16=False, write_shift_bit=False, quant_active=False, prune_active=True)
     found = discover(graph, plan, model)
     check_records(model, records, found.groups)
-    _, wanted = run_masked(model, inputs, found, found.removed(records, model))
+    gone = found.removed(records, model)
+    _, wanted = run_masked(model, inputs, found, gone)
     whole = sum(parameter.numel() for parameter in model.parameters())
     nodes = {(node.name, node.begin): node for record in records for node in record.producers if node.prune_index}
-    failed = removal_of(model, found, records).apply()
+    failed = removal_of(model, found, records, gone).apply()
     if failed:
         raise ModelError(f"the record's channels cannot be removed: {failed}")
-    with preserved_state(model), torch.no_grad():
-        got = [tensor.clone() for tensor in tensors_in(inputs.copied().call(model))]
+    got = inputs.evaluate(model)
     left = sum(parameter.numel() for parameter in model.parameters())
     removed = sum(len(node.prune_index) for node in nodes.values())
     channels = sum(node.end - node.begin for node in nodes.values())

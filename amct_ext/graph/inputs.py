@@ -29,6 +29,11 @@ class Inputs:
         """What the model returns for these arguments."""
         return model(*self.args, **self.kwargs)
 
+    def evaluate(self, model: nn.Module) -> list[torch.Tensor]:
+        """Copies of the tensors that the model returns in eval mode; model and arguments stay as they are."""
+        with preserved_state(model), torch.no_grad():
+            return [tensor.clone() for tensor in tensors_in(self.copied().call(model))]
+
     def tensors(self) -> list[torch.Tensor]:
         """The tensors in the arguments, in order."""
         return [tensor for _, tensor in _leaves((self.args, self.kwargs), "")]

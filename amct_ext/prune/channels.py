@@ -97,9 +97,8 @@ def apply_channels(
     return tuple(records[index] for index in sorted(wanted))
 
 
-def removal_of(model: nn.Module, found: Discovery, records: Sequence[ChannelRecord]) -> Removal:
-    """What removes some records' channels from the whole model, and adapts what depends on their number."""
-    gone = found.removed(records, model)
+def removal_of(model: nn.Module, found: Discovery, records: Sequence[ChannelRecord], gone: Tensor) -> Removal:
+    """What removes some records' channels, `gone`, from the whole model, and adapts what depends on their number."""
     return Removal(model, records, changed_attributes(model, found, gone), changed_factors(found, gone))
 
 
@@ -133,7 +132,7 @@ class _Trial:
         """What is wrong without some channels. The model stays cut where nothing is and `stays`."""
         records = [self._records[index] for index in sorted(wanted)]
         gone = self.found.removed(records, self._model)
-        removal = removal_of(self._model, self.found, records)
+        removal = removal_of(self._model, self.found, records, gone)
         failed = removal.apply()
         difference = Difference(None, failed) if failed else self._compare(gone, removal)
         if difference is _UNLIKE and stays:

@@ -14,7 +14,6 @@ from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.graph.inputs import Inputs
-from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.graph.trace import Graph
 from amct_ext.prune.discover import discover
 from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
@@ -54,9 +53,9 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
             order = best_order(torch.cat(rows))
             if order != tuple(range(group.count)):
                 orders[group] = order
-    expected = _outputs(model, inputs) if orders else []
+    expected = inputs.evaluate(model) if orders else []
     undo = [_apply(group, order, modules) for group, order in orders.items()]
-    if orders and not _agree(expected, _outputs(model, inputs)):
+    if orders and not _agree(expected, inputs.evaluate(model)):
         for back in reversed(undo):
             back()
         orders = {
@@ -81,7 +80,7 @@ def _keeps(
 ) -> bool:
     """Put one group into its new order, and back again where an output differs."""
     undo = _apply(group, order, modules)
-    if _agree(expected, _outputs(model, inputs)):
+    if _agree(expected, inputs.evaluate(model)):
         return True
     undo()
     name = group.producers[0].name
@@ -179,11 +178,6 @@ def _tensors_of(
                 begin + channel * repeat + i for channel in order for i in range(repeat)
             ]
             yield tensor.detach(), along, places
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with preserved_state(model, False), torch.no_grad():
-        return [tensor.clone() for tensor in tensors_in(inputs.copied().call(model))]
 
 
 def _agree(expected: list[Tensor], seen: list[Tensor]) -> bool:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
+from amct_ext.prune.rules.operators import GROUP_NORM, LAYER_NORMS
 from amct_ext.prune.rules.types import Context, Maps
 
 _MOVES = frozenset(
     ("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "select", "unbind", "split",
      "split_with_sizes", "slice", "squeeze", "unsqueeze", "clone", "_to_copy")
 )  # fmt: skip
-_NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm")
 
 
 def attention(node: Node, context: Context) -> Mapping[int, Maps]:
@@ -57,8 +57,9 @@ def _scaled_by(query: Value, reader: Node, rows: Tensor, context: Context) -> tu
             return ()
         if node.module is not None:
             return (f"{node.name}.weight", f"{node.name}.bias") if context.owners.scalable(node) else ()
-        if node.op in _NORMS or node.op == "mul":
-            names = ("weight", "bias") if node.op in _NORMS else ("self", "other")
+        norm = node.op in (*LAYER_NORMS, GROUP_NORM)
+        if norm or node.op == "mul":
+            names = ("weight", "bias") if norm else ("self", "other")
             found = [node.args.get(name) for name in names]
             factors = [item for item in found if isinstance(item, Value) and item.kind == "parameter"]
             alone = all(len(item.consumers) == 1 and len(item.shape) == 1 for item in factors)

@@ -6,6 +6,7 @@ import re
 
 from amct_ext.graph.values import Node
 from amct_ext.prune.rules import attention, elementwise, movement, norms, products, reduction
+from amct_ext.prune.rules.operators import ATTENTIONS, BATCH_NORMS, GROUP_NORM, LAYER_NORMS, MATRIX_PRODUCTS, STATISTICS
 from amct_ext.prune.rules.types import Rule
 
 # Elementwise ops that torch (some versions, or for the in-place form) does not tag as such.
@@ -53,22 +54,18 @@ _RULES: dict[str, Rule] = {
     "cat": elementwise.concatenate,
     "stack": elementwise.stack,
     # along axes
-    **dict.fromkeys(("mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "amax", "amin"),
-                    reduction.statistic),
+    **dict.fromkeys(STATISTICS, reduction.statistic),
     **dict.fromkeys(("max", "min", "prod", "logsumexp", "argmax", "argmin", "cumsum", "sort", "_softmax",
                      "_log_softmax"), reduction.along_dims),
     # normalisations
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), norms.layer_norm),
-    "native_group_norm": norms.group_norm,
-    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-                     "cudnn_batch_norm", "miopen_batch_norm"), norms.batch_norm),
+    **dict.fromkeys(LAYER_NORMS, norms.layer_norm),
+    GROUP_NORM: norms.group_norm,
+    **dict.fromkeys(BATCH_NORMS, norms.batch_norm),
     # products
-    **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), products.matrix_product),
+    **dict.fromkeys(MATRIX_PRODUCTS, products.matrix_product),
     "convolution": products.convolution,
     "embedding": products.embedding,
-    **dict.fromkeys(("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-                     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-                     "_scaled_dot_product_fused_attention_overrideable"), attention.attention),
+    **dict.fromkeys(ATTENTIONS, attention.attention),
 }  # fmt: skip
 
 
