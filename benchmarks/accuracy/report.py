@@ -22,7 +22,7 @@ from benchmarks.accuracy.results import Result, read
 from benchmarks.accuracy.run import CACHE
 from benchmarks.accuracy.tables import accuracy_table, comparison_table, costs_table, options_table, skipped_list
 from benchmarks.accuracy.tasks.registry import MEASURED
-from benchmarks.document import write_between
+from benchmarks.document import show_parts
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "accuracy.md"
 _PARTS = {
@@ -71,12 +71,7 @@ def main() -> None:
     if args.run:
         run_missing(args)
     results: list[Result] = list(read().values())
-    for name, part in _PARTS.items():
-        lines = part(results)
-        print("\n".join(lines), end="\n\n")
-        if args.write:
-            begin = f"<!-- {name}: begin (written by benchmarks/accuracy/report.py) -->"
-            write_between(DOCUMENT, begin, f"<!-- {name}: end -->", lines)
+    show_parts(DOCUMENT, _PARTS, results, "benchmarks/accuracy/report.py", args.write)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,20 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
     if wrong:
         return Pruned(error=wrong)
     proof, note = _proof(model, pruned, inputs)
+    result = smaller(model, pruned, inputs, layers, whole, seconds)
+    return replace(result, note=note, proof=proof, reasons=_reasons(pruned, layers, ratio, dict(heard)))
+
+
+def smaller(
+    model: nn.Module, pruned: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int, seconds: float
+) -> Pruned:
+    """What is left of a model; `whole`: its multiplications before."""
     left = widths_of(pruned, layers.widths)
     return Pruned(
         pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
         parameters_left=parameters(pruned) / parameters(model),
         macs_left=macs(pruned, inputs) / max(whole, 1),
         seconds=round(seconds, 2),
-        note=note,
-        proof=proof,
-        reasons=_reasons(pruned, layers, ratio, dict(heard)),
     )
 
 

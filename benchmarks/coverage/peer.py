@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from amct_ext.graph.run import tensors_in
-from benchmarks.coverage.layers import Layers, macs, parameters, widths_of
-from benchmarks.coverage.ours import describe, other_outputs
+from benchmarks.coverage.layers import Layers
+from benchmarks.coverage.ours import describe, other_outputs, smaller
 from benchmarks.coverage.results import Pruned
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -38,14 +39,8 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         if wrong:
             failures.append(wrong)
             continue
-        left = widths_of(candidate, layers.widths)
-        return Pruned(
-            pruned=sum(width - left.get(name, width) for name, width in layers.widths.items()),
-            parameters_left=parameters(candidate) / parameters(model),
-            macs_left=macs(candidate, inputs) / max(whole, 1),
-            seconds=round(seconds, 2),
-            note="attention left whole" if keep_attention else "",
-        )
+        result = smaller(model, candidate, inputs, layers, whole, seconds)
+        return replace(result, note="attention left whole" if keep_attention else "")
     return Pruned(error=failures[0])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.coverage.results import RESULTS, read
 from benchmarks.coverage.tables import failures, models_table, reasons_table, totals
 from benchmarks.coverage.zoo.registry import ENTRIES
-from benchmarks.document import write_between
+from benchmarks.document import show_parts
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 _PARTS = {"totals": totals, "models": models_table, "reasons": reasons_table, "failures": failures}
@@ -25,12 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     found = read(args.results)
     results = [found[name] for name in ENTRIES if name in found]
-    for name, part in _PARTS.items():
-        lines = part(results)
-        print("\n".join(lines), end="\n\n")
-        if args.write:
-            begin = f"<!-- {name}: begin (written by benchmarks/coverage/report.py) -->"
-            write_between(DOCUMENT, begin, f"<!-- {name}: end -->", lines)
+    show_parts(DOCUMENT, _PARTS, results, "benchmarks/coverage/report.py", args.write)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def from_line(line: str) -> Result:
 
 
 def append(result: Result, path: Path = RESULTS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(to_line(result) + "\n")
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.coverage.run                                     # all parts that have no result yet
     python -m benchmarks.coverage.run --models timm/resnet18 'smp/*' --again
-    python -m benchmarks.coverage.run --parts ours peer --results /tmp/pruning.jsonl
+    python -m benchmarks.coverage.run --parts ours peer --results out/pruning.jsonl
 
 Appends a JSON line per model, so that an interrupted run goes on where it stopped. A model takes 5 to 60 seconds on one
 core.
