@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.checks.onnx_run import run_onnx
 from support.models import small
+from support.models.own_forwards import train
 from torch import Tensor, nn
 
 import amct_ext
@@ -153,15 +154,7 @@ def test_a_whole_job(tmp_path: Path, kind: str) -> None:
     assert keys <= set(model.state_dict())
     assert not any(".in_proj.weight" in key for key in set(model.state_dict()) - keys if "weight_quant" not in key)
 
-    def train(model: nn.Module) -> None:
-        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(x).pow(2).mean().backward()
-            assert all(parameter.grad is not None for parameter in model.parameters())
-            optimizer.step()
-
-    train(model)
+    train(model, x)
     with torch.no_grad():
         expected = model.eval()(x)
     amct_ext.save_compressed_retrain_model(model, files[1], str(tmp_path / "net"), x)
@@ -175,8 +168,8 @@ def test_a_whole_job(tmp_path: Path, kind: str) -> None:
     for each in (copy.deepcopy(model), restored):
         with torch.no_grad():
             assert torch.equal(each.eval()(x), expected)
-    train(model)
-    train(restored)
+    train(model, x)
+    train(restored, x)
     with torch.no_grad():
         assert torch.equal(restored.eval()(x), model.eval()(x))
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.checks.onnx_run import run_onnx
 from support.models import small
+from support.models.own_forwards import train
 from torch import Tensor, nn
 
 import amct_ext
@@ -62,15 +63,6 @@ def create(folder: Path, attention: nn.Module, text: str = small.QUANT) -> tuple
     net, x = Net(attention), torch.randn(3, 5, 8)
     files = str(folder / "job.cfg"), str(folder / "record.txt")
     return amct_ext.create_compressed_retrain_model(net, x, *files), net, x
-
-
-def train(model: nn.Module, x: Tensor) -> None:
-    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x).pow(2).mean().backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
-        optimizer.step()
 
 
 def test_a_whole_job(tmp_path: Path) -> None:

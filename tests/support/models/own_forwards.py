@@ -142,3 +142,13 @@ def net_and_input(kind: str) -> tuple[nn.Module, Tensor]:
             nn.init.uniform_(module.weight, -1.5, 1.5)
             nn.init.normal_(module.bias)
     return net, torch.randn(4, 3, 9, 9) if image else torch.randn(4, 5, 12)
+
+
+def train(model: nn.Module, x: Tensor) -> None:
+    """Two steps, in which every parameter has a gradient."""
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).pow(2).mean().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
