@@ -19,8 +19,9 @@ def prepared(net, data):
     net.eval()
     found, records = planned(net, data, ratio=0.5)
     smaller = copy.deepcopy(net)
-    assert removal_of(smaller, found, records).apply() == ""
-    return found, records, smaller, parse_inputs(net, data), found.removed(records, net)
+    gone = found.removed(records, net)
+    assert removal_of(smaller, found, records, gone).apply() == ""
+    return found, records, smaller, parse_inputs(net, data), gone
 
 
 def test_masked_is_the_model_with_zeroed_weights():
