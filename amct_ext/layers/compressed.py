@@ -17,6 +17,7 @@ from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.activation_types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
+from amct_ext.layers.chain_tensor import ChainStart, may_start
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.layer_refs import UnregisteredRefs
@@ -98,8 +99,16 @@ class CompressedLayer(nn.Module):
         # Only the gradient of the weight reads the input again.
         if quantizer is not None and quantizer.stash and weight.requires_grad:
             with stashed(quantizer.num_bits, *results[0]):
-                return self.compute_with_weight(quantised, weight, *args)
-        return self.compute_with_weight(quantised, weight, *args)
+                return self._compute_chained(quantised, weight, *args)
+        return self._compute_chained(quantised, weight, *args)
+
+    def _compute_chained(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        """As `compute_with_weight`; a convolution's output is one that the BatchNorm behind it can wait on."""
+        site = self.refs.chain
+        if site is None or self.refs.batch_norm is None or not may_start(site, x):
+            return self.compute_with_weight(x, weight, *args)
+        with ChainStart(site):
+            return self.compute_with_weight(x, weight, *args)
 
     def compressed_weight(self) -> Tensor:
         """The weight that the product uses: masked and fake-quantised; in training a 2:4 mask may be renewed."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_ext.common.ranks import several_ranks
+from amct_ext.layers.chain_values import with_history
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.model_surgery.apply_gptq import (
@@ -121,7 +122,7 @@ def _end_forward(model: nn.Module, args: object, output: object) -> object:
     if torch.compiler.is_compiling():
         return None
     getattr(model, ATTRIBUTE).tracker.exit(sys._getframe(1))
-    values = materialize(output)
+    values = with_history(materialize(output))
     return None if values is output else values
 
 

@@ -30,6 +30,27 @@ struct UlqSums {
   double rounding_error = 0, above = 0, below = 0;
 };
 
+// What follows a BatchNorm: bounds, where those of Hardswish are not used.
+enum class ActivationFunction : int { kClamp, kHardswish };
+struct ActivationParams {
+  ActivationFunction function;
+  float lowest, highest;
+};
+
+// BatchNorm of a channel as factor * x + shift; the last two for its gradient (dz - mean_gradient - (x - mean) * slope)
+// * factor.
+struct BatchNormChannel {
+  float factor, shift, mean, mean_gradient, slope;
+};
+// The same, an array for each; arrays are padded by a vector or more.
+struct BatchNormRows {
+  const float *factor, *shift, *mean, *mean_gradient, *slope;
+};
+// Over a channel: of the gradient, and of its product with x - mean.
+struct BatchNormSums {
+  double gradient = 0, product = 0;
+};
+
 struct Range {
   double max, min;  // both NaN where one value is NaN
 };

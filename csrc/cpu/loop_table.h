@@ -12,8 +12,10 @@ struct LoopTable {
   const char* level;
   void (*transpose_bytes)(const uint8_t* from, int64_t stride, int rows, uint8_t* to, int64_t width, int64_t n);
 #define AMCT_LOOP(result, name, parameters) result(*name[kElements]) parameters;
+#define AMCT_FLOAT_LOOP(result, name, parameters) result(*name) parameters;
 #include "cpu/loops/list.h"
 #undef AMCT_LOOP
+#undef AMCT_FLOAT_LOOP
 };
 
 const LoopTable& loops();

@@ -22,6 +22,21 @@ TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
       "ulq_fake_quantize_backward(Tensor grad, Tensor x, Tensor clip_max, Tensor clip_min, int num_bits=8) "
       "-> (Tensor dx, Tensor d_clip_max, Tensor d_clip_min)",
       tags);
+  m.def(
+      "batch_norm_statistics_(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
+      "-> (Tensor mean, Tensor invstd)",
+      tags);
+  m.def(
+      "batch_norm_ulq(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, str activation, "
+      "float? lowest, float? highest, Tensor clip_max, Tensor clip_min, Tensor prev_clip_max, Tensor prev_clip_min, "
+      "int num_bits=8, bool fixed_min=False) "
+      "-> (Tensor y, Tensor scale, Tensor offset, Tensor clip_max, Tensor clip_min, Tensor invalid)",
+      tags);
+  m.def(
+      "batch_norm_ulq_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, "
+      "str activation, float? lowest, float? highest, Tensor clip_max, Tensor clip_min, int num_bits=8, "
+      "bool training=True) -> (Tensor dx, Tensor d_weight, Tensor d_bias, Tensor d_clip_max, Tensor d_clip_min)",
+      tags);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(const Tensor& x, const Tensor& clip_max,
@@ -45,6 +60,30 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad
                                                               const Tensor& clip_max, const Tensor& clip_min,
                                                               int64_t num_bits) {
   return op<ulq_fake_quantize_backward>("ulq_fake_quantize_backward").call(grad, x, clip_max, clip_min, num_bits);
+}
+
+std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, const std::optional<Tensor>& running_mean,
+                                                  const std::optional<Tensor>& running_var, double momentum,
+                                                  double eps) {
+  return op<batch_norm_statistics_>("batch_norm_statistics_").call(x, running_mean, running_var, momentum, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq(
+    const Tensor& x, const Tensor& mean, const Tensor& invstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, c10::string_view activation, std::optional<double> lowest,
+    std::optional<double> highest, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+    const Tensor& prev_clip_min, int64_t num_bits, bool fixed_min) {
+  return op<batch_norm_ulq>("batch_norm_ulq")
+      .call(x, mean, invstd, weight, bias, activation, lowest, highest, clip_max, clip_min, prev_clip_max,
+            prev_clip_min, num_bits, fixed_min);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, c10::string_view activation, std::optional<double> lowest,
+    std::optional<double> highest, const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits, bool training) {
+  return op<batch_norm_ulq_backward>("batch_norm_ulq_backward")
+      .call(grad, x, mean, invstd, weight, bias, activation, lowest, highest, clip_max, clip_min, num_bits, training);
 }
 
 namespace {
@@ -140,6 +179,7 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize", ulq_fake_quantize_autograd);
   m.impl("ulq_fake_quantize_", ulq_fake_quantize_inplace_autograd);
   m.impl("ulq_fake_quantize_backward", ulq_fake_quantize_backward_autograd);
+  without_gradient(m, {"batch_norm_statistics_", "batch_norm_ulq", "batch_norm_ulq_backward"});
 }
 
 }  // namespace amct_ext

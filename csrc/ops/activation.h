@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
 
+#include <optional>
 #include <tuple>
 
 #include "api.h"  // beside this file, so that installed headers need no include folder of their own
@@ -36,5 +38,32 @@ AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_(const Tensor& x, 
 AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
                                                                        const Tensor& clip_max, const Tensor& clip_min,
                                                                        int64_t num_bits = 8);
+
+// Statistics of x (float32, more than one value a channel) along axis 1: {mean, 1 / sqrt(variance + eps)}, float32.
+// Updates the running ones, where there are, as torch's BatchNorm does. Has no gradient.
+AMCT_API std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, const std::optional<Tensor>& running_mean,
+                                                           const std::optional<Tensor>& running_var, double momentum,
+                                                           double eps);
+
+// BatchNorm along axis 1, an activation function and ulq_fake_quantize in one pass over x (float32).
+//
+// mean, invstd: statistics; weight, bias: BatchNorm's, or none; all float32, one a channel, contiguous. activation:
+// "none", which takes bounds (ReLU: lowest 0), or "hardswish". Clips, num_bits, fixed_min and results are those of
+// ulq_fake_quantize. BatchNorm rounds as torch's kernels on processors with FMA. Has no gradient: a rule calls
+// batch_norm_ulq_backward.
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq(
+    const Tensor& x, const Tensor& mean, const Tensor& invstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, c10::string_view activation, std::optional<double> lowest,
+    std::optional<double> highest, const Tensor& clip_max, const Tensor& clip_min, const Tensor& prev_clip_max,
+    const Tensor& prev_clip_min, int64_t num_bits = 8, bool fixed_min = false);
+
+// Gradients of batch_norm_ulq from grad, that of y, and the clips that the forward returned. training: mean and invstd
+// are those of x, so x has a gradient through them, too; else they are constants.
+// Returns {dx, d_weight, d_bias, d_clip_max, d_clip_min in the clips' dtype}.
+AMCT_API std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, c10::string_view activation, std::optional<double> lowest,
+    std::optional<double> highest, const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits = 8,
+    bool training = true);
 
 }  // namespace amct_ext

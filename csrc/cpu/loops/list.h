@@ -1,5 +1,6 @@
-// Every loop that is compiled for each element type: AMCT_LOOP(result, name, parameters). No include guard:
-// cpu/loop_table.h makes the list pointers, table.cpp fills them with name<T>; each defines AMCT_LOOP for that.
+// Every loop that is compiled for each element type: AMCT_LOOP(result, name, parameters); for float32 alone:
+// AMCT_FLOAT_LOOP. No include guard: cpu/loop_table.h makes the list pointers, table.cpp fills them with name<T> or
+// name; each defines the two macros for that.
 
 // True: a value is not finite.
 AMCT_LOOP(bool, ulq_forward, (const void* x, void* y, int64_t n, const UlqForwardParams&))
@@ -46,3 +47,25 @@ AMCT_LOOP(void, offset_losses, (const void* x, int64_t n, const Candidate*, int 
 
 // Adds to 16 sums; true: a value is NaN.
 AMCT_LOOP(bool, shift_errors, (const void* x, int64_t n, double scale, WideSum* sums))
+
+AMCT_FLOAT_LOOP(double, sum_values, (const float* x, int64_t n))
+AMCT_FLOAT_LOOP(double, sum_squared_distances, (const float* x, int64_t n, float mean))
+// BatchNorm, activation function and ULQ. True: a value is not finite.
+AMCT_FLOAT_LOOP(bool, batch_norm_ulq_plane,
+                (const float* x, float* y, int64_t n, float factor, float shift, const ActivationParams&,
+                 const UlqForwardParams&))
+AMCT_FLOAT_LOOP(bool, batch_norm_ulq_rows,
+                (const float* x, float* y, int64_t rows, int64_t channels, const float* factor, const float* shift,
+                 const ActivationParams&, const UlqForwardParams&))
+AMCT_FLOAT_LOOP(void, batch_norm_ulq_sums_plane,
+                (const float* grad, const float* x, int64_t n, const BatchNormChannel&, const ActivationParams&,
+                 const UlqBackwardParams&, BatchNormSums&, UlqSums&))
+AMCT_FLOAT_LOOP(void, batch_norm_ulq_sums_rows,
+                (const float* grad, const float* x, int64_t rows, int64_t channels, const BatchNormRows&,
+                 const ActivationParams&, const UlqBackwardParams&, double* gradient, double* product, UlqSums&))
+AMCT_FLOAT_LOOP(void, batch_norm_ulq_dx_plane,
+                (const float* grad, const float* x, float* dx, int64_t n, const BatchNormChannel&,
+                 const ActivationParams&, const UlqBackwardParams&))
+AMCT_FLOAT_LOOP(void, batch_norm_ulq_dx_rows,
+                (const float* grad, const float* x, float* dx, int64_t rows, int64_t channels, const BatchNormRows&,
+                 const ActivationParams&, const UlqBackwardParams&))

@@ -2,6 +2,7 @@
 // Nothing here may include a header with inline functions of external linkage: the linker keeps one copy of those for
 // the whole library, perhaps one that was compiled for a newer processor.
 #include "cpu/loop_table.h"
+#include "cpu/loops/activation_batch_norm.h"
 #include "cpu/loops/activation_ulq.h"
 #include "cpu/loops/calibration_search.h"
 #include "cpu/loops/calibration_shift.h"
@@ -17,6 +18,7 @@
 #define AMCT_TEXT_(a) #a
 #define AMCT_TEXT(a) AMCT_TEXT_(a)
 #define AMCT_LOOP(result, name, parameters) .name = {name<float>, name<double>, name<BFloat16>, name<Float16>},
+#define AMCT_FLOAT_LOOP(result, name, parameters) .name = name,
 
 namespace amct_ext::cpu {
 

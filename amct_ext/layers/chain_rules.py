@@ -1,0 +1,231 @@
+"""What each op makes of chain tensors, forward and backward; NotImplemented: the op reads plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_ext import ops
+from amct_ext.layers.batch_norm_chain import BatchNormChain, OpOverload, activation_of, batch_norm
+from amct_ext.layers.chain_values import ChainGradient, ChainValues, TensorOfValues, plain
+from amct_ext.layers.forward_context import in_backward
+
+_aten = torch.ops.aten
+_amct = torch.ops.amct_ext
+
+
+def _pending_chain(x: object) -> BatchNormChain | None:
+    return x.values.chain if isinstance(x, TensorOfValues) and x.values.pending else None
+
+
+# -- aliases and copies
+
+
+def _alias(func: OpOverload, x: TensorOfValues) -> TensorOfValues:
+    return x.with_values(x.values)
+
+
+def _clone(func: OpOverload, x: TensorOfValues, *, memory_format: torch.memory_format | None = None) -> Any:
+    chain = _pending_chain(x)
+    if chain is None or memory_format not in (None, torch.preserve_format):
+        return NotImplemented
+    return x.with_values(ChainValues(x.values.site, chain=chain, origin=x.values.origin))
+
+
+# -- forward
+
+
+def _batch_norm(
+    func: OpOverload,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    if not isinstance(x, TensorOfValues) or x.values.fixed or x.values.value is None or x.values.gradient is not None:
+        return NotImplemented
+    others = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    if any(isinstance(t, TensorOfValues) or t.dtype != torch.float32 or not t.is_contiguous() for t in others):
+        return NotImplemented
+    if x.numel() <= x.shape[1] or (not training and (running_mean is None or running_var is None)):
+        return NotImplemented
+    norm = batch_norm(x.values.value, weight, bias, running_mean, running_var, training, momentum, eps)
+    values = ChainValues(x.values.site, chain=BatchNormChain(norm), origin=x.values)
+    empty = norm.mean.new_empty
+    saved = (norm.mean, norm.invstd) if training else (empty(0), empty(0))  # as torch's op returns
+    return x.with_values(values), *saved
+
+
+def _activation(in_place: bool) -> Callable[..., Any]:
+    def rule(func: OpOverload, x: TensorOfValues, *arguments: float) -> Any:
+        chain = _pending_chain(x)
+        activation = None if chain is None or chain.activation is not None else activation_of(func, arguments)
+        if chain is None or activation is None:
+            return NotImplemented
+        if in_place:
+            x.values.chain = chain.then(activation)
+            return x
+        return x.with_values(ChainValues(x.values.site, chain=chain.then(activation), origin=x.values.origin))
+
+    return rule
+
+
+def _pad(func: OpOverload, x: TensorOfValues, padding: list[int], value: float = 0.0) -> Any:
+    """Zeros around an activation; with the negative padding, the gradient of that."""
+    if x.values.gradient is not None:
+        return _pad_backward(func, x, padding) if any(padding) else _alias(func, x)
+    chain = _pending_chain(x)
+    if chain is None or chain.padding is not None or value != 0 or min(padding, default=0) < 0:
+        return NotImplemented
+    if not any(padding):
+        return _clone(func, x)
+    like = func(torch.empty_strided(x.shape, x.stride(), device="meta"), padding)
+    values = ChainValues(x.values.site, chain=chain.padded(tuple(padding)), origin=x.values.origin)
+    return x.with_values(values, like)
+
+
+def _fake_quantize(
+    func: OpOverload,
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> Any:
+    chain = _pending_chain(x)
+    if chain is None or not isinstance(x, TensorOfValues):
+        return NotImplemented
+    if not in_backward():
+        x.values.quantized = True
+        x.values.site.note_use()
+    return chain.quantize((clip_max, clip_min, prev_clip_max, prev_clip_min), num_bits, fixed_min)
+
+
+def _fake_quantize_with_state(
+    func: OpOverload,
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    prev_clip_max: Tensor,
+    prev_clip_min: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    invalid: Tensor,
+    num_bits: int = 8,
+    fixed_min: bool = False,
+) -> Any:
+    results = _fake_quantize(func, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
+    if results is NotImplemented:
+        return NotImplemented
+    y, used_scale, used_offset, used_max, used_min, bad = results
+    torch._foreach_copy_(
+        [clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset],
+        [used_max, used_min, used_max, used_min, used_scale, used_offset],
+    )
+    invalid.logical_or_(bad)
+    return y, used_max, used_min
+
+
+# -- backward: the quantiser's gradient computes all of the chain's, which then wait for their nodes
+
+
+def _fake_quantize_backward(
+    func: OpOverload, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
+) -> Any:
+    # A gradient that is differentiated again has torch's graph; the values of one op must be those of its node.
+    if not isinstance(x, TensorOfValues) or x.values.chain is None or torch.is_grad_enabled() or not x.values.site.fused:
+        return NotImplemented
+    upstream, chain, site = plain(grad), x.values.chain, x.values.site
+    if upstream.dtype != torch.float32:
+        return NotImplemented
+    *results, d_max, d_min = chain.backward(upstream, clip_max, clip_min, num_bits)
+
+    def compute() -> Tensor:
+        return ops.ulq_fake_quantize_backward(upstream, x.values.get(), clip_max, clip_min, num_bits)[0]
+
+    gradient = ChainGradient(chain, (results[0], results[1], results[2]))
+    return x.with_values(ChainValues(site, gradient=gradient, compute=compute)), d_max, d_min
+
+
+def _passed(grad: TensorOfValues, compute: Callable[[], Tensor], like: Tensor | None = None) -> TensorOfValues:
+    """The gradient of the input of the link that ``grad`` has reached."""
+    assert grad.values.gradient is not None
+    values = ChainValues(grad.values.site, gradient=grad.values.gradient.next(), compute=compute)
+    return grad.with_values(values, like)
+
+
+def _pad_backward(func: OpOverload, grad: TensorOfValues, padding: list[int]) -> Any:
+    gradient = grad.values.gradient
+    if gradient is None or gradient.link != "padding" or torch.is_grad_enabled():
+        return NotImplemented
+    if gradient.chain.padding != tuple(-size for size in padding):
+        return NotImplemented
+    values = grad.values
+    return _passed(grad, lambda: func(values.get(), padding), gradient.results[0])
+
+
+def _activation_backward(op: OpOverload) -> Callable[..., Any]:
+    def rule(func: OpOverload, grad: Tensor, saved: Tensor, *arguments: float) -> Any:
+        gradient = grad.values.gradient if isinstance(grad, TensorOfValues) else None
+        if gradient is None or gradient.link != "activation" or not isinstance(saved, TensorOfValues):
+            return NotImplemented
+        chain, of_saved = gradient.chain, saved.values.chain
+        same = of_saved is not None and of_saved.norm is chain.norm
+        if not same or chain.activation is None or chain.activation.op is not op or torch.is_grad_enabled():
+            return NotImplemented
+        values = grad.values  # type: ignore[attr-defined]
+        return _passed(grad, lambda: func(values.get(), saved.values.get(), *arguments))  # type: ignore[arg-type]
+
+    return rule
+
+
+def _batch_norm_backward(
+    func: OpOverload,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_invstd: Tensor | None,
+    training: bool,
+    eps: float,
+    output_mask: list[bool],
+) -> Any:
+    gradient = grad.values.gradient if isinstance(grad, TensorOfValues) else None
+    if gradient is None or gradient.link != "norm" or not isinstance(x, TensorOfValues):
+        return NotImplemented
+    norm = gradient.chain.norm
+    if x.values.value is not norm.x or training is not norm.training or torch.is_grad_enabled():
+        return NotImplemented
+    return tuple(result if wanted else None for result, wanted in zip(gradient.results, output_mask, strict=True))
+
+
+RULES: dict[OpOverload, Callable[..., Any]] = {
+    _aten.detach.default: _alias,
+    _aten.clone.default: _clone,
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.relu.default: _activation(in_place=False),
+    _aten.relu_.default: _activation(in_place=True),
+    _aten.hardtanh.default: _activation(in_place=False),
+    _aten.hardtanh_.default: _activation(in_place=True),
+    _aten.hardswish.default: _activation(in_place=False),
+    _aten.hardswish_.default: _activation(in_place=True),
+    _aten.constant_pad_nd.default: _pad,
+    _amct.ulq_fake_quantize.default: _fake_quantize,
+    _amct.ulq_fake_quantize_.default: _fake_quantize_with_state,
+    _amct.ulq_fake_quantize_backward.default: _fake_quantize_backward,
+    _aten.threshold_backward.default: _activation_backward(_aten.relu.default),
+    _aten.hardtanh_backward.default: _activation_backward(_aten.hardtanh.default),
+    _aten.hardswish_backward.default: _activation_backward(_aten.hardswish.default),
+    _aten.native_batch_norm_backward.default: _batch_norm_backward,
+}

@@ -1,0 +1,83 @@
+"""Lazy values behind a convolution, so that BatchNorm, activation function and fake quantisation run in one pass.
+
+In a training step each of them reads and writes a whole activation, forward and backward. A `ChainTensor` stands for
+the output of BatchNorm or of the activation function; the quantiser that reads it computes everything in one pass over
+the convolution's output, and so does backward. This happens below autograd: the graph has torch's nodes, so hooks,
+checkpoints and control flow work as ever. Any other reader gets plain values that torch's ops compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from amct_ext.layers.batch_norm_chain import ChainSite, OpOverload
+from amct_ext.layers.chain_rules import RULES
+from amct_ext.layers.chain_values import ChainValues, TensorOfValues, plain
+
+_aten = torch.ops.aten
+
+
+class ChainTensor(TensorOfValues):
+    """A tensor whose values are pending or known (module docstring)."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        rule = RULES.get(func)
+        result = NotImplemented if rule is None else rule(func, *args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
+        if _may_alias(func):
+            tree_map_only(TensorOfValues, lambda x: x.values.fix(), (args, kwargs))
+            if torch.Tag.inplace_view in func.tags:
+                with no_dispatch():
+                    func(*args, **(kwargs or {}))  # changes the sizes and strides that the wrapper reports
+        return func(*plain(args), **plain(kwargs or {}))
+
+
+@lru_cache(maxsize=None)
+def _may_alias(func: OpOverload) -> bool:
+    """Whether the op writes to an argument or returns a view of one."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
+
+
+class ChainStart(TorchDispatchMode):
+    """While active, the outputs of convolutions become chain tensors."""
+
+    def __init__(self, site: ChainSite) -> None:
+        super().__init__()
+        self.site = site
+
+    def __torch_dispatch__(  # type: ignore[override]
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not _aten.convolution.default or type(result) is not Tensor or result.dtype != torch.float32:
+            return result
+        return ChainTensor(ChainValues(self.site, value=result), result)
+
+
+def may_start(site: ChainSite | None, x: Tensor) -> bool:
+    """Whether a convolution on ``x`` can begin a chain: on the CPU, in a plain eager forward."""
+    return (
+        site is not None
+        and site.fused
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )

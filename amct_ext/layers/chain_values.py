@@ -1,0 +1,131 @@
+"""What stands behind a chain tensor: values, or how to compute them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map_only
+
+from amct_ext.layers.batch_norm_chain import BatchNormChain, ChainSite
+from amct_ext.layers.forward_context import in_backward
+from amct_ext.layers.lazy_tensor import LazyTensor
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ChainGradient:
+    """The gradient of a chain's output, computed together with that of the chain's input."""
+
+    chain: BatchNormChain
+    results: tuple[Tensor, Tensor, Tensor]  # gradients of BatchNorm's input, weight and bias
+    passed: int = 0  # links of the chain, from its end, that the gradient has passed
+
+    @property
+    def link(self) -> str:
+        """The link of the chain whose output this is the gradient of: "padding", "activation" or "norm"."""
+        chain = self.chain
+        behind = [("padding", chain.padding), ("activation", chain.activation)]
+        return ([name for name, link in behind if link is not None] + ["norm"])[self.passed]
+
+    def next(self) -> ChainGradient:
+        """The gradient of that link's input."""
+        return replace(self, passed=self.passed + 1)
+
+
+class ChainValues:
+    """The values of a tensor and of its aliases.
+
+    ``chain`` computes the values of a forward, ``compute`` those of a gradient; either stays where the values have been
+    computed, unless they were changed. ``origin``: the convolution's output that a chain reads.
+    """
+
+    def __init__(
+        self,
+        site: ChainSite,
+        *,
+        value: Tensor | None = None,
+        chain: BatchNormChain | None = None,
+        origin: ChainValues | None = None,
+        gradient: ChainGradient | None = None,
+        compute: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.site = site
+        self.value = value
+        self.chain, self.origin = chain, origin
+        self.gradient, self._compute = gradient, compute
+        self.quantized = False  # in the forward
+        self.fixed = False  # an alias of the value may be out
+        self._readers: weakref.WeakSet[ChainValues] = weakref.WeakSet()
+        if origin is not None:
+            origin._readers.add(self)
+
+    @property
+    def pending(self) -> bool:
+        return self.value is None
+
+    def get(self, expected: bool = False) -> Tensor:
+        """The values. Where they are computed now and this was not ``expected``, the site has gained nothing."""
+        if self.value is None:
+            if self.gradient is None:
+                assert self.chain is not None
+                self.value = self.chain.compute()
+                if not (expected or in_backward()):
+                    self.site.note_miss(self.quantized)
+            else:
+                assert self._compute is not None
+                self.value = self._compute()
+                self.site.note_miss(True)
+        return self.value
+
+    def fix(self) -> None:
+        """Before the value is changed, or an alias of it given out: compute what is computed from it."""
+        self.fixed = True
+        for reader in list(self._readers):
+            reader.get()
+        self.get()
+        self.chain = self.gradient = None
+
+
+class TensorOfValues(LazyTensor):
+    """A tensor whose values are those of ``values``, with the metadata of ``like``."""
+
+    values: ChainValues
+
+    @staticmethod
+    def __new__(cls, values: ChainValues, like: Tensor) -> Self:
+        new: Self = Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=_CPU)
+        new.values = values
+        return new
+
+    def materialize(self) -> Tensor:
+        return self.values.get()
+
+    def with_values(self, values: ChainValues, like: Tensor | None = None) -> Self:
+        """A tensor of other values, with the shape and layout of ``like``, or of this one."""
+        return type(self)(values, self if like is None else like)
+
+
+def plain(value: Any) -> Any:
+    """``value`` with plain tensors, which have no history, in place of chain tensors."""
+    if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, TensorOfValues), value):
+        return value
+    return tree_map_only(TensorOfValues, TensorOfValues.materialize, value)
+
+
+def with_history(value: Any) -> Any:
+    """``value`` with plain tensors that have the place in the graph that the chain tensors have."""
+    if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, TensorOfValues), value):
+        return value
+    return tree_map_only(TensorOfValues, torch.ops.aten.alias.default, value)
+
+
+def compute_now(x: Tensor) -> None:
+    """Compute the values of a chain tensor for a reader that later forwards will not have."""
+    if isinstance(x, TensorOfValues):
+        x.values.get(expected=True)

@@ -1,0 +1,50 @@
+"""The base of tensors whose values are computed when something reads them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+
+class LazyTensor(Tensor):
+    """A tensor without memory of its own. A subclass says in ``__torch_dispatch__`` what an op makes of it.
+
+    Autograd sees an ordinary tensor: its nodes, versions and hooks are torch's. Below autograd, each op that is given
+    one reaches ``__torch_dispatch__``. The methods here are those that read memory without an op.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def materialize(self) -> Tensor:
+        """The plain tensor of the values, without their history."""
+        raise NotImplementedError
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return self.materialize().numpy(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.materialize().tolist()
+
+    def data_ptr(self) -> int:
+        return self.materialize().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.materialize().untyped_storage()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.materialize().__dlpack__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.materialize(), memo)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        reduce: Callable[[SupportsIndex], Any] = self.materialize().__reduce_ex__
+        return reduce(protocol)
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        represent: Callable[..., str] = self.materialize().__repr__
+        return represent(*args, **kwargs)

@@ -1,0 +1,378 @@
+// BatchNorm, an activation function and ULQ fake quantisation in one pass, and their gradients. float32.
+//
+// Channels come in two layouts. Plane: a run of values of one channel, so its coefficients are broadcast. Rows: one
+// value of each channel after the other (channels last), so coefficients are read along with the values.
+#pragma once
+
+#include "cpu/loop_params.h"
+#include "cpu/loops/activation_ulq.h"
+
+namespace amct_ext::cpu {
+namespace {
+
+using FloatVec = Vec<float>;
+constexpr int kFloats = kLanes<float>;
+
+// Activation functions: the value at z, and a gradient times the slope at z. Comparisons let NaN pass.
+struct ClampActivation {
+  FloatVec lowest, highest;
+
+  AMCT_INLINE explicit ClampActivation(const ActivationParams& p)
+      : lowest(broadcast(p.lowest)), highest(broadcast(p.highest)) {}
+  AMCT_INLINE FloatVec value(FloatVec z) const {
+    z = z < lowest ? lowest : z;
+    return z > highest ? highest : z;
+  }
+  AMCT_INLINE FloatVec gradient(FloatVec z, FloatVec g) const {
+    return zero_unless(~((z <= lowest) | (z >= highest)), g);
+  }
+};
+
+struct HardswishActivation {
+  FloatVec zero = {}, half = broadcast(0.5f), three = broadcast(3.0f), six = broadcast(6.0f);
+
+  AMCT_INLINE explicit HardswishActivation(const ActivationParams&) {}
+  AMCT_INLINE FloatVec value(FloatVec z) const {
+    FloatVec gate = z + three;
+    gate = gate < zero ? zero : gate;
+    gate = gate > six ? six : gate;
+    return z * gate / six;
+  }
+  AMCT_INLINE FloatVec gradient(FloatVec z, FloatVec g) const {
+    const FloatVec inner = g * (z / three + half);
+    return zero_unless(~(z <= -three), z >= three ? g : inner);
+  }
+};
+
+template <typename Run>
+AMCT_INLINE auto with_activation(const ActivationParams& p, const Run& run) {
+  if (p.function == ActivationFunction::kHardswish) return run(HardswishActivation(p));
+  return run(ClampActivation(p));
+}
+
+// A coefficient of each value of a vector that starts at channel `c`: of a plane, or of rows.
+struct PlaneCoefficient {
+  FloatVec value;
+  AMCT_INLINE explicit PlaneCoefficient(float v) : value(broadcast(v)) {}
+  AMCT_INLINE FloatVec operator[](int64_t) const { return value; }
+};
+struct RowCoefficient {
+  const float* values;
+  AMCT_INLINE explicit RowCoefficient(const float* v) : values(v) {}
+  AMCT_INLINE FloatVec operator[](int64_t c) const { return load<FloatVec>(values + c); }
+};
+
+// -- statistics
+
+template <typename Term>
+AMCT_INLINE double sum_of(const float* x, int64_t n, Term term) {
+  SumLanes sums;
+  alignas(64) float terms[kSumLanes];
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    for (int k = 0; k < kSumLanes; k += kFloats) store(terms + k, term(load<FloatVec>(x + i + k)));
+    sums.add(terms);
+  }
+  double total = sums.total();
+  for (; i < n; ++i) total += static_cast<double>(term(broadcast(x[i]))[0]);
+  return total;
+}
+
+double sum_values(const float* x, int64_t n) {
+  return sum_of(x, n, [](FloatVec v) __attribute__((always_inline)) { return v; });
+}
+
+double sum_squared_distances(const float* x, int64_t n, float mean) {
+  const FloatVec centre = broadcast(mean);
+  return sum_of(x, n, [&](FloatVec v) __attribute__((always_inline)) { return (v - centre) * (v - centre); });
+}
+
+// -- forward
+
+// Fake-quantises whole vectors; true where a value is not finite.
+template <typename Activation>
+struct NormalizeQuantize {
+  const Activation& activation;
+  const UlqQuantizer<float>& quantizer;
+  math::Affine<float> affine;
+  float lowest, highest;
+  Reciprocal<float> recip;
+
+  template <typename Coefficient>
+  AMCT_INLINE bool operator()(const float* x, float* y, int64_t c, const Coefficient& factor,
+                              const Coefficient& shift) const {
+    const FloatVec a = activation.value(fma(load<FloatVec>(x), factor[c], shift[c]));
+    Mask<float> distance = {};
+    FloatVec q = quantizer.fast(a, distance);
+    bool bad = false;
+    if (__builtin_expect(!quantizer.usable || any_ge<float>(distance, recip.max_safe_distance), 0)) {
+      for (int i = 0; i < kFloats; ++i) {
+        q[i] = math::fake_quantize(a[i], affine, lowest, highest);
+        bad |= !math::is_finite(a[i]);
+      }
+    }
+    store(y, q);
+    return bad;
+  }
+};
+
+template <typename Run>
+AMCT_INLINE bool with_quantizer(const ActivationParams& a, const UlqForwardParams& p, const Run& run) {
+  const math::Affine<float> affine{static_cast<float>(p.scale), static_cast<float>(p.offset)};
+  const float lowest = static_cast<float>(p.lowest), highest = static_cast<float>(p.highest);
+  const auto recip = reciprocal<float>(p.scale, p.lowest, p.highest);
+  const UlqQuantizer<float> quantizer(affine, recip, lowest, highest);
+  return with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    return run(NormalizeQuantize<std::decay_t<decltype(activation)>>{activation, quantizer, affine, lowest, highest,
+                                                                     recip});
+  });
+}
+
+bool batch_norm_ulq_plane(const float* x, float* y, int64_t n, float factor, float shift, const ActivationParams& a,
+                          const UlqForwardParams& p) {
+  return with_quantizer(a, p, [&](const auto& quantize) __attribute__((always_inline)) {
+    const PlaneCoefficient f(factor), s(shift);
+    const int64_t whole = n / kFloats * kFloats;
+    bool bad = false;
+    for (int64_t i = 0; i < whole; i += kFloats) {
+      prefetch<kVecBytes>(x + i, kPrefetchDistance);
+      prefetch<kVecBytes>(y + i, kPrefetchDistance);
+      bad |= quantize(x + i, y + i, 0, f, s);
+    }
+    if (whole < n) {
+      float from[kFloats] = {}, to[kFloats];
+      const size_t bytes = static_cast<size_t>(n - whole) * sizeof(float);
+      __builtin_memcpy(from, x + whole, bytes);
+      bad |= quantize(from, to, 0, f, s);
+      __builtin_memcpy(y + whole, to, bytes);
+    }
+    return bad;
+  });
+}
+
+bool batch_norm_ulq_rows(const float* x, float* y, int64_t rows, int64_t channels, const float* factor,
+                         const float* shift, const ActivationParams& a, const UlqForwardParams& p) {
+  return with_quantizer(a, p, [&](const auto& quantize) __attribute__((always_inline)) {
+    const RowCoefficient f(factor), s(shift);
+    const int64_t whole = channels / kFloats * kFloats;
+    const size_t bytes = static_cast<size_t>(channels - whole) * sizeof(float);
+    bool bad = false;
+    for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+      for (int64_t c = 0; c < whole; c += kFloats) {
+        prefetch<kVecBytes>(x + c, kPrefetchDistance);
+        bad |= quantize(x + c, y + c, c, f, s);
+      }
+      if (whole < channels) {
+        float from[kFloats] = {}, to[kFloats];
+        __builtin_memcpy(from, x + whole, bytes);
+        bad |= quantize(from, to, whole, f, s);  // coefficients are padded to whole vectors
+        __builtin_memcpy(y + whole, to, bytes);
+      }
+    }
+    return bad;
+  });
+}
+
+// -- backward
+
+// The gradient of a vector of BatchNorm's outputs, and the three sums of the clips.
+template <typename Activation>
+struct OutputGradient {
+  const Activation& activation;
+  FloatVec scale, clip_max, clip_min, upper, lower;
+
+  AMCT_INLINE OutputGradient(const Activation& function, const UlqBackwardParams& p)
+      : activation(function),
+        scale(broadcast(static_cast<float>(p.scale))),
+        clip_max(broadcast(static_cast<float>(p.clip_max))),
+        clip_min(broadcast(static_cast<float>(p.clip_min))),
+        upper(broadcast(static_cast<float>(p.upper))),
+        lower(broadcast(static_cast<float>(p.lower))) {}
+
+  AMCT_INLINE FloatVec operator()(FloatVec z, FloatVec g) const {
+    const FloatVec a = activation.value(z);
+    return activation.gradient(z, zero_unless(~((a > upper) | (a < lower)), g));
+  }
+
+  struct Terms {
+    FloatVec gradient, error, above, below;
+  };
+  AMCT_INLINE Terms terms(FloatVec z, FloatVec g) const {
+    const FloatVec a = activation.value(z);
+    const Mask<float> over = a > upper, under = a < lower;
+    const FloatVec t = (over ? clip_max : under ? clip_min : a) / scale;
+    return {activation.gradient(z, zero_unless(~(over | under), g)), (round_even(t) - t) * g, zero_unless(over, g),
+            zero_unless(under, g)};
+  }
+};
+
+// Sums over a strip of kWidth neighbouring values, which moves through the data. Partial sums in float take kSteps
+// values before they are added to float64, which bounds their error.
+struct LaneSums {
+  static constexpr int kWidth = CascadeSum<float>::kWidth, kSteps = CascadeSum<float>::kSteps;
+  alignas(64) float partial[kWidth] = {};
+  Vec<double> lanes[kWidth / kLanes<double>] = {};
+
+  AMCT_INLINE void add(int lane, FloatVec v) { store(partial + lane, load<FloatVec>(partial + lane) + v); }
+  AMCT_INLINE void flush() {
+    for (int i = 0; i < kWidth / kLanes<double>; ++i) lanes[i] += load_double(partial + i * kLanes<double>);
+    for (int i = 0; i < kWidth; i += kFloats) store(partial + i, FloatVec{});
+  }
+  AMCT_INLINE double lane(int64_t i) const { return lanes[i / kLanes<double>][i % kLanes<double>]; }
+};
+
+struct StripSums {
+  static constexpr int kWidth = LaneSums::kWidth, kSteps = LaneSums::kSteps;
+  LaneSums gradient, product;  // one channel a lane, or all of the same channel
+  CascadeSum<float> error, above, below;
+
+  template <typename Activation, typename Coefficient>
+  AMCT_INLINE void add(const OutputGradient<Activation>& output, const float* grad, const float* x, int64_t c,
+                       const Coefficient& factor, const Coefficient& shift, const Coefficient& mean) {
+    for (int k = 0; k < kWidth; k += kFloats) {
+      const FloatVec v = load<FloatVec>(x + k);
+      const auto terms = output.terms(fma(v, factor[c + k], shift[c + k]), load<FloatVec>(grad + k));
+      gradient.add(k, terms.gradient);
+      product.add(k, terms.gradient * (v - mean[c + k]));
+      error.add(k, terms.error);
+      above.add(k, terms.above);
+      below.add(k, terms.below);
+    }
+  }
+  AMCT_INLINE void flush() {
+    gradient.flush();
+    product.flush();
+    error.flush();
+    above.flush();
+    below.flush();
+  }
+  AMCT_INLINE void add_to(UlqSums& sums) const {
+    sums.rounding_error += error.sums.total();
+    sums.above += above.sums.total();
+    sums.below += below.sums.total();
+  }
+};
+
+// Copies of less than a strip, zeros behind them: without a gradient a value adds nothing.
+struct StripCopy {
+  float values[StripSums::kWidth] = {};
+  AMCT_INLINE StripCopy(const float* from, int64_t count) {
+    __builtin_memcpy(values, from, static_cast<size_t>(count) * sizeof(float));
+  }
+};
+
+void batch_norm_ulq_sums_plane(const float* grad, const float* x, int64_t n, const BatchNormChannel& channel,
+                               const ActivationParams& a, const UlqBackwardParams& p, BatchNormSums& out,
+                               UlqSums& clips) {
+  constexpr int kWidth = StripSums::kWidth;
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    const OutputGradient output(activation, p);
+    const PlaneCoefficient factor(channel.factor), shift(channel.shift), mean(channel.mean);
+    StripSums sums;
+    int64_t i = 0;
+    for (int step = 0; i + kWidth <= n; i += kWidth) {
+      prefetch<kWidth * sizeof(float)>(grad + i, kPrefetchDistance);
+      prefetch<kWidth * sizeof(float)>(x + i, kPrefetchDistance);
+      sums.add(output, grad + i, x + i, 0, factor, shift, mean);
+      if (++step % StripSums::kSteps == 0) sums.flush();
+    }
+    if (i < n) sums.add(output, StripCopy(grad + i, n - i).values, StripCopy(x + i, n - i).values, 0, factor, shift, mean);
+    sums.flush();
+    sums.add_to(clips);
+    for (int lane = 0; lane < kWidth; ++lane) {
+      out.gradient += sums.gradient.lane(lane);
+      out.product += sums.product.lane(lane);
+    }
+    return 0;
+  });
+}
+
+void batch_norm_ulq_sums_rows(const float* grad, const float* x, int64_t rows, int64_t channels,
+                              const BatchNormRows& row, const ActivationParams& a, const UlqBackwardParams& p,
+                              double* gradient, double* product, UlqSums& clips) {
+  constexpr int kWidth = StripSums::kWidth;
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    const OutputGradient output(activation, p);
+    const RowCoefficient factor(row.factor), shift(row.shift), mean(row.mean);
+    for (int64_t c = 0; c < channels; c += kWidth) {
+      const int64_t width = channels - c < kWidth ? channels - c : kWidth;
+      StripSums sums;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float *gs = grad + r * channels + c, *xs = x + r * channels + c;
+        if (width == kWidth) {
+          sums.add(output, gs, xs, c, factor, shift, mean);
+        } else {
+          sums.add(output, StripCopy(gs, width).values, StripCopy(xs, width).values, c, factor, shift, mean);
+        }
+        if ((r + 1) % StripSums::kSteps == 0) sums.flush();
+      }
+      sums.flush();
+      sums.add_to(clips);
+      for (int64_t lane = 0; lane < width; ++lane) {
+        gradient[c + lane] += sums.gradient.lane(lane);
+        product[c + lane] += sums.product.lane(lane);
+      }
+    }
+    return 0;
+  });
+}
+
+// BatchNorm's gradient at whole vectors, from that at its output and what the sums over a channel gave.
+template <typename Activation, typename Coefficient>
+struct InputGradient {
+  const OutputGradient<Activation>& output;
+  Coefficient factor, shift, mean, mean_gradient, slope;
+
+  template <typename Channels>
+  AMCT_INLINE InputGradient(const OutputGradient<Activation>& function, const Channels& p)
+      : output(function),
+        factor(p.factor),
+        shift(p.shift),
+        mean(p.mean),
+        mean_gradient(p.mean_gradient),
+        slope(p.slope) {}
+
+  AMCT_INLINE void operator()(const float* grad, const float* x, float* dx, int64_t c) const {
+    const FloatVec v = load<FloatVec>(x);
+    const FloatVec dz = output(fma(v, factor[c], shift[c]), load<FloatVec>(grad));
+    store(dx, (dz - mean_gradient[c] - (v - mean[c]) * slope[c]) * factor[c]);
+  }
+  // Less than a vector.
+  AMCT_INLINE void operator()(const float* grad, const float* x, float* dx, int64_t c, int64_t count) const {
+    float out[kFloats];
+    (*this)(StripCopy(grad, count).values, StripCopy(x, count).values, out, c);
+    __builtin_memcpy(dx, out, static_cast<size_t>(count) * sizeof(float));
+  }
+};
+
+void batch_norm_ulq_dx_plane(const float* grad, const float* x, float* dx, int64_t n, const BatchNormChannel& channel,
+                             const ActivationParams& a, const UlqBackwardParams& p) {
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    const OutputGradient output(activation, p);
+    const InputGradient<std::decay_t<decltype(activation)>, PlaneCoefficient> gradient(output, channel);
+    int64_t i = 0;
+    for (; i + kFloats <= n; i += kFloats) {
+      prefetch<kVecBytes>(dx + i, kPrefetchDistance);
+      gradient(grad + i, x + i, dx + i, 0);
+    }
+    if (i < n) gradient(grad + i, x + i, dx + i, 0, n - i);
+    return 0;
+  });
+}
+
+void batch_norm_ulq_dx_rows(const float* grad, const float* x, float* dx, int64_t rows, int64_t channels,
+                            const BatchNormRows& row, const ActivationParams& a, const UlqBackwardParams& p) {
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    const OutputGradient output(activation, p);
+    const InputGradient<std::decay_t<decltype(activation)>, RowCoefficient> gradient(output, row);
+    for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, dx += channels) {
+      int64_t c = 0;
+      for (; c + kFloats <= channels; c += kFloats) gradient(grad + c, x + c, dx + c, c);
+      if (c < channels) gradient(grad + c, x + c, dx + c, c, channels - c);
+    }
+    return 0;
+  });
+}
+
+}  // namespace
+}  // namespace amct_ext::cpu
