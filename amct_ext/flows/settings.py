@@ -30,6 +30,7 @@ def configure(
     stash: Literal["rebuild", "off"] | None = None,
     forward: Forward | Mapping[str, Forward] | None = None,
     calibration: Literal["exact", "histogram"] | None = None,
+    fuse: Literal["auto", "off"] | None = None,
 ) -> None:
     """Change settings of a compressed model; what is not given stays as it is.
 
@@ -66,6 +67,14 @@ def configure(
       `ops.search_clip_range_histogram`. A calibration in progress may change to it at any time; begun as a histogram it
       ends as one, also in a model restored with "exact", for the values are gone.
 
+    ``fuse``: the ops behind a convolution that a BatchNorm follows.
+
+    * "auto" (how a model starts): on the CPU, in float32 and outside of compiled graphs, BatchNorm, an activation
+      function (ReLU, bounds, Hardswish) or an addition, and the quantisation for the next layer run in one pass,
+      forward and backward, and only the convolution's output is kept. Outputs have the bits of torch's ops, gradients
+      differ by their rounding.
+    * "off": torch's ops, one by one.
+
     Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
     histogram has begun); nothing is changed then.
     """
@@ -75,6 +84,8 @@ def configure(
         raise ValueError(f"stash must be 'rebuild' or 'off', not {stash!r}")
     if calibration not in (None, *_CALIBRATION_METHODS):
         raise ValueError(f"calibration must be 'exact' or 'histogram', not {calibration!r}")
+    if fuse not in (None, "auto", "off"):
+        raise ValueError(f"fuse must be 'auto' or 'off', not {fuse!r}")
     inner = unwrap(model)
     session = session_of(inner)
     layers = dict(compressed_layers(inner))
@@ -86,6 +97,9 @@ def configure(
         layers[name].integer = (
             None if way == "float" or unsupported_reason(layers[name]) else IntegerForward(way, session.tracker)
         )
+    if fuse is not None:
+        for layer in layers.values():
+            layer.refs.fuse = fuse == "auto"
     for quantizer in quantizers:
         if validation is not None:
             quantizer.validate_now = validation == "eager"

@@ -12,7 +12,6 @@ from amct_ext.config.text import DataQuant
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.activation_calibration import CalibratedClips
 from amct_ext.layers.activation_types import ClipRange, FakeQuantized, QuantizedActivation
-from amct_ext.layers.chain_values import compute_now
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.shared_input import SharedInputCache
 
@@ -65,8 +64,6 @@ class ActivationQuantizer(CalibratedClips):
     def _fake_quantize(self, x: Tensor) -> FakeQuantized:
         if self.bypassed:
             return FakeQuantized(x, x, self.clip_max, self.clip_min)
-        if not self.calibrated:
-            compute_now(x)
         clips = self.clips_for(x)
         if not clips.is_state or x.numel() == 0 or state_updates_disabled():
             y, _, _, clip_max, clip_min, invalid = self._quantize(x, clips)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.layers.batch_norm_chain import BatchNormChain, OpOverload, activation_of, batch_norm
+from amct_ext.layers.batch_norm_chain import BatchNorm, BatchNormChain, OpOverload, activation_of, batch_norm
 from amct_ext.layers.chain_values import ChainGradient, ChainValues, TensorOfValues, plain
-from amct_ext.layers.forward_context import in_backward
 
 _aten = torch.ops.aten
 _amct = torch.ops.amct_ext
@@ -32,7 +31,7 @@ def _clone(func: OpOverload, x: TensorOfValues, *, memory_format: torch.memory_f
     chain = _pending_chain(x)
     if chain is None or memory_format not in (None, torch.preserve_format):
         return NotImplemented
-    return x.with_values(ChainValues(x.values.site, chain=chain, origin=x.values.origin))
+    return x.with_values(ChainValues(chain=chain, origin=x.values.origin))
 
 
 # -- forward
@@ -57,22 +56,43 @@ def _batch_norm(
     if x.numel() <= x.shape[1] or (not training and (running_mean is None or running_var is None)):
         return NotImplemented
     norm = batch_norm(x.values.value, weight, bias, running_mean, running_var, training, momentum, eps)
-    values = ChainValues(x.values.site, chain=BatchNormChain(norm), origin=x.values)
+    values = ChainValues(chain=BatchNormChain(norm), origin=x.values)
     empty = norm.mean.new_empty
     saved = (norm.mean, norm.invstd) if training else (empty(0), empty(0))  # as torch's op returns
     return x.with_values(values), *saved
 
 
-def _activation(in_place: bool) -> Callable[..., Any]:
+def _activation(op: OpOverload, in_place: bool) -> Callable[..., Any]:
     def rule(func: OpOverload, x: TensorOfValues, *arguments: float) -> Any:
         chain = _pending_chain(x)
-        activation = None if chain is None or chain.activation is not None else activation_of(func, arguments)
+        activation = None if chain is None or chain.activation is not None else activation_of(op, arguments)
         if chain is None or activation is None:
             return NotImplemented
         if in_place:
             x.values.chain = chain.then(activation)
             return x
-        return x.with_values(ChainValues(x.values.site, chain=chain.then(activation), origin=x.values.origin))
+        return x.with_values(ChainValues(chain=chain.then(activation), origin=x.values.origin))
+
+    return rule
+
+
+def _add(in_place: bool) -> Callable[..., Any]:
+    def rule(func: OpOverload, x: Tensor, other: Tensor, *, alpha: float = 1) -> Any:
+        if not in_place and _pending_chain(x) is None:
+            x, other = other, x
+        chain = _pending_chain(x)
+        if chain is None or chain.activation is not None or chain.padding is not None or alpha != 1 or other is x:
+            return NotImplemented
+        addend = plain(other)
+        if type(addend) is not Tensor or addend.dtype != torch.float32 or addend.device.type != "cpu":
+            return NotImplemented
+        if addend.shape != x.shape or addend.stride() != x.stride():
+            return NotImplemented
+        y = chain.plus(addend)  # at once, for the model may modify the addend next
+        if in_place and isinstance(x, TensorOfValues):
+            x.values.set(y)
+            return x
+        return y
 
     return rule
 
@@ -87,7 +107,7 @@ def _pad(func: OpOverload, x: TensorOfValues, padding: list[int], value: float =
     if not any(padding):
         return _clone(func, x)
     like = func(torch.empty_strided(x.shape, x.stride(), device="meta"), padding)
-    values = ChainValues(x.values.site, chain=chain.padded(tuple(padding)), origin=x.values.origin)
+    values = ChainValues(chain=chain.padded(tuple(padding)), origin=x.values.origin)
     return x.with_values(values, like)
 
 
@@ -102,11 +122,8 @@ def _fake_quantize(
     fixed_min: bool = False,
 ) -> Any:
     chain = _pending_chain(x)
-    if chain is None or not isinstance(x, TensorOfValues):
+    if chain is None:
         return NotImplemented
-    if not in_backward():
-        x.values.quantized = True
-        x.values.site.note_use()
     return chain.quantize((clip_max, clip_min, prev_clip_max, prev_clip_min), num_bits, fixed_min)
 
 
@@ -141,25 +158,27 @@ def _fake_quantize_with_state(
 def _fake_quantize_backward(
     func: OpOverload, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
 ) -> Any:
-    # A gradient that is differentiated again has torch's graph; the values of one op must be those of its node.
-    if not isinstance(x, TensorOfValues) or x.values.chain is None or torch.is_grad_enabled() or not x.values.site.fused:
+    # Values that others have read have more gradients, which are added to this one before the next node.
+    # A gradient that is differentiated again has torch's graph; its values must be those of its node.
+    chain = _pending_chain(x)
+    if chain is None or not isinstance(x, TensorOfValues) or torch.is_grad_enabled():
         return NotImplemented
-    upstream, chain, site = plain(grad), x.values.chain, x.values.site
+    upstream, values = plain(grad), x.values
     if upstream.dtype != torch.float32:
         return NotImplemented
-    *results, d_max, d_min = chain.backward(upstream, clip_max, clip_min, num_bits)
+    dx, d_weight, d_bias, d_max, d_min = chain.quantized_backward(upstream, clip_max, clip_min, num_bits)
 
     def compute() -> Tensor:
-        return ops.ulq_fake_quantize_backward(upstream, x.values.get(), clip_max, clip_min, num_bits)[0]
+        return ops.ulq_fake_quantize_backward(upstream, values.get(), clip_max, clip_min, num_bits)[0]
 
-    gradient = ChainGradient(chain, (results[0], results[1], results[2]))
-    return x.with_values(ChainValues(site, gradient=gradient, compute=compute)), d_max, d_min
+    gradient = ChainGradient(chain, (dx, d_weight, d_bias))
+    return x.with_values(ChainValues(gradient=gradient, compute=compute)), d_max, d_min
 
 
 def _passed(grad: TensorOfValues, compute: Callable[[], Tensor], like: Tensor | None = None) -> TensorOfValues:
     """The gradient of the input of the link that ``grad`` has reached."""
     assert grad.values.gradient is not None
-    values = ChainValues(grad.values.site, gradient=grad.values.gradient.next(), compute=compute)
+    values = ChainValues(gradient=grad.values.gradient.next(), compute=compute)
     return grad.with_values(values, like)
 
 
@@ -175,15 +194,28 @@ def _pad_backward(func: OpOverload, grad: TensorOfValues, padding: list[int]) ->
 
 def _activation_backward(op: OpOverload) -> Callable[..., Any]:
     def rule(func: OpOverload, grad: Tensor, saved: Tensor, *arguments: float) -> Any:
+        of_saved = saved.values.chain if isinstance(saved, TensorOfValues) else None
+        if of_saved is None or not isinstance(saved, TensorOfValues) or torch.is_grad_enabled():
+            return NotImplemented
+        values_saved = saved.values
         gradient = grad.values.gradient if isinstance(grad, TensorOfValues) else None
-        if gradient is None or gradient.link != "activation" or not isinstance(saved, TensorOfValues):
+        if gradient is not None and isinstance(grad, TensorOfValues):
+            chain, values = gradient.chain, grad.values
+            same = of_saved.norm is chain.norm and chain.activation is not None and chain.activation.op is op
+            if gradient.link != "activation" or not same:
+                return NotImplemented
+            return _passed(grad, lambda: func(values.get(), values_saved.get(), *arguments))
+        activation = activation_of(op, arguments)
+        upstream = plain(grad)
+        if activation is None or of_saved.padding is not None or upstream.dtype != torch.float32:
             return NotImplemented
-        chain, of_saved = gradient.chain, saved.values.chain
-        same = of_saved is not None and of_saved.norm is chain.norm
-        if not same or chain.activation is None or chain.activation.op is not op or torch.is_grad_enabled():
-            return NotImplemented
-        values = grad.values  # type: ignore[attr-defined]
-        return _passed(grad, lambda: func(values.get(), saved.values.get(), *arguments))  # type: ignore[arg-type]
+        chain = BatchNormChain(of_saved.norm, activation)
+        results = chain.backward(upstream)
+        values = ChainValues(
+            gradient=ChainGradient(chain, results, passed=1),
+            compute=lambda: func(upstream, values_saved.get(), *arguments),
+        )
+        return saved.with_values(values)
 
     return rule
 
@@ -201,25 +233,35 @@ def _batch_norm_backward(
     eps: float,
     output_mask: list[bool],
 ) -> Any:
+    if not isinstance(x, TensorOfValues) or x.values.value is None or torch.is_grad_enabled():
+        return NotImplemented
     gradient = grad.values.gradient if isinstance(grad, TensorOfValues) else None
-    if gradient is None or gradient.link != "norm" or not isinstance(x, TensorOfValues):
+    if gradient is not None:
+        norm = gradient.chain.norm
+        if gradient.link != "norm" or x.values.value is not norm.x or training is not norm.training:
+            return NotImplemented
+        results = gradient.results
+    elif training and save_mean is not None and save_invstd is not None and grad.dtype == torch.float32:
+        results = BatchNormChain(BatchNorm(x.values.value, save_mean, save_invstd, weight, None, training)).backward(
+            plain(grad)
+        )
+    else:
         return NotImplemented
-    norm = gradient.chain.norm
-    if x.values.value is not norm.x or training is not norm.training or torch.is_grad_enabled():
-        return NotImplemented
-    return tuple(result if wanted else None for result, wanted in zip(gradient.results, output_mask, strict=True))
+    return tuple(result if wanted else None for result, wanted in zip(results, output_mask, strict=True))
 
 
 RULES: dict[OpOverload, Callable[..., Any]] = {
     _aten.detach.default: _alias,
     _aten.clone.default: _clone,
     _aten.native_batch_norm.default: _batch_norm,
-    _aten.relu.default: _activation(in_place=False),
-    _aten.relu_.default: _activation(in_place=True),
-    _aten.hardtanh.default: _activation(in_place=False),
-    _aten.hardtanh_.default: _activation(in_place=True),
-    _aten.hardswish.default: _activation(in_place=False),
-    _aten.hardswish_.default: _activation(in_place=True),
+    _aten.relu.default: _activation(_aten.relu.default, in_place=False),
+    _aten.relu_.default: _activation(_aten.relu.default, in_place=True),
+    _aten.hardtanh.default: _activation(_aten.hardtanh.default, in_place=False),
+    _aten.hardtanh_.default: _activation(_aten.hardtanh.default, in_place=True),
+    _aten.hardswish.default: _activation(_aten.hardswish.default, in_place=False),
+    _aten.hardswish_.default: _activation(_aten.hardswish.default, in_place=True),
+    _aten.add.Tensor: _add(in_place=False),
+    _aten.add_.Tensor: _add(in_place=True),
     _aten.constant_pad_nd.default: _pad,
     _amct.ulq_fake_quantize.default: _fake_quantize,
     _amct.ulq_fake_quantize_.default: _fake_quantize_with_state,

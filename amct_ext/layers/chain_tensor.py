@@ -9,7 +9,7 @@ checkpoints and control flow work as ever. Any other reader gets plain values th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from amct_ext.layers.batch_norm_chain import ChainSite, OpOverload
+from amct_ext.layers.batch_norm_chain import OpOverload
 from amct_ext.layers.chain_rules import RULES
 from amct_ext.layers.chain_values import ChainValues, TensorOfValues, plain
 
@@ -48,7 +48,7 @@ class ChainTensor(TensorOfValues):
         return func(*plain(args), **plain(kwargs or {}))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _may_alias(func: OpOverload) -> bool:
     """Whether the op writes to an argument or returns a view of one."""
     return any(argument.alias_info is not None for argument in func._schema.arguments)
@@ -57,25 +57,19 @@ def _may_alias(func: OpOverload) -> bool:
 class ChainStart(TorchDispatchMode):
     """While active, the outputs of convolutions become chain tensors."""
 
-    def __init__(self, site: ChainSite) -> None:
-        super().__init__()
-        self.site = site
-
     def __torch_dispatch__(  # type: ignore[override]
         self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is not _aten.convolution.default or type(result) is not Tensor or result.dtype != torch.float32:
             return result
-        return ChainTensor(ChainValues(self.site, value=result), result)
+        return ChainTensor(ChainValues(value=result), result)
 
 
-def may_start(site: ChainSite | None, x: Tensor) -> bool:
+def may_start(x: Tensor) -> bool:
     """Whether a convolution on ``x`` can begin a chain: on the CPU, in a plain eager forward."""
     return (
-        site is not None
-        and site.fused
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map_only
 
-from amct_ext.layers.batch_norm_chain import BatchNormChain, ChainSite
-from amct_ext.layers.forward_context import in_backward
+from amct_ext.layers.batch_norm_chain import BatchNormChain
 from amct_ext.layers.lazy_tensor import LazyTensor
 
 _CPU = torch.device("cpu")
@@ -47,7 +46,6 @@ class ChainValues:
 
     def __init__(
         self,
-        site: ChainSite,
         *,
         value: Tensor | None = None,
         chain: BatchNormChain | None = None,
@@ -55,11 +53,9 @@ class ChainValues:
         gradient: ChainGradient | None = None,
         compute: Callable[[], Tensor] | None = None,
     ) -> None:
-        self.site = site
         self.value = value
         self.chain, self.origin = chain, origin
         self.gradient, self._compute = gradient, compute
-        self.quantized = False  # in the forward
         self.fixed = False  # an alias of the value may be out
         self._readers: weakref.WeakSet[ChainValues] = weakref.WeakSet()
         if origin is not None:
@@ -69,27 +65,24 @@ class ChainValues:
     def pending(self) -> bool:
         return self.value is None
 
-    def get(self, expected: bool = False) -> Tensor:
-        """The values. Where they are computed now and this was not ``expected``, the site has gained nothing."""
+    def get(self) -> Tensor:
+        """The values; computed where nothing has read them yet."""
         if self.value is None:
-            if self.gradient is None:
-                assert self.chain is not None
-                self.value = self.chain.compute()
-                if not (expected or in_backward()):
-                    self.site.note_miss(self.quantized)
-            else:
-                assert self._compute is not None
-                self.value = self._compute()
-                self.site.note_miss(True)
+            compute = self._compute if self.chain is None else self.chain.compute
+            assert compute is not None
+            self.value = compute()
         return self.value
+
+    def set(self, value: Tensor) -> None:
+        """Other values in their place."""
+        self.value, self.chain, self.gradient = value, None, None
 
     def fix(self) -> None:
         """Before the value is changed, or an alias of it given out: compute what is computed from it."""
         self.fixed = True
         for reader in list(self._readers):
             reader.get()
-        self.get()
-        self.chain = self.gradient = None
+        self.set(self.get())
 
 
 class TensorOfValues(LazyTensor):
@@ -123,9 +116,3 @@ def with_history(value: Any) -> Any:
     if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, TensorOfValues), value):
         return value
     return tree_map_only(TensorOfValues, torch.ops.aten.alias.default, value)
-
-
-def compute_now(x: Tensor) -> None:
-    """Compute the values of a chain tensor for a reader that later forwards will not have."""
-    if isinstance(x, TensorOfValues):
-        x.values.get(expected=True)

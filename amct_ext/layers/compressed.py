@@ -104,10 +104,9 @@ class CompressedLayer(nn.Module):
 
     def _compute_chained(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         """As `compute_with_weight`; a convolution's output is one that the BatchNorm behind it can wait on."""
-        site = self.refs.chain
-        if site is None or self.refs.batch_norm is None or not may_start(site, x):
+        if not (self.refs.fuse and self.refs.batch_norm is not None and may_start(x)):
             return self.compute_with_weight(x, weight, *args)
-        with ChainStart(site):
+        with ChainStart():
             return self.compute_with_weight(x, weight, *args)
 
     def compressed_weight(self) -> Tensor:

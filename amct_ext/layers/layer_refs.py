@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.batch_norm_chain import ChainSite
 from amct_ext.layers.product_call import Product
 
 
@@ -17,5 +16,5 @@ class UnregisteredRefs:
 
     shared_act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
     batch_norm: _BatchNorm | None = None  # that follows, and has fixed statistics in evaluations
-    chain: ChainSite | None = field(default_factory=ChainSite)  # None: what follows the layer is not fused
+    fuse: bool = True  # the BatchNorm with what follows it
     product: Product | None = None  # in the forward of its class, where that is not torch's

@@ -9,6 +9,7 @@ checks, the reference, and the result for tensors without values.
 from amct_ext import backends
 from amct_ext.ops._registration import OPS
 from amct_ext.ops.activation_batch_norm import *
+from amct_ext.ops.activation_batch_norm_ulq import *
 from amct_ext.ops.activation_ulq import *
 from amct_ext.ops.calibration_histogram import *
 from amct_ext.ops.calibration_search import *

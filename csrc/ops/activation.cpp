@@ -27,6 +27,15 @@ TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
       "-> (Tensor mean, Tensor invstd)",
       tags);
   m.def(
+      "batch_norm_activation(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, str activation, "
+      "float? lowest, float? highest, Tensor? addend=None) -> Tensor",
+      tags);
+  m.def(
+      "batch_norm_activation_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? weight, "
+      "Tensor? bias, str activation, float? lowest, float? highest, bool training=True) "
+      "-> (Tensor dx, Tensor d_weight, Tensor d_bias)",
+      tags);
+  m.def(
       "batch_norm_ulq(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, str activation, "
       "float? lowest, float? highest, Tensor clip_max, Tensor clip_min, Tensor prev_clip_max, Tensor prev_clip_min, "
       "int num_bits=8, bool fixed_min=False) "
@@ -66,6 +75,22 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, const std::op
                                                   const std::optional<Tensor>& running_var, double momentum,
                                                   double eps) {
   return op<batch_norm_statistics_>("batch_norm_statistics_").call(x, running_mean, running_var, momentum, eps);
+}
+
+Tensor batch_norm_activation(const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                             const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                             c10::string_view activation, std::optional<double> lowest, std::optional<double> highest,
+                             const std::optional<Tensor>& addend) {
+  return op<batch_norm_activation>("batch_norm_activation")
+      .call(x, mean, invstd, weight, bias, activation, lowest, highest, addend);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, c10::string_view activation, std::optional<double> lowest,
+    std::optional<double> highest, bool training) {
+  return op<batch_norm_activation_backward>("batch_norm_activation_backward")
+      .call(grad, x, mean, invstd, weight, bias, activation, lowest, highest, training);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq(
@@ -179,7 +204,8 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize", ulq_fake_quantize_autograd);
   m.impl("ulq_fake_quantize_", ulq_fake_quantize_inplace_autograd);
   m.impl("ulq_fake_quantize_backward", ulq_fake_quantize_backward_autograd);
-  without_gradient(m, {"batch_norm_statistics_", "batch_norm_ulq", "batch_norm_ulq_backward"});
+  without_gradient(m, {"batch_norm_statistics_", "batch_norm_activation", "batch_norm_activation_backward",
+                       "batch_norm_ulq", "batch_norm_ulq_backward"});
 }
 
 }  // namespace amct_ext

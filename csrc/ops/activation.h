@@ -45,6 +45,20 @@ AMCT_API std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, cons
                                                            const std::optional<Tensor>& running_var, double momentum,
                                                            double eps);
 
+// BatchNorm along axis 1, an addition where there is an addend (shape of x), and an activation function, in one pass
+// over x (float32). Arguments as batch_norm_ulq. Has no gradient.
+AMCT_API Tensor batch_norm_activation(const Tensor& x, const Tensor& mean, const Tensor& invstd,
+                                      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                      c10::string_view activation, std::optional<double> lowest,
+                                      std::optional<double> highest,
+                                      const std::optional<Tensor>& addend = std::nullopt);
+
+// Gradients of batch_norm_activation without an addend from grad, that of its result: {dx, d_weight, d_bias}.
+AMCT_API std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& invstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, c10::string_view activation, std::optional<double> lowest,
+    std::optional<double> highest, bool training = true);
+
 // BatchNorm along axis 1, an activation function and ulq_fake_quantize in one pass over x (float32).
 //
 // mean, invstd: statistics; weight, bias: BatchNorm's, or none; all float32, one a channel, contiguous. activation:

@@ -71,8 +71,7 @@ inline void check_batch_norm_statistics(const char* op, const at::Tensor& x,
 // The input, statistics and parameters of a BatchNorm along axis 1, and the activation function behind it.
 inline void check_batch_norm(const char* op, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& invstd,
                              const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                             c10::string_view activation, std::optional<double> lowest,
-                             std::optional<double> highest) {
+                             c10::string_view activation, std::optional<double> lowest, std::optional<double> highest) {
   check_batch_norm_input(op, x);
   check_channels(op, "mean", mean, x);
   check_channels(op, "invstd", invstd, x);
@@ -81,6 +80,12 @@ inline void check_batch_norm(const char* op, const at::Tensor& x, const at::Tens
   TORCH_CHECK_VALUE(activation == "none" || activation == "hardswish", op,
                     ": activation must be 'none' or 'hardswish', not '", activation, "'");
   TORCH_CHECK_VALUE(activation == "none" || !(lowest || highest), op, ": hardswish takes no bounds");
+}
+
+inline void check_batch_norm_gradient(const char* op, const at::Tensor& grad, const at::Tensor& x) {
+  check_type(op, "grad", grad, at::kFloat);
+  check_same_shape(op, "grad", grad, "x", x);
+  check_device(op, "grad", grad, "x", x);
 }
 
 }  // namespace amct_ext

@@ -114,6 +114,49 @@ void activations(const LoopTable& k, int e, const std::vector<uint8_t>& x, const
   hash.print("activation", e);
 }
 
+void batch_norms(const LoopTable& k, const std::vector<uint8_t>& x_bytes, const std::vector<uint8_t>& grad_bytes) {
+  const auto *x = reinterpret_cast<const float*>(x_bytes.data()),
+             *grad = reinterpret_cast<const float*>(grad_bytes.data());
+  std::vector<uint8_t> y(x_bytes.size());
+  auto* out = reinterpret_cast<float*>(y.data());
+  constexpr int64_t channels = 37, rows = kCount / channels;
+  std::vector<float> arrays[5];
+  for (int i = 0; i < 5; ++i) arrays[i].assign(grad + 100 * i, grad + 100 * i + channels + 64);
+  const BatchNormRows row{arrays[0].data(), arrays[1].data(), arrays[2].data(), arrays[3].data(), arrays[4].data()};
+  const BatchNormChannel channel{0.7f, -0.2f, 0.1f, 0.03f, 0.4f};
+  const UlqForwardParams forward{0.0117, -3, -128, 127};
+  const UlqBackwardParams backward{0.0117, 1.1, -0.9, 1.1, -0.9};
+  Hash hash;
+  hash.number(k.sum_values(x, kCount));
+  hash.number(k.sum_squared_distances(x, kCount, 0.3f));
+  for (const ActivationParams& a :
+       {ActivationParams{ActivationFunction::kClamp, 0, 6}, ActivationParams{ActivationFunction::kHardswish, 0, 0}}) {
+    k.batch_norm_ulq_plane(x, out, kCount, 0.7f, -0.2f, a, forward);
+    hash.all(y);
+    k.batch_norm_ulq_rows(x, out, rows, channels, row.factor, row.shift, a, forward);
+    hash.all(y);
+    k.batch_norm_plane(x, grad, out, kCount, 0.7f, -0.2f, a);
+    hash.all(y);
+    k.batch_norm_rows(x, nullptr, out, rows, channels, row.factor, row.shift, a);
+    hash.all(y);
+    for (const UlqBackwardParams* quantizer : {&backward, static_cast<const UlqBackwardParams*>(nullptr)}) {
+      BatchNormSums sums;
+      UlqSums clips;
+      std::vector<double> gradient(channels), product(channels);
+      k.batch_norm_sums_plane(grad, x, kCount, channel, a, quantizer, sums, clips);
+      k.batch_norm_sums_rows(grad, x, rows, channels, row, a, quantizer, gradient.data(), product.data(), clips);
+      for (double v : {sums.gradient, sums.product, clips.rounding_error, clips.above, clips.below}) hash.number(v);
+      hash.all(gradient);
+      hash.all(product);
+      k.batch_norm_dx_plane(grad, x, out, kCount, channel, a, quantizer);
+      hash.all(y);
+      k.batch_norm_dx_rows(grad, x, out, rows, channels, row, a, quantizer);
+      hash.all(y);
+    }
+  }
+  hash.print("batch norm", kFloat32);
+}
+
 void searches(const LoopTable& k, int e, const std::vector<uint8_t>& x) {
   Hash hash;
   std::vector<uint64_t> bins(size_t{1} << kMaxBinBits);
@@ -146,5 +189,6 @@ int main() {
     activations(loops(), e, x, grad);
     weights(loops(), e, x, grad);
     searches(loops(), e, x);
+    if (e == kFloat32) batch_norms(loops(), x, grad);
   }
 }

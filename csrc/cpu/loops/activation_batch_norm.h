@@ -1,4 +1,5 @@
-// BatchNorm, an activation function and ULQ fake quantisation in one pass, and their gradients. float32.
+// BatchNorm, an activation function and ULQ fake quantisation (or an addition) in one pass, and their gradients.
+// float32.
 //
 // Channels come in two layouts. Plane: a run of values of one channel, so its coefficients are broadcast. Rows: one
 // value of each channel after the other (channels last), so coefficients are read along with the values.
@@ -123,8 +124,8 @@ AMCT_INLINE bool with_quantizer(const ActivationParams& a, const UlqForwardParam
   const auto recip = reciprocal<float>(p.scale, p.lowest, p.highest);
   const UlqQuantizer<float> quantizer(affine, recip, lowest, highest);
   return with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
-    return run(NormalizeQuantize<std::decay_t<decltype(activation)>>{activation, quantizer, affine, lowest, highest,
-                                                                     recip});
+    return run(
+        NormalizeQuantize<std::decay_t<decltype(activation)>>{activation, quantizer, affine, lowest, highest, recip});
   });
 }
 
@@ -173,15 +174,78 @@ bool batch_norm_ulq_rows(const float* x, float* y, int64_t rows, int64_t channel
   });
 }
 
+// BatchNorm and either an addition or an activation function.
+template <typename Activation, typename Coefficient>
+AMCT_INLINE void normalize(const float* x, const float* addend, float* y, int64_t c, const Coefficient& factor,
+                           const Coefficient& shift, const Activation& activation) {
+  FloatVec z = fma(load<FloatVec>(x), factor[c], shift[c]);
+  if (addend) z += load<FloatVec>(addend);
+  store(y, activation.value(z));
+}
+
+// Less than a vector.
+template <typename Activation, typename Coefficient>
+AMCT_INLINE void normalize_end(const float* x, const float* addend, float* y, int64_t c, int64_t count,
+                               const Coefficient& factor, const Coefficient& shift, const Activation& activation) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  float xs[kFloats] = {}, addends[kFloats] = {}, ys[kFloats];
+  __builtin_memcpy(xs, x, bytes);
+  if (addend) __builtin_memcpy(addends, addend, bytes);
+  normalize(xs, addend ? addends : nullptr, ys, c, factor, shift, activation);
+  __builtin_memcpy(y, ys, bytes);
+}
+
+void batch_norm_plane(const float* x, const float* addend, float* y, int64_t n, float factor, float shift,
+                      const ActivationParams& a) {
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    const PlaneCoefficient f(factor), s(shift);
+    int64_t i = 0;
+    for (; i + kFloats <= n; i += kFloats) {
+      prefetch<kVecBytes>(x + i, kPrefetchDistance);
+      prefetch<kVecBytes>(y + i, kPrefetchDistance);
+      normalize(x + i, addend ? addend + i : nullptr, y + i, 0, f, s, activation);
+    }
+    if (i < n) normalize_end(x + i, addend ? addend + i : nullptr, y + i, 0, n - i, f, s, activation);
+    return 0;
+  });
+}
+
+void batch_norm_rows(const float* x, const float* addend, float* y, int64_t rows, int64_t channels, const float* factor,
+                     const float* shift, const ActivationParams& a) {
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    const RowCoefficient f(factor), s(shift);
+    for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+      const float* more = addend ? addend + row * channels : nullptr;
+      int64_t c = 0;
+      for (; c + kFloats <= channels; c += kFloats) {
+        prefetch<kVecBytes>(x + c, kPrefetchDistance);
+        normalize(x + c, more ? more + c : nullptr, y + c, c, f, s, activation);
+      }
+      if (c < channels) normalize_end(x + c, more ? more + c : nullptr, y + c, c, channels - c, f, s, activation);
+    }
+    return 0;
+  });
+}
+
 // -- backward
 
-// The gradient of a vector of BatchNorm's outputs, and the three sums of the clips.
+// The gradient of a vector of BatchNorm's outputs.
 template <typename Activation>
 struct OutputGradient {
+  static constexpr bool kQuantized = false;
+  const Activation& activation;
+
+  AMCT_INLINE FloatVec operator()(FloatVec z, FloatVec g) const { return activation.gradient(z, g); }
+};
+
+// The same through the quantiser, and the terms of the three sums of the clips.
+template <typename Activation>
+struct QuantizedOutputGradient {
+  static constexpr bool kQuantized = true;
   const Activation& activation;
   FloatVec scale, clip_max, clip_min, upper, lower;
 
-  AMCT_INLINE OutputGradient(const Activation& function, const UlqBackwardParams& p)
+  AMCT_INLINE QuantizedOutputGradient(const Activation& function, const UlqBackwardParams& p)
       : activation(function),
         scale(broadcast(static_cast<float>(p.scale))),
         clip_max(broadcast(static_cast<float>(p.clip_max))),
@@ -206,6 +270,20 @@ struct OutputGradient {
   }
 };
 
+// `quantizer` may be null.
+template <typename Run>
+AMCT_INLINE void with_output_gradient(const ActivationParams& a, const UlqBackwardParams* quantizer, const Run& run) {
+  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
+    using Activation = std::decay_t<decltype(activation)>;
+    if (quantizer) {
+      run(QuantizedOutputGradient<Activation>(activation, *quantizer));
+    } else {
+      run(OutputGradient<Activation>{activation});
+    }
+    return 0;
+  });
+}
+
 // Sums over a strip of kWidth neighbouring values, which moves through the data. Partial sums in float take kSteps
 // values before they are added to float64, which bounds their error.
 struct LaneSums {
@@ -226,25 +304,34 @@ struct StripSums {
   LaneSums gradient, product;  // one channel a lane, or all of the same channel
   CascadeSum<float> error, above, below;
 
-  template <typename Activation, typename Coefficient>
-  AMCT_INLINE void add(const OutputGradient<Activation>& output, const float* grad, const float* x, int64_t c,
-                       const Coefficient& factor, const Coefficient& shift, const Coefficient& mean) {
+  template <typename Output, typename Coefficient>
+  AMCT_INLINE void add(const Output& output, const float* grad, const float* x, int64_t c, const Coefficient& factor,
+                       const Coefficient& shift, const Coefficient& mean) {
     for (int k = 0; k < kWidth; k += kFloats) {
-      const FloatVec v = load<FloatVec>(x + k);
-      const auto terms = output.terms(fma(v, factor[c + k], shift[c + k]), load<FloatVec>(grad + k));
-      gradient.add(k, terms.gradient);
-      product.add(k, terms.gradient * (v - mean[c + k]));
-      error.add(k, terms.error);
-      above.add(k, terms.above);
-      below.add(k, terms.below);
+      const FloatVec v = load<FloatVec>(x + k), z = fma(v, factor[c + k], shift[c + k]), g = load<FloatVec>(grad + k);
+      FloatVec dz;
+      if constexpr (Output::kQuantized) {
+        const auto terms = output.terms(z, g);
+        dz = terms.gradient;
+        error.add(k, terms.error);
+        above.add(k, terms.above);
+        below.add(k, terms.below);
+      } else {
+        dz = output(z, g);
+      }
+      gradient.add(k, dz);
+      product.add(k, dz * (v - mean[c + k]));
     }
   }
-  AMCT_INLINE void flush() {
+  template <typename Output>
+  AMCT_INLINE void flush(const Output&) {
     gradient.flush();
     product.flush();
-    error.flush();
-    above.flush();
-    below.flush();
+    if constexpr (Output::kQuantized) {
+      error.flush();
+      above.flush();
+      below.flush();
+    }
   }
   AMCT_INLINE void add_to(UlqSums& sums) const {
     sums.rounding_error += error.sums.total();
@@ -261,12 +348,10 @@ struct StripCopy {
   }
 };
 
-void batch_norm_ulq_sums_plane(const float* grad, const float* x, int64_t n, const BatchNormChannel& channel,
-                               const ActivationParams& a, const UlqBackwardParams& p, BatchNormSums& out,
-                               UlqSums& clips) {
+void batch_norm_sums_plane(const float* grad, const float* x, int64_t n, const BatchNormChannel& channel,
+                           const ActivationParams& a, const UlqBackwardParams* p, BatchNormSums& out, UlqSums& clips) {
   constexpr int kWidth = StripSums::kWidth;
-  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
-    const OutputGradient output(activation, p);
+  with_output_gradient(a, p, [&](const auto& output) __attribute__((always_inline)) {
     const PlaneCoefficient factor(channel.factor), shift(channel.shift), mean(channel.mean);
     StripSums sums;
     int64_t i = 0;
@@ -274,25 +359,24 @@ void batch_norm_ulq_sums_plane(const float* grad, const float* x, int64_t n, con
       prefetch<kWidth * sizeof(float)>(grad + i, kPrefetchDistance);
       prefetch<kWidth * sizeof(float)>(x + i, kPrefetchDistance);
       sums.add(output, grad + i, x + i, 0, factor, shift, mean);
-      if (++step % StripSums::kSteps == 0) sums.flush();
+      if (++step % StripSums::kSteps == 0) sums.flush(output);
     }
-    if (i < n) sums.add(output, StripCopy(grad + i, n - i).values, StripCopy(x + i, n - i).values, 0, factor, shift, mean);
-    sums.flush();
+    if (i < n)
+      sums.add(output, StripCopy(grad + i, n - i).values, StripCopy(x + i, n - i).values, 0, factor, shift, mean);
+    sums.flush(output);
     sums.add_to(clips);
     for (int lane = 0; lane < kWidth; ++lane) {
       out.gradient += sums.gradient.lane(lane);
       out.product += sums.product.lane(lane);
     }
-    return 0;
   });
 }
 
-void batch_norm_ulq_sums_rows(const float* grad, const float* x, int64_t rows, int64_t channels,
-                              const BatchNormRows& row, const ActivationParams& a, const UlqBackwardParams& p,
-                              double* gradient, double* product, UlqSums& clips) {
+void batch_norm_sums_rows(const float* grad, const float* x, int64_t rows, int64_t channels, const BatchNormRows& row,
+                          const ActivationParams& a, const UlqBackwardParams* p, double* gradient, double* product,
+                          UlqSums& clips) {
   constexpr int kWidth = StripSums::kWidth;
-  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
-    const OutputGradient output(activation, p);
+  with_output_gradient(a, p, [&](const auto& output) __attribute__((always_inline)) {
     const RowCoefficient factor(row.factor), shift(row.shift), mean(row.mean);
     for (int64_t c = 0; c < channels; c += kWidth) {
       const int64_t width = channels - c < kWidth ? channels - c : kWidth;
@@ -304,27 +388,26 @@ void batch_norm_ulq_sums_rows(const float* grad, const float* x, int64_t rows, i
         } else {
           sums.add(output, StripCopy(gs, width).values, StripCopy(xs, width).values, c, factor, shift, mean);
         }
-        if ((r + 1) % StripSums::kSteps == 0) sums.flush();
+        if ((r + 1) % StripSums::kSteps == 0) sums.flush(output);
       }
-      sums.flush();
+      sums.flush(output);
       sums.add_to(clips);
       for (int64_t lane = 0; lane < width; ++lane) {
         gradient[c + lane] += sums.gradient.lane(lane);
         product[c + lane] += sums.product.lane(lane);
       }
     }
-    return 0;
   });
 }
 
 // BatchNorm's gradient at whole vectors, from that at its output and what the sums over a channel gave.
-template <typename Activation, typename Coefficient>
+template <typename Output, typename Coefficient>
 struct InputGradient {
-  const OutputGradient<Activation>& output;
+  const Output& output;
   Coefficient factor, shift, mean, mean_gradient, slope;
 
   template <typename Channels>
-  AMCT_INLINE InputGradient(const OutputGradient<Activation>& function, const Channels& p)
+  AMCT_INLINE InputGradient(const Output& function, const Channels& p)
       : output(function),
         factor(p.factor),
         shift(p.shift),
@@ -345,32 +428,28 @@ struct InputGradient {
   }
 };
 
-void batch_norm_ulq_dx_plane(const float* grad, const float* x, float* dx, int64_t n, const BatchNormChannel& channel,
-                             const ActivationParams& a, const UlqBackwardParams& p) {
-  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
-    const OutputGradient output(activation, p);
-    const InputGradient<std::decay_t<decltype(activation)>, PlaneCoefficient> gradient(output, channel);
+void batch_norm_dx_plane(const float* grad, const float* x, float* dx, int64_t n, const BatchNormChannel& channel,
+                         const ActivationParams& a, const UlqBackwardParams* p) {
+  with_output_gradient(a, p, [&](const auto& output) __attribute__((always_inline)) {
+    const InputGradient<std::decay_t<decltype(output)>, PlaneCoefficient> gradient(output, channel);
     int64_t i = 0;
     for (; i + kFloats <= n; i += kFloats) {
       prefetch<kVecBytes>(dx + i, kPrefetchDistance);
       gradient(grad + i, x + i, dx + i, 0);
     }
     if (i < n) gradient(grad + i, x + i, dx + i, 0, n - i);
-    return 0;
   });
 }
 
-void batch_norm_ulq_dx_rows(const float* grad, const float* x, float* dx, int64_t rows, int64_t channels,
-                            const BatchNormRows& row, const ActivationParams& a, const UlqBackwardParams& p) {
-  with_activation(a, [&](const auto& activation) __attribute__((always_inline)) {
-    const OutputGradient output(activation, p);
-    const InputGradient<std::decay_t<decltype(activation)>, RowCoefficient> gradient(output, row);
+void batch_norm_dx_rows(const float* grad, const float* x, float* dx, int64_t rows, int64_t channels,
+                        const BatchNormRows& row, const ActivationParams& a, const UlqBackwardParams* p) {
+  with_output_gradient(a, p, [&](const auto& output) __attribute__((always_inline)) {
+    const InputGradient<std::decay_t<decltype(output)>, RowCoefficient> gradient(output, row);
     for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, dx += channels) {
       int64_t c = 0;
       for (; c + kFloats <= channels; c += kFloats) gradient(grad + c, x + c, dx + c, c);
       if (c < channels) gradient(grad + c, x + c, dx + c, c, channels - c);
     }
-    return 0;
   });
 }
 

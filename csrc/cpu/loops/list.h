@@ -57,15 +57,23 @@ AMCT_FLOAT_LOOP(bool, batch_norm_ulq_plane,
 AMCT_FLOAT_LOOP(bool, batch_norm_ulq_rows,
                 (const float* x, float* y, int64_t rows, int64_t channels, const float* factor, const float* shift,
                  const ActivationParams&, const UlqForwardParams&))
-AMCT_FLOAT_LOOP(void, batch_norm_ulq_sums_plane,
+// BatchNorm and an activation function or, where an addend is given, an addition.
+AMCT_FLOAT_LOOP(void, batch_norm_plane,
+                (const float* x, const float* addend, float* y, int64_t n, float factor, float shift,
+                 const ActivationParams&))
+AMCT_FLOAT_LOOP(void, batch_norm_rows,
+                (const float* x, const float* addend, float* y, int64_t rows, int64_t channels, const float* factor,
+                 const float* shift, const ActivationParams&))
+// Sums over a channel for the gradient of either, then that gradient. The quantiser may be null.
+AMCT_FLOAT_LOOP(void, batch_norm_sums_plane,
                 (const float* grad, const float* x, int64_t n, const BatchNormChannel&, const ActivationParams&,
-                 const UlqBackwardParams&, BatchNormSums&, UlqSums&))
-AMCT_FLOAT_LOOP(void, batch_norm_ulq_sums_rows,
+                 const UlqBackwardParams*, BatchNormSums&, UlqSums&))
+AMCT_FLOAT_LOOP(void, batch_norm_sums_rows,
                 (const float* grad, const float* x, int64_t rows, int64_t channels, const BatchNormRows&,
-                 const ActivationParams&, const UlqBackwardParams&, double* gradient, double* product, UlqSums&))
-AMCT_FLOAT_LOOP(void, batch_norm_ulq_dx_plane,
+                 const ActivationParams&, const UlqBackwardParams*, double* gradient, double* product, UlqSums&))
+AMCT_FLOAT_LOOP(void, batch_norm_dx_plane,
                 (const float* grad, const float* x, float* dx, int64_t n, const BatchNormChannel&,
-                 const ActivationParams&, const UlqBackwardParams&))
-AMCT_FLOAT_LOOP(void, batch_norm_ulq_dx_rows,
+                 const ActivationParams&, const UlqBackwardParams*))
+AMCT_FLOAT_LOOP(void, batch_norm_dx_rows,
                 (const float* grad, const float* x, float* dx, int64_t rows, int64_t channels, const BatchNormRows&,
-                 const ActivationParams&, const UlqBackwardParams&))
+                 const ActivationParams&, const UlqBackwardParams*))

@@ -37,6 +37,9 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
     plain, addend = ((1, 1), (1, 1), (1, 1)), torch.ones(2, 6, 6, 5, device=device)
     matrix, filters = ops.pack_weight(w[:, :, 0, 0], scales), ops.pack_weight(w, scales)
 
+    norm = (w, *(torch.rand(8, device=device) + 0.5 for _ in range(3)), torch.zeros(8, device=device))
+    relu6, hardswish = ("none", 0.0, 6.0), ("hardswish", None, None)
+
     def leaf(x: Tensor) -> Tensor:
         return x.clone().requires_grad_()
 
@@ -60,6 +63,20 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (grad, w.bfloat16(), high, low),
             (grad.half(), w, high, low),
             (grad.double(), w, high, low),
+        ],
+        "batch_norm_statistics_": [
+            (w, norm[1].clone(), norm[2].clone(), 0.1, 1e-5),
+            (w[:, :, 0, 0], None, None, 0.1, 1e-5),
+        ],
+        "batch_norm_activation": [(*norm, *relu6), (*norm[:3], None, None, *hardswish), (*norm, *relu6, grad)],
+        "batch_norm_activation_backward": [(grad, *norm, *relu6), (grad, *norm[:3], None, None, *hardswish, False)],
+        "batch_norm_ulq": [
+            (*norm, *relu6, high, low, none, none),
+            (*norm[:3], None, None, *hardswish, high, low, none, none, 4, True),
+        ],
+        "batch_norm_ulq_backward": [
+            (grad, *norm, *relu6, high, low),
+            (grad, *norm[:3], None, None, *hardswish, high, low, 4, False),
         ],
         "ulq_quantize": [(w, high, low, none, none), (w[0, 0], high, low, none, none, 4, True)],
         "pack_weight": [(w, scales), (w[:, :, 0, 0], scales[:1], 4)],
