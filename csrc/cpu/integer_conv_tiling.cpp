@@ -5,29 +5,7 @@
 
 namespace amct_ext::cpu {
 
-extern const ProductKernel product_baseline;
-#ifdef AMCT_X86_LEVELS
-extern const ProductKernel product_vnni;
-#endif
-
-namespace {
-
 using at::Tensor;
-
-const ProductKernel& best_kernel() {
-#ifdef AMCT_X86_LEVELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) return product_vnni;
-#endif
-  return product_baseline;
-}
-
-}  // namespace
-
-const ProductKernel& product_kernel() {
-  static const ProductKernel& best = best_kernel();
-  return best;
-}
 
 ConvShape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntArrayRef kernel_size,
                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
@@ -83,8 +61,9 @@ PackedWeights packed_weights(const char* op, const ConvShape& s, const Tensor& p
   const double scale = value_at(x_scale, 0), offset = value_at(x_offset, 0);
   // A NaN offset comes with a NaN scale, which decides the result.
   const int zero = offset >= -128 && offset <= 127 ? static_cast<int>(offset) + 128 : 0;
+  const int shift = product_kernel().code_shift;
   const size_t padded = static_cast<size_t>(blocks * kBlockChannels);
-  PackedWeights result{static_cast<const int8_t*>(packed.const_data_ptr()),
+  PackedWeights result{packed,
                        static_cast<uint8_t>(zero),
                        quads,
                        std::vector<uint32_t>(padded),
@@ -93,7 +72,7 @@ PackedWeights packed_weights(const char* op, const ConvShape& s, const Tensor& p
   const Tensor factors = w_scale.contiguous(), terms = bias ? bias->contiguous() : Tensor();
   const int32_t* totals = static_cast<const int32_t*>(sums.const_data_ptr());
   for (int64_t c = 0; c < s.outputs; ++c) {
-    result.zeros[c] = static_cast<uint32_t>(zero) * static_cast<uint32_t>(totals[c]);
+    result.zeros[c] = static_cast<uint32_t>(zero - shift) * static_cast<uint32_t>(totals[c]);
     result.scales[c] = scale * value_at(factors, factors.numel() == 1 ? 0 : c);
     if (bias) result.biases[c] = value_at(terms, c);
   }
