@@ -24,7 +24,7 @@ from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, make, stepper
 
 LAST = "channels last"
-Run = Callable[[], None]
+Run = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 

@@ -1,6 +1,10 @@
 #include "cpu/integer_conv_tiling.h"
 
+#include <cstring>
+
 #include "common/check.h"
+#include "cpu/integer_codes.h"
+#include "cpu/parallel.h"
 #include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
@@ -85,6 +89,38 @@ Tensor with_read_padding(const Tensor& codes, at::MemoryFormat format) {
   if (past >= 4) return source;
   const Tensor padded = at::empty({source.numel() + 4}, source.options());
   return padded.as_strided(source.sizes(), source.strides()).copy_(source);
+}
+
+// What is copied for channels beyond the last meets weights of zero.
+void copy_four(const uint8_t* from, uint8_t* to) { std::memcpy(to, from, 4); }
+
+Tensor conv_input(const Tensor& codes, ConvShape& s, PackedWeights& w) {
+  constexpr int64_t kFewQuads = 4;
+  const Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
+  const int64_t positions = s.images * s.height * s.width;
+  if (w.quads > kFewQuads || s.kernel[1] == 1 || s.dilation[1] != 1 || positions == 0 || s.outputs == 0) return source;
+  const int64_t height = s.height + 2 * s.padding[0], width = s.width + 2 * s.padding[1], channels = 4 * w.quads;
+  const Tensor padded = empty_codes({s.images, channels, height, width}, codes.options());
+  const uint8_t* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(padded.mutable_data_ptr());
+  for_rows(s.images * height, width * channels, [&](int64_t line) {
+    const int64_t image = line / height, row = line % height - s.padding[0];
+    uint8_t* out = to + line * width * channels;
+    std::memset(out, w.zero, width * channels);
+    if (row < 0 || row >= s.height) return;
+    const uint8_t* in = from + (image * s.height + row) * s.width * s.channels;
+    out += s.padding[1] * channels;
+    for (int64_t i = 0; i < s.width; ++i) {
+      for (int64_t q = 0; q < w.quads; ++q) copy_four(in + i * s.channels + 4 * q, out + i * channels + 4 * q);
+    }
+  });
+  s.height = height;
+  s.width = width;
+  s.channels = channels;
+  w.quads *= s.kernel[1];
+  s.kernel[1] = 1;
+  s.padding[0] = s.padding[1] = 0;
+  return padded;
 }
 
 // Positions of a row of the output are neighbours in the input, except those in the padding.

@@ -43,6 +43,10 @@ PackedWeights packed_weights(const char* op, const ConvShape& s, const at::Tenso
                              const at::Tensor& x_scale, const at::Tensor& x_offset, const at::Tensor& w_scale,
                              const std::optional<at::Tensor>& bias);
 
+// The codes that a convolution reads. A convolution of few channels is made one over whole rows of its filter: the
+// codes are copied, with their padding and up to a multiple of four channels, `s` and `w` changed accordingly.
+at::Tensor conv_input(const at::Tensor& codes, ConvShape& s, PackedWeights& w);
+
 // The codes in the given format, with some readable bytes beyond the end.
 at::Tensor with_read_padding(const at::Tensor& codes, at::MemoryFormat format);
 
