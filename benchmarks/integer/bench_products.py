@@ -59,14 +59,14 @@ SHAPES = (
 )
 
 
-def runs(shape: Shape, batch: int, deviation: float) -> dict[str, Run]:
-    """The float convolution and the two products; weights are normal, ``deviation`` codes wide."""
+def runs(shape: Shape, batch: int) -> dict[str, Run]:
+    """The float convolution and the two products; weights are normal, the largest of an output channel is code 127."""
     x = torch.rand(batch, shape.inputs, shape.size, shape.size).to(memory_format=torch.channels_last)
     w = torch.randn(shape.outputs, shape.inputs, shape.kernel, shape.kernel)
     one, none = torch.tensor(1.0), torch.tensor(math.nan)
     clips = (one, 0 * one, none, none)
     codes, scale, offset, *_ = ops.ulq_quantize(x, *clips)
-    w_scale = torch.full((shape.outputs,), 1 / deviation)
+    w_scale = w.abs().amax((1, 2, 3)) / 127
     packed, sums = ops.pack_weight(w, w_scale)
     product = (codes, scale, offset, packed, sums, w_scale, torch.zeros(shape.outputs))
     stride, padding = (shape.stride,) * 2, (shape.kernel // 2,) * 2
@@ -85,7 +85,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--deviation", type=float, default=30.0, help="of the weights' codes")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -96,7 +95,7 @@ def main() -> None:
         table.add_column(heading, justify="right")
     ratios: list[tuple[float, float]] = []
     for shape in SHAPES:
-        times = time_in_rounds(runs(shape, args.batch, args.deviation), args.rounds, CLOCKS[args.clock])
+        times = time_in_rounds(runs(shape, args.batch), args.rounds, CLOCKS[args.clock])
         best = {name: min(values) for name, values in times.items()}
         ratios.append((best["floats"] / best["float"], best["codes"] / best["float"]))
         table.add_row(*map(str, shape), f"{best['float']:.2f}", *(f"{ratio:.2f}" for ratio in ratios[-1]))
