@@ -91,12 +91,16 @@ Tensor with_read_padding(const Tensor& codes, at::MemoryFormat format) {
   return padded.as_strided(source.sizes(), source.strides()).copy_(source);
 }
 
+namespace {
+
 // What is copied for channels beyond the last meets weights of zero.
 void copy_four(const uint8_t* from, uint8_t* to) { std::memcpy(to, from, 4); }
 
+}  // namespace
+
 Tensor conv_input(const Tensor& codes, ConvShape& s, PackedWeights& w) {
   constexpr int64_t kFewQuads = 4;
-  const Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
+  Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
   const int64_t positions = s.images * s.height * s.width;
   if (w.quads > kFewQuads || s.kernel[1] == 1 || s.dilation[1] != 1 || positions == 0 || s.outputs == 0) return source;
   const int64_t height = s.height + 2 * s.padding[0], width = s.width + 2 * s.padding[1], channels = 4 * w.quads;

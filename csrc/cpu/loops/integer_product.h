@@ -39,10 +39,10 @@ AMCT_INLINE void add_rests(const Tile& t, Sums (&sums)[R][V]) {
 // R positions times B blocks of sixteen output channels.
 template <int R, int B>
 void microkernel(const Tile& t) {
-  constexpr int V = B * kVectors;
-  Sums sums[R][V];
+  constexpr int kSums = B * kVectors;
+  Sums sums[R][kSums];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) sums[r][v] = zero_sums();
+    for (int v = 0; v < kSums; ++v) sums[r][v] = zero_sums();
   }
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const uint8_t* rows[R];
@@ -50,21 +50,22 @@ void microkernel(const Tile& t) {
     for (int r = 0; r < R; ++r) rows[r] = t.rows[tap * t.rows_stride + r];
     for (int b = 0; b < B; ++b) weights[b] = t.weights[b] + tap * t.quads * kQuadBytes;
     for (int64_t q = 0; q < t.quads; ++q) {
-      Quads w[V];
-      for (int v = 0; v < V; ++v) {
+      Quads w[kSums];
+      for (int v = 0; v < kSums; ++v) {
         w[v] = load_quads(weights[v / kVectors] + q * kQuadBytes + v % kVectors * kVectorBytes);
       }
       for (int r = 0; r < R; ++r) {
         const auto x = broadcast4(rows[r] + 4 * q);
-        for (int v = 0; v < V; ++v) sums[r][v] = add_dot4(sums[r][v], x, w[v]);
+        for (int v = 0; v < kSums; ++v) sums[r][v] = add_dot4(sums[r][v], x, w[v]);
       }
     }
   }
   if constexpr (kSplits) {
-    if (t.rests != nullptr) add_rests<R, V>(t, sums);
+    if (t.rests != nullptr) add_rests<R, kSums>(t, sums);
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) __builtin_memcpy(t.sums + r * kTileChannels + v * kLanes, &sums[r][v], sizeof(Sums));
+    for (int v = 0; v < kSums; ++v)
+      __builtin_memcpy(t.sums + r * kTileChannels + v * kLanes, &sums[r][v], sizeof(Sums));
   }
 }
 #endif
