@@ -1,6 +1,7 @@
 """The integer forward: whole training steps and evaluations, models taking turns in one process.
 
     python -m benchmarks.integer.bench_integer [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
+        [--parts evaluation]
 
 Printed: medians, and the medians of the rounds' ratios to the float model (images: to the faster of its two memory
 layouts). ``--clock cpu`` counts the process's own time instead of the wall's: for one thread on a busy machine.
@@ -24,7 +25,7 @@ from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, make, stepper
 
 LAST = "channels last"
-Run = Callable[[], None]
+Run = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -60,6 +61,10 @@ def training(model: nn.Module, x: Tensor, labels: Tensor) -> Run:
 
 
 def evaluation(model: nn.Module, x: Tensor) -> Run:
+    model.train()
+    with torch.no_grad():
+        model(x)  # calibrates
+
     def run() -> None:
         model.eval()
         with torch.no_grad():
@@ -106,6 +111,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: the model's own")
     parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "BERT-small"])
     parser.add_argument("--only", nargs="+", help="variants, by the names of the table")
+    parser.add_argument("--parts", nargs="+", choices=("step", "evaluation"), default=["step", "evaluation"])
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -115,20 +121,25 @@ def main() -> None:
         x, labels = job.batch(args.batch or job.samples)
         made = {key: pair for key, pair in models(job, x).items() if not args.only or key in args.only}
         clock = CLOCKS[args.clock]
-        steps = time_in_rounds(
-            {key: training(model, batch, labels) for key, (model, batch) in made.items()}, args.rounds, clock
-        )
-        evals = time_in_rounds(
-            {key: evaluation(model, batch) for key, (model, batch) in made.items()}, args.rounds, clock
-        )
-        table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, median ms ({args.clock})")
-        for heading in ("", "step", "to float", "evaluation", "to float", "on integers"):
+        measured = {"step": training, "evaluation": lambda model, batch, _: evaluation(model, batch)}
+        parts = {
+            part: columns(
+                time_in_rounds(
+                    {key: measured[part](model, batch, labels) for key, (model, batch) in made.items()},
+                    args.rounds,
+                    clock,
+                )
+            )
+            for part in args.parts
+        }
+        kernel = amct.build_info()["integer_product"]
+        table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, {kernel}, median ms ({args.clock})")
+        for heading in ("", *(text for part in parts for text in (part, "to float")), "on integers"):
             table.add_column(heading, justify="right" if heading else "left")
-        step_columns, eval_columns = columns(steps), columns(evals)
         for key, (model, _) in made.items():
             chosen = [] if key.startswith(FLOAT) else list(amct.forward_choices(model).values())
             count = f"{chosen.count('integer')} of {len(chosen)}" if chosen else ""
-            table.add_row(key, *step_columns[key], *eval_columns[key], count)
+            table.add_row(key, *(cell for part in parts.values() for cell in part[key]), count)
         Console(width=120).print(table)
 
 
