@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext.layers import deferred
 from amct_ext.layers.deferred import DeferredTensor
-from amct_ext.layers.deferred_conv import DeferPolicy, DeferredConv2d
+from amct_ext.layers.deferred_conv import DeferredConv2d
+from amct_ext.layers.deferred_source import DeferPolicy
 from amct_ext.layers.forward_tracker import ForwardTracker
 
 
