@@ -14,7 +14,7 @@ are computed and lie channels last while the model expects planes (`HeldValues`)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, SupportsIndex, TypeVar
 
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from amct_ext import ops
 from amct_ext.layers.deferred_conv import DeferredConv2d
-from amct_ext.layers.deferred_source import LAYOUT_FREE, Clips, Codes, DeferredSource, HeldValues
+from amct_ext.layers.deferred_source import LAYOUT_FREE, Clips, Codes, DeferredSource, HeldValues, PaddedValues, Padding
 from amct_ext.layers.prepared_conv import PreparedConv2d
 from amct_ext.layers.prepared_ops import HARDSWISH, SILU, Activation
 
@@ -83,9 +83,15 @@ class DeferredTensor(Tensor):
         """The values channels last, not to be modified; computed once for all who ask so."""
         if self.source is None:
             return self.value.contiguous(memory_format=torch.channels_last)
-        if not isinstance(self.source, HeldValues):
+        if type(self.source) is not HeldValues:
             self.source = HeldValues(self.source.compute_channels_last(), self.source.channels_last)
         return self.source.values
+
+    def unpadded_values(self) -> tuple[Tensor, Padding | None]:
+        """The values channels last, and zeros to put around them; those zeros are zeros for any quantiser, too."""
+        if isinstance(self.source, PaddedValues):
+            return self.source.values, self.source.padding
+        return self.channels_last_values(), None
 
     def compute_codes(self, clips: Clips, num_bits: int, fixed_min: bool) -> Codes:
         """The values as codes of a quantiser: the results of `ops.ulq_quantize`."""
@@ -231,6 +237,20 @@ def _add_prepared(in_place: bool, x: Tensor, other: Tensor, alpha: float) -> Any
     return _following(x, summed, in_place)
 
 
+def _pad(x: Tensor, padding: Sequence[int], value: float = 0.0) -> Any:
+    source = _source_of(x)
+    if not isinstance(x, DeferredTensor) or source is None or isinstance(source, PaddedValues):
+        return NotImplemented
+    if value != 0 or len(padding) not in (2, 4) or min(padding) < 0:
+        return NotImplemented
+    left, right, top, bottom = (*padding, 0, 0)[:4]
+    values = x.channels_last_values()
+    if not any(padding):
+        return DeferredTensor(HeldValues(values, source.channels_last), x.shape)
+    shape = torch.Size((*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right))
+    return DeferredTensor(PaddedValues(values, source.channels_last, (left, right, top, bottom)), shape)
+
+
 def _max_pool(x: Tensor, *window: Any) -> Any:
     source = _source_of(x)
     if not isinstance(source, DeferredConv2d) or source.channels_last:
@@ -244,10 +264,7 @@ def _max_pool(x: Tensor, *window: Any) -> Any:
 def _run_channels_last(func: torch._ops.OpOverload[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """``func`` on values that lie channels last; its results report the layout that planes would have given."""
     sources = [s for s in map(_source_of, tree_leaves((args, kwargs))) if s is not None]
-    # Integer convolutions write the layout that is wanted, but nothing pads planes and writes channels last.
-    if not sources or (
-        func is not _aten.constant_pad_nd.default and any(isinstance(s, DeferredConv2d) for s in sources)
-    ):
+    if not sources or any(isinstance(s, DeferredConv2d) for s in sources):  # an integer product writes either layout
         return NotImplemented
     channels_last = any(s.channels_last for s in sources)
     args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.channels_last_values, (args, dict(kwargs)))
@@ -277,5 +294,6 @@ _FOLDS: dict[torch._ops.OpOverload[..., Any], Callable[..., Any]] = {
     _aten.silu_.default: _activation(True, SILU),
     _aten.add.Tensor: _add(False),
     _aten.add_.Tensor: _add(True),
+    _aten.constant_pad_nd.default: _pad,
     _aten.max_pool2d_with_indices.default: _max_pool,
 }

@@ -12,6 +12,7 @@ from amct_ext.layers.prepared_ops import Activation
 
 _aten = torch.ops.aten
 Clips = tuple[Tensor, Tensor, Tensor, Tensor]
+Padding = tuple[int, int, int, int]
 Codes = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the results of `ops.ulq_quantize`
 
 
@@ -73,15 +74,12 @@ class HeldValues:
     channels_last: bool
 
     def compute(self) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return self.values.clone(memory_format=layout)
+        return self.values.clone(memory_format=_layout(self.channels_last))
 
     def compute_channels_last(self) -> Tensor:
         return self.values
 
-    def with_batch_norm(
-        self, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-    ) -> None:
+    def with_batch_norm(self, *arguments: object) -> None:
         return None
 
     def clamped(self, low: float, high: float | None) -> None:
@@ -89,6 +87,38 @@ class HeldValues:
 
     def activated(self, activation: Activation) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class PaddedValues(HeldValues):
+    """The same with zeros around each plane, which a convolution pads itself."""
+
+    padding: Padding  # left, right, top, bottom; not negative
+
+    def compute(self) -> Tensor:
+        return pad_with_zeros(self.values, self.padding, _layout(self.channels_last))
+
+    def compute_channels_last(self) -> Tensor:
+        return pad_with_zeros(self.values, self.padding, torch.channels_last)
+
+
+def pad_with_zeros(x: Tensor, padding: Padding, layout: torch.memory_format) -> Tensor:
+    """As `torch.nn.functional.pad`, which writes the whole result twice."""
+    left, right, top, bottom = padding
+    images, channels, height, width = x.shape
+    size = (images, channels, top + height + bottom, left + width + right)
+    y = torch.empty(size, dtype=x.dtype, memory_format=layout)
+    y[:, :, :top].zero_()
+    y[:, :, top + height :].zero_()
+    rows = y[:, :, top : top + height]
+    rows[..., :left].zero_()
+    rows[..., left + width :].zero_()
+    rows[..., left : left + width].copy_(x)
+    return y
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 # Ops whose result does not depend on the layout, apart from the order of the sums of a mean; none works in place.
@@ -105,7 +135,6 @@ LAYOUT_FREE = {
     _aten.add.Tensor,
     _aten.mul.Tensor,
     _aten.cat.default,
-    _aten.constant_pad_nd.default,
     _aten.max_pool2d_with_indices.default,
     _aten.avg_pool2d.default,
     _aten._adaptive_avg_pool2d.default,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from amct_ext.layers.activation_types import FakeQuantized
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.deferred import DeferredTensor
-from amct_ext.layers.deferred_source import DeferPolicy, EvaluationCount, HeldValues
+from amct_ext.layers.deferred_source import DeferPolicy, EvaluationCount, HeldValues, Padding, pad_with_zeros
 from amct_ext.layers.fingerprint import Fingerprint
 from amct_ext.layers.forward_tracker import ForwardTracker
-from amct_ext.layers.integer_ops import conv_geometry, conv_padding, output_is_channels_last
+from amct_ext.layers.integer_ops import ConvGeometry, conv_geometry, conv_padding, output_is_channels_last
 from amct_ext.layers.integer_support import is_plain_float32
 from amct_ext.layers.prepared_conv import PreparedConv2d
 from amct_ext.layers.prepared_ops import is_available, linear, pack_linear_weight
@@ -60,10 +60,11 @@ class PreparedForward:
         """The layer's output, deferred where a convolution's may be."""
         channels_last = isinstance(layer, nn.Conv2d) and output_is_channels_last(layer, x)
         results: list[FakeQuantized] = []
-        quantised = layer.quantized_input(stored(x), results)
+        values, padding = _stored(layer, x)
+        quantised = layer.quantized_input(values, results)
         if isinstance(layer, nn.Conv2d):
             private = quantised is results[0].y and quantised is not results[0].x
-            return self._convolve(layer, quantised, channels_last, private)
+            return self._convolve(layer, x.shape, quantised, padding, channels_last, private)
         weight = self._weight(layer, x)
         assert isinstance(weight, Tensor)
         return linear(quantised, weight, layer.bias)
@@ -77,16 +78,22 @@ class PreparedForward:
         """Free the packed weight; the next evaluation packs it again."""
         self._cached = None
 
-    def _convolve(self, layer: CompressedLayer, x: Tensor, channels_last: bool, private: bool) -> Tensor:
+    def _convolve(
+        self,
+        layer: CompressedLayer,
+        input_size: torch.Size,
+        x: Tensor,
+        padding: Padding | None,
+        channels_last: bool,
+        private: bool,
+    ) -> Tensor:
+        """Of the quantised ``x`` with zeros around it, which make up ``input_size``."""
         weight = self._weight(layer, x)
         assert isinstance(weight, PreparedConvWeight)
-        source = PreparedConv2d(
-            x.contiguous(memory_format=torch.channels_last),
-            weight,
-            channels_last,
-            evaluations=EvaluationCount(self.policy),
-        )
-        size = weight.geometry.output_size(x.shape[2:])
+        size = weight.geometry.output_size(input_size[2:])
+        geometry, x = _with_padding(weight.geometry, x, padding)
+        x = x.contiguous(memory_format=torch.channels_last)
+        source = PreparedConv2d(x, weight, geometry, channels_last, evaluations=EvaluationCount(self.policy))
         if not self.defers(layer) or min(size) < 1:
             return source.compute()  # raises where the kernel does not fit
         shape = torch.Size((x.shape[0], layer.weight.shape[0], *size))
@@ -104,9 +111,25 @@ class PreparedForward:
         return {**self.__dict__, "_cached": None}
 
 
-def stored(x: Tensor) -> Tensor:
-    """``x`` as it lies in memory: a deferred tensor's values channels last, computed once for all of its readers."""
-    return x.channels_last_values() if type(x) is DeferredTensor else x
+def _stored(layer: CompressedLayer, x: Tensor) -> tuple[Tensor, Padding | None]:
+    """``x`` as it lies in memory, and zeros around it: a deferred tensor's values are computed once for all readers."""
+    if type(x) is not DeferredTensor:
+        return x, None
+    quantizer = layer.act_quant
+    if not isinstance(layer, nn.Conv2d) or (quantizer is not None and _has_hooks(quantizer)):
+        return x.channels_last_values(), None  # hooks see all of the input
+    return x.unpadded_values()
+
+
+def _with_padding(geometry: ConvGeometry, x: Tensor, padding: Padding | None) -> tuple[ConvGeometry, Tensor]:
+    """The same convolution of ``x`` with these zeros around it: by its own padding where they are symmetric."""
+    if padding is None:
+        return geometry, x
+    left, right, top, bottom = padding
+    if (left, top) != (right, bottom):
+        return geometry, pad_with_zeros(x, padding, torch.channels_last)
+    height, width = geometry.padding
+    return geometry._replace(padding=(height + top, width + left)), x
 
 
 def _prepare(layer: CompressedLayer, x: Tensor) -> PreparedConvWeight | Tensor:
@@ -115,3 +138,7 @@ def _prepare(layer: CompressedLayer, x: Tensor) -> PreparedConvWeight | Tensor:
         return pack_linear_weight(weight, x.numel() // x.shape[-1])
     bias = None if layer.bias is None else layer.bias.detach().clone()
     return PreparedConvWeight(weight.clone(), bias, conv_geometry(layer), layer.groups, x.shape)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from amct_ext.layers.deferred_source import EvaluationCount
+from amct_ext.layers.integer_ops import ConvGeometry
 from amct_ext.layers.prepared_ops import IDENTITY, RELU, Activation, bounds, conv2d
 from amct_ext.layers.prepared_weight import PackedConv, PreparedConvWeight, is_plain
 
@@ -18,6 +19,7 @@ class PreparedConv2d:
 
     x: Tensor  # fake-quantised, channels last
     weight: PreparedConvWeight
+    geometry: ConvGeometry
     channels_last: bool  # the layout that the deferred tensor reports
     folded: PackedConv | None = None  # with the BatchNorm behind it
     addend: Tensor | None = None  # channels last
@@ -67,5 +69,5 @@ class PreparedConv2d:
     def _run(self) -> Tensor:
         self.evaluations.add()
         packed = self.weight.plain() if self.folded is None else self.folded
-        y = conv2d(self.x, *packed, self.weight.geometry, self.weight.groups, self.addend, self.activation)
+        y = conv2d(self.x, *packed, self.geometry, self.weight.groups, self.addend, self.activation)
         return y.contiguous(memory_format=torch.channels_last)
