@@ -135,14 +135,14 @@ class IntegerForward:
         ways: list[Way] = []
         if self.mode != "prepared" and ready and supports(layer, x):
             ways.append("integer")
-        if self.mode != "integer" and self.prepared.supports(layer, x):
+        if self.mode != "integer" and ready and self.prepared.supports(layer, x):
             ways.append("prepared")
         if self.mode != "auto" or not ways:
             return ways[0] if ways else "float"
         key = (tuple(x.shape[1:]), torch.is_grad_enabled(), layer.training)
         if key not in self.choices:
-            with_norm = not key[1] and (self._may_defer(layer) or self.prepared.defers(layer))
-            self.choices[key] = fastest(layer, x, ways, key[1], with_norm)
+            deferred = not key[1] and (self._may_defer(layer) or self.prepared.defers(layer))
+            self.choices[key] = fastest(layer, x, ways, key[1], deferred)
         return self.choices[key]
 
     def __getstate__(self) -> dict[str, Any]:

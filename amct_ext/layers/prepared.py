@@ -51,8 +51,8 @@ class PreparedForward:
         self._cached: _Cached | None = None
 
     def supports(self, layer: CompressedLayer, x: Tensor) -> bool:
-        """Whether ``x`` can take it."""
-        if layer.training or torch.is_grad_enabled() or not layer.ready or not is_plain_float32(layer, x):
+        """Whether ``x`` can take it, once the layer is ready."""
+        if layer.training or torch.is_grad_enabled() or not is_plain_float32(layer, x):
             return False
         return unsupported_reason(layer) is None
 
@@ -72,7 +72,9 @@ class PreparedForward:
     def defers(self, layer: CompressedLayer) -> bool:
         """Whether what follows a convolution is computed with it."""
         # The shift search reads the result.
-        return self.tracker.forward_id is not None and isinstance(layer, nn.Conv2d) and not layer.feeds_shift_search
+        if layer.training or not isinstance(layer, nn.Conv2d):
+            return False
+        return self.tracker.forward_id is not None and not layer.feeds_shift_search
 
     def drop_packed_weight(self) -> None:
         """Free the packed weight; the next evaluation packs it again."""

@@ -5,6 +5,7 @@ These are the operators that torch's Inductor calls for frozen models; torch 2.1
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ def is_available() -> bool:
     return torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn and _has_operators()
 
 
+@functools.cache
 def _has_operators() -> bool:
     return all(hasattr(torch.ops.mkldnn, name) for name in _NEEDED)
 

@@ -12,7 +12,7 @@ from amct_ext import ops
 from amct_ext.layers.activation_types import QuantizedActivation
 from amct_ext.layers.bn_fold import apply_batch_norm
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.deferred import DeferredTensor, materialize
+from amct_ext.layers.deferred import materialize
 from amct_ext.layers.integer_ops import PackedWeight, conv_geometry, integer_product
 from amct_ext.layers.prepared_ops import IDENTITY, conv2d, linear, pack_conv_weight, pack_linear_weight
 from amct_ext.layers.ways import Way
@@ -20,14 +20,15 @@ from amct_ext.layers.ways import Way
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 
 
-def fastest(layer: CompressedLayer, x: Tensor, ways: Sequence[Way], with_gradients: bool, with_norm: bool) -> Way:
+def fastest(layer: CompressedLayer, x: Tensor, ways: Sequence[Way], with_gradients: bool, deferred: bool) -> Way:
     """The fastest of ``ways`` ("integer", "prepared") and "float".
 
-    They are run on ``x``, in turns; the layer's state does not change. ``with_norm``: count the BatchNorm that follows
-    for the float side; on the others it is fused.
+    They are run on ``x``, in turns; the layer's state does not change. ``deferred``: on floats the BatchNorm and the
+    activation function that follow count; on the others they are fused. Each way has ``x`` in the layout that a layer
+    before it would have written on the same way: a change of layout between two ways would keep layers from changing.
     """
     with torch.no_grad():
-        trial = _Trial(layer, x, with_gradients, with_norm)
+        trial = _Trial(layer, x, with_gradients, deferred)
         runs = {"float": trial.on_floats, "integer": trial.on_integers, "prepared": trial.on_prepared_floats}
         all_ways: tuple[Way, ...] = ("float", *ways)
         times: dict[Way, list[float]] = {way: [] for way in all_ways}
@@ -42,12 +43,12 @@ def fastest(layer: CompressedLayer, x: Tensor, ways: Sequence[Way], with_gradien
 class _Trial:
     """One layer's product, input quantisation included, in every way."""
 
-    def __init__(self, layer: CompressedLayer, x: Tensor, with_gradients: bool, with_norm: bool) -> None:
+    def __init__(self, layer: CompressedLayer, x: Tensor, with_gradients: bool, deferred: bool) -> None:
         quantizer, weight_quant = layer.activation, layer.weight_quant
         assert quantizer is not None and weight_quant is not None
         self.layer = layer
         self.with_gradients = with_gradients
-        self.norm = layer.refs.batch_norm if with_norm else None
+        self.deferred = deferred
         self.clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
         self.num_bits, self.fixed_min, self.stash = quantizer.num_bits, quantizer.fixed_min, quantizer.stash
         self.weight_bits = weight_quant.num_bits
@@ -56,15 +57,15 @@ class _Trial:
         self.weight = ops.lsq_fake_quantize(layer.masked_weight(), self.scale, self.weight_bits, per_channel)
         self.packed: tuple[Tensor, Tensor] | None = None
         self.prepared: Tensor | None = None
-        # Between layers on prepared floats values lie channels last.
-        self.stored = x.channels_last_values() if type(x) is DeferredTensor else x.detach()
         self.x = materialize(x).detach()
+        self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 
     def on_floats(self) -> None:
         quantised = ops.ulq_fake_quantize(self.x, *self.clips, self.num_bits, self.fixed_min)[0]
         y = self.layer.compute_with_weight(quantised, self.weight)
-        if self.norm is not None:
-            apply_batch_norm(y, self.norm)
+        if self.deferred:
+            norm = self.layer.refs.batch_norm
+            torch.relu(y if norm is None else apply_batch_norm(y, norm))
 
     def on_integers(self) -> None:
         layer, x = self.layer, self.x
@@ -89,7 +90,6 @@ class _Trial:
         geometry = conv_geometry(layer)
         if self.prepared is None:
             self.prepared = pack_conv_weight(self.weight, geometry, layer.groups, x.shape)
-        x = x.contiguous(memory_format=torch.channels_last)
         conv2d(x, self.prepared, bias, geometry, layer.groups, None, IDENTITY)
 
 
