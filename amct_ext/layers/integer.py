@@ -141,7 +141,9 @@ class IntegerForward:
             return ways[0] if ways else "float"
         key = (tuple(x.shape[1:]), torch.is_grad_enabled(), layer.training)
         if key not in self.choices:
-            deferred = not key[1] and (self._may_defer(layer) or self.prepared.defers(layer))
+            # In its first evaluation the shift search reads the result, which is deferred from then on.
+            evaluates = not (layer.training or key[1]) and self.tracker.forward_id is not None
+            deferred = evaluates and self.policy.allowed and isinstance(layer, nn.Conv2d)
             self.choices[key] = fastest(layer, x, ways, key[1], deferred)
         return self.choices[key]
 
