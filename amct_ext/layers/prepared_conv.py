@@ -51,11 +51,11 @@ class PreparedConv2d:
         elif self.activation != IDENTITY:
             return None
         activation = bounds(low, high)
-        return None if activation is None else replace(self, activation=activation)
+        return None if activation is None else self._with(activation)
 
     def activated(self, activation: Activation) -> PreparedConv2d | None:
         """With an activation function behind it, where there is none yet."""
-        return replace(self, activation=activation) if self.activation == IDENTITY else None
+        return self._with(activation) if self.activation == IDENTITY else None
 
     def plus(self, addend: Tensor) -> PreparedConv2d:
         """Plus ``addend``, which nobody may modify any more; only called where `takes_addend`."""
@@ -65,6 +65,10 @@ class PreparedConv2d:
     def takes_addend(self) -> bool:
         """Whether an addition can still be folded in."""
         return self.addend is None and self.activation == IDENTITY
+
+    def _with(self, activation: Activation) -> PreparedConv2d | None:
+        finite = self.folded is not None or self.weight.is_finite
+        return replace(self, activation=activation) if finite else None
 
     def _run(self) -> Tensor:
         self.evaluations.add()

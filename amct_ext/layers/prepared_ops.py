@@ -32,6 +32,8 @@ def bounds(low: float, high: float | None) -> Activation | None:
     """The clamp to these bounds; None where oneDNN has none such."""
     if high is None:
         return RELU if low == 0 else None
+    if not low <= high:
+        return None
     return Activation("hardtanh", (low, high))
 
 

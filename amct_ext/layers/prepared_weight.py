@@ -35,7 +35,15 @@ class PreparedConvWeight:
         self._bias = bias
         self._input_size = input_size
         self._plain: PackedConv | None = None
+        self._is_finite: bool | None = None
         self._folded: tuple[object, PackedConv | None] | None = None  # key of the BatchNorm
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether weight and bias hold no NaN and no Inf: oneDNN's activation functions hide a NaN from quantisers."""
+        if self._is_finite is None:
+            self._is_finite = all(bool(t.isfinite().all()) for t in (self._weight, self._bias) if t is not None)
+        return self._is_finite
 
     def plain(self) -> PackedConv:
         """Packed as it is."""
@@ -46,16 +54,14 @@ class PreparedConvWeight:
     def folded(
         self, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
     ) -> PackedConv | None:
-        """Packed with this BatchNorm behind it; None where the result holds NaN or Inf.
-
-        oneDNN's activation functions hide a NaN, which the next quantiser has to see.
-        """
+        """Packed with this BatchNorm behind it; None where the result is not finite."""
         key = (eps, *(_fingerprint(t) for t in (gamma, beta, mean, variance)))
         if self._folded is None or self._folded[0] != key:
             factor, shift = fold_batch_norm(self._bias, gamma, beta, mean, variance, eps)
             weight = (self._weight * factor.view(-1, 1, 1, 1)).float()
             finite = bool(weight.isfinite().all()) and bool(shift.isfinite().all())
             self._folded = key, self._pack(weight, shift.float()) if finite else None
+            self._plain = None  # of a first evaluation, in which nothing was folded
         return self._folded[1]
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedConv:
