@@ -76,7 +76,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "classes": "layers/test_derive.py",
         "conv_linear": "layers/test_compressed.py",
         "deferred_conv": "layers/test_deferred.py",
-        "deferred_source": "layers/test_deferred.py",
         "layer_refs": "layers/test_shared_input.py",
         "prepared_conv": "layers/test_prepared.py",
         "prepared_ops": "layers/test_prepared.py",
