@@ -1,9 +1,10 @@
-"""The integer forward: whole training steps and evaluations, models taking turns in one process.
+"""The ways of a product: whole training steps and evaluations, models taking turns in one process.
 
     python -m benchmarks.integer.bench_integer [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
 
 Printed: medians, and the medians of the rounds' ratios to the float model (images: to the faster of its two memory
-layouts). ``--clock cpu`` counts the process's own time instead of the wall's: for one thread on a busy machine.
+layouts), and how many layers of an evaluation took which way. ``--clock cpu`` counts the process's own time instead of
+the wall's: for one thread on a busy machine.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def models(job: Job, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
     result = {FLOAT: (make(FLOAT, job, x[:1]), x)}
     if pictures:
         result[f"{FLOAT}, {LAST}"] = channels_last(make(FLOAT, job, x[:1])), channels_last(x)
-    for forward in ("float", "auto", "integer"):
+    for forward in ("float", "auto", "integer", "prepared"):
         model = make("INT8", job, x[:1])
         amct.configure(model, forward=forward)
         result[f"INT8, {forward}"] = model, x
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, help="default: the model's own")
-    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "BERT-small"])
+    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "MobileNetV2", "BERT-small"])
     parser.add_argument("--only", nargs="+", help="variants, by the names of the table")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
@@ -122,13 +123,13 @@ def main() -> None:
             {key: evaluation(model, batch) for key, (model, batch) in made.items()}, args.rounds, clock
         )
         table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, median ms ({args.clock})")
-        for heading in ("", "step", "to float", "evaluation", "to float", "on integers"):
+        for heading in ("", "step", "to float", "evaluation", "to float", "integer", "prepared"):
             table.add_column(heading, justify="right" if heading else "left")
         step_columns, eval_columns = columns(steps), columns(evals)
         for key, (model, _) in made.items():
             chosen = [] if key.startswith(FLOAT) else list(amct.forward_choices(model).values())
-            count = f"{chosen.count('integer')} of {len(chosen)}" if chosen else ""
-            table.add_row(key, *step_columns[key], *eval_columns[key], count)
+            counts = [f"{chosen.count(way)} of {len(chosen)}" if chosen else "" for way in ("integer", "prepared")]
+            table.add_row(key, *step_columns[key], *eval_columns[key], *counts)
         Console(width=120).print(table)
 
 
