@@ -1,6 +1,7 @@
 """oneDNN's products on packed weights, with a residual addition and an activation function behind them.
 
-These are the operators that torch's Inductor calls for frozen models; torch 2.11 to 2.14 have the same schemas.
+These are the operators that torch's Inductor calls for frozen models. They are not public, so a torch in which they
+take other arguments counts as one without them (`is_available`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from torch import Tensor
 
 from amct_ext.layers.integer_ops import ConvGeometry
 
-_NEEDED = ("_convolution_pointwise", "_reorder_convolution_weight", "_linear_pointwise", "_reorder_linear_weight")
+_NUM_ARGUMENTS = {
+    "_convolution_pointwise": 10,
+    "_convolution_pointwise.binary": 13,
+    "_reorder_convolution_weight": 6,
+    "_linear_pointwise": 6,
+    "_reorder_linear_weight": 2,
+}
 
 
 class Activation(NamedTuple):
@@ -44,7 +51,12 @@ def is_available() -> bool:
 
 @functools.cache
 def _has_operators() -> bool:
-    return all(hasattr(torch.ops.mkldnn, name) for name in _NEEDED)
+    for name, count in _NUM_ARGUMENTS.items():
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.mkldnn, packet, None), overload or "default", None)
+        if op is None or len(op._schema.arguments) != count:
+            return False
+    return True
 
 
 def pack_conv_weight(weight: Tensor, geometry: ConvGeometry, groups: int, input_size: Sequence[int]) -> Tensor:

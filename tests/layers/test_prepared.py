@@ -288,8 +288,14 @@ def test_where_there_is_no_onednn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(model(x), on_floats(model)(x))
     assert set(amct_ext.forward_choices(model).values()) == {"float"}
     monkeypatch.undo()
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert not prepared_ops.is_available()
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    assert not prepared_ops.is_available()
+    monkeypatch.undo()
+    assert prepared_ops.is_available() and prepared_ops._has_operators.__wrapped__()
+    for name, count in (("_linear_pointwise", 5), ("_of_another_torch", 5)):
+        monkeypatch.setitem(prepared_ops._NUM_ARGUMENTS, name, count)
+        assert not prepared_ops._has_operators.__wrapped__()
+        monkeypatch.undo()
 
 
 def test_bounds_that_onednn_has() -> None:
