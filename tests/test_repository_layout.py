@@ -78,7 +78,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "deferred_conv": "layers/test_deferred.py",
         "layer_refs": "layers/test_shared_input.py",
         "prepared_conv": "layers/test_prepared.py",
-        "prepared_ops": "layers/test_prepared.py",
         "prepared_weight": "layers/test_prepared.py",
         "ways": "layers/test_timing.py",
         "weight_sources": "layers/test_fingerprint.py",

@@ -14,7 +14,7 @@ from support.models.single_layer import Chain, compressed
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers import prepared, prepared_conv, prepared_ops, prepared_weight
+from amct_ext.layers import prepared, prepared_conv, prepared_weight
 from amct_ext.layers.deferred import DeferredTensor
 
 
@@ -288,16 +288,3 @@ def test_where_there_is_no_onednn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(model(x), on_floats(model)(x))
     assert set(amct_ext.forward_choices(model).values()) == {"float"}
     monkeypatch.undo()
-    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
-    assert not prepared_ops.is_available()
-    monkeypatch.undo()
-    assert prepared_ops.is_available() and prepared_ops._has_operators.__wrapped__()
-    for name, count in (("_linear_pointwise", 5), ("_of_another_torch", 5)):
-        monkeypatch.setitem(prepared_ops._NUM_ARGUMENTS, name, count)
-        assert not prepared_ops._has_operators.__wrapped__()
-        monkeypatch.undo()
-
-
-def test_bounds_that_onednn_has() -> None:
-    assert prepared_ops.bounds(0.0, None) == prepared_ops.RELU and prepared_ops.bounds(-1.0, None) is None
-    assert prepared_ops.bounds(0.0, 6.0) == ("hardtanh", (0.0, 6.0)) and prepared_ops.bounds(2.0, 1.0) is None
