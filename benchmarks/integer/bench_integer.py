@@ -1,10 +1,11 @@
-"""The integer forward: whole training steps and evaluations, models taking turns in one process.
+"""The ways of a product: whole training steps and evaluations, models taking turns in one process.
 
     python -m benchmarks.integer.bench_integer [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
         [--parts evaluation]
 
 Printed: medians, and the medians of the rounds' ratios to the float model (images: to the faster of its two memory
-layouts). ``--clock cpu`` counts the process's own time instead of the wall's: for one thread on a busy machine.
+layouts), and how many layers of an evaluation took which way. ``--clock cpu`` counts the process's own time instead of
+the wall's: for one thread on a busy machine.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def models(job: Job, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
     result = {FLOAT: (make(FLOAT, job, x[:1]), x)}
     if pictures:
         result[f"{FLOAT}, {LAST}"] = channels_last(make(FLOAT, job, x[:1])), channels_last(x)
-    for forward in ("float", "auto", "integer"):
+    for forward in ("float", "auto", "integer", "prepared"):
         model = make("INT8", job, x[:1])
         amct.configure(model, forward=forward)
         result[f"INT8, {forward}"] = model, x
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, help="default: the model's own")
-    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "BERT-small"])
+    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "MobileNetV2", "BERT-small"])
     parser.add_argument("--only", nargs="+", help="variants, by the names of the table")
     parser.add_argument("--parts", nargs="+", choices=("step", "evaluation"), default=["step", "evaluation"])
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
@@ -134,12 +135,12 @@ def main() -> None:
         }
         kernel = amct.build_info()["integer_product"]
         table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, {kernel}, median ms ({args.clock})")
-        for heading in ("", *(text for part in parts for text in (part, "to float")), "on integers"):
+        for heading in ("", *(text for part in parts for text in (part, "to float")), "integer", "prepared"):
             table.add_column(heading, justify="right" if heading else "left")
         for key, (model, _) in made.items():
             chosen = [] if key.startswith(FLOAT) else list(amct.forward_choices(model).values())
-            count = f"{chosen.count('integer')} of {len(chosen)}" if chosen else ""
-            table.add_row(key, *(cell for part in parts.values() for cell in part[key]), count)
+            counts = [f"{chosen.count(way)} of {len(chosen)}" if chosen else "" for way in ("integer", "prepared")]
+            table.add_row(key, *(cell for part in parts.values() for cell in part[key]), *counts)
         Console(width=120).print(table)
 
 
