@@ -11,6 +11,7 @@ from torch import Tensor
 from amct_ext import ops
 
 _aten = torch.ops.aten
+_amct = torch.ops.amct_ext
 OpOverload = torch._ops.OpOverload[..., Any]
 
 
@@ -29,7 +30,7 @@ def activation_of(op: OpOverload, arguments: tuple[Any, ...]) -> Activation | No
         return Activation(_aten.relu.default, "none", 0.0, None)
     if op is _aten.hardswish.default:
         return Activation(_aten.hardswish.default, "hardswish", None, None)
-    low, high = (*arguments, *(-1.0, 1.0)[len(arguments) :])
+    low, high = (*arguments, -1.0, 1.0)[:2] if len(arguments) != 1 else (arguments[0], 1.0)
     return Activation(_aten.hardtanh.default, "none", low, high) if low < high else None
 
 
@@ -41,7 +42,7 @@ class BatchNorm(NamedTuple):
     invstd: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    training: bool  # mean and invstd are those of x
+    training: bool  # whether mean and invstd are those of x
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,17 @@ class BatchNormChain:
 
     def compute(self) -> Tensor:
         """The values, with the bits of torch's ops."""
-        y = ops.batch_norm_activation(*self._arguments)
+        y: Tensor = _amct.batch_norm_activation.default(*self._arguments)
         return y if self.padding is None else _pad(y, self.padding)
 
     def plus(self, addend: Tensor) -> Tensor:
         """The sum with another tensor, in one pass; only for a BatchNorm alone."""
-        return ops.batch_norm_activation(*self._arguments, addend)
+        y: Tensor = _amct.batch_norm_activation.default(*self._arguments, addend)
+        return y
 
     def quantize(self, clips: tuple[Tensor, ...], num_bits: int, fixed_min: bool) -> tuple[Tensor, ...]:
         """The values fake-quantised; the results of `ops.ulq_fake_quantize`."""
-        y, *others = ops.batch_norm_ulq(*self._arguments, *clips, num_bits, fixed_min)  # type: ignore[call-arg, arg-type]
+        y, *others = _amct.batch_norm_ulq.default(*self._arguments, *clips, num_bits, fixed_min)
         # Zero has a code of its own: padding before and after are the same.
         return y if self.padding is None else _pad(y, self.padding), *others
 
@@ -77,18 +79,17 @@ class BatchNormChain:
         """Gradients of `quantize` in input, weight, bias and clips, from that of the quantised values."""
         if self.padding is not None:
             grad = _pad(grad, tuple(-size for size in self.padding))
-        return ops.batch_norm_ulq_backward(
-            grad,
-            *self._arguments,  # type: ignore[arg-type]
-            clip_max,
-            clip_min,
-            num_bits,
-            self.norm.training,
+        results: tuple[Tensor, ...] = _amct.batch_norm_ulq_backward.default(
+            grad, *self._arguments, clip_max, clip_min, num_bits, self.norm.training
         )
+        return results
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of BatchNorm's input, weight and bias from that of the values, which are not padded."""
-        return ops.batch_norm_activation_backward(grad, *self._arguments, self.norm.training)
+        results: tuple[Tensor, Tensor, Tensor] = _amct.batch_norm_activation_backward.default(
+            grad, *self._arguments, self.norm.training
+        )
+        return results
 
     @property
     def _arguments(self) -> tuple[Any, ...]:

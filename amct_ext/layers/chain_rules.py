@@ -17,21 +17,21 @@ _amct = torch.ops.amct_ext
 
 
 def _pending_chain(x: object) -> BatchNormChain | None:
-    return x.values.chain if isinstance(x, TensorOfValues) and x.values.pending else None
+    return x.lazy.chain if isinstance(x, TensorOfValues) and x.lazy.pending else None
 
 
 # -- aliases and copies
 
 
 def _alias(func: OpOverload, x: TensorOfValues) -> TensorOfValues:
-    return x.with_values(x.values)
+    return x.with_values(x.lazy)
 
 
 def _clone(func: OpOverload, x: TensorOfValues, *, memory_format: torch.memory_format | None = None) -> Any:
     chain = _pending_chain(x)
     if chain is None or memory_format not in (None, torch.preserve_format):
         return NotImplemented
-    return x.with_values(ChainValues(chain=chain, origin=x.values.origin))
+    return x.with_values(ChainValues(chain=chain, origin=x.lazy.origin))
 
 
 # -- forward
@@ -48,15 +48,15 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Any:
-    if not isinstance(x, TensorOfValues) or x.values.fixed or x.values.value is None or x.values.gradient is not None:
+    if not isinstance(x, TensorOfValues) or x.lazy.fixed or x.lazy.value is None or x.lazy.gradient is not None:
         return NotImplemented
     others = [t for t in (weight, bias, running_mean, running_var) if t is not None]
     if any(isinstance(t, TensorOfValues) or t.dtype != torch.float32 or not t.is_contiguous() for t in others):
         return NotImplemented
     if x.numel() <= x.shape[1] or (not training and (running_mean is None or running_var is None)):
         return NotImplemented
-    norm = batch_norm(x.values.value, weight, bias, running_mean, running_var, training, momentum, eps)
-    values = ChainValues(chain=BatchNormChain(norm), origin=x.values)
+    norm = batch_norm(x.lazy.value, weight, bias, running_mean, running_var, training, momentum, eps)
+    values = ChainValues(chain=BatchNormChain(norm), origin=x.lazy)
     empty = norm.mean.new_empty
     saved = (norm.mean, norm.invstd) if training else (empty(0), empty(0))  # as torch's op returns
     return x.with_values(values), *saved
@@ -69,9 +69,9 @@ def _activation(op: OpOverload, in_place: bool) -> Callable[..., Any]:
         if chain is None or activation is None:
             return NotImplemented
         if in_place:
-            x.values.chain = chain.then(activation)
+            x.lazy.chain = chain.then(activation)
             return x
-        return x.with_values(ChainValues(chain=chain.then(activation), origin=x.values.origin))
+        return x.with_values(ChainValues(chain=chain.then(activation), origin=x.lazy.origin))
 
     return rule
 
@@ -90,7 +90,7 @@ def _add(in_place: bool) -> Callable[..., Any]:
             return NotImplemented
         y = chain.plus(addend)  # at once, for the model may modify the addend next
         if in_place and isinstance(x, TensorOfValues):
-            x.values.set(y)
+            x.lazy.set(y)
             return x
         return y
 
@@ -99,7 +99,7 @@ def _add(in_place: bool) -> Callable[..., Any]:
 
 def _pad(func: OpOverload, x: TensorOfValues, padding: list[int], value: float = 0.0) -> Any:
     """Zeros around an activation; with the negative padding, the gradient of that."""
-    if x.values.gradient is not None:
+    if x.lazy.gradient is not None:
         return _pad_backward(func, x, padding) if any(padding) else _alias(func, x)
     chain = _pending_chain(x)
     if chain is None or chain.padding is not None or value != 0 or min(padding, default=0) < 0:
@@ -107,7 +107,7 @@ def _pad(func: OpOverload, x: TensorOfValues, padding: list[int], value: float =
     if not any(padding):
         return _clone(func, x)
     like = func(torch.empty_strided(x.shape, x.stride(), device="meta"), padding)
-    values = ChainValues(chain=chain.padded(tuple(padding)), origin=x.values.origin)
+    values = ChainValues(chain=chain.padded(tuple(padding)), origin=x.lazy.origin)
     return x.with_values(values, like)
 
 
@@ -163,7 +163,7 @@ def _fake_quantize_backward(
     chain = _pending_chain(x)
     if chain is None or not isinstance(x, TensorOfValues) or torch.is_grad_enabled():
         return NotImplemented
-    upstream, values = plain(grad), x.values
+    upstream, values = plain(grad), x.lazy
     if upstream.dtype != torch.float32:
         return NotImplemented
     dx, d_weight, d_bias, d_max, d_min = chain.quantized_backward(upstream, clip_max, clip_min, num_bits)
@@ -177,30 +177,30 @@ def _fake_quantize_backward(
 
 def _passed(grad: TensorOfValues, compute: Callable[[], Tensor], like: Tensor | None = None) -> TensorOfValues:
     """The gradient of the input of the link that ``grad`` has reached."""
-    assert grad.values.gradient is not None
-    values = ChainValues(gradient=grad.values.gradient.next(), compute=compute)
+    assert grad.lazy.gradient is not None
+    values = ChainValues(gradient=grad.lazy.gradient.next(), compute=compute)
     return grad.with_values(values, like)
 
 
 def _pad_backward(func: OpOverload, grad: TensorOfValues, padding: list[int]) -> Any:
-    gradient = grad.values.gradient
+    gradient = grad.lazy.gradient
     if gradient is None or gradient.link != "padding" or torch.is_grad_enabled():
         return NotImplemented
     if gradient.chain.padding != tuple(-size for size in padding):
         return NotImplemented
-    values = grad.values
+    values = grad.lazy
     return _passed(grad, lambda: func(values.get(), padding), gradient.results[0])
 
 
 def _activation_backward(op: OpOverload) -> Callable[..., Any]:
     def rule(func: OpOverload, grad: Tensor, saved: Tensor, *arguments: float) -> Any:
-        of_saved = saved.values.chain if isinstance(saved, TensorOfValues) else None
+        of_saved = saved.lazy.chain if isinstance(saved, TensorOfValues) else None
         if of_saved is None or not isinstance(saved, TensorOfValues) or torch.is_grad_enabled():
             return NotImplemented
-        values_saved = saved.values
-        gradient = grad.values.gradient if isinstance(grad, TensorOfValues) else None
+        values_saved = saved.lazy
+        gradient = grad.lazy.gradient if isinstance(grad, TensorOfValues) else None
         if gradient is not None and isinstance(grad, TensorOfValues):
-            chain, values = gradient.chain, grad.values
+            chain, values = gradient.chain, grad.lazy
             same = of_saved.norm is chain.norm and chain.activation is not None and chain.activation.op is op
             if gradient.link != "activation" or not same:
                 return NotImplemented
@@ -233,16 +233,16 @@ def _batch_norm_backward(
     eps: float,
     output_mask: list[bool],
 ) -> Any:
-    if not isinstance(x, TensorOfValues) or x.values.value is None or torch.is_grad_enabled():
+    if not isinstance(x, TensorOfValues) or x.lazy.value is None or torch.is_grad_enabled():
         return NotImplemented
-    gradient = grad.values.gradient if isinstance(grad, TensorOfValues) else None
+    gradient = grad.lazy.gradient if isinstance(grad, TensorOfValues) else None
     if gradient is not None:
         norm = gradient.chain.norm
-        if gradient.link != "norm" or x.values.value is not norm.x or training is not norm.training:
+        if gradient.link != "norm" or x.lazy.value is not norm.x or training is not norm.training:
             return NotImplemented
         results = gradient.results
     elif training and save_mean is not None and save_invstd is not None and grad.dtype == torch.float32:
-        results = BatchNormChain(BatchNorm(x.values.value, save_mean, save_invstd, weight, None, training)).backward(
+        results = BatchNormChain(BatchNorm(x.lazy.value, save_mean, save_invstd, weight, None, training)).backward(
             plain(grad)
         )
     else:

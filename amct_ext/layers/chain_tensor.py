@@ -41,7 +41,7 @@ class ChainTensor(TensorOfValues):
         if result is not NotImplemented:
             return result
         if _may_alias(func):
-            tree_map_only(TensorOfValues, lambda x: x.values.fix(), (args, kwargs))
+            tree_map_only(TensorOfValues, lambda x: x.lazy.fix(), (args, kwargs))
             if torch.Tag.inplace_view in func.tags:
                 with no_dispatch():
                     func(*args, **(kwargs or {}))  # changes the sizes and strides that the wrapper reports
@@ -57,7 +57,10 @@ def _may_alias(func: OpOverload) -> bool:
 class ChainStart(TorchDispatchMode):
     """While active, the outputs of convolutions become chain tensors."""
 
-    def __torch_dispatch__(  # type: ignore[override]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -86,18 +86,18 @@ class ChainValues:
 
 
 class TensorOfValues(LazyTensor):
-    """A tensor whose values are those of ``values``, with the metadata of ``like``."""
+    """A tensor whose values are those of ``lazy``, with the metadata of ``like``."""
 
-    values: ChainValues
+    lazy: ChainValues
 
     @staticmethod
     def __new__(cls, values: ChainValues, like: Tensor) -> Self:
         new: Self = Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=_CPU)
-        new.values = values
+        new.lazy = values
         return new
 
     def materialize(self) -> Tensor:
-        return self.values.get()
+        return self.lazy.get()
 
     def with_values(self, values: ChainValues, like: Tensor | None = None) -> Self:
         """A tensor of other values, with the shape and layout of ``like``, or of this one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,13 @@ from amct_ext import ops
 from benchmarks.ops.row import ACTIVATIONS, Calls, Row, Shape, add, compiled, copy
 
 EPS = 1e-5
-RELU6 = ("none", 0.0, 6.0)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return ops.batch_norm_statistics_(x, None, None, 0.1, EPS)
 
 
-def separate(x: Tensor, weight: Tensor, bias: Tensor, clips: tuple[Tensor, ...]) -> Tensor:
+def separate(x: Tensor, weight: Tensor, bias: Tensor, clips: tuple[Any, ...]) -> Tensor:
     """Torch's ops, and the quantiser by itself."""
     z = functional.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
     return ops.ulq_fake_quantize(functional.relu6(z), *clips)[0]
@@ -40,7 +40,8 @@ def _forward(shape: Shape, dtype: torch.dtype) -> Calls:
     high, low, none = torch.tensor(2.0), torch.tensor(-0.5), torch.tensor(math.nan)
 
     def ours() -> Tensor:
-        return ops.batch_norm_ulq(x, *statistics(x), weight, bias, *RELU6, high, low, none, none)[0]
+        mean, invstd = statistics(x)
+        return ops.batch_norm_ulq(x, mean, invstd, weight, bias, "none", 0.0, 6.0, high, low, none, none)[0]
 
     return Calls(
         ours=ours,
@@ -54,7 +55,7 @@ def _forward(shape: Shape, dtype: torch.dtype) -> Calls:
 def _backward(shape: Shape, dtype: torch.dtype) -> Calls:
     x, weight, bias = torch.randn(shape), torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
     high, low, none = torch.tensor(2.0), torch.tensor(-0.5), torch.tensor(math.nan)
-    grad, found = torch.randn(shape), statistics(x)
+    grad, (mean, invstd) = torch.randn(shape), statistics(x)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias, high, low)]
 
     def gradients_of(function: Callable[..., Tensor], *arguments: object) -> Callable[[], object]:
@@ -62,7 +63,7 @@ def _backward(shape: Shape, dtype: torch.dtype) -> Calls:
         return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
     return Calls(
-        ours=lambda: ops.batch_norm_ulq_backward(grad, x, *found, weight, bias, *RELU6, high, low),
+        ours=lambda: ops.batch_norm_ulq_backward(grad, x, mean, invstd, weight, bias, "none", 0.0, 6.0, high, low),
         floor=add(grad, x),
         floor_name="add(out=)",
         limit=2.0,
