@@ -45,7 +45,7 @@ class Recording:
 
 
 def record(model: nn.Module, input_data: Any) -> Recording:
-    """One forward of `model` on `input_data`; the model is left as it was."""
+    """One forward of `model` on `input_data` in eval mode; the model is left as it was."""
     if layer_type(model) is not None and keeps_forward(model):
         raise ModelError(f"the model itself is a single {layer_type(model)}: wrap it in a module")
     for name, parameter in model.named_parameters():
@@ -116,10 +116,10 @@ class Recorder(TorchDispatchMode):
         """The nodes so far."""
         return self._log.nodes
 
-    def run(self, inputs: Inputs) -> Any:
-        """One forward, in eval mode and without gradients; the model is left as it was."""
+    def run(self, inputs: Inputs, training: bool = False) -> Any:
+        """One forward without gradients, in eval or train mode; the model is left as it was."""
         # A mode for functions keeps torch off its fast paths, which only take plain tensors (MultiheadAttention).
-        with preserved_state(self._model), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
+        with preserved_state(self._model, training), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
             return inputs.call(self._model)
 
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

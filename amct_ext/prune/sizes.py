@@ -62,7 +62,8 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     modules = dict(model.named_modules())
     wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
-    for node in found.graph.nodes:
+    trained = found.graph.training
+    for node in (*found.graph.nodes, *(trained.nodes if trained is not None else ())):
         shapes = _changed_shapes(node, found, gone) if _takes_sizes(node, modules) else []
         if not shapes:
             continue
