@@ -77,7 +77,7 @@ def test_a_head_that_only_runs_in_training_loses_what_it_reads():
         main = m.head(y.mean((2, 3)))
         return (main, m.aux(m.norm(m.aux_conv(y)).mean((2, 3)))) if m.training else main
 
-    parts = dict(aux_conv=conv(8, 4), norm=nn.BatchNorm2d(4), aux=nn.Linear(4, 2))
+    parts = {"aux_conv": conv(8, 4), "norm": nn.BatchNorm2d(4), "aux": nn.Linear(4, 2)}
     net = Net(forward, a=conv(3, 8), head=nn.Linear(8, 2), **parts).eval()
     before = copy.deepcopy(net.state_dict())
     found, records = planned(net, image())
