@@ -269,6 +269,9 @@ class Recorder(TorchDispatchMode):
                 self._values.overwrite(tensor, value)
             else:
                 self._values.bind(tensor, value)
+            if not value.dependent and _holds_a_number(tensor):
+                with self._unrecorded():
+                    value.number = tensor.item()
         self.observe(node, results)
 
     def _replaced(self, given: Any) -> Any:
@@ -283,6 +286,11 @@ class Recorder(TorchDispatchMode):
 def _same_value(op: str, source: Value, result: torch.Tensor) -> bool:
     same_kind = source.dtype == result.dtype and source.shape == tuple(result.shape)
     return op in _SAME_VALUE or (op in ("_to_copy", "expand", "view", "_unsafe_view") and same_kind)
+
+
+def _holds_a_number(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a number that can be read without waiting for a device."""
+    return tensor.dim() == 0 and tensor.is_floating_point() and tensor.device.type == "cpu"
 
 
 def op_name(func: OpOverload) -> str:
