@@ -74,7 +74,8 @@ class Coupling:
         self.sources: dict[Source, Tensor] = {}
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
-        self.balanced: list[tuple[Tensor, str]] = []  # ids (rows, n): each row must lose equally many; said by whom
+        # ids (rows, n), each of which must lose equally many; said by whom; whether they stay where they cannot.
+        self.balanced: list[tuple[Tensor, str, bool]] = []
         # Queries whose product with keys is divided by the root of their size: parameters that scale them, ids.
         self.attended: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
@@ -146,10 +147,10 @@ class Coupling:
         for channel_map in maps:
             self.freeze(channel_map.ids, reason)
 
-    def balance(self, rows: Tensor, where: str) -> None:
-        """Each row of ids must lose equally many channels."""
+    def balance(self, rows: Tensor, where: str, strict: bool = True) -> None:
+        """Each row of ids must lose equally many channels, or none of them any; if not `strict`, where they can."""
         if len(rows) > 1:
-            self.balanced.append((rows, where))
+            self.balanced.append((rows, where, strict))
 
     def start_again(self) -> None:
         """Another walk begins: nodes that have been noted as readers are not noted again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, along
 from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
-from amct_ext.prune.discovery import Discovery
+from amct_ext.prune.discovery import Demand, Discovery
 from amct_ext.prune.grouping import Grouping
 from amct_ext.prune.obstacles import obstacles, shared_parameters
 from amct_ext.prune.rules.table import op_rule
@@ -25,12 +25,17 @@ LAYER_TENSORS = ("weight", "bias", "running_mean", "running_var")  # what remova
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
 
 
-def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
-    """Find the groups of coupled channels of all layers that the plan asks to prune."""
+def discover(graph: Graph, plan: Plan, model: nn.Module, demands: Iterable[Demand] = ()) -> Discovery:
+    """Find the groups of coupled channels of all layers that the plan asks to prune.
+
+    `demands`: of the ids of an earlier discovery in the same graph.
+    """
     walk = _Walk(graph, plan, model)
     walk.follow(graph.nodes, graph.outputs)
     if graph.training is not None:
         walk.follow(graph.training.nodes, graph.training.outputs)
+    for demand in demands:
+        walk.coupling.balance(demand.rows, demand.where, strict=False)
     grouping = Grouping(walk.coupling, walk.is_covered)
     coupling = walk.coupling
     return Discovery(

@@ -147,7 +147,7 @@ class Masked(_Observed):
         def small(tensor: Tensor) -> Tensor:
             value = next(given)
             part = None if value is None else self._kept(value, tensor)
-            return tensor if part is None else part
+            return tensor if part is None else _laid_out_as(tensor, part)
 
         cut = list(_mapped(args, small))
         if old.op in LAYER_NORMS:
@@ -164,7 +164,7 @@ class Masked(_Observed):
         mask = self._mask(value, small)
         if mask is None:
             return small
-        whole = small.new_zeros(value.shape)
+        whole = _laid_out_as(small, small.new_zeros(value.shape))
         return whole.masked_scatter(mask.expand_as(whole), small)
 
 
@@ -269,6 +269,14 @@ def _is_scaled(value: Value, found: Discovery) -> bool:
     return any(
         bool(torch.isin(item.ids, rows).any()) for item in found.maps.get(value, ()) for _, rows in found.attended
     )
+
+
+def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor in the memory format of another: the operators behind it may depend on that."""
+    channels_last = (
+        model.dim() == 4 and not model.is_contiguous() and model.is_contiguous(memory_format=torch.channels_last)
+    )
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
 def _checksum(tensor: Tensor) -> Checksum | None:
