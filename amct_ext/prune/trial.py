@@ -147,7 +147,7 @@ class Masked(_Observed):
         def small(tensor: Tensor) -> Tensor:
             value = next(given)
             part = None if value is None else self._kept(value, tensor)
-            return tensor if part is None else _laid_out_as(tensor, part)
+            return tensor if part is None else part
 
         cut = list(_mapped(args, small))
         if old.op in LAYER_NORMS:
@@ -155,17 +155,18 @@ class Masked(_Observed):
         elif old.op == GROUP_NORM:
             cut[4] = cut[0].shape[1]
         result = func(*cut, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else list(result)
-        spread = [self._spread(value, tensor) for value, tensor in zip(old.outputs, outputs, strict=True)]
+        # Of all channels, for its memory format: the operators behind it may depend on that.
+        outputs, whole = (list(tensors_in(each)) for each in (result, func(*args, **kwargs)))
+        spread = [self._spread(*parts) for parts in zip(old.outputs, outputs, whole, strict=True)]
         return spread[0] if isinstance(result, Tensor) else tuple(spread)
 
-    def _spread(self, value: Value, small: Tensor) -> Tensor:
-        """A result for the kept channels in its full shape, zero elsewhere."""
+    def _spread(self, value: Value, small: Tensor, model: Tensor) -> Tensor:
+        """A result for the kept channels in the shape and memory format of the whole one, zero elsewhere."""
         mask = self._mask(value, small)
         if mask is None:
             return small
-        whole = _laid_out_as(small, small.new_zeros(value.shape))
-        return whole.masked_scatter(mask.expand_as(whole), small)
+        whole = torch.zeros_like(model)
+        return whole.masked_scatter_(mask.expand_as(whole), small)
 
 
 def run_pruned(
@@ -269,14 +270,6 @@ def _is_scaled(value: Value, found: Discovery) -> bool:
     return any(
         bool(torch.isin(item.ids, rows).any()) for item in found.maps.get(value, ()) for _, rows in found.attended
     )
-
-
-def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor in the memory format of another: the operators behind it may depend on that."""
-    channels_last = (
-        model.dim() == 4 and not model.is_contiguous() and model.is_contiguous(memory_format=torch.channels_last)
-    )
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
 def _checksum(tensor: Tensor) -> Checksum | None:
