@@ -156,7 +156,8 @@ class Grouping:
     def _equal_rows(self, channels: Tensor) -> bool:
         """Whether rows of channels can lose equally many places, if all lose the same share of their channels.
 
-        As many places that may go in each; two rows share all channels or none, a row has each of them equally often.
+        As many places that may go in each; two rows share all channels or none; all have as many channels, or each has
+        its channels equally often.
         """
         group_of = self._group_of[channels]
         may_go = torch.tensor([not group.why_frozen for group in self.groups] + [False])
@@ -166,7 +167,9 @@ class Grouping:
         rows = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
         different = [row[row > 0].unique(return_counts=True) for row in rows]
         together = torch.cat([channels for channels, _ in different])
-        return all(len(times.unique()) <= 1 for _, times in different) and len(together) == len(together.unique())
+        alike = len({len(channels) for channels, _ in different}) == 1
+        alike = alike or all(len(times.unique()) <= 1 for _, times in different)
+        return alike and len(together) == len(together.unique())
 
     def _rows_of(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
         """The row of each channel of some groups, one after another; -1 for none."""
