@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state, tensors_in
 from amct_ext.graph.values import Node
 from amct_ext.prune.check import check_records
-from amct_ext.prune.discovery import Discovery
+from amct_ext.prune.discovery import Demand, Discovery
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.reconcile import demands_of, size_attributes
 from amct_ext.prune.removal import Removal
+from amct_ext.prune.rescale import changed_factors
 from amct_ext.prune.selection import measure_of, select_channels
-from amct_ext.prune.sizes import changed_attributes, changed_factors
-from amct_ext.prune.trial import Difference, largest_error, parting, run_masked, run_pruned
+from amct_ext.prune.sizes import changed_attributes
+from amct_ext.prune.trial import Difference, Fitted, largest_error, parting, run_fitted, run_masked, run_pruned
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
@@ -62,19 +64,22 @@ def apply_channels(
     records: Sequence[ChannelRecord],
     input_data: Any,
     strict: bool = False,
+    choose: Callable[[Sequence[Demand]], tuple[Discovery, Sequence[ChannelRecord]]] | None = None,
 ) -> tuple[ChannelRecord, ...]:
     """Remove the records' channels from `model`, in place, and return the records that are in force.
 
     The smaller model is tried on `input_data`, in eval mode and, where the whole model could do that, in train mode. It
     must run, and compute what the whole model does when readers ignore the removed channels and statistics leave them
     out. Records that break this are dropped with a warning. With `strict` (records of a file) that is an error, as is a
-    record that does not fit the model: RecordError, and the model stays whole.
+    record that does not fit the model: RecordError, and the model stays whole. `choose`: finds groups and chooses
+    channels anew where the forward takes one size for several of them, so that they must lose equally many.
     """
     if strict:
         check_records(model, records, found.groups)
     if not any(node.prune_index for record in records for node in record.producers):
         return tuple(records)
     trial = _Trial(model, found, records, parse_inputs(model, input_data))
+    demands: list[Demand] = []
     dropped: dict[int, str] = {}
     wanted = set(range(len(records)))
     while wanted:
@@ -87,6 +92,13 @@ def apply_channels(
                 f"prune_record {first + 1} (producer {records[first].producers[0].name}) does not fit the model: "
                 f"{failure.reason}"
             )
+        more = trial.demands(wanted, demands) if choose is not None and not dropped else []
+        if choose is not None and more:
+            demands += more
+            found, records = choose(demands)
+            trial = _Trial(model, found, records, trial.inputs)
+            wanted = set(range(len(records)))
+            continue
         blamed = set(_records_of(failure.node, trial, wanted)) if failure.node is not None else set()
         blamed = trial.with_linked(blamed or trial.culprits(wanted)) & wanted
         dropped |= dict.fromkeys(blamed, failure.reason)
@@ -118,7 +130,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, found: Discovery, records: Sequence[ChannelRecord], inputs: Inputs) -> None:
         self.found = found
-        self._model, self._records, self._inputs = model, records, inputs
+        self._model, self._records, self.inputs = model, records, inputs
         self.channels = [
             set(found.classes[found.removed([record], model).nonzero().flatten()].tolist()) for record in records
         ]
@@ -128,29 +140,43 @@ class _Trial:
         """What is wrong without the channels of some records, and then the model is whole again; None for nothing."""
         return self._attempt(wanted, stays=True)
 
+    def demands(self, wanted: Collection[int], known: Collection[Demand]) -> list[Demand]:
+        """What else must lose equally many channels for the forward to find the sizes that it takes."""
+        records = [self._records[index] for index in sorted(wanted)]
+        gone = self.found.removed(records, self._model)
+        whole, removal = size_attributes(self._model), removal_of(self._model, self.found, records, gone)
+        try:
+            asked = [] if removal.apply() else demands_of(self._model, self.inputs, self.found, gone, whole)
+        finally:
+            removal.undo()
+        return [demand for demand in asked if not any(torch.equal(demand.rows, other.rows) for other in known)]
+
     def _attempt(self, wanted: Collection[int], stays: bool) -> Difference | None:
         """What is wrong without some channels. The model stays cut where nothing is and `stays`."""
         records = [self._records[index] for index in sorted(wanted)]
         gone = self.found.removed(records, self._model)
         removal = removal_of(self._model, self.found, records, gone)
         failed = removal.apply()
-        difference = Difference(None, failed) if failed else self._compare(gone, removal)
+        fitted = Fitted([], Difference(None, failed))
+        if not failed:
+            fitted = run_fitted(self._model, self.inputs, self.found, gone, removal)
+        difference = fitted.difference or self._compare(gone, removal, fitted.outputs)
         if difference is _UNLIKE and stays:
-            pruned = run_pruned(self._model, self._inputs, self.found, gone, sums=True)[0]
+            pruned = run_pruned(self._model, self.inputs, self.found, gone, sums=True)[0]
             removal.undo()
-            return parting(pruned, run_masked(self._model, self._inputs, self.found, gone, sums=True)[0])
+            masked = run_masked(self._model, self.inputs, self.found, gone, sums=True)[0]
+            return parting(pruned, masked, fitted.scaled)
         if difference is not None or not stays:
             removal.undo()
         return difference
 
-    def _compare(self, gone: Tensor, removal: Removal) -> Difference | None:
-        _, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
-        difference = difference or self._compare_in_training([tensor.dim() for tensor in outputs], removal)
+    def _compare(self, gone: Tensor, removal: Removal, outputs: list[Tensor]) -> Difference | None:
+        difference = self._compare_in_training([tensor.dim() for tensor in outputs], removal)
         if difference is not None:
             return difference
         removal.undo()
         try:
-            masked, wanted = run_masked(self._model, self._inputs, self.found, gone)
+            masked, wanted = run_masked(self._model, self.inputs, self.found, gone)
         except Exception as error:
             _logger.debug("no comparison with the whole model: %s", error)
             return None
@@ -182,7 +208,7 @@ class _Trial:
         """Dimensions of the outputs in train mode, or what went wrong."""
         try:
             with preserved_state(self._model, training=True), torch.no_grad():
-                return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]
+                return [tensor.dim() for tensor in tensors_in(self.inputs.copied().call(self._model))]
         except Exception as error:
             return error
 

@@ -74,11 +74,14 @@ class Coupling:
         self.sources: dict[Source, Tensor] = {}
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
-        self.balanced: list[tuple[Tensor, str]] = []  # ids (rows, n): each row must lose equally many; said by whom
+        # ids (rows, n), each of which must lose equally many; said by whom; whether they stay where they cannot.
+        self.balanced: list[tuple[Tensor, str, bool]] = []
         # Queries whose product with keys is divided by the root of their size: parameters that scale them, ids.
         self.attended: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
         self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, family; ascending
+        self._readers: set[str] = set()
+        self._known: frozenset[str] = frozenset()  # readers of an earlier walk
 
     def ids_of(self, source: Source, size: int) -> Tensor:
         """The ids of a source, made at first sight."""
@@ -144,13 +147,20 @@ class Coupling:
         for channel_map in maps:
             self.freeze(channel_map.ids, reason)
 
-    def balance(self, rows: Tensor, where: str) -> None:
-        """Each row of ids must lose equally many channels."""
+    def balance(self, rows: Tensor, where: str, strict: bool = True) -> None:
+        """Each row of ids must lose equally many channels, or none of them any; if not `strict`, where they can."""
         if len(rows) > 1:
-            self.balanced.append((rows, where))
+            self.balanced.append((rows, where, strict))
+
+    def start_again(self) -> None:
+        """Another walk begins: nodes that have been noted as readers are not noted again."""
+        self._known = frozenset(self._readers)
 
     def read(self, read: Read) -> None:
         """Note a node that reads channels with each family whose channels it reads."""
+        if read.name in self._known:
+            return
+        self._readers.add(read.name)
         families = self.families_in(read.ids)
         for family in families:
             family.reads.append(read)

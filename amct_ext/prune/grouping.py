@@ -122,25 +122,29 @@ class Grouping:
     def _balance(self, coupling: Coupling) -> None:
         """Turn demands for equal numbers into cells, or keep the channels where no cells can meet them."""
         demands = []
-        for rows, where in coupling.balanced:
+        for rows, where, strict in coupling.balanced:
             channels = self.classes[rows]
             numbers = [number for number in self._group_of[channels].unique().tolist() if number >= 0]
             if numbers:
-                demands.append((channels, where, numbers))
+                demands.append((channels, where, numbers, strict))
         stays = True
         while stays:
             stays = False
-            for channels, where, numbers in demands:
+            for demand in list(demands):
+                channels, where, numbers, strict = demand
                 open_groups = [self.groups[number] for number in numbers if not self.groups[number].why_frozen]
                 if open_groups and not self._equal_rows(channels):
+                    if not strict:
+                        demands = [other for other in demands if other is not demand]
+                        continue
                     stays = True
                     for group in open_groups:
                         group.why_frozen = f"{where} needs equally many of the channels in each of its parts"
-        for numbers in _united([numbers for _, _, numbers in demands], len(self.groups)):
+        for numbers in _united([demand[2] for demand in demands], len(self.groups)):
             groups = [self.groups[number] for number in numbers]
             if any(group.why_frozen for group in groups):
                 continue
-            columns = [self._rows_of(channels, groups, numbers) for channels, _, n in demands if n[0] in numbers]
+            columns = [self._rows_of(channels, groups, numbers) for channels, _, n, _ in demands if n[0] in numbers]
             table = torch.stack(columns)
             cells = torch.unique(table, dim=1, return_inverse=True)[1]
             cells = torch.where((table < 0).all(0), -1, cells)
@@ -150,16 +154,22 @@ class Grouping:
                 group.linked = groups if len(groups) > 1 else []
 
     def _equal_rows(self, channels: Tensor) -> bool:
-        """Whether rows of channels can lose equally many: as many that may go in each; two rows share all or none."""
+        """Whether rows of channels can lose equally many places, if all lose the same share of their channels.
+
+        As many places that may go in each; two rows share all channels or none; all have as many channels, or each has
+        its channels equally often.
+        """
         group_of = self._group_of[channels]
         may_go = torch.tensor([not group.why_frozen for group in self.groups] + [False])
         free = may_go[group_of]
         if len(free.sum(1).unique()) > 1:
             return False
         rows = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
-        different = [row[row > 0].unique() for row in rows]
-        together = torch.cat(different)
-        return len({len(row) for row in different}) == 1 and len(together) == len(together.unique())
+        different = [row[row > 0].unique(return_counts=True) for row in rows]
+        together = torch.cat([channels for channels, _ in different])
+        alike = len({len(channels) for channels, _ in different}) == 1
+        alike = alike or all(len(times.unique()) <= 1 for _, times in different)
+        return alike and len(together) == len(together.unique())
 
     def _rows_of(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
         """The row of each channel of some groups, one after another; -1 for none."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from amct_ext.common.layer_kinds import kind_of
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
-from amct_ext.prune.coupling import Source
 from amct_ext.prune.discovery import Discovery
 
 # Attributes that hold numbers of channels, in torch's modules and in common libraries. Others are never changed.
@@ -22,7 +21,7 @@ SIZE_ATTRIBUTES = frozenset(
         "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
         "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
         "expand_chs", "splits", "input_split", "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes",
-        "key_value_proj_dim", "split_sizes",
+        "key_value_proj_dim", "split_sizes", "shape", "proj_view_shape", "val_attn_dim", "key_attn_dim",
     )
 )  # fmt: skip
 # Ops that are given sizes. Others take them from their inputs.
@@ -34,7 +33,7 @@ _SIZED = frozenset(
     )
 )  # fmt: skip
 _OWN = frozenset(("normalized_shape", "num_channels", "num_parameters", "embedding_dim"))
-_SPLITS = ("split", "split_with_sizes")
+SPLITS = ("split", "split_with_sizes")
 Resized = list[tuple[tuple[int, ...], tuple[int, ...]]]  # shapes before and after
 _NEAR = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
 
@@ -62,12 +61,13 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     modules = dict(model.named_modules())
     wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
-    for node in found.graph.nodes:
+    trained = found.graph.training
+    for node in (*found.graph.nodes, *(trained.nodes if trained is not None else ())):
         shapes = _changed_shapes(node, found, gone) if _takes_sizes(node, modules) else []
         if not shapes:
             continue
         changes = dict(_changes(node, shapes, found, gone))
-        for distance, name in enumerate(_scopes(node.scope)):
+        for distance, name in enumerate(scopes_of(node.scope)):
             for attribute, value in vars(modules[name]).items():
                 new = _replaced(value, changes, shapes) if attribute in SIZE_ATTRIBUTES else None
                 if new is None:
@@ -109,27 +109,8 @@ def _takes_sizes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return node.op in _SIZED or (node.op == "convolution" and kind_of(modules[node.scope]) is None)
 
 
-def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
-    """Factors along axis 0 of parameters that make queries: attention then divides by a smaller root.
-
-    A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
-    """
-    result: dict[str, Tensor] = {}
-    for parameters, rows in found.attended:
-        share = (~gone[rows]).sum(1, keepdim=True) / rows.shape[1]
-        factors = torch.ones(len(gone))
-        factors[rows] = share.sqrt().expand(rows.shape)
-        for name in parameters if bool((share < 1).any()) else ():
-            weight = Source(f"{name.rpartition('.')[0]}.weight", 0)  # a layer's bias has the ids of its weight
-            ids = found.sources[Source(name, 0) if Source(name, 0) in found.sources else weight]
-            if not bool(torch.isin(ids, rows).any()):  # a norm's own parameter: the same channels by other ids
-                factors[found.classes[rows]] = share.sqrt().expand(rows.shape)
-                ids = found.classes[ids]
-            result[name] = factors[ids]
-    return result
-
-
-def _scopes(scope: str) -> list[str]:
+def scopes_of(scope: str) -> list[str]:
+    """A module and those around it whose attributes its operators may take sizes from, the nearest first."""
     parts = scope.split(".") if scope else []
     return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _NEAR), -1)]
 
@@ -138,7 +119,7 @@ def _changed_shapes(node: Node, found: Discovery, gone: Tensor) -> Resized:
     """Shapes of what a node reads and makes that change: old and new; -1 where rows lose different numbers."""
     values = [value for value in (*node.inputs, *node.outputs) if value is not None and found.maps.get(value)]
     shapes = [(value.shape, expected_shape(value, found, gone)) for value in values]
-    if node.op in _SPLITS:
+    if node.op in SPLITS:
         dim = node.args["dim"] % len(node.outputs[0].shape)
         sizes = [(value.shape[dim], expected_shape(value, found, gone)[dim]) for value in node.outputs]
         shapes.insert(0, (tuple(old for old, _ in sizes), tuple(new for _, new in sizes)))

@@ -68,7 +68,7 @@ def test_one_row_needs_no_balance() -> None:
     coupling = Coupling()
     coupling.balance(torch.tensor([[1, 2]]), "a")
     coupling.balance(torch.tensor([[1], [2]]), "b")
-    assert [where for _, where in coupling.balanced] == ["b"]
+    assert [where for _, where, _ in coupling.balanced] == ["b"]
 
 
 def test_what_lies_at_one_index_becomes_one_channel() -> None:
