@@ -43,9 +43,13 @@ def compressed_class(layer: nn.Module, product: Product | None = None) -> tuple[
     one in the forward of a class that has a forward of its own.
     """
     parent, own = standard_class(layer), type(layer)
-    if product is not None:
-        other = own_forward.OwnProduct if product.kind == "Linear" else own_forward.OwnConvolution
-        base, parent = (other, nn.Module) if parent is None else (_OWN[parent.__name__], parent)
+    base: type[CompressedLayer]
+    if product is not None and parent is None:
+        base, parent = (own_forward.OwnProduct if product.kind == "Linear" else own_forward.OwnConvolution), nn.Module
+    elif product is not None and parent is not None:
+        if parent.__name__ not in _OWN:
+            return None, f"a {parent.__name__} with a forward of its own ({own.__name__}) has no compressed form"
+        base = _OWN[parent.__name__]
     elif parent is None or own.forward is not parent.forward:
         return None, f"{own.__name__} has no compressed form"
     else:

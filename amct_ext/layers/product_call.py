@@ -179,9 +179,10 @@ class ProductMode(TorchFunctionMode):
         if call is not None and self._from_weight(call.weight):
             return self._meet(call)
         result = func(*args, **(kwargs or {}))
-        new = isinstance(result, Tensor) and not self._from_weight(result)
-        if new and any(self._from_weight(value) for value in pytree.tree_leaves((args, kwargs))):
-            self._derived.append(result)
+        if any(self._from_weight(value) for value in pytree.tree_leaves((args, kwargs))):
+            # a view or copy of it, or several at once (chunk, split, unbind)
+            made = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+            self._derived += [value for value in made if not self._from_weight(value)]
         return result
 
     def _from_weight(self, value: object) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.coverage.measure import SECONDS, measure, limit_process
+from benchmarks.coverage.measure import SECONDS, limit_process, measure
 from benchmarks.coverage.results import PARTS, RESULTS, Result, append, read
 from benchmarks.coverage.zoo.registry import ENTRIES
 from benchmarks.version import commit

@@ -23,7 +23,7 @@ def test_each_kind_is_found(kind: str) -> None:
     assert isinstance(product, Product)
     wanted = {"transposed": "ConvTranspose2d"}.get(kind, "Conv2d" if kind in own.IMAGES else "Linear")
     assert product.kind == wanted and product.columns == (kind in ("columns", "matmul"))
-    assert product.plain == (kind not in ("standardised", "scaled", "merged", "matmul", "no_class"))
+    assert product.plain == (kind not in ("standardised", "scaled", "merged", "matmul", "no_class", "chunked"))
     assert graph.product_nodes()["layer"].op in ("convolution", "addmm", "mm")
     order = [name for name in graph.layer_order() if name in ("first", "layer", "head")]
     assert order == ["first", "layer", "head"]
