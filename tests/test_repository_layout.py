@@ -102,6 +102,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "attention": "prune/rules/test_product_rules.py",
         "operators": "prune/test_trial.py",
         "products": "prune/rules/test_product_rules.py",
+        "scaling": "prune/test_rescale.py",
         "table": "prune/rules/test_channel_rules.py",
         "types": "prune/rules/test_channel_rules.py",
     },

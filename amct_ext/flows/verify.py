@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,27 @@ from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.errors import ModelError
 from amct_ext.flows.build import float_copy
-from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.double import InDouble
+from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import trace
 from amct_ext.model_surgery.session import session_of
 from amct_ext.prune.channels import removal_of
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discover import discover
-from amct_ext.prune.trial import largest_error, run_masked
+from amct_ext.prune.trial import Difference, Fitted, largest_error, run_fitted, run_masked
 from amct_ext.record.types import ChannelRecord
+
+_logger = logging.getLogger("amct_ext")
+
+_DOUBTFUL = 1e-5  # error from which on float64 decides
 
 
 @dataclass(frozen=True)
 class PruningProof:
     """How far the outputs of a pruned network are from those of the whole network without the removed channels.
 
-    error: the largest difference over the largest magnitude of the same output; rounding alone gives about 1e-6.
+    error: the largest difference over the largest magnitude of the same output. Rounding alone gives about 1e-6; where
+    it is more than 1e-5, both networks are run in float64, if they can, and it is the difference there.
     removed, channels: of the output channels of all layers that lose any. parameters_left: share.
     """
 
@@ -73,6 +80,18 @@ def prove_records(
     """The copy of `original` without the records' channels, and how it compares. Errors: as of verify_pruning."""
     model = float_copy(original)
     inputs = parse_inputs(model, input_data)
+    error = _cut(model, records, inputs)
+    whole, left = (sum(parameter.numel() for parameter in each.parameters()) for each in (original, model))
+    nodes = {(node.name, node.begin): node for record in records for node in record.producers if node.prune_index}
+    removed = sum(len(node.prune_index) for node in nodes.values())
+    channels = sum(node.end - node.begin for node in nodes.values())
+    if error > _DOUBTFUL:
+        error = _error_in_double(original, records, inputs, error)
+    return model, PruningProof(error, removed, channels, left / whole)
+
+
+def _cut(model: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs) -> float:
+    """Remove the records' channels; returns how far the outputs are from those of the whole model without them."""
     graph = trace(model, inputs)
     layers = {name: LayerPlan(name, trait.type, None, FilterPrune(0.5)) for name, trait in graph.traits(model).items()}
     plan = Plan(1, layers, fp16=False, write_shift_bit=False, quant_active=False, prune_active=True)
@@ -80,13 +99,21 @@ def prove_records(
     check_records(model, records, found.groups)
     gone = found.removed(records, model)
     _, wanted = run_masked(model, inputs, found, gone)
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    nodes = {(node.name, node.begin): node for record in records for node in record.producers if node.prune_index}
-    failed = removal_of(model, found, records, gone).apply()
-    if failed:
-        raise ModelError(f"the record's channels cannot be removed: {failed}")
-    got = inputs.evaluate(model)
-    left = sum(parameter.numel() for parameter in model.parameters())
-    removed = sum(len(node.prune_index) for node in nodes.values())
-    channels = sum(node.end - node.begin for node in nodes.values())
-    return model, PruningProof(largest_error(got, wanted), removed, channels, left / whole)
+    removal = removal_of(model, found, records, gone)
+    failed = removal.apply()
+    fitted = Fitted([], Difference(None, failed)) if failed else run_fitted(model, inputs, found, gone, removal)
+    if fitted.difference is not None:
+        raise ModelError(f"the record's channels cannot be removed: {fitted.difference.reason}")
+    return largest_error(fitted.outputs, wanted)
+
+
+def _error_in_double(original: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs, otherwise: float) -> float:
+    """The error without the rounding of the model's own precision; `otherwise` where it does not run in float64."""
+    try:
+        model = float_copy(original).double()
+        wide = inputs.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        with InDouble():
+            return _cut(model, records, wide)
+    except Exception as error:
+        _logger.debug("no proof in float64: %s", error)
+        return otherwise

@@ -45,7 +45,7 @@ class Recording:
 
 
 def record(model: nn.Module, input_data: Any) -> Recording:
-    """One forward of `model` on `input_data`; the model is left as it was."""
+    """One forward of `model` on `input_data` in eval mode; the model is left as it was."""
     if layer_type(model) is not None and keeps_forward(model):
         raise ModelError(f"the model itself is a single {layer_type(model)}: wrap it in a module")
     for name, parameter in model.named_parameters():
@@ -116,10 +116,10 @@ class Recorder(TorchDispatchMode):
         """The nodes so far."""
         return self._log.nodes
 
-    def run(self, inputs: Inputs) -> Any:
-        """One forward, in eval mode and without gradients; the model is left as it was."""
+    def run(self, inputs: Inputs, training: bool = False) -> Any:
+        """One forward without gradients, in eval or train mode; the model is left as it was."""
         # A mode for functions keeps torch off its fast paths, which only take plain tensors (MultiheadAttention).
-        with preserved_state(self._model), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
+        with preserved_state(self._model, training), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
             return inputs.call(self._model)
 
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -269,6 +269,9 @@ class Recorder(TorchDispatchMode):
                 self._values.overwrite(tensor, value)
             else:
                 self._values.bind(tensor, value)
+            if not value.dependent and _holds_a_number(tensor):
+                with self._unrecorded():
+                    value.number = tensor.item()
         self.observe(node, results)
 
     def _replaced(self, given: Any) -> Any:
@@ -283,6 +286,11 @@ class Recorder(TorchDispatchMode):
 def _same_value(op: str, source: Value, result: torch.Tensor) -> bool:
     same_kind = source.dtype == result.dtype and source.shape == tuple(result.shape)
     return op in _SAME_VALUE or (op in ("_to_copy", "expand", "view", "_unsafe_view") and same_kind)
+
+
+def _holds_a_number(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a number that can be read without waiting for a device."""
+    return tensor.dim() == 0 and tensor.is_floating_point() and tensor.device.type == "cpu"
 
 
 def op_name(func: OpOverload) -> str:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # parameters, children, hooks
+
 
 @contextlib.contextmanager
 def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Eval (or train) mode for a while; each module's mode, the buffers and the random state come back exactly."""
+    """Eval (or train) mode for a while; modes, buffers, attributes and the random state come back exactly.
+
+    A forward may keep things (a grid for the last size of image, a table that it needs once): the next one finds what
+    this one found, and runs the same operators.
+    """
     # A scripted module writes to its buffers, but never puts another one in the place.
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module not in scripted]
     held_tensors = [held for _, owned in buffers for held in owned.values() if held is not None]
     held_tensors += [held for module in scripted for held in module.buffers(recurse=False)]
     copies = [(held, held.clone()) for held in held_tensors]
-    with preserved_random_state(model), in_mode(model, training):
+    with preserved_random_state(model), in_mode(model, training), _preserved_attributes(model):
         try:
             yield
         finally:
@@ -31,6 +38,49 @@ def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
                 for held, copy in copies:
                     if not torch.equal(held, copy):  # not every kernel that writes tells the version counter
                         held.copy_(copy)
+
+
+@contextlib.contextmanager
+def _preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Attributes of modules, and what lies in their lists and dictionaries, come back; tensors are not copied.
+
+    A module that gets other parameters or children meanwhile keeps what it has become: it has built itself.
+    """
+    kept = [_Attributes(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    try:
+        yield
+    finally:
+        for attributes in kept:
+            attributes.restore()
+
+
+class _Attributes:
+    """Attributes of one module as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held = vars(module)
+        self._before = dict(self._held)
+        own = [value for name, value in self._before.items() if name not in _MODULE_ATTRIBUTES]
+        self._contents = [(value, value.copy()) for value in own if type(value) in (dict, list, OrderedDict)]
+        self._parts = [(self._held[name], dict(self._held[name])) for name in ("_parameters", "_modules")]
+
+    def restore(self) -> None:
+        if not all(_equal(now, before) for now, before in self._parts):
+            return
+        if not _equal(self._held, self._before):
+            self._held.clear()
+            self._held.update(self._before)
+        for container, content in self._contents:
+            if not _equal(container, content):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    """Whether two lists or dictionaries hold the same objects."""
+    if isinstance(one, list):
+        return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+    return one.keys() == two.keys() and all(value is two[key] for key, value in one.items())
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from amct_ext.graph.hosted import find_hosted
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
 from amct_ext.graph.products import find_products
-from amct_ext.graph.recorder import record
+from amct_ext.graph.recorder import Recording, record
+from amct_ext.graph.training import record_training
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
 from amct_ext.graph.weight_use import factors, sources
@@ -39,7 +40,9 @@ class Graph:
     `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not
     run in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that
     are none of the model's. `export_risks`: the places that make it worth while to try an export. `products`: modules
-    with a weight and a forward of their own -> the product in it, or why there is none to quantise.
+    with a weight and a forward of their own -> the product in it, or why there is none to quantise. `training`: what a
+    forward in train mode computes with parameters that this one does not read (heads that only train), with all that it
+    needs; None where there is no such parameter.
     """
 
     nodes: list[Node]
@@ -50,6 +53,7 @@ class Graph:
     foreign: list[nn.Parameter] = field(default_factory=list)
     export_risks: tuple[ExportRisk, ...] = ()
     products: Mapping[str, Product | str] = field(default_factory=dict)
+    training: Recording | None = None
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
@@ -151,19 +155,33 @@ class Graph:
             value = made.inputs[0]
         return value
 
-    def parameter_readers(self) -> dict[str, list[Node]]:
-        """Parameters that an op reads outside the layer that holds them: qualified parameter name -> the ops."""
-        return {value.name: value.consumers for value in self.sources if value.kind == "parameter" and value.consumers}
+    def parameter_readers(self, and_training: bool = False) -> dict[str, list[Node]]:
+        """Parameters that an op reads outside the layer that holds them: qualified parameter name -> the ops.
+
+        `and_training`: also those of the part that `training` holds.
+        """
+        trained = sources_of(self.training.nodes) if and_training and self.training is not None else []
+        found = [value for value in (*trained, *self.sources) if value.kind == "parameter" and value.consumers]
+        return {value.name: value.consumers for value in found}
 
     @property
     def sources(self) -> Sequence[Value]:
         """Values without a producer, in order of first use."""
-        found: dict[int, Value] = {}
-        for node in self.nodes:
-            for value in node.inputs:
-                if value is not None and value.producer is None:
-                    found.setdefault(id(value), value)
-        return list(found.values())
+        return sources_of(self.nodes)
+
+    def all_calls(self) -> dict[str, list[Node]]:
+        """`calls`, and those of the layers that only run in training."""
+        return {**(self.training.calls if self.training is not None else {}), **self.calls}
+
+
+def sources_of(nodes: Iterable[Node]) -> list[Value]:
+    """Values without a producer that nodes read, in order of first use."""
+    found: dict[int, Value] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value.producer is None:
+                found.setdefault(id(value), value)
+    return list(found.values())
 
 
 def trace(model: nn.Module, input_data: Any) -> Graph:
@@ -182,6 +200,7 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
         foreign=recording.foreign,
         export_risks=recording.export_risks,
         products=find_products(model, inputs),
+        training=record_training(model, inputs, recording),
     )
     hosted = find_hosted(model, inputs, graph.nodes, graph.products)
     graph = replace(graph, products={**graph.products, **hosted})

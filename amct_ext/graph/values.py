@@ -14,7 +14,8 @@ class Value:
     """A tensor that existed during the forward. An in-place op makes a new value; a copy without change does not.
 
     kind: 'computed' (has a producer), 'input', 'parameter', 'buffer' or 'constant'; `name` is the qualified name of a
-    parameter or buffer. The tensor itself is not kept.
+    parameter or buffer. The tensor itself is not kept, but for the number of a result without dimensions that does not
+    depend on the input (where it lies in host memory).
     """
 
     shape: tuple[int, ...]
@@ -24,6 +25,7 @@ class Value:
     producer: Node | None = field(default=None, repr=False)
     consumers: list[Node] = field(default_factory=list, repr=False)
     dependent: bool = field(default=False, repr=False)
+    number: float | None = None
 
     def depends_on_input(self) -> bool:
         """Whether the value depends on what the model was given."""

@@ -20,9 +20,10 @@ from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import Removal
+from amct_ext.prune.rescale import changed_factors
 from amct_ext.prune.selection import measure_of, select_channels
-from amct_ext.prune.sizes import changed_attributes, changed_factors
-from amct_ext.prune.trial import Difference, largest_error, parting, run_masked, run_pruned
+from amct_ext.prune.sizes import changed_attributes
+from amct_ext.prune.trial import Difference, Fitted, largest_error, parting, run_fitted, run_masked, run_pruned
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
@@ -134,18 +135,21 @@ class _Trial:
         gone = self.found.removed(records, self._model)
         removal = removal_of(self._model, self.found, records, gone)
         failed = removal.apply()
-        difference = Difference(None, failed) if failed else self._compare(gone, removal)
+        fitted = Fitted([], Difference(None, failed))
+        if not failed:
+            fitted = run_fitted(self._model, self._inputs, self.found, gone, removal)
+        difference = fitted.difference or self._compare(gone, removal, fitted.outputs)
         if difference is _UNLIKE and stays:
             pruned = run_pruned(self._model, self._inputs, self.found, gone, sums=True)[0]
             removal.undo()
-            return parting(pruned, run_masked(self._model, self._inputs, self.found, gone, sums=True)[0])
+            masked = run_masked(self._model, self._inputs, self.found, gone, sums=True)[0]
+            return parting(pruned, masked, fitted.scaled)
         if difference is not None or not stays:
             removal.undo()
         return difference
 
-    def _compare(self, gone: Tensor, removal: Removal) -> Difference | None:
-        _, outputs, difference = run_pruned(self._model, self._inputs, self.found, gone)
-        difference = difference or self._compare_in_training([tensor.dim() for tensor in outputs], removal)
+    def _compare(self, gone: Tensor, removal: Removal, outputs: list[Tensor]) -> Difference | None:
+        difference = self._compare_in_training([tensor.dim() for tensor in outputs], removal)
         if difference is not None:
             return difference
         removal.undo()

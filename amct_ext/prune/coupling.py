@@ -79,6 +79,8 @@ class Coupling:
         self.attended: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
         self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, family; ascending
+        self._readers: set[str] = set()
+        self._known: frozenset[str] = frozenset()  # readers of an earlier walk
 
     def ids_of(self, source: Source, size: int) -> Tensor:
         """The ids of a source, made at first sight."""
@@ -149,8 +151,15 @@ class Coupling:
         if len(rows) > 1:
             self.balanced.append((rows, where))
 
+    def start_again(self) -> None:
+        """Another walk begins: nodes that have been noted as readers are not noted again."""
+        self._known = frozenset(self._readers)
+
     def read(self, read: Read) -> None:
         """Note a node that reads channels with each family whose channels it reads."""
+        if read.name in self._known:
+            return
+        self._readers.add(read.name)
         families = self.families_in(read.ids)
         for family in families:
             family.reads.append(read)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.tensor_values import RELATIONS
-from amct_ext.graph.trace import Graph
+from amct_ext.graph.trace import Graph, sources_of
 from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, along
@@ -26,10 +28,9 @@ _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_
 def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
     """Find the groups of coupled channels of all layers that the plan asks to prune."""
     walk = _Walk(graph, plan, model)
-    for node in graph.nodes:
-        walk.visit(node)
-    for value in graph.outputs:
-        walk.coupling.freeze_all(walk.context.of(value), "its channels are an output of the model")
+    walk.follow(graph.nodes, graph.outputs)
+    if graph.training is not None:
+        walk.follow(graph.training.nodes, graph.training.outputs)
     grouping = Grouping(walk.coupling, walk.is_covered)
     coupling = walk.coupling
     return Discovery(
@@ -43,13 +44,25 @@ class _Walk:
     def __init__(self, graph: Graph, plan: Plan, model: nn.Module) -> None:
         self.coupling = Coupling()
         self.context = Context(self.coupling, self)
-        self._plan, self._calls = plan, graph.calls
+        self._plan, self._calls = plan, graph.all_calls()
         self._modules = dict(model.named_modules())
         self._obstacles = obstacles(graph, model)
         self._fixed_readers: set[str] = set()  # layers that read channels that stay
-        self._returned = set(graph.outputs)
+        self._returned: set[Value] = set()
         self._shared = shared_parameters(model)
-        for value in graph.sources:
+
+    def follow(self, nodes: Sequence[Node], outputs: Sequence[Value]) -> None:
+        """Walk over the nodes of one forward."""
+        self.coupling.start_again()
+        self._returned.update(outputs)
+        self._name_parameters(nodes)
+        for node in nodes:
+            self.visit(node)
+        for value in outputs:
+            self.coupling.freeze_all(self.context.of(value), "its channels are an output of the model")
+
+    def _name_parameters(self, nodes: Sequence[Node]) -> None:
+        for value in sources_of(nodes):
             if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
                 self.context.maps[value] = tuple(
                     self._parameter_map(value, axis) for axis, size in enumerate(value.shape) if size > 1

@@ -31,11 +31,12 @@ def obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name or "the model itself")
     result: dict[str, str] = {}
-    for parameter_name, readers in graph.parameter_readers().items():
+    all_calls = graph.all_calls()
+    for parameter_name, readers in graph.parameter_readers(and_training=True).items():
         name = parameter_name.rpartition(".")[0]
-        if name in graph.calls:  # else ops compute with it, and their rules say what becomes of it
+        if name in all_calls:  # else ops compute with it, and their rules say what becomes of it
             result[name] = f"{readers[0].name} also reads its parameter {parameter_name}"
-    for name, calls in graph.calls.items():
+    for name, calls in all_calls.items():
         for reason in _layer_obstacles(name, calls, modules[name], graph, owners):
             result.setdefault(name, reason)
     return result

@@ -47,6 +47,13 @@ class Removal:
                 elif node.type == INITIALIZER:
                     self._initializers.setdefault((node.name, node.axis or 0), set()).update(node.prune_index)
 
+    def scale(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply parameters by these too, from the next `apply` on."""
+        merged = dict(self._factors)
+        for name, factor in factors.items():
+            merged[name] = merged[name] * factor if name in merged else factor
+        self._factors = merged
+
     def apply(self) -> str:
         """Remove the channels; returns what went wrong, '' for nothing."""
         for name, factors in self._factors.items():

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from amct_ext.common.layer_kinds import kind_of
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
-from amct_ext.prune.coupling import Source
 from amct_ext.prune.discovery import Discovery
 
 # Attributes that hold numbers of channels, in torch's modules and in common libraries. Others are never changed.
@@ -62,7 +61,8 @@ def changed_attributes(model: nn.Module, found: Discovery, gone: Tensor) -> dict
     modules = dict(model.named_modules())
     wanted: dict[tuple[str, str], tuple[int, object]] = {}
     torn: set[tuple[str, str]] = set()
-    for node in found.graph.nodes:
+    trained = found.graph.training
+    for node in (*found.graph.nodes, *(trained.nodes if trained is not None else ())):
         shapes = _changed_shapes(node, found, gone) if _takes_sizes(node, modules) else []
         if not shapes:
             continue
@@ -107,26 +107,6 @@ def _of_own_parameters(
 def _takes_sizes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether an op is given sizes. A convolution is, its groups; those of a layer are cut with it."""
     return node.op in _SIZED or (node.op == "convolution" and kind_of(modules[node.scope]) is None)
-
-
-def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
-    """Factors along axis 0 of parameters that make queries: attention then divides by a smaller root.
-
-    A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
-    """
-    result: dict[str, Tensor] = {}
-    for parameters, rows in found.attended:
-        share = (~gone[rows]).sum(1, keepdim=True) / rows.shape[1]
-        factors = torch.ones(len(gone))
-        factors[rows] = share.sqrt().expand(rows.shape)
-        for name in parameters if bool((share < 1).any()) else ():
-            weight = Source(f"{name.rpartition('.')[0]}.weight", 0)  # a layer's bias has the ids of its weight
-            ids = found.sources[Source(name, 0) if Source(name, 0) in found.sources else weight]
-            if not bool(torch.isin(ids, rows).any()):  # a norm's own parameter: the same channels by other ids
-                factors[found.classes[rows]] = share.sqrt().expand(rows.shape)
-                ids = found.classes[ids]
-            result[name] = factors[ids]
-    return result
 
 
 def _scopes(scope: str) -> list[str]:

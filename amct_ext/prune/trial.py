@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from amct_ext.graph.run import tensors_in
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
 from amct_ext.prune.discovery import Discovery
+from amct_ext.prune.removal import Removal
+from amct_ext.prune.rescale import rescaling
 from amct_ext.prune.rules.operators import GROUP_NORM, LAYER_NORMS, NORMS, PRODUCTS, STATISTICS
 from amct_ext.prune.rules.types import dims_of
 from amct_ext.prune.sizes import expected_shape, kept
@@ -187,6 +189,43 @@ def run_pruned(
     return pruned, outputs, pruned.difference()
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Outputs of a smaller model, what is wrong with it, and values that it has multiplied by other factors."""
+
+    outputs: list[Tensor]
+    difference: Difference | None
+    scaled: Collection[Value] = ()
+
+
+def run_fitted(model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, removal: Removal) -> Fitted:
+    """A forward of the smaller model, which `removal` has made; numbers that depend on its size are made up for."""
+    pruned, outputs, difference = run_pruned(model, inputs, found, gone)
+    if difference is not None:
+        return Fitted(outputs, difference)
+    change = rescaling(model, found, gone, pruned.nodes)
+    if change.missing is not None:
+        reason = f"{change.missing.name} ({change.missing.op}) uses their number, and no layer makes up for that"
+        return Fitted(outputs, Difference(_with_channels(change.missing, found), reason))
+    if not change.factors:
+        return Fitted(outputs, None)
+    removal.undo()
+    removal.scale(change.factors)
+    removal.apply()
+    _, outputs, difference = run_pruned(model, inputs, found, gone)
+    return Fitted(outputs, difference, change.values)
+
+
+def _with_channels(node: Node, found: Discovery) -> Node:
+    """A node, or the one before it that works on channels."""
+    while not any(value and found.maps.get(value) for value in node.inputs):
+        before = next((value.producer for value in node.inputs if value and value.producer), None)
+        if before is None:
+            break
+        node = before
+    return node
+
+
 def run_masked(
     model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, sums: bool = False
 ) -> tuple[Masked, list[Tensor]]:
@@ -214,11 +253,11 @@ def largest_error(got: list[Tensor], wanted: list[Tensor]) -> float:
     return worst
 
 
-def parting(pruned: Pruned, masked: Masked) -> Difference:
-    """The first node at which two forwards compute something else."""
+def parting(pruned: Pruned, masked: Masked, scaled: Collection[Value] = ()) -> Difference:
+    """The first node at which two forwards compute something else, but for values of another scale."""
     for old, got, wanted in zip(pruned.found.graph.nodes, pruned.checksums, masked.checksums, strict=False):
         for value, a, b in zip(old.outputs, got, wanted, strict=False):
-            if _is_scaled(value, pruned.found):
+            if value in scaled or _is_scaled(value, pruned.found):
                 continue
             if a is not None and b is not None and abs(a[0] - b[0]) > _ALIKE * max(a[1], b[1]):
                 return Difference(old, f"{old.name} ({old.op}) computes something else without them")

@@ -96,3 +96,52 @@ def test_input_that_the_original_rejects(pruned: nn.Module) -> None:
 
 def test_a_copy_of_the_pruned_model_is_as_good(pruned: nn.Module) -> None:
     assert verify_pruning(small.build(), copy.deepcopy(pruned), small.SAMPLE).error < 1e-5
+
+
+class Keeping(nn.Module):
+    """Makes a table once and keeps it, as models do for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.level = nn.Parameter(torch.zeros(1))
+        self.tables: dict[int, torch.Tensor] = {}
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) not in self.tables:
+            self.tables[len(x)] = self.level.detach().exp() * torch.linspace(1, 2, len(x)).unsqueeze(1)
+        if self.last is None:
+            self.last = x.mean() + x.std()
+        return self.b(self.a(x) * self.tables[len(x)] + self.last)
+
+
+def test_what_a_forward_keeps_is_made_anew(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Keeping(), torch.randn(5, 4)
+    (tmp_path / "prune.cfg").write_text(small.FILTER)
+    paths = str(tmp_path / "prune.cfg"), str(tmp_path / "record.txt")
+    smaller = amct_ext.create_prune_retrain_model(model, x, *paths)
+    assert smaller.a.out_features < 16 and not model.tables and model.last is None
+    assert verify_pruning(model, smaller, x).error < 1e-5
+
+
+def test_rounding_is_told_from_a_difference(tmp_path: Path) -> None:
+    """What is left of large numbers: float32 loses four digits, float64 shows that nothing is wrong."""
+    torch.manual_seed(0)
+
+    class Fraction(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x) * 1e3
+            return y - y.round()
+
+    model = Fraction(nn.Linear(4, 700), nn.ReLU(), nn.Linear(700, 3))
+    (tmp_path / "prune.cfg").write_text(small.FILTER)
+    paths = str(tmp_path / "prune.cfg"), str(tmp_path / "record.txt")
+    x = torch.randn(64, 4)
+    smaller = amct_ext.create_prune_retrain_model(model, x, *paths)
+    wide = verify_pruning(model, smaller, x).error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amct_ext.flows.verify._DOUBTFUL", torch.inf)
+        assert verify_pruning(model, smaller, x).error > 1e-5
+    assert wide < 1e-9

@@ -71,17 +71,43 @@ def test_a_group_whose_size_is_written_into_the_model_is_dropped(caplog):
     torch.testing.assert_close(outputs(net, data), outputs(masked(whole, kept), data))
 
 
-def test_a_head_that_only_runs_in_training_is_seen():
+def test_a_head_that_only_runs_in_training_loses_what_it_reads():
     def forward(m, x):
         y = F.relu(m.a(x))
         main = m.head(y.mean((2, 3)))
-        return (main, m.aux(y.mean((2, 3)))) if m.training else main
+        return (main, m.aux(m.norm(m.aux_conv(y)).mean((2, 3)))) if m.training else main
 
-    net = Net(forward, a=conv(3, 8), head=nn.Linear(8, 2), aux=nn.Linear(8, 2)).eval()
+    parts = {"aux_conv": conv(8, 4), "norm": nn.BatchNorm2d(4), "aux": nn.Linear(4, 2)}
+    net = Net(forward, a=conv(3, 8), head=nn.Linear(8, 2), **parts).eval()
+    before = copy.deepcopy(net.state_dict())
+    found, records = planned(net, image())
+    assert [record.producers[0].name for record in records] == ["a"]
+    assert [(node.name, node.type) for node in records[0].consumers] == [("head", "Gemm"), ("aux_conv", "Conv")]
+    assert apply_channels(net, found, records, image()) == records
+    assert (net.a.out_channels, net.aux_conv.in_channels, net.aux_conv.out_channels) == (5, 5, 4)
+    assert torch.equal(net.norm.running_mean, before["norm.running_mean"])
+    net.train()(image())
+
+
+def test_channels_that_training_adds_to_others_stay():
+    def forward(m, x):
+        y = m.a(x)
+        return m.head((y + m.aux(x) if m.training else y).mean((2, 3)))
+
+    net = Net(forward, a=conv(3, 8), aux=conv(3, 8), head=nn.Linear(8, 2)).eval()
+    found, records = planned(net, image())
+    assert records == () and "combines the channels with the output of aux" in found.why_not()["a"]
+
+
+def test_a_head_that_training_cannot_read_smaller_is_seen():
+    def forward(m, x):
+        y = F.relu(m.a(x))
+        return y.mean((2, 3)).sum(1) if not m.training else (y.mean((2, 3)).sum(1), y.view(-1, 8, 36)[:, :, 0])
+
+    net = Net(forward, a=conv(3, 8)).eval()
     found, records = planned(net, image())
     assert [record.producers[0].name for record in records] == ["a"]
     assert apply_channels(net, found, records, image()) == ()
-    assert net.a.out_channels == 8
     net.train()(image())
 
 
