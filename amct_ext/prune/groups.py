@@ -82,7 +82,7 @@ class ChannelGroup:
 
     @staticmethod
     def of(record: ChannelRecord) -> ChannelGroup:
-        """The group that a record describes."""
+        """The group that a record describes. Of nodes with another order (`reordered`) a record has no places."""
         first = record.producers[0]
         count = first.end - first.begin
 

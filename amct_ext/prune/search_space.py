@@ -20,6 +20,7 @@ from amct_ext.record.text import channel_messages, read_channel
 Sample = tuple[Inputs, Tensor]
 PruneConfig = tuple[float, bool, float]  # compress_ratio, ascend_optimized, max_prune_ratio
 _SCORES, _COST = "sensitivity", "bitops"
+_INDEX_PAIRS = "channel_index_pairs"  # channel, index, channel, index, ... of a node that has them in another order
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,25 @@ def graph_info(works: Mapping[str, LayerWork]) -> dict[str, dict[str, Any]]:
 
 def search_records(groups: Sequence[ChannelGroup]) -> Any:
     """AMCT's messages of the groups, no channel removed yet."""
-    return channel_messages(group.record(()) for group in groups)
+    messages = channel_messages(group.record(()) for group in groups)
+    for message, group in zip(messages, groups, strict=True):
+        nodes, members = [*message.producer, *message.consumer], [*group.producers, *group.consumers]
+        for node, member in zip(nodes, members, strict=True):
+            if member.places:
+                write_attribute(node, _INDEX_PAIRS, "INTS", [number for pair in member.places for number in pair])
+    return messages
 
 
 def read_group(record: Any) -> ChannelGroup:
     """The group that a message of `search_records` stands for."""
-    return ChannelGroup.of(read_channel(record))
+    group = ChannelGroup.of(read_channel(record))
+    for nodes, members in ((record.producer, group.producers), (record.consumer, group.consumers)):
+        for number, node in enumerate(nodes):
+            numbers = read_attribute(node, _INDEX_PAIRS, "INTS", lambda: "search_records")
+            if numbers:
+                pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+                members[number] = replace(members[number], places=pairs, end=max(numbers[1::2]) + 1)
+    return group
 
 
 def write_scores(record: Any, scores: Tensor) -> None:
