@@ -90,12 +90,15 @@ def _keeps(
 
 def _apply(group: ChannelGroup, order: tuple[int, ...], modules: dict[str, nn.Module]) -> Callable[[], None]:
     """Put a group into a new order; returns what puts it back."""
-    kept = [(tensor, tensor.clone(), axis, places) for tensor, axis, places in _tensors_of(group, order, modules)]
-    for tensor, old, axis, places in kept:
-        tensor.copy_(old.index_select(axis, torch.tensor(places, device=tensor.device)))
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+    for tensor, axis, places in _tensors_of(group, order, modules):
+        # One tensor may be read twice by a layer (a concatenation of y and -y), or be produced and read along two axes.
+        if tensor.data_ptr() not in before:
+            before[tensor.data_ptr()] = tensor, tensor.clone()
+        tensor.copy_(tensor.index_select(axis, torch.tensor(places, device=tensor.device)))
 
     def undo() -> None:
-        for tensor, old, _, _ in kept:
+        for tensor, old in before.values():
             tensor.copy_(old)
 
     return undo
