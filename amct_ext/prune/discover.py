@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from amct_ext.prune.grouping import Grouping
 from amct_ext.prune.obstacles import obstacles, shared_parameters
 from amct_ext.prune.rules.table import op_rule
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
+
+_logger = logging.getLogger("amct_ext")
 
 LAYER_TENSORS = ("weight", "bias", "running_mean", "running_var")  # what removal cuts with a layer
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
@@ -92,7 +95,8 @@ class _Walk:
         except CannotFollow as reason:
             self._keep_whole(node, str(reason))
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-            # A form of the op that its rule does not expect: its channels stay, as those of an unknown op do.
+            # Unexpected call form: treated as an op without a rule. The log tells it from a broken rule.
+            _logger.debug("%s (%s): its rule raised", node.name, node.op, exc_info=True)
             self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
 
     def _matters(self, node: Node) -> bool:

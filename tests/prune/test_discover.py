@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,3 +105,16 @@ def test_a_skipped_layer_keeps_its_channels_and_may_lose_inputs():
     net = nn.Sequential(conv(3, 8), conv(8, 8), conv(8, 2)).eval()
     _, records = planned(net, image(), skip=("1",))
     assert [[node.name for node in (*r.producers, *r.consumers)] for r in records] == [["0", "1"]]
+
+
+def test_a_rule_that_raises_keeps_the_channels_and_leaves_a_trace(monkeypatch, caplog):
+    def broken(node, context):
+        raise KeyError("no such argument")
+
+    monkeypatch.setattr("amct_ext.prune.discover.op_rule", lambda node: broken)
+    net = Net(lambda m, x: m.out(m.a(x).relu()), a=conv(3, 4), out=conv(4, 2))
+    with caplog.at_level(logging.DEBUG, "amct_ext"):
+        reasons = why_not(net, image())
+    assert reasons["a"] == "the rule for /Relu (relu) does not fit it: 'no such argument'"
+    (record,) = [record for record in caplog.records if "its rule raised" in record.message]
+    assert record.exc_info is not None and record.exc_info[0] is KeyError
