@@ -131,7 +131,7 @@ def _pruned(layer: LayerPlan, session: Session, compressed: bool, reason: str) -
         return (["2:4 sparse"], "") if compressed else ([], "it was exchanged or removed after create")
     node = next((node for record in session.channel for node in record.producers if node.name == layer.name), None)
     if node is None:
-        return [], "not in the record: the trial forward failed without its channels (the log of create says how)"
+        return [], "not in the record: the pruned model would fail or differ (the log of create says how)"
     if not node.prune_index:
         return [], f"rounding keeps all {node.end - node.begin} channels"
     return [f"{len(node.prune_index)} of {node.end - node.begin} output channels removed"], ""

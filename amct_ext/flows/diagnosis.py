@@ -154,7 +154,7 @@ def check_pruned(session: Session, source: str) -> None:
         if not any(node.prune_index for record in session.channel for node in record.producers):
             logger.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
         return
-    dropped = "the model fails without its channels (see the log)"
+    dropped = "the pruned model would fail or differ (see the log)"
     lines = [f"{name}: {layer_reasons(session, name).not_pruned or dropped}" for name in asked]
     if len(lines) > _MAX_LISTED:
         lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more (amct_ext.explain lists them)"]

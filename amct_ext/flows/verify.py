@@ -59,7 +59,8 @@ def verify_pruning(original: nn.Module, pruned: nn.Module, input_data: Any) -> P
     its record says which channels are gone, and both networks are run with the weights of ``original``, in eval mode.
     In the whole one, layers that read a removed channel see zeros in it, and norms over channels leave it out of their
     statistics. Neither model is changed. Errors: ModelError (``pruned`` was not made by create or restore, or has other
-    shapes than its record says), RecordError (the record does not fit ``original``), InputDataError.
+    shapes than its record says; the forward draws random numbers for the channels), RecordError (the record does not
+    fit ``original``), InputDataError.
     """
     inner = unwrap(pruned)
     records = session_of(inner).channel
@@ -98,7 +99,12 @@ def _cut(model: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs) -> 
     found = discover(graph, plan, model)
     check_records(model, records, found.groups)
     gone = found.removed(records, model)
-    _, wanted = run_masked(model, inputs, found, gone)
+    masked, wanted = run_masked(model, inputs, found, gone)
+    if not masked.is_comparable():
+        raise ModelError(
+            "the outputs cannot be compared: the second forward runs other operators than the first (it keeps "
+            "something), or draws random numbers for removed channels"
+        )
     removal = removal_of(model, found, records, gone)
     failed = removal.apply()
     fitted = Fitted([], Difference(None, failed)) if failed else run_fitted(model, inputs, found, gone, removal)

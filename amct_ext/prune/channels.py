@@ -94,7 +94,7 @@ def apply_channels(
         wanted -= blamed
     for index, reason in sorted(dropped.items()):
         for node in records[index].producers:
-            _logger.warning("%s is not pruned: the model would fail without its channels: %s", node.name, reason)
+            _logger.warning("%s is not pruned: the pruned model would fail or differ: %s", node.name, reason)
     return tuple(records[index] for index in sorted(wanted))
 
 
@@ -160,7 +160,7 @@ class _Trial:
             return None
         finally:
             removal.apply()
-        if not masked.repeats():
+        if not masked.is_comparable():
             _logger.debug("no comparison with the whole model: its forwards differ (a cache, or random numbers)")
             return None
         return _UNLIKE if largest_error(outputs, wanted) > _tolerance(outputs) else None

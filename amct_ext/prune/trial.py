@@ -74,6 +74,8 @@ class Pruned(_Observed):
 class Masked(_Observed):
     """The forward of the whole model in which readers ignore what is gone, and statistics leave it out."""
 
+    _random = False
+
     def observe(self, node: Node, results: list[Tensor]) -> None:
         if not self._sums:
             return
@@ -82,20 +84,31 @@ class Masked(_Observed):
         kept_parts = [self._kept(value, tensor) for value, tensor in zip(old.outputs, results)] if alike else []  # type: ignore[union-attr] # noqa: B905
         self.checksums.append([None if part is None else _checksum(part) for part in kept_parts])
 
-    def repeats(self) -> bool:
-        """Whether the operators were those of the recording, so that each was masked by its own channels."""
-        return [node.op for node in self.nodes] == [node.op for node in self.found.graph.nodes]
+    def is_comparable(self) -> bool:
+        """Whether the smaller model has to compute the same.
+
+        The operators were those of the recording, so each was masked by its own channels, and no random numbers were
+        drawn for removed channels: the smaller model draws fewer, and so others.
+        """
+        same = [node.op for node in self.nodes] == [node.op for node in self.found.graph.nodes]
+        return same and not self._random
 
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         old = self.expected()
-        if old is None or old.module is None or not args or not isinstance(args[0], Tensor) or not old.inputs:
+        if old is None or old.module is None or not old.inputs:
             return None
-        return (self._zeroed(old.inputs[0], args[0]), *args[1:]), kwargs
+        if args and isinstance(args[0], Tensor):
+            return (self._zeroed(old.inputs[0], args[0]), *args[1:]), kwargs
+        if not args and isinstance(kwargs.get("input"), Tensor):
+            return args, {**kwargs, "input": self._zeroed(old.inputs[0], kwargs["input"])}
+        return None
 
     def evaluate(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         old = self.expected()
         if old is None or old.op != op_name(func):
             return super().evaluate(func, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._random = self._random or any(self._maps(value) for value in old.outputs)
         if old.op in PRODUCTS:
             given = iter(old.inputs)
             return func(*_mapped(args, lambda t: self._zeroed(next(given), t)), **kwargs)

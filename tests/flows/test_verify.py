@@ -55,6 +55,24 @@ def test_training_since_does_not_matter(pruned: nn.Module) -> None:
     assert verify_pruning(small.build(), pruned, small.SAMPLE).error < 1e-5
 
 
+def test_random_numbers_cannot_be_compared(tmp_path: Path) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(nn.functional.dropout(self.a(x), 0.5, training=True))
+
+    (tmp_path / "prune.cfg").write_text(small.FILTER)
+    files = str(tmp_path / "prune.cfg"), str(tmp_path / "record.txt")
+    original = Dropping()
+    pruned = amct_ext.create_prune_retrain_model(original, small.SAMPLE, *files)
+    assert pruned.a.out_channels < 8
+    with pytest.raises(ModelError, match="draws random numbers"):
+        verify_pruning(original, pruned, small.SAMPLE)
+
+
 def test_a_wrong_removal_is_seen() -> None:
     """A reader that loses another channel than its producer computes something else."""
     torch.manual_seed(0)

@@ -65,7 +65,7 @@ def test_a_group_whose_size_is_written_into_the_model_is_dropped(caplog):
     with caplog.at_level(logging.WARNING, "amct_ext"):
         kept = apply_channels(net, found, records, data)
     assert kept == records[:1]
-    assert "b is not pruned: the model would fail" in caplog.text
+    assert "b is not pruned: the pruned model would fail" in caplog.text
     assert net.b.out_channels == 6
     assert net.a.out_channels == 5
     torch.testing.assert_close(outputs(net, data), outputs(masked(whole, kept), data))

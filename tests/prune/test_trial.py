@@ -34,6 +34,33 @@ def test_masked_is_the_model_with_zeroed_weights():
         torch.testing.assert_close(run_masked(net, inputs, found, gone)[1][0], by_hand(data), rtol=1e-6, atol=1e-6)
 
 
+def test_a_layer_that_is_called_by_keyword_is_masked():
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.out(input=m.a(x).sigmoid()), a=conv(3, 8), out=conv(8, 2))
+    found, records, smaller, inputs, gone = prepared(net, image())
+    _, wanted = run_masked(net, inputs, found, gone)
+    assert largest_error(run_pruned(smaller, inputs, found, gone)[1], wanted) < 1e-5
+    assert apply_channels(net, found, records, image()) == records and net.a.out_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("draw", "comparable"),
+    [
+        (lambda y: torch.nn.functional.dropout(y, 0.5, training=True), False),
+        (lambda y: y + torch.randn_like(y), False),
+        (lambda y: y + torch.rand(y.shape[0], 1, 1, 1), True),  # as many numbers in both models
+    ],
+    ids=["dropout", "noise", "per sample"],
+)
+def test_random_numbers_for_removed_channels_are_not_compared(draw, comparable):
+    """Dropout in evaluation (Monte Carlo): the smaller model draws fewer numbers, and so others."""
+    torch.manual_seed(0)
+    net, data = Net(lambda m, x: m.out(draw(m.a(x))), a=conv(3, 8), out=conv(8, 2)), image()
+    found, records, _, inputs, gone = prepared(net, data)
+    assert run_masked(net, inputs, found, gone)[0].is_comparable() is comparable
+    assert apply_channels(net, found, records, data) == records and net.a.out_channels == 4
+
+
 def test_statistics_leave_out_what_is_gone():
     torch.manual_seed(0)
     net, data = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)), torch.randn(3, 4)
