@@ -54,7 +54,7 @@ class Session:
     findings: Findings
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
-    left_float: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
+    excluded: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
     evaluated: StateVersions | None = None  # the state that the last evaluation began with
     recorded: StateVersions | None = None  # what the record was made of; None: not of the present state
     written: bytes | None = None  # content of the record file, when this model last wrote it

@@ -11,7 +11,7 @@ from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_na
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.tensor_values import RELATIONS
-from amct_ext.graph.trace import Graph, sources_of
+from amct_ext.graph.trace import Graph, leaf_values_of
 from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, along
@@ -65,7 +65,7 @@ class _Walk:
             self.coupling.freeze_all(self.context.of(value), "its channels are an output of the model")
 
     def _name_parameters(self, nodes: Sequence[Node]) -> None:
-        for value in sources_of(nodes):
+        for value in leaf_values_of(nodes):
             if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
                 self.context.maps[value] = tuple(
                     self._parameter_map(value, axis) for axis, size in enumerate(value.shape) if size > 1

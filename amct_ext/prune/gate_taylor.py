@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, kind_of, layer_type
-from amct_ext.common.ranks import average_
+from amct_ext.common.ranks import all_reduce_mean_
 from amct_ext.errors import InputDataError, InvalidDataError
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import LAYER_OPERATORS
@@ -47,7 +47,7 @@ def gate_taylor(model: nn.Module, groups: Sequence[ChannelGroup], pruning_loss: 
     if not count:
         raise InputDataError("there is no loss: one per batch is needed to rank channels by")
     means = [total / count for total in totals]
-    average_(means)
+    all_reduce_mean_(means)
     for mean, group in zip(means, groups, strict=True):
         if not bool(torch.isfinite(mean).all()):
             raise InvalidDataError(f"{group.producers[0].name}: the loss's gradient holds NaN or Inf there")

@@ -8,7 +8,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import Family, computed_parameter, kind_of
 from amct_ext.graph.trace import Graph
-from amct_ext.graph.traits import why_not_cut
+from amct_ext.graph.traits import fixed_shape_reason
 from amct_ext.graph.values import Node
 
 
@@ -51,7 +51,7 @@ def _layer_obstacles(
         if computed:
             yield f"its {computed} is computed (parametrisation or weight norm)"
     else:
-        reason = why_not_cut(calls, name, module)
+        reason = fixed_shape_reason(calls, name, module)
         if reason:
             yield reason
     for parameter in module._parameters.values():

@@ -134,7 +134,7 @@ def test_a_subclass_is_its_parent_unless_it_computes_on_its_own():
     assert traits["kept"].type == traits["own"].type == "Linear"
     assert traits["kept"].quantizable and traits["kept"].sparse_prunable
     assert traits["own"].quantizable  # at the product in its forward
-    assert "Own has a forward of its own" in traits["own"].why_not_sparse
+    assert "Own has a forward of its own" in traits["own"].not_sparse_reason
 
 
 def test_a_part_that_fails_and_is_caught_leaves_no_trace():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.checks.onnx_run import run_onnx
 from support.models import small
-from support.models.own_forwards import IMAGES, KINDS, CastingLinear, Columns, Net, net_and_input
+from support.models.custom_forwards import IMAGES, KINDS, CastingLinear, Columns, Net, net_and_input
 from torch import Tensor, nn
 
 import amct_ext
@@ -268,7 +268,7 @@ def test_what_cannot_be_quantised_stays_float_and_is_named(tmp_path: Path, layer
 
 def test_a_layer_type_without_a_class_for_forwards_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a new layer type is at first: its subclasses stay float, with the reason."""
-    monkeypatch.delitem(classes._OWN, "Linear")
+    monkeypatch.delitem(classes._CUSTOM, "Linear")
     net, x = net_and_input("cast")
     model = Job(tmp_path).create(net, x)
     reason = amct_ext.explain(model)["layer"].not_quantised
