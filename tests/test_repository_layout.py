@@ -87,10 +87,11 @@ COVERED_BY: dict[str, dict[str, str]] = {
     "proto": {"descriptors": "proto/test_proto_text.py"},
     "prune": {
         "discovery": "prune/test_discover.py",
+        "runs": "prune/test_equivalence.py",
         "search_space": "flows/test_channel_search.py",
     },
     "prune/rules": {
-        "operators": "prune/test_trial.py",
+        "operators": "prune/test_equivalence.py",
         "scaling": "prune/test_rescale.py",
         "types": "prune/rules/test_table.py",
     },

@@ -29,7 +29,7 @@ def layer_reasons(session: Session, name: str) -> LayerReasons:
     """The reasons for one layer of a compressed model, by its name at create.
 
     Derived from what create or restore found in the unpruned float model; a skipped layer's reason names the list of
-    the configuration. Channel groups that only the trial forward rejects are not known here.
+    the configuration. Channel groups that only the comparison rejects are not known here.
     """
     plan, found = session.plan, session.findings
     layer = plan.layers[name]
@@ -39,7 +39,7 @@ def layer_reasons(session: Session, name: str) -> LayerReasons:
         trait = found.traits[name]
         why = LayerReasons(
             _not_quantised(plan, layer, trait, found.config),
-            _not_pruned(plan, layer, trait, found.config, found.channels_kept),
+            _not_pruned(plan, layer, trait, found.config, found.unpruned_reasons),
         )
     stayed = session.excluded.get(name)
     if stayed is None:

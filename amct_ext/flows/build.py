@@ -181,7 +181,7 @@ def _analyse(model: nn.Module, input_data: Any, planner: Planner) -> Analysis:
         check_called_once(graph, inputs)
         raise
     discovery = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
-    findings = Findings(planner.config, traits, discovery.why_not(), uncalled_layers(model, graph, traits))
+    findings = Findings(planner.config, traits, discovery.unpruned_reasons(), uncalled_layers(model, graph, traits))
     return Analysis(inner, inputs, graph, plan, discovery, findings)
 
 

@@ -49,7 +49,7 @@ _NEVER_EXPORTED = frozenset({"equal", "randperm"})  # whatever they are given
 
 @dataclasses.dataclass(frozen=True)
 class ExportRisk:
-    """A place in a forward: what stands there, `file:line`, and the module that runs."""
+    """A location in a forward that may break an export: what it is, `file:line`, and the module that runs."""
 
     what: str
     location: str
@@ -57,7 +57,7 @@ class ExportRisk:
 
     @property
     def specializes(self) -> bool:
-        """Whether save traces one forward for it, or is likely to; of the others only a try can tell."""
+        """Whether save traces one forward for it, or is likely to; for the others only a try shows it."""
         return not self.what.startswith(_OPERATOR) and self.what != READ_BY_TORCH
 
     @property

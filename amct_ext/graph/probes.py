@@ -1,4 +1,4 @@
-"""What one recorded forward cannot tell, found by running a copy of the model again."""
+"""What one recorded forward does not show, found by running a copy of the model again."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def removed_by_eval_call(model: nn.Module, inputs: Inputs, calls: Calls) -> froz
     candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
     try:
         model_copy = copy_model(model).eval()
-        gone = candidates - {name for name, _ in model_copy.named_modules(remove_duplicate=False)}
-        candidates -= gone
+        renamed = candidates - {name for name, _ in model_copy.named_modules(remove_duplicate=False)}
+        candidates -= renamed
         with preserved_random_state(model_copy), _removing_called(model_copy, candidates):
             inputs.copied().call(model_copy)
     except Exception:
         return frozenset()
-    return frozenset(candidates | gone)
+    return frozenset(candidates | renamed)
 
 
 @torch.no_grad()

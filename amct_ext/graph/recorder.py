@@ -32,7 +32,7 @@ class Recording:
     """Nodes in execution order, the values that went in and came out, and the calls of each layer by name.
 
     `export_risks` are locations that may break an export. `written` are
-    the parameters (qualified names) that the forward wrote into, or put another one in the place of.
+    the parameters (qualified names) that the forward wrote into or replaced.
     """
 
     nodes: list[Node]
@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
         with preserved_state(self._model, training), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
             return inputs.call(self._model)
 
-    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replace_layer_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a layer is called with: None for what it was given."""
         return None
 
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
             )  # `input` is the first parameter of every torch layer
             inputs = tuple(self._values.lookup(tensor) for tensor in tensors_in((args, first | kwargs)))
             with self._unrecorded():
-                replaced = self.given(module, args, kwargs)
+                replaced = self.replace_layer_inputs(module, args, kwargs)
             self._layers.append((module, inputs))  # from here on ops belong to the layer
             return replaced
         return None

@@ -30,13 +30,14 @@ StateVersions = tuple[tuple[int, int], ...]  # identity and version of tensors
 class Findings:
     """What create or restore found in the float model; `explain` derives the reasons of each layer from it.
 
-    `config`: the configuration that the plan was made of. `channels_kept`: layers whose channels the plan would prune
-    but that must stay whole -> why. `uncalled`: layers whose parameters are used without calling the layer -> why.
+    `config`: the configuration that the plan was made of. `unpruned_reasons`: layers whose channels the plan would
+    prune but that must stay whole -> why. `uncalled`: layers whose parameters are used without calling the layer ->
+    why.
     """
 
     config: RetrainConfig | JsonConfig
     traits: Mapping[str, LayerTraits]
-    channels_kept: Mapping[str, str]
+    unpruned_reasons: Mapping[str, str]
     uncalled: Mapping[str, str]
 
 

@@ -67,7 +67,7 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
 def _is_plain(group: ChannelGroup) -> bool:
     """Whether layers alone make and read the channels, all that a layer makes, in the same order everywhere."""
     members = [*group.producers, *group.consumers]
-    return group.cells is None and not any(m.places or m.type == INITIALIZER for m in members)
+    return group.subgroups is None and not any(m.index_pairs or m.type == INITIALIZER for m in members)
 
 
 def _keeps(
@@ -91,11 +91,11 @@ def _keeps(
 def _apply(group: ChannelGroup, order: tuple[int, ...], modules: dict[str, nn.Module]) -> Callable[[], None]:
     """Put a group into a new order; returns what puts it back."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
-    for tensor, axis, places in _tensors_of(group, order, modules):
+    for tensor, axis, indices in _tensors_of(group, order, modules):
         # One tensor may be read twice by a layer (a concatenation of y and -y), or be produced and read along two axes.
         if tensor.data_ptr() not in before:
             before[tensor.data_ptr()] = tensor, tensor.clone()
-        tensor.copy_(tensor.index_select(axis, torch.tensor(places, device=tensor.device)))
+        tensor.copy_(tensor.index_select(axis, torch.tensor(indices, device=tensor.device)))
 
     def undo() -> None:
         for tensor, old in before.values():
@@ -156,7 +156,7 @@ def _rows_of(member: Member, group: ChannelGroup, plan: Plan, modules: dict[str,
 def _tensors_of(
     group: ChannelGroup, order: tuple[int, ...], modules: dict[str, nn.Module]
 ) -> Iterator[tuple[Tensor, int, list[int]]]:
-    """Every tensor with the group's channels: itself, the axis, and the places in their new order."""
+    """Every tensor with the group's channels: itself, the axis, and the indices in their new order."""
     for member, produces in (*((m, True) for m in group.producers), *((m, False) for m in group.consumers)):
         module = modules.get(member.name)
         kind = None if module is None else kind_of(module)
@@ -173,14 +173,14 @@ def _tensors_of(
             if tensor is None:
                 continue
             along = 0 if name != "weight" else axis
-            # A depthwise weight or bias has `multiplier` places for each that is read.
+            # A depthwise weight or bias has `multiplier` indices for each that is read.
             multiplier = tensor.shape[along] // module.in_channels if is_depthwise(module) and not produces else 1
             begin, repeat = member.begin * multiplier, member.repeat * multiplier
-            places = list(range(tensor.shape[along]))
-            places[begin : begin + group.count * repeat] = [
+            indices = list(range(tensor.shape[along]))
+            indices[begin : begin + group.count * repeat] = [
                 begin + channel * repeat + i for channel in order for i in range(repeat)
             ]
-            yield tensor.detach(), along, places
+            yield tensor.detach(), along, indices
 
 
 def _agree(expected: list[Tensor], seen: list[Tensor]) -> bool:

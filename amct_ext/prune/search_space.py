@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amct_ext.errors import InputDataError, InvalidDataError, RecordError
 from amct_ext.graph.inputs import Inputs, parse_inputs
-from amct_ext.prune.cost import LayerWork
+from amct_ext.prune.cost import LayerCost
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.selection import removal_count
 from amct_ext.record.attributes import read_attribute, write_attribute
@@ -59,7 +59,7 @@ def cut(inputs: Inputs, samples: slice) -> Inputs:
     return inputs.map(lambda item: item[samples])
 
 
-def graph_info(works: Mapping[str, LayerWork]) -> dict[str, dict[str, Any]]:
+def graph_info(works: Mapping[str, LayerCost]) -> dict[str, dict[str, Any]]:
     """AMCT's table of layers; "work" is ours, from which exact costs follow."""
     return {
         name: {"cin": work.inputs, "cout": work.outputs, "ori_cout": work.outputs, _COST: work.original, "work": work}
@@ -73,8 +73,8 @@ def search_records(groups: Sequence[ChannelGroup]) -> Any:
     for message, group in zip(messages, groups, strict=True):
         nodes, members = [*message.producer, *message.consumer], [*group.producers, *group.consumers]
         for node, member in zip(nodes, members, strict=True):
-            if member.places:
-                write_attribute(node, _INDEX_PAIRS, "INTS", [number for pair in member.places for number in pair])
+            if member.index_pairs:
+                write_attribute(node, _INDEX_PAIRS, "INTS", [number for pair in member.index_pairs for number in pair])
     return messages
 
 
@@ -86,7 +86,7 @@ def read_group(record: Any) -> ChannelGroup:
             numbers = read_attribute(node, _INDEX_PAIRS, "INTS", lambda: "search_records")
             if numbers:
                 pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
-                members[number] = replace(members[number], places=pairs, end=max(numbers[1::2]) + 1)
+                members[number] = replace(members[number], index_pairs=pairs, end=max(numbers[1::2]) + 1)
     return group
 
 
@@ -131,8 +131,8 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
     """Narrow the layers of `info` by the channels that records lost (record number -> count), costs in proportion."""
     for index, count in lost.items():
         group = read_group(records[index])
-        sides = [(member, "cout", "given_outputs") for member in group.producers]
-        sides += [(member, "cin", "given_inputs") for member in group.consumers]
+        sides = [(member, "cout", "already_removed_outputs") for member in group.producers]
+        sides += [(member, "cin", "already_removed_inputs") for member in group.consumers]
         for member, side, given in sides:
             entry = info.get(member.name)
             if entry is None:
@@ -147,7 +147,7 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
 
 def removable(group: ChannelGroup, ascend_optimized: bool, max_prune_ratio: float) -> tuple[int, ...]:
     """How many channels may go, from 0 up: only counts that create arrives at from the ratio that they make."""
-    n, blocks = group.count, group.blocks or 1
+    n, blocks = group.count, group.equal_subgroups or 1
     fewest = n * (1 - max_prune_ratio) - 1e-6 * n
     return 0, *(
         count

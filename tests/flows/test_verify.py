@@ -14,7 +14,7 @@ from torch import nn
 import amct_ext
 from amct_ext import verify_pruning
 from amct_ext.errors import InputDataError, ModelError, RecordError
-from amct_ext.flows.verify import prove_records
+from amct_ext.flows.verify import compare_records
 from amct_ext.model_surgery.session import session_of
 
 
@@ -77,15 +77,15 @@ def test_a_wrong_removal_is_seen() -> None:
     """A reader that loses another channel than its producer computes something else."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    from support.models.channel_nets import planned
+    from support.checks.planned_channels import planned
 
     data = torch.randn(3, 4)
     _, (record,) = planned(net, data, ratio=0.5)
-    assert prove_records(net, (record,), data)[1].error < 1e-6
+    assert compare_records(net, (record,), data)[1].error < 1e-6
     gone = record.producers[0].prune_index
     others = tuple(index for index in range(6) if index not in gone)
     wrong = replace(record, consumers=tuple(replace(node, prune_index=others) for node in record.consumers))
-    assert prove_records(net, (wrong,), data)[1].error > 1e-2
+    assert compare_records(net, (wrong,), data)[1].error > 1e-2
 
 
 def test_a_model_that_is_not_pruned() -> None:

@@ -83,7 +83,7 @@ def test_in_place_ops_make_new_values_also_for_aliases():
 def test_parameters_buffers_and_constants_have_no_producer():
     net = Net(lambda m, x: x * m.scale + m.offset + torch.tensor(2.0), scale=nn.Parameter(torch.ones(3, 1, 1)))
     net.register_buffer("offset", torch.zeros(1))
-    kinds = {(value.kind, value.name) for value in trace(net, image()).sources}
+    kinds = {(value.kind, value.name) for value in trace(net, image()).leaf_values}
     assert {("input", ""), ("parameter", "scale"), ("buffer", "offset")} <= kinds
 
 

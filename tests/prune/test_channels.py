@@ -7,8 +7,8 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import masked, outputs
-from support.models.channel_nets import plain, planned
+from support.checks.planned_channels import plain, planned
+from support.checks.pruning_check import masked, outputs
 from support.models.graph_nets import Net, conv, image
 from torch import nn
 
@@ -96,7 +96,7 @@ def test_channels_that_training_adds_to_others_stay():
 
     net = Net(forward, a=conv(3, 8), aux=conv(3, 8), head=nn.Linear(8, 2)).eval()
     found, records = planned(net, image())
-    assert records == () and "combines the channels with the output of aux" in found.why_not()["a"]
+    assert records == () and "combines the channels with the output of aux" in found.unpruned_reasons()["a"]
 
 
 def test_a_head_that_training_cannot_read_smaller_is_seen():

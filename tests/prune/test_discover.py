@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models.channel_nets import planned, why_not
+from support.checks.planned_channels import planned, unpruned_reasons
 from support.models.graph_nets import Net, conv, image
 from torch import nn
 
@@ -86,19 +86,19 @@ def reuse(m, x):
     ],
 )  # fmt: skip
 def test_channels_that_stay_have_a_reason(network, layer, reason):
-    found = why_not(network(), image())
+    found = unpruned_reasons(network(), image())
     assert layer not in found if reason is None else reason in found[layer], found
 
 
 def test_a_batchnorm_over_tokens_without_statistics_mixes_the_channels():
     net = nn.Sequential(nn.Linear(8, 20), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(20, 3))
-    assert "1 normalises over the channels" in why_not(net, torch.randn(2, 5, 8))["0"]
+    assert "1 normalises over the channels" in unpruned_reasons(net, torch.randn(2, 5, 8))["0"]
 
 
 def test_layers_with_a_common_weight_stay():
     net = nn.Sequential(conv(3, 3), nn.ReLU(), conv(3, 3), conv(3, 2))
     net[2].weight = net[0].weight
-    assert "shares a parameter with 2" in why_not(net, image())["0"]
+    assert "shares a parameter with 2" in unpruned_reasons(net, image())["0"]
 
 
 def test_a_skipped_layer_keeps_its_channels_and_may_lose_inputs():
@@ -114,7 +114,7 @@ def test_a_rule_that_raises_keeps_the_channels_and_leaves_a_trace(monkeypatch, c
     monkeypatch.setattr("amct_ext.prune.discover.op_rule", lambda node: broken)
     net = Net(lambda m, x: m.out(m.a(x).relu()), a=conv(3, 4), out=conv(4, 2))
     with caplog.at_level(logging.DEBUG, "amct_ext"):
-        reasons = why_not(net, image())
+        reasons = unpruned_reasons(net, image())
     assert reasons["a"] == "the rule for /Relu (relu) does not fit it: 'no such argument'"
     (record,) = [record for record in caplog.records if "its rule raised" in record.message]
     assert record.exc_info is not None and record.exc_info[0] is KeyError

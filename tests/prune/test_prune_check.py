@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.models.channel_nets import plain, planned
+from support.checks.planned_channels import plain, planned
 from support.models.graph_nets import conv, image
 from torch import nn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove
+from support.checks.pruning_check import check_pruning
 from support.models.graph_nets import Net
 from support.models.pruning_nets import Bottleneck, Dense, Inverted, conv, head, image
 from torch import nn
@@ -152,5 +152,5 @@ def _axes(a, b):
 def test_network(name):
     build, data, expected = NETWORKS[name]
     skip = ("stays",)
-    cut, stays = prove(build(), data, skip=skip)
+    cut, stays = check_pruning(build(), data, skip=skip)
     assert cut == expected, stays

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from support.checks.pruning_proof import prove
-from support.models.channel_nets import planned
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning
 from support.models.graph_nets import Net
 from torch import nn
 
@@ -53,7 +53,7 @@ def tokens():
 @pytest.mark.parametrize("scale", ["size of queries", "attribute", "both", "tensor", "kept"])
 def test_the_softmax_stays(scale):
     torch.manual_seed(0)
-    cut, stays = prove(nn.Sequential(Attention(scale), nn.Linear(16, 3)), tokens(), mixes=True)
+    cut, stays = check_pruning(nn.Sequential(Attention(scale), nn.Linear(16, 3)), tokens(), mixes=True)
     assert cut >= {"0.q", "0.k", "0.v"}, stays
 
 
@@ -85,5 +85,5 @@ def test_parts_of_one_layer_are_scaled_apart():
 
     torch.manual_seed(0)
     net = nn.Sequential(Net(forward, qkv=nn.Linear(16, 96), out=nn.Linear(32, 16)), nn.Linear(16, 3))
-    cut, stays = prove(net, tokens(), mixes=True)
+    cut, stays = check_pruning(net, tokens(), mixes=True)
     assert "0.qkv" in cut, stays

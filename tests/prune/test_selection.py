@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.channel_nets import plain, planned
+from support.checks.planned_channels import plain, planned
 from support.models.graph_nets import Net, conv, image
 
 from amct_ext.config.plan import LayerPlan, Plan

@@ -1,8 +1,8 @@
-"""Operators that several places treat alike, by name."""
+"""Names of operators with the same rule, or the same treatment in a masked run."""
 
 from __future__ import annotations
 
-# Ops that read channels, and ops that compute over them: what is gone is zero for the former, left out by the latter.
+# A masked run zeroes removed channels in inputs of PRODUCTS, and drops them in NORMS and STATISTICS.
 MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ATTENTIONS = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove, replay
-from support.models.channel_nets import planned
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning, replay
 from torch import nn
 
 
@@ -66,7 +66,7 @@ ATTENTION = {
 def test_attention_loses_channels_in_each_head(name):
     torch.manual_seed(0)
     settings = ATTENTION[name]
-    cut, stays = prove(attended(**settings), tokens(), mixes=True)
+    cut, stays = check_pruning(attended(**settings), tokens(), mixes=True)
     assert cut >= {"1.q", "1.kv"}, stays
 
 
@@ -97,5 +97,5 @@ def test_multihead_attention_of_torch_keeps_its_channels_and_its_neighbours_go()
             x = x + self.attention(x, x, x, need_weights=False)[0]
             return x + self.b(F.gelu(self.a(x)))
 
-    cut, _ = prove(nn.Sequential(Block(), Block()), tokens(8), mixes=True)
+    cut, _ = check_pruning(nn.Sequential(Block(), Block()), tokens(8), mixes=True)
     assert {"0.a", "1.a"} <= cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove, refusal
+from support.checks.pruning_check import check_pruning, refusal
 from support.models.graph_nets import Net
 from support.models.pruning_nets import conv, image
 from torch import nn
@@ -123,7 +123,7 @@ MOVED = {
 def test_channels_are_followed(name):
     torch.manual_seed(0)
     build, wanted = MOVED[name]
-    cut, stays = prove(build(), image())
+    cut, stays = check_pruning(build(), image())
     assert cut == wanted, stays
 
 
@@ -131,8 +131,8 @@ def test_kept_channels_are_those_cut_by_hand_from_a_shuffle_unit():
     """The cut network is built by hand in torch: only its weights come from the whole one."""
     import copy
 
-    from support.checks.pruning_proof import outputs, replay
-    from support.models.channel_nets import planned
+    from support.checks.planned_channels import planned
+    from support.checks.pruning_check import outputs, replay
 
     torch.manual_seed(0)
     net, data = MOVED["ShuffleNet unit"][0]().eval(), image()

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import outputs, prove, refusal, replay
-from support.models.channel_nets import planned
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning, outputs, refusal, replay
 from support.models.graph_nets import Net
 from support.models.pruning_nets import conv, image
 from torch import nn
@@ -111,7 +111,7 @@ def test_norms_lose_what_their_input_loses(name):
     net = build()
     if name == "weight norm by hand":
         net.g = nn.Parameter(torch.rand(8, 1) + 0.5)
-    cut, stays = prove(net, data(), mixes=True)
+    cut, stays = check_pruning(net, data(), mixes=True)
     assert "a" in cut, stays
 
 
@@ -173,5 +173,5 @@ def test_a_norm_whose_result_nothing_reads_still_has_to_fit():
     torch.manual_seed(0)
     net = Net(lambda m, x: (lambda y: (m.norm(y), m.out(y))[1])(m.a(x)), a=conv(3, 4), norm=nn.GroupNorm(2, 4),
               out=conv(4, 2))  # fmt: skip
-    assert prove(net, image(), ratio=0.5)[0] == {"a"}
-    assert prove(net, image(), ratio=0.2)[0] == {"a"}  # one of four is rounded up to one of each group
+    assert check_pruning(net, image(), ratio=0.5)[0] == {"a"}
+    assert check_pruning(net, image(), ratio=0.2)[0] == {"a"}  # one of four is rounded up to one of each group

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import outputs, prove, refusal, replay
-from support.models.channel_nets import planned
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning, outputs, refusal, replay
 from support.models.graph_nets import Net
 from support.models.pruning_nets import conv, image
 from torch import nn
@@ -100,14 +100,14 @@ def test_products_lose_channels(name):
     torch.manual_seed(0)
     build, wanted = PRODUCTS[name]
     net, data = build()
-    cut, stays = prove(net, data, mixes=name.startswith("standardised"))
+    cut, stays = check_pruning(net, data, mixes=name.startswith("standardised"))
     assert cut == wanted, stays
 
 
 def test_a_weight_of_no_layer_is_cut_where_a_layer_feeds_it():
     torch.manual_seed(0)
     net = Net(lambda m, x: m.out(m.mid(F.gelu(m.a(x)))), a=nn.Linear(6, 8), mid=Conv1D(8, 4), out=nn.Linear(4, 2))
-    cut, _ = prove(net, tokens(), mixes=True)
+    cut, _ = check_pruning(net, tokens(), mixes=True)
     assert cut == {"a"}
 
 
@@ -115,7 +115,7 @@ def test_experts_in_one_parameter():
     torch.manual_seed(0)
     net = Net(lambda m, x: m.out(torch.bmm(F.gelu(m.a(x)), m.w).sum(0)), a=nn.Linear(6, 8), out=nn.Linear(4, 2))
     net.w = nn.Parameter(torch.randn(3, 8, 4))
-    cut, _ = prove(net, tokens(batch=3), mixes=True)
+    cut, _ = check_pruning(net, tokens(batch=3), mixes=True)
     assert cut == {"a"}
 
 
@@ -123,28 +123,28 @@ def test_an_embedding_loses_columns():
     torch.manual_seed(0)
     net = Net(lambda m, x, i: m.out(m.table(i) + m.a(x)), a=nn.Linear(6, 8), table=nn.Embedding(9, 8),
               out=nn.Linear(8, 2))  # fmt: skip
-    assert prove(net, (tokens(), torch.randint(9, (2, 5))))[0] == {"a"}
+    assert check_pruning(net, (tokens(), torch.randint(9, (2, 5))))[0] == {"a"}
 
 
 def test_bilinear_products_of_two_layers():
     torch.manual_seed(0)
     net = Net(lambda m, x: m.out((m.a(x) @ m.b(x).transpose(1, 2)).softmax(-1) @ m.c(x)), a=nn.Linear(6, 8),
               b=nn.Linear(6, 8), c=nn.Linear(6, 7), out=nn.Linear(7, 2))  # fmt: skip
-    assert prove(net, tokens(), mixes=True)[0] == {"a", "b", "c"}
+    assert check_pruning(net, tokens(), mixes=True)[0] == {"a", "b", "c"}
 
 
 def test_a_product_of_channels_with_themselves():
     torch.manual_seed(0)
     net = Net(lambda m, x: m.out((lambda y: y @ (y.transpose(1, 2) @ y))(m.a(x))), a=nn.Linear(6, 8),
               out=nn.Linear(8, 2))  # fmt: skip
-    assert prove(net, tokens(), mixes=True)[0] == {"a"}
+    assert check_pruning(net, tokens(), mixes=True)[0] == {"a"}
 
 
 def test_einsum():
     torch.manual_seed(0)
     net = Net(lambda m, x: m.out(torch.einsum("bnc,bmc->bnm", m.a(x), m.b(x)) @ m.c(x)), a=nn.Linear(6, 8),
               b=nn.Linear(6, 8), c=nn.Linear(6, 7), out=nn.Linear(7, 2))  # fmt: skip
-    assert prove(net, tokens(), mixes=True)[0] == {"a", "b", "c"}
+    assert check_pruning(net, tokens(), mixes=True)[0] == {"a", "b", "c"}
 
 
 def test_mixing_over_tokens():
@@ -162,7 +162,7 @@ def test_mixing_over_tokens():
             return x + self.c2(F.gelu(self.c1(self.norm2(x))))
 
     torch.manual_seed(0)
-    cut, stays = prove(nn.Sequential(nn.Linear(6, 8), Mixer(), Mixer(), nn.Linear(8, 3)), tokens(), mixes=True)
+    cut, stays = check_pruning(nn.Sequential(nn.Linear(6, 8), Mixer(), Mixer(), nn.Linear(8, 3)), tokens(), mixes=True)
     assert cut == {"0", *(f"{i}.{name}" for i in (1, 2) for name in ("t1", "c1", "c2"))}, stays
 
 

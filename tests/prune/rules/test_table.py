@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.checks.pruning_proof import refusal
+from support.checks.pruning_check import refusal
 from support.models.graph_nets import Net
 from support.models.pruning_nets import conv, image
 
