@@ -112,7 +112,7 @@ def test_models_whose_package_is_missing_get_no_result(
 def test_a_part_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TookTooLongError, match=r"0\.05 s"), time_limit(0.05):
         time.sleep(5)
-    monkeypatch.setattr(measuring.peer, "prune", lambda *_: time.sleep(5))
+    monkeypatch.setattr(measuring.torch_pruning_pruner, "prune", lambda *_: time.sleep(5))
     result = measure(GATED, ("peer",), seconds=0.05)
     assert result.peer is not None and "not done" in result.peer.error
 

@@ -57,6 +57,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "graph": {
         "onnx_names": "graph/test_trace.py",
+        "operators": "prune/test_equivalence.py",
         "recorder": "graph/test_trace.py",
         "run": "graph/test_trace.py",
         "tensor_values": "graph/test_trace.py",
@@ -91,7 +92,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "search_space": "flows/test_channel_search.py",
     },
     "prune/rules": {
-        "operators": "prune/test_equivalence.py",
         "scaling": "prune/test_rescale.py",
         "types": "prune/rules/test_table.py",
     },

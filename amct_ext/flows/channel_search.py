@@ -217,7 +217,7 @@ def _lost(group: ChannelGroup, prune: FilterPrune) -> int:
 def _viable(
     groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, discovery: Discovery, traced: Inputs
 ) -> list[ChannelGroup]:
-    """Leave out groups that create would drop: the model fails its trial forward without their channels."""
+    """Leave out groups that create would drop: the pruned model fails or differs."""
     records = []
     for group in groups:
         blocks = group.equal_subgroups or 1

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from amct_ext.graph.values import Value
 
 READ = "() of a tensor"  # behind the function that the model's code calls
-READ_BY_TORCH = "a value that an operator reads on the host"
+HOST_SYNC = "a value that an operator reads on the host"
 _OPERATOR = "operator "
 
 # Operators that are neither of torch's core nor decomposed into it, and have a translation to ONNX. Includes
@@ -58,7 +58,7 @@ class ExportRisk:
     @property
     def specializes(self) -> bool:
         """Whether save traces one forward for it, or is likely to; for the others only a try shows it."""
-        return not self.what.startswith(_OPERATOR) and self.what != READ_BY_TORCH
+        return not self.what.startswith(_OPERATOR) and self.what != HOST_SYNC
 
     @property
     def read(self) -> bool:
@@ -84,7 +84,7 @@ def export_problem(func: OpOverload, inputs: Sequence[Value]) -> str:
     ):
         return f"sizes that depend on values ({name})"
     if name == "_local_scalar_dense":
-        return READ_BY_TORCH
+        return HOST_SYNC
     if namespace == "aten" and name in _WITHOUT_TRANSLATION:
         return f"an operator that torch.export cannot translate ({name})"
     if namespace == "aten" and name not in _PARTLY_TRANSLATED and (name in _TRANSLATED or _is_core_or_decomposed(name)):

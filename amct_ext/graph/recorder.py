@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
-from amct_ext.graph.export_risks import READ, READ_BY_TORCH, ExportRisk, export_problem
+from amct_ext.graph.export_risks import HOST_SYNC, READ, ExportRisk, export_problem
 from amct_ext.graph.host_reads import HostReads, caller
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.onnx_names import NodeNames
@@ -162,7 +162,7 @@ class Recorder(TorchDispatchMode):
     def _note_risk(self, what: str) -> None:
         module = next((scope for scope in reversed(self._log.scopes) if scope), "")
         risk = ExportRisk(what, caller(), module)
-        if what == READ_BY_TORCH and any(risk.location == other.location and other.read for other in self.export_risks):
+        if what == HOST_SYNC and any(risk.location == other.location and other.read for other in self.export_risks):
             return  # what the model's code reads is named with the function it calls
         self.export_risks[risk] = None
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.export_risks import ExportRisk
 from amct_ext.graph.functional_layers import find_functional_layers
 from amct_ext.graph.inputs import parse_inputs
+from amct_ext.graph.operators import BATCH_NORM_OPS
 from amct_ext.graph.probes import confirmed_unused, eval_only_layers, removed_by_eval_call
 from amct_ext.graph.products import find_products
 from amct_ext.graph.recorder import Recording, record
@@ -28,8 +29,7 @@ _EVAL_ONLY = (
 )
 _REMOVED_BY_EVAL = "model.eval() takes it out of the forward (a train() of its own that merges it into another layer?)"
 _WRITTEN = "forward writes its weight or bias itself"
-# Ops that a BatchNorm becomes.
-_NORM_OPS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm")
+
 _RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "permute", "transpose", "t")
 
 
@@ -126,15 +126,15 @@ class Graph:
         """The module whose only BatchNorm a node is: a plain one, or that in a forward of its own; '' where none."""
         if node.op in BATCH_NORMS:
             return node.name if len(self.calls[node.name]) == 1 else ""
-        if node.op not in _NORM_OPS:
+        if node.op not in BATCH_NORM_OPS:
             return ""
-        read = {key: node.args.get(key) for key in ("running_mean", "running_var", "weight", "bias")}
+        read = {key: node.args.get(key) for key in BATCH_NORM_TENSORS}
         names = {value.name for value in read.values() if isinstance(value, Value)}
         owner = next(iter(names), "").rpartition(".")[0]
         if not owner or names != {f"{owner}.{key}" for key, value in read.items() if value is not None}:
             return ""
         mean = read["running_mean"]
-        uses = sum(other.op in _NORM_OPS and other.args.get("running_mean") is mean for other in self.nodes)
+        uses = sum(other.op in BATCH_NORM_OPS and other.args.get("running_mean") is mean for other in self.nodes)
         return owner if uses == 1 and isinstance(mean, Value) and not node.args.get("training") else ""
 
     def fed_by_relu(self, layer: str) -> bool:

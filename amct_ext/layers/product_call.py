@@ -69,7 +69,7 @@ class TensorLike:
 
 @dataclass(frozen=True)
 class Product:
-    """The product in the forward of a module, as a trial run found it.
+    """The product in the forward of a module, as a run of the model found it.
 
     kind: layer type whose product it is. weight_is_in_out: its weight is [in, out]. weight_is_parameter: it is the
     parameter itself, not computed from it. args, kwargs: arguments of the forward, tensors by shape and type. parent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -178,10 +179,17 @@ def first_seen(values: Tensor) -> Tensor:
     return ordered
 
 
+def merge_along(ids: Tensor, axes: Iterable[int], coupling: Coupling, where: str) -> Tensor:
+    """Join all ids along some axes; returns them with size 1 there."""
+    merged = ids
+    for axis in axes:
+        merged = merged.narrow(axis, 0, 1)
+    if merged.shape != ids.shape:
+        coupling.join(merged, ids, where)
+    return merged
+
+
 def collapse_to_axis(ids: Tensor, axis: int, size: int, coupling: Coupling, where: str) -> Tensor:
     """ids as a vector along one axis; all ids at one of its indices become one channel."""
-    vectors = ids.movedim(axis, 0).flatten(1)
-    if vectors.shape[1] > 1:
-        coupling.join(vectors[:, :1], vectors, where)
-    vector = vectors[:, 0]
+    vector = merge_along(ids, [other for other in range(ids.dim()) if other != axis], coupling, where).flatten()
     return vector.expand(size) if len(vector) == 1 else vector

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, Family, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.tensor_values import RELATIONS
@@ -24,7 +24,7 @@ from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 
 _logger = logging.getLogger("amct_ext")
 
-LAYER_TENSORS = ("weight", "bias", "running_mean", "running_var")  # what removal cuts with a layer
+
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
 
 
@@ -100,11 +100,11 @@ class _Walk:
             elif self._matters(node) and any(self.context.of(value) for value in node.inputs):
                 self._op(node)
         except CannotFollow as reason:
-            self._keep_whole(node, str(reason))
+            self._freeze_all(node, str(reason))
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             # Unexpected call form: treated as an op without a rule. The log tells it from a broken rule.
             _logger.debug("%s (%s): its rule raised", node.name, node.op, exc_info=True)
-            self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
+            self._freeze_all(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
 
     def _matters(self, node: Node) -> bool:
         """Whether an op's result is read, or its inputs have to fit each other."""
@@ -112,14 +112,14 @@ class _Walk:
             return True
         return node.op not in RELATIONS and sum(v is not None and v.kind != "constant" for v in node.inputs) > 1
 
-    def _keep_whole(self, node: Node, reason: str) -> None:
+    def _freeze_all(self, node: Node, reason: str) -> None:
         for value in (*node.inputs, *node.outputs):
             self.coupling.freeze_all(self.context.of(value), reason)
 
     def is_covered(self, source: ParameterAxis) -> bool:
         """Whether an axis is cut with a layer."""
         name, _, key = source.name.rpartition(".")
-        if source.axis is None or key not in LAYER_TENSORS:
+        if source.axis is None or key not in BATCH_NORM_TENSORS:
             return source.axis is None
         owner = self._modules.get(name)
         kind = kind_of(owner) if owner is not None else None
@@ -137,7 +137,7 @@ class _Walk:
             return
         kind = kind_of(self._modules[owner])
         assert kind is not None
-        if not self._asked(owner) or self._fixed_shapes.get(owner):
+        if not self._is_to_prune(owner) or self._fixed_shapes.get(owner):
             self.coupling.freeze(ids, self._fixed_shapes.get(owner) or f"{owner} keeps its channels")
             return
         source = ParameterAxis(f"{owner}.weight", kind.weight_axes[1])
@@ -188,7 +188,7 @@ class _Walk:
                 self.coupling.freeze_all(maps, f"{node.name} ({node.op}) changes their number")
             self.context.maps[output] = fitting
 
-    def _asked(self, name: str) -> bool:
+    def _is_to_prune(self, name: str) -> bool:
         settings = self._plan.layers.get(name)
         return settings is not None and isinstance(settings.prune, FilterPrune)
 
@@ -209,7 +209,7 @@ class _Walk:
             self._fixed_readers.add(node.name)
             return
         if kind.family is Family.BATCH_NORM and maps[0].axis != 1:
-            self._across(node, maps)
+            self._over_other_axis(node, maps)
             return
         reason_to_stay = self._fixed_shapes.get(node.name)
         if reason_to_stay:
@@ -228,7 +228,7 @@ class _Walk:
             self._convolution(node, ids)
 
     def _produce(self, node: Node, kind: LayerKind) -> None:
-        if not self._asked(node.name) or len(node.outputs) != 1:
+        if not self._is_to_prune(node.name) or len(node.outputs) != 1:
             return
         module, output = self._modules[node.name], node.outputs[0]
         groups = int(getattr(module, "groups", 1))
@@ -252,7 +252,7 @@ class _Walk:
         if not known:
             self.coupling.add_consumer(AxisUse(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
 
-    def _across(self, node: Node, maps: Maps) -> None:
+    def _over_other_axis(self, node: Node, maps: Maps) -> None:
         """BatchNorm over another axis (tokens): its weight is indexed by that axis, so it loses nothing."""
         if self._modules[node.name].running_mean is None:
             raise CannotFollow(f"{node.name} normalises over the channels, so removing some would change the others")

@@ -136,12 +136,12 @@ class Grouping:
                     stays = True
                     for group in open_groups:
                         group.frozen_reason = f"{where} needs equally many of the channels in each of its parts"
-        for numbers in _united([numbers for _, _, numbers in demands], len(self.groups)):
+        for numbers in _merged_sets([numbers for _, _, numbers in demands], len(self.groups)):
             groups = [self.groups[number] for number in numbers]
             if any(group.frozen_reason for group in groups):
                 continue
-            columns = [self._rows_of(channels, groups, numbers) for channels, _, n in demands if n[0] in numbers]
-            table = torch.stack(columns)
+            inside = [channels for channels, _, own in demands if own[0] in numbers]
+            table = torch.stack([self._row_of_each_channel(channels, groups, numbers) for channels in inside])
             subgroups = torch.unique(table, dim=1, return_inverse=True)[1]
             subgroups = torch.where((table < 0).all(0), -1, subgroups)
             subgroups = _renumbered(subgroups)
@@ -161,7 +161,7 @@ class Grouping:
         together = torch.cat(different)
         return len({len(row) for row in different}) == 1 and len(together) == len(together.unique())
 
-    def _rows_of(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
+    def _row_of_each_channel(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
         """The row of each channel of some groups, one after another; -1 for none."""
         result = [torch.full((group.count,), -1) for group in groups]
         group_of, position_in_group = self._group_of[channels], self._position_in_group[channels]
@@ -179,7 +179,7 @@ def _renumbered(subgroups: Tensor) -> Tensor:
     return result
 
 
-def _united(sets: list[list[int]], count: int) -> list[list[int]]:
+def _merged_sets(sets: list[list[int]], count: int) -> list[list[int]]:
     """Sets of numbers that overlap, united; ascending."""
     root = list(range(count))
 

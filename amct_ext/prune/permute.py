@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, Family, is_depthwise, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.graph.inputs import Inputs
@@ -23,7 +23,7 @@ _ROWS = 512  # of the weights that read a group; more are taken at even distance
 # The halves of eight channels, the first channel in the first half.
 _HALVES = torch.tensor([(0, *rest) for rest in itertools.combinations(range(1, 8), 3)])
 _OTHER_HALVES = torch.tensor([[i for i in range(8) if i not in half] for half in _HALVES.tolist()])
-_BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 
 _logger = logging.getLogger("amct_ext")
 
@@ -46,7 +46,7 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
     everything = {name: replace(layer, prune=FilterPrune(0.5)) for name, layer in plan.layers.items()}
     modules, orders = dict(model.named_modules()), {}
     for group in discover(graph, replace(plan, layers=everything), model).prunable:
-        if not _is_plain(group):
+        if not _is_reorderable(group):
             continue
         rows = [rows for member in group.consumers for rows in _rows_of(member, group, plan, modules)]
         if rows and group.count >= 8:
@@ -64,7 +64,7 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
     return {group.producers[0].name: order for group, order in orders.items()}
 
 
-def _is_plain(group: ChannelGroup) -> bool:
+def _is_reorderable(group: ChannelGroup) -> bool:
     """Whether layers alone make and read the channels, all that a layer makes, in the same order everywhere."""
     members = [*group.producers, *group.consumers]
     return group.subgroups is None and not any(m.index_pairs or m.type == INITIALIZER for m in members)
@@ -165,7 +165,7 @@ def _tensors_of(
         names: tuple[str, ...] = ("weight",)
         axis = kind.weight_axes[1 if produces else 0]
         if kind.family is Family.BATCH_NORM:
-            names = _BATCH_NORM_TENSORS
+            names = BATCH_NORM_TENSORS
         elif produces or is_depthwise(module):
             names, axis = ("weight", "bias"), kind.weight_axes[1] if produces else 0
         for name in names:

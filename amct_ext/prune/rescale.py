@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import kind_of
+from amct_ext.graph.operators import MATRIX_PRODUCTS
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.coupling import ParameterAxis
 from amct_ext.prune.discovery import Discovery
-from amct_ext.prune.rules.operators import MATRIX_PRODUCTS
 from amct_ext.prune.rules.scaling import Origin, origin_of, scalar
 from amct_ext.prune.rules.types import Maps
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from amct_ext.graph.inputs import Inputs
+from amct_ext.graph.operators import GROUP_NORM, LAYER_NORMS, NORMS, PRODUCTS, STATISTICS
 from amct_ext.graph.recorder import Recorder, op_name
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
 from amct_ext.prune.discovery import Discovery
-from amct_ext.prune.rules.operators import GROUP_NORM, LAYER_NORMS, NORMS, PRODUCTS, STATISTICS
 from amct_ext.prune.rules.types import dims_of
 from amct_ext.prune.sizes import expected_shape, keep_mask
 

@@ -28,14 +28,14 @@ def pruned(tmp_path: Path) -> nn.Module:
 
 def test_numbers(pruned: nn.Module) -> None:
     original = small.build()
-    proof = verify_pruning(original, pruned, small.SAMPLE)
-    assert proof.error < 1e-5
+    comparison = verify_pruning(original, pruned, small.SAMPLE)
+    assert comparison.error < 1e-5
     whole = sum(p.numel() for p in original.parameters())
-    assert proof.parameters_left == sum(p.numel() for p in pruned.parameters()) / whole
+    assert comparison.parameters_left == sum(p.numel() for p in pruned.parameters()) / whole
     producers = [n for r in session_of(pruned).channel for n in r.producers if n.prune_index]
-    assert proof.removed == sum(len(node.prune_index) for node in producers) > 0
-    assert proof.channels == sum(node.end - node.begin for node in producers)
-    assert str(proof).startswith(f"{proof.removed} of {proof.channels} channels removed, ")
+    assert comparison.removed == sum(len(node.prune_index) for node in producers) > 0
+    assert comparison.channels == sum(node.end - node.begin for node in producers)
+    assert str(comparison).startswith(f"{comparison.removed} of {comparison.channels} channels removed, ")
 
 
 def test_neither_model_is_changed(pruned: nn.Module) -> None:

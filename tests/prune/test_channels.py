@@ -1,4 +1,4 @@
-"""Physical removal, the trial of the smaller model, and the way back."""
+"""Physical removal, the comparison with the unpruned model, and the way back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_parameters_keep_what_the_user_set():
     net(image()).sum().backward()
 
 
-def test_nothing_is_disturbed_by_the_trial():
+def test_nothing_is_disturbed_by_the_comparison():
     net = plain().train()
     net[1].eval()
     found, records = planned(net, image())

@@ -58,7 +58,7 @@ def test_groups_that_lose_alike_are_linked():
     one, two, *_ = groups(grouped_concat(), image())
     assert one.tied_groups == [one, two] == two.tied_groups
     assert one.subgroups.tolist() == [0] * 6 and two.subgroups.tolist() == [1] * 6
-    assert one.blocks is None
+    assert one.equal_subgroups is None
 
 
 def test_linked_groups_lose_in_proportion():

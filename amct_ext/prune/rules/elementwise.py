@@ -37,9 +37,9 @@ def broadcast_join(node: Node, values: Sequence[Value | None], shape: tuple[int,
     result: list[ChannelMap] = []
     for axis in dict.fromkeys(channel_map.axis for _, channel_map in placed):
         here = [(value, channel_map) for value, channel_map in placed if channel_map.axis == axis]
-        fixed = _fixed_along(axis, operands, [value for value, _ in here], len(shape))
+        fixed = _operand_without_channels(axis, operands, [value for value, _ in here], len(shape))
         if fixed is not None:
-            reason = f"{node.name} combines the channels with {origin(fixed)}, whose channels stay"
+            reason = f"{node.name} combines the channels with {describe(fixed)}, whose channels stay"
             context.coupling.freeze_all(tuple(channel_map for _, channel_map in here), reason)
             continue
         joined = here[0][1]
@@ -69,7 +69,7 @@ def concatenate(node: Node, context: Context) -> Mapping[int, Maps]:
             *[[size if at != dim else 1 for at, size in enumerate(maps[0].ids.shape)] for _, maps in here if maps]
         )
         if axis != dim and all(not maps or maps[0].ids.shape[dim] == 1 for _, maps in here):
-            joined = _side_by_side(node, here, context)
+            joined = _joined_maps(node, here, context)
         else:
             ids = torch.cat(
                 [
@@ -94,13 +94,13 @@ def stack(node: Node, context: Context) -> Mapping[int, Maps]:
     result: list[ChannelMap] = []
     for axis in dict.fromkeys(channel_map.axis for value in values for channel_map in context.of(value)):
         here = [(value, [item for item in context.of(value) if item.axis == axis]) for value in values]
-        joined = _side_by_side(node, here, context)
+        joined = _joined_maps(node, here, context)
         if joined is not None:
             result.append(ChannelMap(joined.ids.unsqueeze(dim), axis + (axis >= dim)))
     return {0: tuple(result)}
 
 
-def _side_by_side(node: Node, here: Sequence[tuple[Value, list[ChannelMap]]], context: Context) -> ChannelMap | None:
+def _joined_maps(node: Node, here: Sequence[tuple[Value, list[ChannelMap]]], context: Context) -> ChannelMap | None:
     """One map of tensors with the same channels along the same axis, None where one of them has channels that stay."""
     maps = [item for _, listed in here for item in listed]
     if any(len(listed) != 1 for _, listed in here):
@@ -113,7 +113,7 @@ def _side_by_side(node: Node, here: Sequence[tuple[Value, list[ChannelMap]]], co
     return joined
 
 
-def _fixed_along(axis: int, operands: Sequence[Value], mapped: Sequence[Value], dims: int) -> Value | None:
+def _operand_without_channels(axis: int, operands: Sequence[Value], mapped: Sequence[Value], dims: int) -> Value | None:
     """An operand that has a size of its own along an axis, and no channels there."""
     for value in operands:
         own = axis - (dims - len(value.shape))
@@ -159,7 +159,7 @@ def _record_consumer(
         context.coupling.add_consumer(AxisUse(node.name, operator, ids))
 
 
-def origin(value: Value) -> str:
+def describe(value: Value) -> str:
     """What a value is, for messages; a reshaped parameter is still that parameter."""
     source = value
     while source.producer is not None and source.producer.module is None and len(source.producer.inputs) == 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, from_vector, squeeze_constant_axes
-from amct_ext.prune.coupling import collapse_to_axis
+from amct_ext.prune.coupling import collapse_to_axis, merge_along
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps, Rule
 
 # From the ids and map of input 0 to those of each output; raises CannotFollow.
@@ -55,13 +55,14 @@ def _reshape(node: Node, channel_map: ChannelMap, value: Value, context: Context
     merged, split = _block_of(channel_map.axis, value.shape, shape)
     # Axes behind the channels that are merged with them: each of their indices must lose the same channels, or the
     # survivors would change their order.
-    if _merge_along(channel_map.ids, [axis for axis in merged if axis > channel_map.axis], node, context):
+    behind = [axis for axis in merged if axis > channel_map.axis]
+    if merge_along(channel_map.ids, behind, context.coupling, node.name).shape != channel_map.ids.shape:
         ids = squeeze_constant_axes(channel_map.expanded(value.shape).reshape(shape))
     parts = [axis for axis in split if axis in varying]
     if not parts:
         raise CannotFollow(f"{node.name} mixes the channels with other elements")
     axis = parts[-1]  # heads and groups stay, their size shrinks
-    _merge_along(ids, [other for other in split if other > axis], node, context)
+    merge_along(ids, [other for other in split if other > axis], context.coupling, node.name)
     moved = ChannelMap(ids, axis)
     context.coupling.require_equal_removal(moved.rows(), node.name)
     return [moved]
@@ -80,17 +81,6 @@ def _block_of(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> tup
         if axis < stop:
             return list(range(start, stop)), list(range(first, last))
         start, first = stop, last
-
-
-def _merge_along(ids: Tensor, axes: list[int], node: Node, context: Context) -> bool:
-    """Join all ids along some axes; whether there were several."""
-    first = ids
-    for axis in axes:
-        first = first.narrow(axis, 0, 1)
-    if first.shape == ids.shape:
-        return False
-    context.coupling.join(first, ids, node.name)
-    return True
 
 
 def _as_strided(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -223,7 +213,7 @@ def _channel_shuffle(node: Node, channel_map: ChannelMap, value: Value, context:
     if channel_map.axis != 1:
         raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     vector = _vector(node, channel_map, value.shape[1], context).reshape(node.args["groups"], -1)
-    _merge_along(vector, [0], node, context)  # see _reshape
+    merge_along(vector, [0], context.coupling, node.name)  # see _reshape
     return [from_vector(vector.T.flatten(), 1, len(value.shape))]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import from_vector
 from amct_ext.prune.coupling import collapse_to_axis
@@ -39,8 +40,7 @@ def batch_norm(node: Node, context: Context) -> Mapping[int, Maps]:
     vector = _channels(node, context)
     if vector is None:
         return {0: tuple(passing) if batch_statistics else ()}
-    names = ("weight", "bias", "running_mean", "running_var")
-    maps = _with_parameters(node, context, vector, names)
+    maps = _with_parameters(node, context, vector, BATCH_NORM_TENSORS)
     parameter = node.args.get("weight")
     if isinstance(parameter, Value):
         context.layers.mark_read(node, parameter, vector)
@@ -52,7 +52,7 @@ def _channels(node: Node, context: Context) -> Tensor | None:
     value = node.inputs[0]
     maps = [item for item in context.of(value) if item.axis == 1]
     if value is None or not maps:
-        for name in ("weight", "bias", "running_mean", "running_var"):
+        for name in BATCH_NORM_TENSORS:
             context.coupling.freeze_all(
                 context.of(node.args.get(name)), f"{node.name} applies it to channels that stay"
             )

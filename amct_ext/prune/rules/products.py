@@ -8,8 +8,8 @@ from torch import Tensor
 
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, from_vector
-from amct_ext.prune.coupling import collapse_to_axis
-from amct_ext.prune.rules.elementwise import origin
+from amct_ext.prune.coupling import collapse_to_axis, merge_along
+from amct_ext.prune.rules.elementwise import describe
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 
 
@@ -34,16 +34,14 @@ def contraction(node: Node, one: Value, two: Value, context: Context) -> Maps:
     left_inner = [item for item in left if item.axis == inner]
     right_inner = [item for item in right if item.axis == other_inner]
     if left_inner and right_inner:
-        a, b = (
-            _collapse_axis(left_inner[0], rows, node, context),
-            _collapse_axis(right_inner[0], columns, node, context),
-        )
+        a = merge_along(left_inner[0].ids, [rows], context.coupling, node.name)
+        b = merge_along(right_inner[0].ids, [columns], context.coupling, node.name)
         context.coupling.join(a, b.transpose(-1, -2), node.name)
         if a.numel() == one.shape[-1]:
             context.layers.mark_read(node, two, a.flatten())
     else:
         for listed, other in ((left_inner, two), (right_inner, one)):
-            reason = f"{node.name} multiplies the channels by {origin(other)}, whose channels stay"
+            reason = f"{node.name} multiplies the channels by {describe(other)}, whose channels stay"
             context.coupling.freeze_all(tuple(listed), reason)
     result = []
     for listed, summed in ((left, inner), (right, other_inner)):
@@ -150,22 +148,15 @@ def _join_inner(
     context.layers.mark_read(node, weight, arriving, groups if groups > 1 else None)
 
 
-def _collapse_axis(item: ChannelMap, axis: int, node: Node, context: Context) -> Tensor:
-    """ids that are the same along an axis."""
-    if axis not in item.varying_axes:
-        return item.ids
-    first = item.ids.narrow(axis, 0, 1)
-    context.coupling.join(first, item.ids, node.name)
-    return first
-
-
 def _join_term(node: Node, term: Value, item: ChannelMap, shape: tuple[int, ...], context: Context) -> None:
     own = item.axis - (len(shape) - len(term.shape))
     if own < 0 or term.shape[own] == 1:
         return
     listed = [other for other in context.of(term) if other.axis == own]
     if not listed:
-        context.coupling.freeze(item.ids, f"{node.name} combines the channels with {origin(term)}, whose channels stay")
+        context.coupling.freeze(
+            item.ids, f"{node.name} combines the channels with {describe(term)}, whose channels stay"
+        )
         return
     context.coupling.join(item.ids, listed[0].with_leading_axes(len(shape) - len(term.shape)).ids, node.name)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from amct_ext.graph.operators import ATTENTIONS, BATCH_NORM_OPS, GROUP_NORM, LAYER_NORMS, MATRIX_PRODUCTS, STATISTICS
 from amct_ext.graph.values import Node
 from amct_ext.prune.rules import attention, elementwise, movement, norms, products, reduction
-from amct_ext.prune.rules.operators import ATTENTIONS, BATCH_NORMS, GROUP_NORM, LAYER_NORMS, MATRIX_PRODUCTS, STATISTICS
 from amct_ext.prune.rules.types import Rule
 
 # Elementwise ops that torch (some versions, or for the in-place form) does not tag as such.
@@ -60,7 +60,7 @@ _RULES: dict[str, Rule] = {
     # normalisations
     **dict.fromkeys(LAYER_NORMS, norms.layer_norm),
     GROUP_NORM: norms.group_norm,
-    **dict.fromkeys(BATCH_NORMS, norms.batch_norm),
+    **dict.fromkeys(BATCH_NORM_OPS, norms.batch_norm),
     # products
     **dict.fromkeys(MATRIX_PRODUCTS, products.matrix_product),
     "convolution": products.convolution,

@@ -1,6 +1,6 @@
-"""The proof that channels were removed rightly.
+"""Checks that channels were removed correctly.
 
-The pruned network must compute what the whole one does when every reader of a removed channel ignores it.
+The pruned network must compute what the unpruned one does when removed channels have no influence.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def check_pruning(
     records = plan_channels(discovery, plan, model)
     pruned = copy.deepcopy(model)
     kept = apply_channels(pruned, discovery, records, data)
-    assert kept == records, "a record was dropped by the trial forward: discovery was wrong"
+    assert kept == records, "a record was dropped by the comparison: discovery was wrong"
     references = [] if mixes else [outputs(masked(model, kept), data)]
     removed_mask = discovery.removed_mask(kept, model)
     references.append(run_masked(model, parse_inputs(model, data), discovery, removed_mask)[1])
