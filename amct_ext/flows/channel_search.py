@@ -123,7 +123,7 @@ def _output(
     given: Sequence[tuple[ChannelGroup, FilterPrune]],
     importance: str | None,
 ) -> str:
-    """The text of the configuration: discovery ratios by layer, given ones, and the layers that stay whole.
+    """The text of the configuration: found ratios by layer, given ones, and the layers that lose nothing.
 
     `importance`: how the channels were ranked that the ratios were discovery for; None: as the search does by default.
     """
@@ -170,7 +170,7 @@ def _set_up(
 
 
 def _plan(settings: SearchConfig, graph: Graph, model: nn.Module) -> Plan:
-    """A plan that prunes every searchable layer; the ratio stands for 'to be discovery'."""
+    """A plan that prunes every searchable layer; the ratio stands for 'to be found'."""
     return resolve(replace(settings.override, prune=FilterPrune(0.5, settings.ascend_optimized)), graph.traits(model))
 
 

@@ -57,11 +57,11 @@ class Cost:
     """Cost of a model as a function of how many channels each group loses.
 
     ``cost([0, 16])`` is the number of bit operations of one sample when the first group loses nothing and the second
-    loses 16 channels. `layers`: the work of every layer that counts, also of those that no group touches.
+    loses 16 channels. `layers`: the cost of every layer that counts, also of those that no group touches.
     """
 
     def __init__(self, layers: Mapping[str, LayerCost], groups: Sequence[ChannelGroup]) -> None:
-        self._layers = {name: _Layer(work) for name, work in layers.items()}
+        self._layers = {name: _Layer(cost) for name, cost in layers.items()}
         self._layers_of_group: list[set[str]] = []
         for index, group in enumerate(groups):
             makers, readers = (
@@ -72,7 +72,7 @@ class Cost:
             for member in readers:
                 self._layers[member.name].inputs.append((index, member.per_channel(group.count)))
             self._layers_of_group.append({member.name for member in [*makers, *readers]})
-        self.original = sum(layer.work.original for layer in self._layers.values())
+        self.original = sum(layer.cost.original for layer in self._layers.values())
 
     def __call__(self, removed: Sequence[int]) -> int:
         """Total bit operations per sample."""
@@ -92,32 +92,32 @@ class Cost:
 class _Layer:
     """A layer's cost and the groups that it produces, or reads with so many indices per channel."""
 
-    work: LayerCost
+    cost: LayerCost
     outputs: list[int] = field(default_factory=list)
     inputs: list[tuple[int, float]] = field(default_factory=list)
 
     def bit_operations(self, counts: Sequence[int]) -> int:
         lost_inputs = round(sum(counts[group] * repeat for group, repeat in self.inputs))
-        return self.work.bit_operations(lost_inputs, sum(counts[group] for group in self.outputs))
+        return self.cost.bit_operations(lost_inputs, sum(counts[group] for group in self.outputs))
 
 
 def layer_costs(graph: Graph, model: nn.Module, given: Sequence[tuple[ChannelGroup, int]] = ()) -> dict[str, LayerCost]:
-    """The work of every convolution and linear layer that ran. `given`: groups that lose so many channels anyway."""
+    """The cost of every convolution and linear layer that ran. `given`: groups that lose so many channels anyway."""
     modules = dict(model.named_modules())
-    works = {name: layer_cost(modules[name], calls) for name, calls in graph.calls.items() if _counts(calls[0])}
+    costs = {name: layer_cost(modules[name], calls) for name, calls in graph.calls.items() if _counts(calls[0])}
     for group, count in given:
         for member in group.producers:
-            if member.name in works:
-                work = works[member.name]
-                works[member.name] = replace(work, already_removed_outputs=work.already_removed_outputs + count)
+            if member.name in costs:
+                cost = costs[member.name]
+                costs[member.name] = replace(cost, already_removed_outputs=cost.already_removed_outputs + count)
         for member in group.consumers:
-            if member.name in works:
-                work = works[member.name]
-                works[member.name] = replace(
-                    work,
-                    already_removed_inputs=work.already_removed_inputs + round(count * member.per_channel(group.count)),
+            if member.name in costs:
+                cost = costs[member.name]
+                costs[member.name] = replace(
+                    cost,
+                    already_removed_inputs=cost.already_removed_inputs + round(count * member.per_channel(group.count)),
                 )
-    return works
+    return costs
 
 
 def _counts(call: Node) -> bool:
@@ -126,7 +126,7 @@ def _counts(call: Node) -> bool:
 
 
 def layer_cost(module: nn.Module, calls: Sequence[Node]) -> LayerCost:
-    """The work of a convolution or linear layer in the traced forward, per sample (axis 0 counts samples)."""
+    """The cost of a convolution or linear layer in the traced forward, per sample (axis 0 counts samples)."""
     kind, weight = kind_of(module), module.weight
     assert isinstance(kind, LayerKind) and isinstance(weight, Tensor)
     inputs, outputs = (int(getattr(module, name)) for name in kind.widths)

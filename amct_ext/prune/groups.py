@@ -1,4 +1,4 @@
-"""Groups of coupled channels, as records name them."""
+"""Channel groups, as records name them."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ChannelGroup:
 
     @staticmethod
     def of(record: ChannelRecord) -> ChannelGroup:
-        """The group that a record describes. Of nodes with another order (`reordered`) a record has no index_pairs."""
+        """The group that a record describes. A record has no index pairs of reordered nodes."""
         first = record.producers[0]
         count = first.end - first.begin
 

@@ -1,4 +1,4 @@
-"""What is known of channels: ids of sources, coupled_layers of layers, joins, reasons to stay, rows that lose alike."""
+"""What is known about channel ids: axes, coupled layers, joins, reasons to stay, rows that lose equally many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The smaller model beside the whole one whose readers ignore what is removed_mask."""
+"""The pruned model beside the unpruned one in which removed channels have no influence."""
 
 from __future__ import annotations
 

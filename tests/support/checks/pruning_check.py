@@ -51,7 +51,7 @@ def randomize_norms(model: nn.Module) -> nn.Module:
 
 
 def masked(model: nn.Module, records: tuple[ChannelRecord, ...]) -> nn.Module:
-    """A copy of the whole model in which the weights that would read removed channels are zero."""
+    """A copy of the unpruned model in which the weights that would read removed channels are zero."""
     model = copy.deepcopy(model)
     modules: dict[str, Any] = dict(model.named_modules())
     with torch.no_grad():
@@ -118,7 +118,7 @@ def check_pruning(
 
 
 def replay(model: nn.Module, records: tuple[ChannelRecord, ...], data: Any) -> nn.Module:
-    """A copy of the whole model cut by the records as a file holds them."""
+    """A copy of the unpruned model, pruned by the records as a file holds them."""
     text = format_record(Record(channel=records))
     model = copy.deepcopy(model)
     graph = trace(model, data)
