@@ -10,7 +10,7 @@ from amct_ext.prune.channel_map import ChannelMap, from_vector, squeeze_constant
 def test_a_map_along_one_axis() -> None:
     channels = from_vector(torch.tensor([5, 6, 7]), 1, 4)
     assert channels.ids.shape == (1, 3, 1, 1) and channels.axis == 1 and channels.varying_axes == (1,)
-    assert channels.full((2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    assert channels.expanded((2, 3, 4, 4)).shape == (2, 3, 4, 4)
     assert channels.rows().tolist() == [[5, 6, 7]]
 
 

@@ -119,4 +119,4 @@ def test_parts_that_cannot_lose_alike_keep_their_channels():
               out=conv(8, 2))  # fmt: skip
     first, second, _ = groups(net, image())
     assert first.frozen_reason == "grouped needs equally many of the channels in each of its parts"
-    assert second.blocks == 2 and not second.frozen_reason
+    assert second.equal_subgroups == 2 and not second.frozen_reason

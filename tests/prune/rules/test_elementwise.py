@@ -165,7 +165,7 @@ def test_channels_that_stay_are_told(name):
 def test_one_channel_that_is_spread_stays_and_the_others_go():
     net = Net(lambda m, x: m.out(m.a(x) * m.g(x)), a=conv(3, 8), g=conv(3, 1), out=conv(8, 2))
     cut, stays = check_pruning(net, image())
-    assert cut == {"a"} and "spreads one channel over several" in stays["g"]
+    assert cut == {"a"} and "broadcasts one channel to several" in stays["g"]
 
 
 def test_a_sum_of_a_head_behind_a_linear():

@@ -174,7 +174,7 @@ REFUSED = {
         between(lambda m, y: y.as_strided((2, 4, 8, 8), (512, 64, 8, 1), 64), out=4), "may reorder the channels",
     ),
     "spread over several": (
-        lambda: Net(lambda m, x: m.out(m.a(x).expand(-1, 4, -1, -1)), a=conv(3, 1), out=conv(4, 2)), "spreads one",
+        lambda: Net(lambda m, x: m.out(m.a(x).expand(-1, 4, -1, -1)), a=conv(3, 1), out=conv(4, 2)), "broadcasts one",
     ),
     "unfold": (between(lambda m, y: y.unfold(2, 2, 2).sum(-1)), "cannot follow"),
     "gather": (between(lambda m, y: y[:, torch.tensor([1, 0, 3])], out=3), "cannot follow"),

@@ -150,7 +150,7 @@ REFUSED = {
     ),
     "running statistics of others": (
         lambda: Net(lambda m, x: m.out(F.batch_norm(m.a(x), m.mean, m.var)), a=nn.Linear(6, 8), out=nn.Linear(8, 2)),
-        tokens, "a", "does not have its channels where theirs lie",
+        tokens, "a", "normalises axis 1, but the channels are along",
     ),
     "softmax over the channels": (
         lambda: on_images(lambda m, y: y.softmax(1)), image, "a", "works along the channels",
