@@ -146,7 +146,7 @@ def try_capture(model: nn.Module, input_data: Any, trace_first: bool) -> bool:
             with contextlib.suppress(ExportError):
                 capture(float_model, inputs, axes, traced="not tried")
                 return True
-        return bool(capture(float_model, inputs, axes).why_traced)
+        return bool(capture(float_model, inputs, axes).traced_reason)
 
 
 def _factors(
@@ -186,7 +186,7 @@ def _write(
         try:
             check_files(files, *paths, tensors, expected)
         except ExportError as error:
-            if captured.why_traced:
+            if captured.traced_reason:
                 raise
             try:
                 captured = capture(model, inputs, axes, values, traced=str(error))

@@ -202,7 +202,7 @@ def _build_compressed(
     channel: tuple[ChannelRecord, ...],
     excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
-    """Insert the layers into the (pruned) model. The graph is that of the whole one: it differs in sizes alone."""
+    """Insert the layers into the (pruned) model. The graph is that of the unpruned one: only sizes differ."""
     model, inputs, graph = analysis.model, analysis.inputs, analysis.graph
     session = Session(analysis.plan, os.path.abspath(record_file), channel, analysis.findings)
     session.export_note = export_note(model, graph, inputs)

@@ -43,7 +43,7 @@ def insert_layers(
     """
     modules = dict(model.named_modules())
     inserted: dict[str, CompressedLayer] = {}
-    left_float = {}
+    kept_float = {}
     for layer_plan in planned_layers(plan):
         name = layer_plan.name
         module = modules[name]
@@ -53,7 +53,7 @@ def insert_layers(
         reason = reason or excluded.get(name, "")
         if cls is None or reason:
             logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
-            left_float[name] = reason
+            kept_float[name] = reason
             continue
         try:
             fixed_min = _fixed_min(graph, layer_plan, module)
@@ -63,7 +63,7 @@ def insert_layers(
     model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})
     model = _insert_functional_parents(model, inserted)
     _share_inputs(graph, plan, inserted)
-    return model, _link_batchnorms(model, graph, inserted), left_float
+    return model, _link_batchnorms(model, graph, inserted), kept_float
 
 
 def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:

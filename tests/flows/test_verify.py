@@ -82,8 +82,8 @@ def test_a_wrong_removal_is_seen() -> None:
     data = torch.randn(3, 4)
     _, (record,) = planned(net, data, ratio=0.5)
     assert compare_records(net, (record,), data)[1].error < 1e-6
-    gone = record.producers[0].prune_index
-    others = tuple(index for index in range(6) if index not in gone)
+    removed = record.producers[0].prune_index
+    others = tuple(index for index in range(6) if index not in removed)
     wrong = replace(record, consumers=tuple(replace(node, prune_index=others) for node in record.consumers))
     assert compare_records(net, (wrong,), data)[1].error > 1e-2
 

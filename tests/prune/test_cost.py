@@ -1,4 +1,4 @@
-"""Cost of a model with channels gone, against its definition."""
+"""Cost of a model with channels removed, against its definition."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ def test_a_record_names_every_node_with_its_own_indices():
     assert [(node.name, node.begin, node.end) for node in second.consumers] == [
         ("/Concat", 4, 6), ("depth", 4, 6), ("out", 288, 432)
     ]  # fmt: skip
-    (gone,) = second.producers[0].prune_index
-    assert second.consumers[1].prune_index == (4 + gone,)
-    assert second.consumers[2].prune_index == tuple(range(288 + 72 * gone, 288 + 72 * (gone + 1)))
+    (removed,) = second.producers[0].prune_index
+    assert second.consumers[1].prune_index == (4 + removed,)
+    assert second.consumers[2].prune_index == tuple(range(288 + 72 * removed, 288 + 72 * (removed + 1)))
 
 
 def test_groups_are_written_as_amct_writes_them():

@@ -66,8 +66,8 @@ def test_attributes_follow(name):
     build, data, attribute, wanted = ATTRIBUTES[name]
     net = build()
     found, records = planned(net, data, ratio=0.5)
-    gone = found.removed_mask(records, net)
-    new = changed_attributes(net, found, gone)["", attribute]
+    removed = found.removed_mask(records, net)
+    new = changed_attributes(net, found, removed)["", attribute]
     before = getattr(net, attribute)
     assert type(new) is type(before)
     if wanted is not None:
@@ -122,6 +122,6 @@ def test_expected_shapes():
     graph = trace(net, image())
     found = discover(graph, plan_for(graph, net), net)
     _, records = planned(net, image(), ratio=0.5)
-    gone = found.removed_mask(records, net)
-    shapes = [expected_shape(node.outputs[0], found, gone) for node in graph.nodes]
+    removed = found.removed_mask(records, net)
+    shapes = [expected_shape(node.outputs[0], found, removed) for node in graph.nodes]
     assert shapes == [(2, 4, 6, 6), (2, 144), (2, 2)]

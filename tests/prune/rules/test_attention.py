@@ -78,8 +78,8 @@ def test_attention_without_a_scale_keeps_its_softmax():
     pruned = replay(net, tuple(records), data)
     size = pruned[1].head_dim
     assert size == 4 and pruned[1].q.out_features == 8
-    gone = {index for record in records for n in record.producers if n.name == "1.q" for index in n.prune_index}
-    kept = [index for index in range(16) if index not in gone]
+    removed = {index for record in records for n in record.producers if n.name == "1.q" for index in n.prune_index}
+    kept = [index for index in range(16) if index not in removed]
     torch.testing.assert_close(pruned[1].q.weight, net[1].q.weight[kept] * math.sqrt(0.5), rtol=1e-6, atol=0)
     torch.testing.assert_close(pruned[1].q.bias, net[1].q.bias[kept] * math.sqrt(0.5), rtol=1e-6, atol=0)
 

@@ -138,9 +138,9 @@ def test_kept_channels_are_those_cut_by_hand_from_a_shuffle_unit():
     net, data = MOVED["ShuffleNet unit"][0]().eval(), image()
     _, records = planned(net, data, ratio=0.5)
     pruned = replay(net, tuple(records), data)
-    gone = {n.name: list(n.prune_index) for record in records for n in record.producers if n.prune_index}
+    removed = {n.name: list(n.prune_index) for record in records for n in record.producers if n.prune_index}
     by_hand = copy.deepcopy(net)
-    assert gone.keys() == {"a", "b"}
+    assert removed.keys() == {"a", "b"}
     places: dict[str, set[int]] = {}
     for record in records:
         for node in record.producers:

@@ -138,8 +138,8 @@ def test_groups_of_a_norm_lose_equally_many():
     with torch.no_grad():
         net.a.weight[:4] *= 0.01  # the smallest four lie in one group
     _, records = planned(net, image(), ratio=0.5)
-    gone = records[0].producers[0].prune_index
-    assert records[0].producers[0].prune_group == 2 and sum(index < 4 for index in gone) == 2 == len(gone) / 2
+    removed = records[0].producers[0].prune_index
+    assert records[0].producers[0].prune_group == 2 and sum(index < 4 for index in removed) == 2 == len(removed) / 2
 
 
 REFUSED = {
