@@ -102,7 +102,7 @@ def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTr
 
 
 def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Layers that the plan compresses and a checkpoint holds as float, where only their class tells them apart.
+    """Layers that the plan compresses and a checkpoint holds as float: subclasses that AMCT leaves float.
 
     AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
     """

@@ -104,7 +104,7 @@ def _is_core_or_decomposed(name: str) -> bool:
 
 
 def exportable_submodules(risks: Sequence[ExportRisk], layers: Sequence[str]) -> list[str]:
-    """The outermost modules that hold some of the `layers` and none of the risks: those with most layers first.
+    """The outermost modules with some of the `layers` and no risk, those with most layers first.
 
     A model whose forward cannot be exported may be compressed and saved by these parts. Single layers are not returned.
     """

@@ -42,7 +42,7 @@ def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Attributes of modules, and what lies in their lists and dictionaries, come back; tensors are not copied.
+    """Attributes of modules and the content of their lists and dictionaries come back; tensors are not copied.
 
     A module that gets other parameters or children meanwhile keeps what it has become: it has built itself.
     """

@@ -1,4 +1,4 @@
-"""Splitting recurrent layers that cannot be quantised whole: several layers, both directions."""
+"""Splits recurrent layers with several layers or both directions, which cannot be quantised as one."""
 
 from __future__ import annotations
 

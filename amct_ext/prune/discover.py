@@ -265,7 +265,7 @@ class _Walk:
         self.context.maps[output] = (from_vector(ids.repeat_interleave(multiplier), 1, len(output.shape)),)
 
     def _linear(self, node: Node, value: Value, maps: Maps) -> None:
-        """Channels along the last axis end here; those along others (tokens that are mixed) go on."""
+        """Channels along the last axis are read; those along others (mixed tokens) pass through."""
         last, passing = len(value.shape) - 1, []
         for item in maps:
             if item.axis == last:

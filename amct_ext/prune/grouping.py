@@ -34,7 +34,7 @@ def channel_labels(coupling: Coupling) -> Tensor:
 
 
 class Grouping:
-    """The groups in the order in which their first producer ran, and in which of them each channel lies.
+    """The groups in the order in which their first producer ran, and the group of each channel.
 
     `is_covered`: whether an axis is cut with a producer or consumer, so that it needs no member of its own.
     """

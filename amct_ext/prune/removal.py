@@ -102,7 +102,7 @@ class Removal:
         elif kind.family is Family.CONV:
             self._remove_convolution_input(module, indices)
         else:
-            # Of a transposed weight with groups too: the input channels of its groups lie one after another.
+            # Also of a transposed weight with groups: the input channels of its groups follow each other.
             for name in BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
                 self._remove(module, name, kind.weight_axes[0], indices)
             self._decrease(module, kind.widths[0], len(indices))

@@ -34,7 +34,7 @@ _BROADCAST = "Using a target size"  # how torch's losses begin to warn of a labe
 
 
 class SensitivityBase(ABC):
-    """How much the model suffers when a channel goes. Derive from it to bring a measure of your own."""
+    """How much the model loses when a channel is removed. Derive your own measures from it."""
 
     @abstractmethod
     def setup_initialization(
@@ -59,13 +59,13 @@ class SensitivityBase(ABC):
 
 
 class SearchChannelBase(ABC):
-    """Which channels are to go. Derive from it to bring an algorithm of your own."""
+    """Which channels to remove. Derive your own algorithms from it."""
 
     @abstractmethod
     def channel_prune_search(
         self, graph_info: dict[str, dict[str, Any]], search_records: Any, prune_config: PruneConfig
     ) -> Mapping[str, Sequence[int]]:
-        """Each producer's channels, 1 for one that stays and 0 for one that goes; producers left out lose nothing.
+        """Each producer's channels, 1 for one that stays and 0 for one to remove; producers left out lose nothing.
 
         `graph_info`: per convolution and Linear its input and output channels ("cin", "cout", "ori_cout") and its
         "bitops" per sample. `search_records`: with the attributes "sensitivity" (FLOATS) and "bitops" (FLOAT, of one

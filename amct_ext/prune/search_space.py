@@ -60,7 +60,7 @@ def cut(inputs: Inputs, samples: slice) -> Inputs:
 
 
 def graph_info(works: Mapping[str, LayerCost]) -> dict[str, dict[str, Any]]:
-    """AMCT's table of layers; "work" is ours, from which exact costs follow."""
+    """AMCT's table of layers. "work" is an entry of ours: the `LayerCost` for exact costs."""
     return {
         name: {"cin": work.inputs, "cout": work.outputs, "ori_cout": work.outputs, _COST: work.original, "work": work}
         for name, work in works.items()
@@ -79,7 +79,7 @@ def search_records(groups: Sequence[ChannelGroup]) -> Any:
 
 
 def read_group(record: Any) -> ChannelGroup:
-    """The group that a message of `search_records` stands for."""
+    """The group of a message of `search_records`."""
     group = ChannelGroup.of(read_channel(record))
     for nodes, members in ((record.producer, group.producers), (record.consumer, group.consumers)):
         for number, node in enumerate(nodes):
@@ -146,7 +146,7 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
 
 
 def removable(group: ChannelGroup, ascend_optimized: bool, max_prune_ratio: float) -> tuple[int, ...]:
-    """How many channels may go, from 0 up: only counts that create arrives at from the ratio that they make."""
+    """How many channels may be removed, ascending from 0: only counts that create reproduces from their ratio."""
     n, blocks = group.count, group.equal_subgroups or 1
     fewest = n * (1 - max_prune_ratio) - 1e-6 * n
     return 0, *(

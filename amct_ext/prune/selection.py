@@ -1,4 +1,4 @@
-"""Choice of channels: how many of a group go, and which."""
+"""Choice of channels: how many of a group are removed, and which."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MEASURES = ("BALANCED_L2", "GROUP_L2", "GATE_TAYLOR")  # each uses more of the n
 
 
 def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: int = 1) -> int:
-    """How many of `channels` go. Not positive: none.
+    """How many of `channels` are removed. Not positive: none.
 
-    The number that goes is rounded half to even; what remains is rounded up to a multiple of 16 where ascend_optimized,
+    The number to remove is rounded half to even; what remains is rounded up to a multiple of 16 where ascend_optimized,
     then down to a multiple of the blocks, and at least one multiple stays.
     """
     remain = channels - round(channels * ratio)
@@ -50,7 +50,7 @@ def importance(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def least_important(scores: Tensor, ratio: float, ascend_optimized: bool, blocks: int = 1) -> tuple[int, ...]:
-    """The channels that go, ascending: in each of the equal blocks equally many; among equals the first."""
+    """The channels to remove, ascending: equally many in each of the equal blocks; among equals the first."""
     subgroups = torch.arange(blocks).repeat_interleave(len(scores) // blocks)
     return tuple(_least_important(scores, subgroups, ratio, ascend_optimized).tolist())
 
@@ -75,7 +75,7 @@ def _least_important(scores: Tensor, subgroups: Tensor, ratio: float, ascend_opt
 def select_channels(
     group: ChannelGroup, plan: Plan, model: nn.Module, scores: Mapping[ChannelGroup, Tensor] = MappingProxyType({})
 ) -> dict[ChannelGroup, tuple[int, ...]]:
-    """The channels that go, of a group and of those tied_groups with it.
+    """The channels to remove, of a group and of its tied groups.
 
     The producers' smallest ratio counts, and rounding if any asks for it. `scores`: of GATE_TAYLOR. Without them (a
     dry run without a loss) GROUP_L2 stands in for it.

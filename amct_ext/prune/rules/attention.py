@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and where the factor goes that keeps its softmax when heads get smaller."""
+"""Scaled dot-product attention, and the parameters to scale so that its softmax stays when heads shrink."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def elementwise(node: Node, context: Context) -> Mapping[int, Maps]:
 def broadcast_join(node: Node, values: Sequence[Value | None], shape: tuple[int, ...], context: Context) -> Maps:
     """Broadcast values to a shape and join their channels; returns the channels of the result."""
     operands = [value for value in values if value is not None]
-    # What depends on the input goes first: its ids belong to layers, those of parameters follow.
+    # Values that depend on the input first: their ids belong to layers.
     operands.sort(key=lambda value: not value.depends_on_input())
     placed: list[tuple[Value, ChannelMap]] = []
     for value in operands:

@@ -1,4 +1,4 @@
-"""Ops that move elements without changing them: the ids of the channels go through the op itself."""
+"""Ops that move elements without changing them are applied to the ids themselves."""
 
 from __future__ import annotations
 

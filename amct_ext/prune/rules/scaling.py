@@ -1,4 +1,4 @@
-"""Where a factor on channels goes: the parameters that they, and nothing else, are multiples of."""
+"""The parameters that scale some channels and nothing else."""
 
 from __future__ import annotations
 
