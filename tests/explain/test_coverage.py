@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import small
-from support.models.graph_nets import Net
+from support.models.net_of_function import Net
 from torch import Tensor, nn
 
 import amct_ext

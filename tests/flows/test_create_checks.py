@@ -14,8 +14,8 @@ from support.checks.rejection import rejected
 from support.jobs.any_job import AnyJob, off
 from support.jobs.prune_job import Job
 from support.models import small
-from support.models.graph_nets import Net
 from support.models.merging import Branches
+from support.models.net_of_function import Net
 from torch import Tensor, nn
 
 import amct_ext

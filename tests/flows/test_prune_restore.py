@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import small
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 from torch import nn
 
 import amct_ext

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import custom_forwards as own
-from support.models.graph_nets import Net
+from support.models.net_of_function import Net
 from torch import nn
 
 from amct_ext.graph.inputs import Inputs

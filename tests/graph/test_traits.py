@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.golden.run import load_module
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -11,7 +11,7 @@ import torch
 from support.checks.onnx_run import run_onnx
 from support.jobs.any_job import AnyJob, off
 from support.models import small
-from support.models.graph_nets import Net
+from support.models.net_of_function import Net
 from support.models.small import SPARSE_QUANT, linear
 from torch import nn
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.jobs.any_job import AnyJob
 from support.models import small
-from support.models.graph_nets import Net
+from support.models.net_of_function import Net
 from support.models.small import linear
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.checks.planned_channels import plain, planned
 from support.checks.pruning_check import masked, outputs
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.prune.channels import apply_channels

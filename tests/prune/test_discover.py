@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checks.planned_channels import planned, unpruned_reasons
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 

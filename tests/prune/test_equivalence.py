@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.checks.planned_channels import planned
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.graph.inputs import parse_inputs

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checks.pruning_check import plan_for, randomize_norms
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, kind_of

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checks.pruning_check import check_pruning
-from support.models.graph_nets import Net
-from support.models.pruning_nets import Bottleneck, Dense, Inverted, conv, head, image
+from support.models.conv_blocks import Bottleneck, Dense, Inverted, conv, head, image
+from support.models.net_of_function import Net
 from torch import nn
 
 

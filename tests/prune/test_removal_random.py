@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checks.pruning_check import check_pruning
-from support.models.pruning_nets import SqueezeExcite, conv, image
+from support.models.conv_blocks import SqueezeExcite, conv, image
 from torch import nn
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.checks.planned_channels import planned
 from support.checks.pruning_check import check_pruning
-from support.models.graph_nets import Net
+from support.models.net_of_function import Net
 from torch import nn
 
 from amct_ext.prune.channels import apply_channels

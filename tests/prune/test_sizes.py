@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.checks.planned_channels import planned
 from support.checks.pruning_check import check_pruning, plan_for
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.graph.trace import trace

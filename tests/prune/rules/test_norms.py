@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from support.checks.planned_channels import planned
 from support.checks.pruning_check import check_pruning, outputs, refusal, replay
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 from torch import nn
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from support.checks.pruning_check import plan_for
-from support.models.graph_nets import conv
+from support.models.net_of_function import conv
 from torch import nn
 
 from amct_ext.graph.trace import trace
