@@ -7,7 +7,7 @@ stands above model_surgery.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -49,7 +49,7 @@ from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import discover
-from amct_ext.prune.discovery import Discovery
+from amct_ext.prune.discovery import Demand, Discovery
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.permute import asks_for_permutation, permute_channels
 from amct_ext.record.types import ChannelRecord, Record
@@ -109,8 +109,14 @@ def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: s
 def _compress(analysis: Analysis, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
     warn_of_excluded(analysis.graph)
     warn_of_merging(analysis.model, analysis.plan)
-    records = plan_channels(analysis.discovery, analysis.plan, analysis.model, pruning_loss)
-    channel = apply_channels(analysis.model, analysis.discovery, records, analysis.inputs)
+    plan, whole = analysis.plan, analysis.model
+
+    def choose(demands: Sequence[Demand]) -> tuple[Discovery, Sequence[ChannelRecord]]:
+        found = discover(analysis.graph, plan, whole, demands)
+        return found, plan_channels(found, plan, whole, pruning_loss)
+
+    records = plan_channels(analysis.discovery, plan, whole, pruning_loss)
+    channel = apply_channels(whole, analysis.discovery, records, analysis.inputs, choose=choose)
     if asks_for_permutation(analysis.plan):
         graph = trace(analysis.model, analysis.inputs) if channel else analysis.graph
         permute_channels(analysis.model, graph, analysis.plan, analysis.inputs)

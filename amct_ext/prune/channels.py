@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state, tensors_in
 from amct_ext.graph.values import Node
 from amct_ext.prune.check import check_records
-from amct_ext.prune.discovery import Discovery
+from amct_ext.prune.discovery import Demand, Discovery
 from amct_ext.prune.equivalence import Fitted, first_divergence, largest_error, run_fitted, run_masked, run_pruned
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
+from amct_ext.prune.reconcile import demands_of, size_attributes
 from amct_ext.prune.removal import Removal
 from amct_ext.prune.rescale import changed_factors
 from amct_ext.prune.runs import Difference
@@ -64,19 +65,22 @@ def apply_channels(
     records: Sequence[ChannelRecord],
     input_data: Any,
     strict: bool = False,
+    choose: Callable[[Sequence[Demand]], tuple[Discovery, Sequence[ChannelRecord]]] | None = None,
 ) -> tuple[ChannelRecord, ...]:
     """Remove the records' channels from `model`, in place, and return the records that are in force.
 
     The pruned model runs on `input_data`, in eval mode and, where the unpruned model can, in train mode. Its outputs
     must equal those of the unpruned model in which removed channels have no influence. Records that fail are dropped
     with a warning. With `strict` (records of a file) a failure is an error, as is a record that does not fit the model:
-    RecordError, and the model is not changed.
+    RecordError, and the model is not changed. `choose`: finds groups and chooses channels again where the forward takes
+    one size for several of them, so that they must lose equally many.
     """
     if strict:
         check_records(model, records, discovery.groups)
     if not any(node.prune_index for record in records for node in record.producers):
         return tuple(records)
     check = _RemovalCheck(model, discovery, records, parse_inputs(model, input_data))
+    demands: list[Demand] = []
     dropped: dict[int, str] = {}
     wanted = set(range(len(records)))
     while wanted:
@@ -89,6 +93,13 @@ def apply_channels(
                 f"prune_record {first + 1} (producer {records[first].producers[0].name}) does not fit the model: "
                 f"{failure.reason}"
             )
+        more = check.demands(wanted, demands) if choose is not None and not dropped else []
+        if choose is not None and more:
+            demands += more
+            discovery, records = choose(demands)
+            check = _RemovalCheck(model, discovery, records, check.inputs)
+            wanted = set(range(len(records)))
+            continue
         blamed = set(_records_of(failure.node, check, wanted)) if failure.node is not None else set()
         blamed = check.with_tied(blamed or check.culprits(wanted)) & wanted
         dropped |= dict.fromkeys(blamed, failure.reason)
@@ -126,7 +137,7 @@ class _RemovalCheck:
         self, model: nn.Module, discovery: Discovery, records: Sequence[ChannelRecord], inputs: Inputs
     ) -> None:
         self.discovery = discovery
-        self._model, self._records, self._inputs = model, records, inputs
+        self._model, self._records, self.inputs = model, records, inputs
         self.channels = [
             set(discovery.channel_of[discovery.removed_mask([record], model).nonzero().flatten()].tolist())
             for record in records
@@ -138,6 +149,24 @@ class _RemovalCheck:
         """What is wrong without some records' channels, None for nothing; on failure the model is unpruned again."""
         return self._attempt(wanted, stays=True)
 
+    def demands(self, wanted: Collection[int], known: Collection[Demand]) -> list[Demand]:
+        """What else must lose equally many channels for the forward to find the sizes that it takes."""
+        records = [self._records[index] for index in sorted(wanted)]
+        removed_mask = self.discovery.removed_mask(records, self._model)
+        attributes, removal = (
+            size_attributes(self._model),
+            removal_of(self._model, self.discovery, records, removed_mask),
+        )
+        try:
+            asked = (
+                []
+                if removal.apply()
+                else demands_of(self._model, self.inputs, self.discovery, removed_mask, attributes)
+            )
+        finally:
+            removal.undo()
+        return [demand for demand in asked if not any(torch.equal(demand.rows, other.rows) for other in known)]
+
     def _attempt(self, wanted: Collection[int], stays: bool) -> Difference | None:
         """What is wrong without some channels, None for nothing: then, with `stays`, the model stays pruned."""
         records = [self._records[index] for index in sorted(wanted)]
@@ -146,12 +175,12 @@ class _RemovalCheck:
         failed = removal.apply()
         fitted = Fitted([], Difference(None, failed))
         if not failed:
-            fitted = run_fitted(self._model, self._inputs, self.discovery, removed_mask, removal)
+            fitted = run_fitted(self._model, self.inputs, self.discovery, removed_mask, removal)
         difference = fitted.difference or self._compare(removed_mask, removal, fitted.outputs)
         if difference is _OUTPUTS_DIFFER and stays:
-            pruned = run_pruned(self._model, self._inputs, self.discovery, removed_mask, sums=True)[0]
+            pruned = run_pruned(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
             removal.undo()
-            masked = run_masked(self._model, self._inputs, self.discovery, removed_mask, sums=True)[0]
+            masked = run_masked(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
             return first_divergence(pruned, masked, fitted.scaled)
         if difference is not None or not stays:
             removal.undo()
@@ -163,7 +192,7 @@ class _RemovalCheck:
             return difference
         removal.undo()
         try:
-            masked, wanted = run_masked(self._model, self._inputs, self.discovery, removed_mask)
+            masked, wanted = run_masked(self._model, self.inputs, self.discovery, removed_mask)
         except Exception as error:
             _logger.debug("no comparison with the unpruned model: %s", error)
             return None
@@ -197,7 +226,7 @@ class _RemovalCheck:
         """Dimensions of the outputs in train mode, or what went wrong."""
         try:
             with preserved_state(self._model, training=True), torch.no_grad():
-                return [tensor.dim() for tensor in tensors_in(self._inputs.copied().call(self._model))]
+                return [tensor.dim() for tensor in tensors_in(self.inputs.copied().call(self._model))]
         except Exception as error:
             return error
 

@@ -75,8 +75,9 @@ class Coupling:
         self.axis_ids: dict[ParameterAxis, Tensor] = {}
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
-        # Ids (rows, n), of which each row must lose equally many, and the node that requires it.
-        self.equal_removals: list[tuple[Tensor, str]] = []
+        # Ids (rows, n), of which each row must lose equally many; the node that requires it; whether channels stay
+        # where they cannot.
+        self.equal_removals: list[tuple[Tensor, str, bool]] = []
         # Of each attention without a given scale: the parameters that scale its queries, and their ids.
         self.default_scaled_queries: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
@@ -148,10 +149,10 @@ class Coupling:
         for channel_map in maps:
             self.freeze(channel_map.ids, reason)
 
-    def require_equal_removal(self, rows: Tensor, where: str) -> None:
-        """Each row of ids must lose equally many channels."""
+    def require_equal_removal(self, rows: Tensor, where: str, strict: bool = True) -> None:
+        """Each row of ids must lose equally many channels, or none of them any; if not `strict`, where they can."""
         if len(rows) > 1:
-            self.equal_removals.append((rows, where))
+            self.equal_removals.append((rows, where, strict))
 
     def start_again(self) -> None:
         """Begin another walk over the graph: nodes that are consumers already are not recorded again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, from_vector
 from amct_ext.prune.coupling import AxisUse, Coupling, ParameterAxis, collapse_to_axis
-from amct_ext.prune.discovery import Discovery
+from amct_ext.prune.discovery import Demand, Discovery
 from amct_ext.prune.fixed_shapes import fixed_shape_reasons, shared_parameters
 from amct_ext.prune.grouping import Grouping
 from amct_ext.prune.rules.table import op_rule
@@ -28,12 +28,17 @@ _logger = logging.getLogger("amct_ext")
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
 
 
-def discover(graph: Graph, plan: Plan, model: nn.Module) -> Discovery:
-    """Find the groups of coupled channels of all layers that the plan asks to prune."""
+def discover(graph: Graph, plan: Plan, model: nn.Module, demands: Iterable[Demand] = ()) -> Discovery:
+    """Find the groups of coupled channels of all layers that the plan asks to prune.
+
+    `demands`: of the ids of an earlier discovery in the same graph.
+    """
     walk = _Walk(graph, plan, model)
     walk.follow(graph.nodes, graph.outputs)
     if graph.training is not None:
         walk.follow(graph.training.nodes, graph.training.outputs)
+    for demand in demands:
+        walk.coupling.require_equal_removal(demand.rows, demand.where, strict=False)
     grouping = Grouping(walk.coupling, walk.is_covered)
     coupling = walk.coupling
     return Discovery(

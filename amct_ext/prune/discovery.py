@@ -17,6 +17,14 @@ from amct_ext.prune.rules.types import Maps
 from amct_ext.record.types import ChannelRecord
 
 
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """Rows of ids that must lose equally many channels, and the operator that asks for it."""
+
+    rows: Tensor
+    where: str
+
+
 @dataclass(frozen=True)
 class Discovery:
     """All groups in the order in which their first producer ran, and where in the forward their channels are.

@@ -122,25 +122,29 @@ class Grouping:
     def _assign_subgroups(self, coupling: Coupling) -> None:
         """Assign subgroup numbers that satisfy all equal-removal conditions; freeze groups for which none exist."""
         demands = []
-        for rows, where in coupling.equal_removals:
+        for rows, where, strict in coupling.equal_removals:
             channels = self.channel_of[rows]
             numbers = [number for number in self._group_of[channels].unique().tolist() if number >= 0]
             if numbers:
-                demands.append((channels, where, numbers))
+                demands.append((channels, where, numbers, strict))
         stays = True
         while stays:
             stays = False
-            for channels, where, numbers in demands:
+            for demand in list(demands):
+                channels, where, numbers, strict = demand
                 open_groups = [self.groups[number] for number in numbers if not self.groups[number].frozen_reason]
                 if open_groups and not self._equal_rows(channels):
+                    if not strict:
+                        demands = [other for other in demands if other is not demand]
+                        continue
                     stays = True
                     for group in open_groups:
                         group.frozen_reason = f"{where} needs equally many of the channels in each of its parts"
-        for numbers in _merged_sets([numbers for _, _, numbers in demands], len(self.groups)):
+        for numbers in _merged_sets([demand[2] for demand in demands], len(self.groups)):
             groups = [self.groups[number] for number in numbers]
             if any(group.frozen_reason for group in groups):
                 continue
-            inside = [channels for channels, _, own in demands if own[0] in numbers]
+            inside = [channels for channels, _, own, _ in demands if own[0] in numbers]
             table = torch.stack([self._row_of_each_channel(channels, groups, numbers) for channels in inside])
             subgroups = torch.unique(table, dim=1, return_inverse=True)[1]
             subgroups = torch.where((table < 0).all(0), -1, subgroups)
@@ -150,16 +154,20 @@ class Grouping:
                 group.tied_groups = groups if len(groups) > 1 else []
 
     def _equal_rows(self, channels: Tensor) -> bool:
-        """Whether rows of channels can lose equally many: each has as many removable ones, two share all or none."""
+        """Whether rows of channels can lose equally many positions, if all lose the same share of their channels.
+
+        Each row has as many removable positions; two rows share all channels or none; a row has each of them equally
+        often.
+        """
         group_of = self._group_of[channels]
         may_go = torch.tensor([not group.frozen_reason for group in self.groups] + [False])
         free = may_go[group_of]
         if len(free.sum(1).unique()) > 1:
             return False
         rows = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
-        different = [row[row > 0].unique() for row in rows]
-        together = torch.cat(different)
-        return len({len(row) for row in different}) == 1 and len(together) == len(together.unique())
+        different = [row[row > 0].unique(return_counts=True) for row in rows]
+        together = torch.cat([channels for channels, _ in different])
+        return all(len(times.unique()) <= 1 for _, times in different) and len(together) == len(together.unique())
 
     def _row_of_each_channel(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
         """The row of each channel of some groups, one after another; -1 for none."""

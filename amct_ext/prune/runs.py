@@ -159,7 +159,7 @@ class MaskedRun(_ComparedRun):
         def small(tensor: Tensor) -> Tensor:
             value = next(given)
             part = None if value is None else self._select_kept(value, tensor)
-            return tensor if part is None else part
+            return tensor if part is None else _laid_out_as(tensor, part)
 
         cut = list(_mapped(args, small))
         if old.op in LAYER_NORMS:
@@ -176,8 +176,16 @@ class MaskedRun(_ComparedRun):
         mask = self._mask(value, small)
         if mask is None:
             return small
-        full = small.new_zeros(value.shape)
+        full = _laid_out_as(small, small.new_zeros(value.shape))
         return full.masked_scatter(mask.expand_as(full), small)
+
+
+def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor in the memory format of another: the operators behind it may depend on that."""
+    channels_last = (
+        model.dim() == 4 and not model.is_contiguous() and model.is_contiguous(memory_format=torch.channels_last)
+    )
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
 def _checksum(tensor: Tensor) -> Checksum | None:

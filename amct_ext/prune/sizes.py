@@ -21,7 +21,7 @@ SIZE_ATTRIBUTES = frozenset(
         "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
         "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
         "expand_chs", "splits", "input_split", "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes",
-        "key_value_proj_dim", "split_sizes",
+        "key_value_proj_dim", "split_sizes", "shape", "proj_view_shape", "val_attn_dim", "key_attn_dim",
     )
 )  # fmt: skip
 # Ops that are given sizes. Others take them from their inputs.
@@ -33,7 +33,7 @@ _OPS_TAKING_SIZES = frozenset(
     )
 )  # fmt: skip
 _SIZE_OF_OWN_PARAMETER = frozenset(("normalized_shape", "num_channels", "num_parameters", "embedding_dim"))
-_SPLITS = ("split", "split_with_sizes")
+SPLITS = ("split", "split_with_sizes")
 Resized = list[tuple[tuple[int, ...], tuple[int, ...]]]  # shapes before and after
 _MAX_SCOPES = 3  # modules around an op, from the innermost on, whose attributes it may take sizes from
 
@@ -67,7 +67,7 @@ def changed_attributes(model: nn.Module, discovery: Discovery, removed_mask: Ten
         if not shapes:
             continue
         changes = dict(_changes(node, shapes, discovery, removed_mask))
-        for distance, name in enumerate(_scopes(node.scope)):
+        for distance, name in enumerate(scopes_of(node.scope)):
             for attribute, value in vars(modules[name]).items():
                 new = _replaced(value, changes, shapes) if attribute in SIZE_ATTRIBUTES else None
                 if new is None:
@@ -109,7 +109,8 @@ def _takes_sizes(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     return node.op in _OPS_TAKING_SIZES or (node.op == "convolution" and kind_of(modules[node.scope]) is None)
 
 
-def _scopes(scope: str) -> list[str]:
+def scopes_of(scope: str) -> list[str]:
+    """A module and those around it whose attributes its operators may take sizes from, the nearest first."""
     parts = scope.split(".") if scope else []
     return [".".join(parts[:count]) for count in range(len(parts), max(-1, len(parts) - _MAX_SCOPES), -1)]
 
@@ -118,7 +119,7 @@ def _changed_shapes(node: Node, discovery: Discovery, removed_mask: Tensor) -> R
     """Shapes of what a node reads and makes that change: old and new; -1 where rows lose different numbers."""
     values = [value for value in (*node.inputs, *node.outputs) if value is not None and discovery.maps.get(value)]
     shapes = [(value.shape, expected_shape(value, discovery, removed_mask)) for value in values]
-    if node.op in _SPLITS:
+    if node.op in SPLITS:
         dim = node.args["dim"] % len(node.outputs[0].shape)
         sizes = [(value.shape[dim], expected_shape(value, discovery, removed_mask)[dim]) for value in node.outputs]
         shapes.insert(0, (tuple(old for old, _ in sizes), tuple(new for _, new in sizes)))

@@ -71,7 +71,7 @@ def test_one_row_needs_no_balance() -> None:
     coupling = Coupling()
     coupling.require_equal_removal(torch.tensor([[1, 2]]), "a")
     coupling.require_equal_removal(torch.tensor([[1], [2]]), "b")
-    assert [where for _, where in coupling.equal_removals] == ["b"]
+    assert [where for _, where, _ in coupling.equal_removals] == ["b"]
 
 
 def test_what_lies_at_one_index_becomes_one_channel() -> None:

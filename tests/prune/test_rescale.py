@@ -76,6 +76,13 @@ def test_numbers_that_change_for_another_reason_are_left_alone():
     assert set(net[0].q.bias.tolist()) <= set(bias.tolist())
 
 
+def test_a_layer_makes_up_for_a_factor_of_its_own_size():
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.out(m.a(x) / m.a.out_features), a=nn.Linear(16, 10), out=nn.Linear(10, 2))
+    cut, stays = check_pruning(net, tokens())
+    assert cut == {"a"}, stays
+
+
 def test_parts_of_one_layer_are_scaled_apart():
     """Queries, keys and values of one layer: the rows of the queries alone are multiplied."""
 

@@ -101,7 +101,6 @@ LITERAL = {
     "slices": lambda m, x: m.out((lambda y: torch.cat([y[:, :4] * 2, y[:, 4:]], 1))(m.a(x))),
     "a view": lambda m, x: m.out(m.a(x).view(2, 10, 6, 6).relu()),
     "parts": lambda m, x: m.out(torch.cat([p * 2 for p in m.a(x).split([4, 6], 1)], 1)),
-    "a factor": lambda m, x: m.out(m.a(x) / m.a.out_channels),
     "an expanded gate": lambda m, x: m.out(m.a(x) * x[:, :1].expand(-1, 10, -1, -1)),
 }
 

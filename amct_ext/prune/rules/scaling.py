@@ -49,6 +49,9 @@ def origin_of(
         if node.module is not None:
             names = (f"{node.name}.weight", f"{node.name}.bias")
             return Origin(names, tuple(passed)) if scalable(node) else None
+        if node.op in ("mm", "addmm"):
+            parameters = _linear_parameters(node)
+            return Origin(parameters, tuple(passed)) if parameters else None
         norm, scaled = node.op in (*LAYER_NORMS, GROUP_NORM), scalar(node)
         if norm or (node.op == "mul" and scaled is None):
             found = [node.args.get(name) for name in (("weight", "bias") if norm else ("self", "other"))]
@@ -59,6 +62,17 @@ def origin_of(
         if source is None:
             return None
         value, reader = source, node
+
+
+def _linear_parameters(node: Node) -> tuple[str, ...]:
+    """Weight and bias of a product that a function of the model's computes; () for other products."""
+    *terms, weight = (value for value in node.inputs[:-2] + node.inputs[-1:] if value is not None)
+    turned = weight.producer
+    if turned is None or turned.op != "t" or turned.inputs[0] is None:
+        return ()
+    found = [turned.inputs[0], *terms]
+    alone = all(value.kind == "parameter" and len(value.consumers) == 1 for value in found)
+    return tuple(value.name for value in found) if alone else ()
 
 
 def scalar(node: Node) -> tuple[Value, float] | None:
