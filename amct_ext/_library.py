@@ -51,10 +51,11 @@ def build_info() -> dict[str, Any]:
     """How the compiled part was built and what it chose on this machine.
 
     Keys: `version`, `torch` (version it was compiled against), `compiler`, `simd_levels` (instruction sets compiled
-    in), `simd` (the one in use), `cuda` and `npu` (whether kernels for them are compiled in), `sanitizer`.
+    in), `simd` (the one in use), `integer_product_levels` and `integer_product` (the same for the products of 8-bit
+    codes), `cuda` and `npu` (whether kernels for them are compiled in), `sanitizer`.
 
-        >>> sorted(build_info())
-        ['compiler', 'cuda', 'npu', 'sanitizer', 'simd', 'simd_levels', 'torch', 'version']
+        >>> print(*sorted(build_info()))
+        compiler cuda integer_product integer_product_levels npu sanitizer simd simd_levels torch version
     """
     from amct_ext import _C
 

@@ -26,6 +26,8 @@ py::dict build_info() {
   result["compiler"] = info.compiler;
   result["simd_levels"] = split(info.simd_levels);
   result["simd"] = info.simd;
+  result["integer_product_levels"] = split(info.product_levels);
+  result["integer_product"] = info.product;
   result["cuda"] = info.cuda;
   result["npu"] = info.npu;
   result["sanitizer"] = info.sanitizer.empty() ? py::object(py::none()) : py::object(py::str(info.sanitizer));

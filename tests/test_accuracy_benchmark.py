@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.accuracy.amct import Options
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.prepared_model import split_param_groups
 from benchmarks.accuracy.quick import CHECKS, is_broken
@@ -16,6 +17,7 @@ from benchmarks.accuracy.results import Result, append, read
 from benchmarks.accuracy.statistics import area_under_curve, summarize
 from benchmarks.accuracy.tables import accuracy_table, comparison_table, costs_table, skipped_list
 from benchmarks.accuracy.tasks.image import Digits
+from benchmarks.accuracy.tasks.registry import SETTINGS
 from benchmarks.accuracy.training import lr_factor
 
 
@@ -62,7 +64,23 @@ def test_standings_pair_the_seeds_and_count_bits_downwards() -> None:
     results = [Result("lm", "int8", "brevitas", seed, score=2.3 + seed / 10) for seed in range(3)]
     results += [Result("lm", "int8", "amct", seed, score=2.2 + seed / 10) for seed in range(2)]
     row = comparison_table(results)[-1]
-    assert row == "| lm, INT8 | Brevitas | amct_ext, default | 0.1000 ± 0.0000 |"
+    assert row == "| lm, INT8 | Brevitas | amct_ext, default | 0.1000 ± 0.0000 | 2 |"
+
+
+def test_further_seeds_are_in_the_comparison_alone() -> None:
+    results = [Result("lm", "int8", name, 0, score=2.0) for name in ("brevitas", "amct")]
+    results += [Result("lm", "int8", "brevitas", 3, score=1.0), Result("lm", "int8", "amct", 3, score=3.0)]
+    results.append(Result("lm", "int8", "nncf", 4, score=0.0))  # no seed of the choice
+    assert "2.0000 (1 seed)" in next(line for line in accuracy_table(results) if line.startswith("| Brevitas"))
+    assert "| Brevitas | amct_ext, default | -1.0000 ± 1.0000 | 2 |" in comparison_table(results)[-1]
+
+
+def test_options_apply_where_they_change_something() -> None:
+    recurrent, plain = nn.Sequential(nn.GRU(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    option = Options(profile="BEST", float_recurrent=True)
+    assert option.apply_to(recurrent, SETTINGS["int8"]) and not option.apply_to(plain, SETTINGS["int8"])
+    learned = Options(learned_scales=True)
+    assert learned.apply_to(plain, SETTINGS["int8"]) and not learned.apply_to(plain, SETTINGS["half"])
 
 
 def test_float_networks_run_once_for_a_task() -> None:

@@ -72,6 +72,10 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "deferred_conv": "layers/test_deferred.py",
         "layer_refs": "layers/test_shared_input.py",
         "folded_layer": "layers/test_custom_forward.py",
+        "prepared_conv": "layers/test_prepared.py",
+        "prepared_weight": "layers/test_prepared.py",
+        "ways": "layers/test_timing.py",
+        "weight_sources": "layers/test_fingerprint.py",
     },
     "model_surgery": {
         "batchnorm_links": "layers/test_bn_fold.py",

@@ -124,7 +124,6 @@ def after_pruning(plan: Plan, traits: Mapping[str, LayerTraits]) -> Plan:
                 quant.weight,
                 num_bits=8,
                 least_squares=quant.weight.least_squares and quant.weight.algo == "ulq_retrain",
-                channel_wise=quant.weight.channel_wise and _takes_scale_per_channel(layer.type),
                 compensate=False,
             )
             layers[name] = replace(layer, quant=replace(quant, weight=weight))
@@ -179,7 +178,7 @@ def _quant(config: RetrainConfig, name: str, trait: LayerTraits, notes: _Notes) 
         bits = 8
         notes.int4.append(name)
     channel_wise = weight.channel_wise
-    per_channel = _takes_scale_per_channel(trait.type) or scale_per_channel(bits, config.profile)
+    per_channel = _takes_scale_per_channel(trait.type) or scale_per_channel(config.profile)
     if channel_wise is None:
         channel_wise = per_channel
     elif channel_wise and not per_channel:

@@ -25,9 +25,9 @@ def fill_weight(weight: WeightSettings, profile: str) -> WeightSettings:
     )
 
 
-def scale_per_channel(num_bits: int, profile: str) -> bool:
+def scale_per_channel(profile: str) -> bool:
     """Whether weights that take one scale for AMCT may have one per output channel, and have where nothing is said."""
-    return profile == "BEST" and num_bits == 4
+    return profile == "BEST"
 
 
 def fill_prune(prune: FilterPrune | SparsePrune, profile: str, has_loss: bool) -> FilterPrune | SparsePrune:

@@ -9,17 +9,17 @@ from torch import nn
 
 from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
+from amct_ext.layers import integer_support, prepared
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.integer import IntegerForward
-from amct_ext.layers.integer_support import unsupported_reason
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.recording import write_record
 from amct_ext.model_surgery.session import session_of
 
-Forward = Literal["float", "auto", "integer"]
+Forward = Literal["float", "auto", "integer", "prepared"]
 _CALIBRATION_METHODS: dict[str, type[CalibrationMethod]] = {"exact": ExactValues, "histogram": ValueHistogram}
 
 
@@ -50,14 +50,16 @@ def configure(
     * "float" (how a model starts): fake-quantised floats, as AMCT does.
     * "integer": 8-bit codes where there is a kernel (float32 on the CPU; not in compiled graphs nor under autocast).
       Sums are exact and rounded once. Gradients are those of "float", and nothing is kept whatever ``stash`` says.
-    * "auto": both ways are timed when a layer first meets a shape, and the faster one is taken.
+    * "prepared": as "float", but an evaluation without gradients multiplies by weights that are packed once for oneDNN,
+      with the BatchNorm that follows in them (float32 on the CPU; not in compiled graphs nor under autocast).
+    * "auto": the ways are timed when a layer first meets a shape, and the fastest one is taken.
 
-    Evaluations on integers keep the packed weight until a training step, a change of the parameter, or a call of
-    train() or eval(). Torch does not count a change through ``weight.data`` (an exchange with averaged weights). It is
-    found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of the input, else
-    at an even sample. After writing a few values of a larger one so, call eval(). These evaluations also compute
-    BatchNorm, ReLU and additions together with the convolution before them, rounding once instead of at each step;
-    forward hooks in the model then see tensors whose values are computed when they are read.
+    Evaluations on integers or prepared floats keep the packed weight until a training step, a change of the parameter,
+    or a call of train() or eval(). Torch does not count a change through ``weight.data`` (an exchange with averaged
+    weights). It is found by looking at the weight: at all of it up to 4096 values or where it meets 4096 positions of
+    the input, else at an even sample. After writing a few values of a larger one so, call eval(). These evaluations
+    also compute BatchNorm, activation functions and additions together with the convolution before them, rounding once
+    instead of at each step; forward hooks in the model then see tensors whose values are computed when they are read.
 
     ``calibration``: how batches are gathered where ``batch_num`` is above 1.
 
@@ -83,9 +85,7 @@ def configure(
     if calibration == "exact":
         _check_values_are_there(quantizers)
     for name, way in wanted.items():
-        layers[name].integer = (
-            None if way == "float" or unsupported_reason(layers[name]) else IntegerForward(way, session.tracker)
-        )
+        layers[name].integer = IntegerForward(way, session.tracker) if _has_way(layers[name], way) else None
     for quantizer in quantizers:
         if validation is not None:
             quantizer.validate_now = validation == "eager"
@@ -104,6 +104,13 @@ def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:
         )
 
 
+def _has_way(layer: CompressedLayer, way: Forward) -> bool:
+    """Whether ``way``, or one that "auto" may choose, is another one than floats for some inputs of ``layer``."""
+    return (way in ("auto", "integer") and integer_support.unsupported_reason(layer) is None) or (
+        way in ("auto", "prepared") and prepared.unsupported_reason(layer) is None
+    )
+
+
 def _per_layer(
     forward: Forward | Mapping[str, Forward] | None, layers: Mapping[str, CompressedLayer]
 ) -> dict[str, Forward]:
@@ -111,25 +118,22 @@ def _per_layer(
         return {}
     wanted = dict(forward) if isinstance(forward, Mapping) else dict.fromkeys(layers, forward)
     for name, value in wanted.items():
-        if value not in ("float", "auto", "integer"):
-            raise ValueError(f"forward must be 'float', 'auto' or 'integer', not {value!r}")
+        if value not in ("float", "auto", "integer", "prepared"):
+            raise ValueError(f"forward must be 'float', 'auto', 'integer' or 'prepared', not {value!r}")
         if name not in layers:
             raise ValueError(f"forward: the model has no compressed layer '{name}'")
     return wanted
 
 
 def forward_choices(model: nn.Module) -> dict[str, Forward]:
-    """Which forward each compressed layer took last: layer -> "integer" or "float".
+    """Which forward each compressed layer took last: layer -> "integer", "prepared" or "float".
 
     `configure(model, forward=...)` takes the result: what "auto" chose in one run, another run repeats. Errors:
     ModelError.
     """
     inner = unwrap(model)
     session_of(inner)
-    return {
-        name: "integer" if layer.integer is not None and layer.integer.used else "float"
-        for name, layer in compressed_layers(inner)
-    }
+    return {name: "float" if layer.integer is None else layer.integer.used for name, layer in compressed_layers(inner)}
 
 
 def update_record(model: nn.Module, record_file: str | None = None) -> None:

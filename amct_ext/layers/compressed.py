@@ -24,6 +24,7 @@ from amct_ext.layers.product_call import Product
 from amct_ext.layers.shift_search import ShiftSearch
 from amct_ext.layers.sparsity import Sparsity, masked
 from amct_ext.layers.stash import stashed
+from amct_ext.layers.ways import Way
 from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
 
 _EPS = torch.finfo(torch.float32).eps
@@ -32,7 +33,7 @@ _EPS = torch.finfo(torch.float32).eps
 class ProductOnCodes(Protocol):
     """Another way to compute a layer's product; `integer.IntegerForward` is the one there is."""
 
-    used: bool | None  # by the last forward
+    used: Way  # by the last forward
 
     def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor | None:
         """The output of the layer, or None where ``x`` is for the float path."""
@@ -88,18 +89,21 @@ class CompressedLayer(nn.Module):
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         """The float computation on fake-quantised input and weight."""
-        quantizer, quantised = self.activation, x
+        quantizer = self.activation
         results: list[FakeQuantized] = []
-        if self.act_quant is not None:
-            quantised = self.act_quant(x, results)
-        elif quantizer is not None:
-            quantised = quantizer.forward_shared(x, results)
+        quantised = self.quantized_input(x, results)
         weight = self._compressed(self.source_weight(*args))
         # Only the gradient of the weight reads the input again.
         if quantizer is not None and quantizer.stash and weight.requires_grad:
             with stashed(quantizer.num_bits, *results[0]):
                 return self.compute_with_weight(quantised, weight, *args)
         return self.compute_with_weight(quantised, weight, *args)
+
+    def quantized_input(self, x: Tensor, results: list[FakeQuantized]) -> Tensor:
+        """``x`` fake-quantised, where the plan asks for it; ``results`` takes what the quantiser computed."""
+        if self.act_quant is not None:
+            return self.act_quant(x, results)  # type: ignore[no-any-return]
+        return x if self.activation is None else self.activation.forward_shared(x, results)
 
     def compressed_weight(self) -> Tensor:
         """The weight that the product uses: masked and fake-quantised; in training a 2:4 mask may be renewed."""
@@ -286,8 +290,6 @@ class CompressedLayer(nn.Module):
             return super().__reduce_ex__(protocol)
         get_state: Callable[[], object] = self.__getstate__
         return new_derived, self.derived_from, get_state()
-
-    # -- layouts
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         """The weight with its output channels on axis 0."""

@@ -8,14 +8,9 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.layers.bn_fold import fold_batch_norm
+from amct_ext.layers.deferred_source import Clips, Codes, EvaluationCount
 from amct_ext.layers.integer_ops import ConvGeometry
-
-
-@dataclass
-class DeferPolicy:
-    """Whether one layer's results may be deferred; False once one of them had to be computed twice."""
-
-    allowed: bool = True
+from amct_ext.layers.prepared_ops import Activation
 
 
 @dataclass(frozen=True)
@@ -30,12 +25,11 @@ class DeferredConv2d:
     channels_last: bool
     clamp_min: float | None = None
     clamp_max: float | None = None
-    policy: DeferPolicy = field(default_factory=DeferPolicy)
-    evaluations: list[None] = field(default_factory=list)  # one entry for each; shared by all that derive from one conv
+    evaluations: EvaluationCount = field(default_factory=EvaluationCount)  # shared by all that derive from one conv
 
     def compute(self, addend: Tensor | None = None) -> Tensor:
         """The output as floats, plus ``addend`` where one is given."""
-        self._count_evaluation()
+        self.evaluations.add()
         return ops.integer_conv2d(
             *self.codes,
             *self.packed,
@@ -48,11 +42,13 @@ class DeferredConv2d:
             self.clamp_max,
         )
 
-    def compute_codes(
-        self, clips: tuple[Tensor, Tensor, Tensor, Tensor], num_bits: int, fixed_min: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def compute_channels_last(self) -> Tensor:
+        """The output as floats in channels-last layout."""
+        return replace(self, channels_last=True).compute()
+
+    def compute_codes(self, clips: Clips, num_bits: int, fixed_min: bool) -> Codes:
         """The output as the codes of the next layer's quantiser; the results of `ulq_quantize`."""
-        self._count_evaluation()
+        self.evaluations.add()
         return ops.integer_conv2d_codes(
             *self.codes,
             *self.packed,
@@ -68,22 +64,24 @@ class DeferredConv2d:
 
     def with_batch_norm(
         self, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-    ) -> DeferredConv2d:
+    ) -> DeferredConv2d | None:
         """With a BatchNorm of these statistics behind it; factor and shift are computed in float64."""
+        if not self.unclamped:
+            return None
         factor, shift = fold_batch_norm(self.bias, gamma, beta, mean, variance, eps)
         return replace(self, scale=factor * self.scale, bias=shift)
 
-    def clamped(self, low: float, high: float | None) -> DeferredConv2d:
-        """Clamped to these bounds; only called where there is no upper bound yet."""
+    def clamped(self, low: float, high: float | None) -> DeferredConv2d | None:
+        """Clamped to these bounds; a second upper bound would have to be applied after the first one."""
+        if self.clamp_max is not None:
+            return None
         low = low if self.clamp_min is None else max(low, self.clamp_min)
         return replace(self, clamp_min=low, clamp_max=high)
+
+    def activated(self, activation: Activation) -> None:
+        """None: the integer product has bounds only."""
 
     @property
     def unclamped(self) -> bool:
         """Whether BatchNorm or an addition can still be folded in: neither can behind a clamp."""
         return self.clamp_min is None and self.clamp_max is None
-
-    def _count_evaluation(self) -> None:
-        self.evaluations.append(None)
-        if len(self.evaluations) > 1:
-            self.policy.allowed = False

@@ -1,4 +1,4 @@
-"""The integer forward: a layer's product on 8-bit codes, its gradients those of the float path."""
+"""The integer forward: a layer's product on 8-bit codes, with the gradients of the float path; and the choice of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from amct_ext import ops
 from amct_ext.layers.activation_types import QuantizedActivation
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.deferred import DeferredTensor
-from amct_ext.layers.deferred_conv import DeferPolicy, DeferredConv2d
-from amct_ext.layers.fingerprint import Fingerprint, fingerprint
+from amct_ext.layers.deferred_conv import DeferredConv2d
+from amct_ext.layers.deferred_source import DeferPolicy, EvaluationCount
+from amct_ext.layers.fingerprint import Fingerprint
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.integer_autograd import apply_integer_product, fake_quant_proxy
 from amct_ext.layers.integer_ops import (
@@ -23,7 +24,10 @@ from amct_ext.layers.integer_ops import (
     output_is_channels_last,
 )
 from amct_ext.layers.integer_support import supports
-from amct_ext.layers.timing import integers_are_faster
+from amct_ext.layers.prepared import PreparedForward
+from amct_ext.layers.timing import fastest
+from amct_ext.layers.ways import Way
+from amct_ext.layers.weight_sources import fingerprint_samples, fingerprints
 
 
 class _CachedWeight(NamedTuple):
@@ -32,31 +36,34 @@ class _CachedWeight(NamedTuple):
 
 
 class IntegerForward:
-    """How one layer computes its product: always on integers, or where that was measured to be faster.
+    """How one layer computes its product: on integers, on prepared floats, or by the way that is faster.
 
-    ``mode``: "integer" or "auto". ``choices``: what was measured, by shape of the input (without its first axis) and
-    whether gradients were recorded; True stands for integers. Held by a layer whose forward may be integer. While the
-    model of ``tracker`` is evaluated without gradients, results of convolutions are deferred (`DeferredTensor`).
+    ``mode``: "integer", "prepared" or "auto". ``choices``: what was measured, by shape of the input (without its first
+    axis), whether gradients were recorded, and the layer's mode. Held by a layer that has another way than floats.
+    While the model of ``tracker`` is evaluated without gradients, results of convolutions are deferred
+    (`DeferredTensor`).
     """
 
     def __init__(self, mode: str, tracker: ForwardTracker | None = None) -> None:
         self.mode = mode
         self.tracker = ForwardTracker() if tracker is None else tracker
         self.policy = DeferPolicy()
-        self.choices: dict[tuple[tuple[int, ...], bool], bool] = {}
-        self.used: bool | None = None  # by the last forward
+        self.prepared = PreparedForward(self.tracker)
+        self.choices: dict[tuple[tuple[int, ...], bool, bool], Way] = {}
+        self.used: Way = "float"  # by the last forward
         self._cached: _CachedWeight | None = None
         self._accumulators: Tensor | None = None
 
     def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the float path is to be taken."""
         self._accumulators = None
-        ready = layer.training or layer.ready  # before that an evaluation uses ranges of its own
-        self.used = supports(layer, x) and ready and (self.mode == "integer" or self._faster(layer, x))
-        if not self.used:
-            return None
+        self.used = self._choose(layer, x)
         if layer.training or torch.is_grad_enabled():
             self.drop_packed_weight()  # it is about to change
+        if self.used == "prepared":
+            return self.prepared(layer, x)
+        if self.used == "float":
+            return None
         act = _quantize_activation(layer, x)
         if torch.is_grad_enabled():
             return self._differentiable(layer, act, x)
@@ -74,6 +81,7 @@ class IntegerForward:
     def drop_packed_weight(self) -> None:
         """Free the packed weight; the next evaluation packs it again."""
         self._cached = None
+        self.prepared.drop_packed_weight()
 
     def _differentiable(self, layer: CompressedLayer, act: QuantizedActivation, x: Tensor) -> Tensor:
         assert layer.weight_quant is not None
@@ -91,12 +99,7 @@ class IntegerForward:
     def _packed_weight(self, layer: CompressedLayer, x: Tensor) -> PackedWeight:
         """The packed weight, cached between evaluation forwards while none of its sources changes."""
         assert layer.weight_quant is not None
-        sources = [layer.weight, *layer.weight_quant.parameters()]
-        if layer.sparsity is not None:
-            layer.sparsity.repair_mask(layer.weight)
-            sources.append(layer.sparsity.mask)
-        samples = _fingerprint_samples(layer, x)
-        key = [fingerprint(t, samples) for t in sources]
+        key = fingerprints(layer, fingerprint_samples(layer, x))
         if self._cached is None or self._cached.key != key:
             weight = layer.compressed_weight()
             scale = layer.weight_quant.last_scale().clone()
@@ -120,34 +123,32 @@ class IntegerForward:
             None if layer.bias is None else layer.bias.double(),
             geometry,
             output_is_channels_last(layer, x),
-            policy=self.policy,
+            evaluations=EvaluationCount(self.policy),
         )
         if min(size) < 1:
             return conv.compute()  # raises: the kernel does not fit
         return DeferredTensor(conv, torch.Size((x.shape[0], weight.sums.numel(), *size)))
 
-    def _faster(self, layer: CompressedLayer, x: Tensor) -> bool:
-        key = (tuple(x.shape[1:]), torch.is_grad_enabled())
+    def _choose(self, layer: CompressedLayer, x: Tensor) -> Way:
+        """Which way the product of ``x`` takes."""
+        ready = layer.training or layer.ready  # before that an evaluation uses ranges of its own
+        ways: list[Way] = []
+        if self.mode != "prepared" and ready and supports(layer, x):
+            ways.append("integer")
+        if self.mode != "integer" and ready and self.prepared.supports(layer, x):
+            ways.append("prepared")
+        if self.mode != "auto" or not ways:
+            return ways[0] if ways else "float"
+        key = (tuple(x.shape[1:]), torch.is_grad_enabled(), layer.training)
         if key not in self.choices:
-            self.choices[key] = integers_are_faster(layer, x.detach(), key[1], not key[1] and self._may_defer(layer))
+            # In its first evaluation the shift search reads the result, which is deferred from then on.
+            evaluates = not (layer.training or key[1]) and self.tracker.forward_id is not None
+            deferred = evaluates and self.policy.allowed and isinstance(layer, nn.Conv2d)
+            self.choices[key] = fastest(layer, x, ways, key[1], deferred)
         return self.choices[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None, "_accumulators": None}
-
-
-def _fingerprint_samples(layer: CompressedLayer, x: Tensor) -> int | None:
-    """How many pieces of a weight to compare with the packed one, so that it takes a fiftieth of the product's time.
-
-    None, all of it, where the product has 4096 output positions or more (an image of 64 x 64) or the weight is small.
-    """
-    positions = x.numel() // max(x.shape[1 if x.dim() == 4 else -1], 1)
-    if isinstance(layer, nn.Conv2d):
-        positions //= layer.stride[0] * layer.stride[1]
-    size = layer.weight.numel()
-    if positions >= 4096 or size <= 4096:
-        return None
-    return max(64, size * max(positions, 16) >> 19)
 
 
 def _quantize_activation(layer: CompressedLayer, x: Tensor) -> QuantizedActivation:
@@ -162,8 +163,8 @@ def _quantize_activation(layer: CompressedLayer, x: Tensor) -> QuantizedActivati
             return kept
     quantizer.calibrate(x)
     clips = (quantizer.clip_max, quantizer.clip_min, quantizer.prev_clip_max, quantizer.prev_clip_min)
-    if type(x) is DeferredTensor and x.source is not None and not torch.is_grad_enabled():
-        results = x.source.compute_codes(clips, quantizer.num_bits, quantizer.fixed_min)
+    if type(x) is DeferredTensor and not torch.is_grad_enabled():
+        results = x.compute_codes(clips, quantizer.num_bits, quantizer.fixed_min)
     else:
         results = ops.ulq_quantize(x.detach(), *clips, quantizer.num_bits, quantizer.fixed_min)
     codes, scale, offset, clip_max, clip_min, invalid = results

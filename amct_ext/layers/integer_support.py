@@ -32,8 +32,8 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
     return None
 
 
-def supports(layer: CompressedLayer, x: Tensor) -> bool:
-    """Whether ``x`` can take the integer forward: plain float32 on the CPU, outside of compilers and autocast."""
+def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
+    """Whether input and weight are plain float32 on the CPU, outside of compilers and autocast, with values."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if type(x) not in (Tensor, nn.Parameter, DeferredTensor) or type(layer.weight) not in (Tensor, nn.Parameter):
@@ -42,6 +42,9 @@ def supports(layer: CompressedLayer, x: Tensor) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
         return False
-    if x.numel() == 0 or (isinstance(layer, nn.Conv2d) and x.dim() != 4):
-        return False
-    return unsupported_reason(layer) is None
+    return x.numel() > 0 and (x.dim() == 4 or not isinstance(layer, nn.Conv2d))
+
+
+def supports(layer: CompressedLayer, x: Tensor) -> bool:
+    """Whether ``x`` can take the integer forward."""
+    return is_plain_float32(layer, x) and unsupported_reason(layer) is None

@@ -31,17 +31,19 @@ class Options:
     importance: str | None = None
     mask_gradient: str | None = None
     permute_channels: str | None = None
+    float_recurrent: bool = False
 
-    def apply_to(self, setting: Setting) -> bool:
-        """Whether each of the options changes something in this setting."""
+    def apply_to(self, model: nn.Module, setting: Setting) -> bool:
+        """Whether each of the options changes something for this network and setting."""
         applies = {
             "profile": True,
-            "learned_scales": setting.weight_bits == 4,
+            "learned_scales": not setting.prune,
             "range_search": not setting.prune,
             "scale_start": setting.weight_bits == 4,
             "importance": setting.prune > 0,
             "mask_gradient": setting.sparse,
             "permute_channels": setting.sparse,
+            "float_recurrent": any(isinstance(module, (nn.LSTM, nn.GRU)) for module in model.modules()),
         }
         chosen = [field.name for field in fields(self) if getattr(self, field.name)]
         return all(applies[name] for name in chosen)
@@ -70,6 +72,8 @@ def configuration(task: Task, setting: Setting, options: Options) -> str:
     if setting.prune:
         how = f"prune_ratio: {setting.prune} ascend_optimized: false{_field('importance', options.importance)}"
         lines.append(f"prune_config {{ filter_pruner {{ balanced_l2_norm_filter_prune {{ {how} }} }} }}")
+    if options.float_recurrent:
+        lines += [f'quant_skip_types: "{kind}"' for kind in ("LSTM", "GRU")]
     for name in task.keep_8_bits if setting.weight_bits == 4 else ():
         lines.append(f'override_layer_configs {{ layer_name: "{name}" {data} {weight(8)} }}')
     return "\n".join(lines) + "\n"
@@ -103,8 +107,8 @@ def _loss_for_pruning(task: Task, setting: Setting, options: Options) -> dict[st
 
 def compress(model: nn.Module, task: Task, setting: Setting, options: Options) -> PreparedModel:
     """Compressed, and calibrated in training forwards: a pruned network has no statistics of its own yet."""
-    if not options.apply_to(setting):
-        raise UnsupportedError("changes nothing in this setting")
+    if not options.apply_to(model, setting):
+        raise UnsupportedError("changes nothing for this network and setting")
     with tempfile.TemporaryDirectory() as folder:
         config, record = Path(folder) / "compression.cfg", Path(folder) / "record.txt"
         config.write_text(configuration(task, setting, options))

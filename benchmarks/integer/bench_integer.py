@@ -1,9 +1,11 @@
-"""The integer forward: whole training steps and evaluations, models taking turns in one process.
+"""The ways of a product: whole training steps and evaluations, models taking turns in one process.
 
     python -m benchmarks.integer.bench_integer [--threads 2] [--rounds 7] [--models ResNet-50 BERT-small] [--clock cpu]
+        [--parts evaluation]
 
 Printed: medians, and the medians of the rounds' ratios to the float model (images: to the faster of its two memory
-layouts). ``--clock cpu`` counts the process's own time instead of the wall's: for one thread on a busy machine.
+layouts), and how many layers of an evaluation took which way. ``--clock cpu`` counts the process's own time instead of
+the wall's: for one thread on a busy machine.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from benchmarks.step.models import JOBS, Job
 from benchmarks.step.variants import FLOAT, make, stepper
 
 LAST = "channels last"
-Run = Callable[[], None]
+Run = Callable[[], object]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -38,7 +40,7 @@ def models(job: Job, x: Tensor) -> dict[str, tuple[nn.Module, Tensor]]:
     result = {FLOAT: (make(FLOAT, job, x[:1]), x)}
     if pictures:
         result[f"{FLOAT}, {LAST}"] = channels_last(make(FLOAT, job, x[:1])), channels_last(x)
-    for forward in ("float", "auto", "integer"):
+    for forward in ("float", "auto", "integer", "prepared"):
         model = make("INT8", job, x[:1])
         amct.configure(model, forward=forward)
         result[f"INT8, {forward}"] = model, x
@@ -60,6 +62,10 @@ def training(model: nn.Module, x: Tensor, labels: Tensor) -> Run:
 
 
 def evaluation(model: nn.Module, x: Tensor) -> Run:
+    model.train()
+    with torch.no_grad():
+        model(x)  # calibrates
+
     def run() -> None:
         model.eval()
         with torch.no_grad():
@@ -104,8 +110,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, help="default: the model's own")
-    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "BERT-small"])
+    parser.add_argument("--models", nargs="+", choices=JOBS, default=["ResNet-50", "MobileNetV2", "BERT-small"])
     parser.add_argument("--only", nargs="+", help="variants, by the names of the table")
+    parser.add_argument("--parts", nargs="+", choices=("step", "evaluation"), default=["step", "evaluation"])
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -115,20 +122,25 @@ def main() -> None:
         x, labels = job.batch(args.batch or job.samples)
         made = {key: pair for key, pair in models(job, x).items() if not args.only or key in args.only}
         clock = CLOCKS[args.clock]
-        steps = time_in_rounds(
-            {key: training(model, batch, labels) for key, (model, batch) in made.items()}, args.rounds, clock
-        )
-        evals = time_in_rounds(
-            {key: evaluation(model, batch) for key, (model, batch) in made.items()}, args.rounds, clock
-        )
-        table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, median ms ({args.clock})")
-        for heading in ("", "step", "to float", "evaluation", "to float", "on integers"):
+        measured = {"step": training, "evaluation": lambda model, batch, _: evaluation(model, batch)}
+        parts = {
+            part: columns(
+                time_in_rounds(
+                    {key: measured[part](model, batch, labels) for key, (model, batch) in made.items()},
+                    args.rounds,
+                    clock,
+                )
+            )
+            for part in args.parts
+        }
+        kernel = amct.build_info()["integer_product"]
+        table = Table(title=f"{name}, batch {x.shape[0]}, {args.threads} threads, {kernel}, median ms ({args.clock})")
+        for heading in ("", *(text for part in parts for text in (part, "to float")), "integer", "prepared"):
             table.add_column(heading, justify="right" if heading else "left")
-        step_columns, eval_columns = columns(steps), columns(evals)
         for key, (model, _) in made.items():
             chosen = [] if key.startswith(FLOAT) else list(amct.forward_choices(model).values())
-            count = f"{chosen.count('integer')} of {len(chosen)}" if chosen else ""
-            table.add_row(key, *step_columns[key], *eval_columns[key], count)
+            counts = [f"{chosen.count(way)} of {len(chosen)}" if chosen else "" for way in ("integer", "prepared")]
+            table.add_row(key, *(cell for part in parts.values() for cell in part[key]), *counts)
         Console(width=120).print(table)
 
 

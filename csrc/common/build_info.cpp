@@ -1,5 +1,6 @@
 #include "common/build_info.h"
 
+#include "cpu/integer_product_level.h"
 #include "cpu/loop_table.h"
 
 namespace amct_ext {
@@ -17,6 +18,8 @@ BuildInfo build_info() {
 #endif
   info.simd_levels = AMCT_LEVELS;
   info.simd = cpu::loops().level;
+  info.product_levels = AMCT_PRODUCT_LEVELS;
+  info.product = cpu::product_kernel().level;
 #ifdef AMCT_CUDA
   info.cuda = true;
 #else

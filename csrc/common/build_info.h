@@ -13,7 +13,9 @@ struct BuildInfo {
   std::string simd;         // the level in use
   bool cuda;
   bool npu;
-  std::string sanitizer;  // empty without one
+  std::string sanitizer;       // empty without one
+  std::string product_levels;  // kernels of the integer product, comma separated
+  std::string product;         // the one in use
 };
 
 __attribute__((visibility("default"))) BuildInfo build_info();

@@ -1,33 +1,15 @@
 #include "cpu/integer_conv_tiling.h"
 
+#include <cstring>
+
 #include "common/check.h"
+#include "cpu/integer_codes.h"
+#include "cpu/parallel.h"
 #include "cpu/tensor_access.h"
 
 namespace amct_ext::cpu {
 
-extern const ProductKernel product_baseline;
-#ifdef AMCT_X86_LEVELS
-extern const ProductKernel product_vnni;
-#endif
-
-namespace {
-
 using at::Tensor;
-
-const ProductKernel& best_kernel() {
-#ifdef AMCT_X86_LEVELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")) return product_vnni;
-#endif
-  return product_baseline;
-}
-
-}  // namespace
-
-const ProductKernel& product_kernel() {
-  static const ProductKernel& best = best_kernel();
-  return best;
-}
 
 ConvShape conv_shape(const char* op, const Tensor& codes, int64_t outputs, at::IntArrayRef kernel_size,
                      at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
@@ -83,8 +65,9 @@ PackedWeights packed_weights(const char* op, const ConvShape& s, const Tensor& p
   const double scale = value_at(x_scale, 0), offset = value_at(x_offset, 0);
   // A NaN offset comes with a NaN scale, which decides the result.
   const int zero = offset >= -128 && offset <= 127 ? static_cast<int>(offset) + 128 : 0;
+  const int shift = product_kernel().code_shift;
   const size_t padded = static_cast<size_t>(blocks * kBlockChannels);
-  PackedWeights result{static_cast<const int8_t*>(packed.const_data_ptr()),
+  PackedWeights result{packed,
                        static_cast<uint8_t>(zero),
                        quads,
                        std::vector<uint32_t>(padded),
@@ -93,7 +76,7 @@ PackedWeights packed_weights(const char* op, const ConvShape& s, const Tensor& p
   const Tensor factors = w_scale.contiguous(), terms = bias ? bias->contiguous() : Tensor();
   const int32_t* totals = static_cast<const int32_t*>(sums.const_data_ptr());
   for (int64_t c = 0; c < s.outputs; ++c) {
-    result.zeros[c] = static_cast<uint32_t>(zero) * static_cast<uint32_t>(totals[c]);
+    result.zeros[c] = static_cast<uint32_t>(zero - shift) * static_cast<uint32_t>(totals[c]);
     result.scales[c] = scale * value_at(factors, factors.numel() == 1 ? 0 : c);
     if (bias) result.biases[c] = value_at(terms, c);
   }
@@ -106,6 +89,42 @@ Tensor with_read_padding(const Tensor& codes, at::MemoryFormat format) {
   if (past >= 4) return source;
   const Tensor padded = at::empty({source.numel() + 4}, source.options());
   return padded.as_strided(source.sizes(), source.strides()).copy_(source);
+}
+
+namespace {
+
+// What is copied for channels beyond the last meets weights of zero.
+void copy_four(const uint8_t* from, uint8_t* to) { std::memcpy(to, from, 4); }
+
+}  // namespace
+
+Tensor conv_input(const Tensor& codes, ConvShape& s, PackedWeights& w) {
+  constexpr int64_t kFewQuads = 4;
+  Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
+  const int64_t positions = s.images * s.height * s.width;
+  if (w.quads > kFewQuads || s.kernel[1] == 1 || s.dilation[1] != 1 || positions == 0 || s.outputs == 0) return source;
+  const int64_t height = s.height + 2 * s.padding[0], width = s.width + 2 * s.padding[1], channels = 4 * w.quads;
+  const Tensor padded = empty_codes({s.images, channels, height, width}, codes.options());
+  const uint8_t* from = static_cast<const uint8_t*>(source.const_data_ptr());
+  uint8_t* to = static_cast<uint8_t*>(padded.mutable_data_ptr());
+  for_rows(s.images * height, width * channels, [&](int64_t line) {
+    const int64_t image = line / height, row = line % height - s.padding[0];
+    uint8_t* out = to + line * width * channels;
+    std::memset(out, w.zero, width * channels);
+    if (row < 0 || row >= s.height) return;
+    const uint8_t* in = from + (image * s.height + row) * s.width * s.channels;
+    out += s.padding[1] * channels;
+    for (int64_t i = 0; i < s.width; ++i) {
+      for (int64_t q = 0; q < w.quads; ++q) copy_four(in + i * s.channels + 4 * q, out + i * channels + 4 * q);
+    }
+  });
+  s.height = height;
+  s.width = width;
+  s.channels = channels;
+  w.quads *= s.kernel[1];
+  s.kernel[1] = 1;
+  s.padding[0] = s.padding[1] = 0;
+  return padded;
 }
 
 // Positions of a row of the output are neighbours in the input, except those in the padding.

@@ -10,11 +10,10 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/integer_product.h"
+#include "cpu/integer_product_level.h"
+#include "cpu/integer_weight_split.h"
 
 namespace amct_ext::cpu {
-
-const ProductKernel& product_kernel();
 
 // A convolution over images with channels last; a matrix product is one over a single line of positions.
 struct ConvShape {
@@ -26,7 +25,7 @@ struct ConvShape {
 };
 
 struct PackedWeights {
-  const int8_t* packed;
+  at::Tensor packed;
   uint8_t zero;  // the code of zero
   int64_t quads;
   std::vector<uint32_t> zeros;
@@ -43,6 +42,10 @@ ConvShape linear_shape(const char* op, const at::Tensor& codes, int64_t outputs)
 PackedWeights packed_weights(const char* op, const ConvShape& s, const at::Tensor& packed, const at::Tensor& sums,
                              const at::Tensor& x_scale, const at::Tensor& x_offset, const at::Tensor& w_scale,
                              const std::optional<at::Tensor>& bias);
+
+// The codes that a convolution reads. A convolution of few channels is made one over whole rows of its filter: the
+// codes are copied, with their padding and up to a multiple of four channels, `s` and `w` changed accordingly.
+at::Tensor conv_input(const at::Tensor& codes, ConvShape& s, PackedWeights& w);
 
 // The codes in the given format, with some readable bytes beyond the end.
 at::Tensor with_read_padding(const at::Tensor& codes, at::MemoryFormat format);
@@ -78,7 +81,8 @@ void tiled_product(const ConvShape& s, const uint8_t* codes, const PackedWeights
                    std::initializer_list<const float*> outputs, const WindowOf& window, const StoreTile& epilogue) {
   const int64_t positions = s.positions();
   if (positions == 0 || s.outputs == 0) return;
-  const int64_t taps = s.kernel[0] * s.kernel[1], block_stride = taps * w.quads * kQuadBytes;
+  const ProductKernel& kernel = product_kernel();
+  const int64_t taps = s.kernel[0] * s.kernel[1];
   const int64_t blocks = (s.outputs + kBlockChannels - 1) / kBlockChannels,
                 wide = (blocks + kTileBlocks - 1) / kTileBlocks;
   const int64_t chunks = (positions + kMaxRows - 1) / kMaxRows, even = (positions + chunks - 1) / chunks;
@@ -88,7 +92,7 @@ void tiled_product(const ConvShape& s, const uint8_t* codes, const PackedWeights
   const int64_t wanted = 4 * at::get_num_threads();
   const int64_t groups = std::min(wide, std::max<int64_t>(1, (wanted + count - 1) / count));
   const std::vector<uint8_t> zero_row(4 * w.quads, w.zero);
-  const auto compute_tile = product_kernel().sums;
+  const SplitWeights weights(kernel, w.packed, blocks, taps, w.quads);
   at::parallel_for(0, count * groups, 1, [&](int64_t begin, int64_t end) {
     std::vector<const uint8_t*> pointers(taps * rows);
     alignas(64) int32_t sums[kMaxRows * kTileChannels];
@@ -100,16 +104,28 @@ void tiled_product(const ConvShape& s, const uint8_t* codes, const PackedWeights
       prepared = chunk;
       for (int64_t b = wide * group / groups; b < wide * (group + 1) / groups; ++b) {
         const int64_t block = b * kTileBlocks, column = block * kBlockChannels;
-        const int tile_blocks = static_cast<int>(std::min<int64_t>(kTileBlocks, blocks - block));
+        const int64_t end_block = std::min(block + kTileBlocks, blocks);
         const int columns = static_cast<int>(std::min<int64_t>(kTileChannels, s.outputs - column));
         const OutputWindow ahead = window(first, last, column, columns);
-        for (int64_t row = 0; row < last - first; row += kTileRows) {
-          for (const float* data : outputs) {
-            if (data != nullptr) ahead.prefetch(data, row / kTileRows, rows / kTileRows);
+        for (int64_t from = block; from < end_block; from += kernel.tile_blocks) {
+          const int64_t tile_blocks = std::min<int64_t>(kernel.tile_blocks, end_block - from);
+          for (int64_t row = 0; row < last - first; row += kTileRows) {
+            for (const float* data : outputs) {
+              if (data != nullptr && from + tile_blocks == end_block) {
+                ahead.prefetch(data, row / kTileRows, rows / kTileRows);
+              }
+            }
+            Tile tile{pointers.data() + row,
+                      rows,
+                      taps,
+                      w.quads,
+                      {},
+                      weights.rests(from),
+                      sums + row * kTileChannels + (from - block) * kBlockChannels};
+            for (int64_t i = 0; i < tile_blocks; ++i) tile.weights[i] = weights.block(from + i);
+            kernel.sums(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)),
+                        static_cast<int>(tile_blocks));
           }
-          const Tile tile{pointers.data() + row,     rows, taps, w.quads, w.packed + block * block_stride, block_stride,
-                          sums + row * kTileChannels};
-          compute_tile(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)), tile_blocks);
         }
         const Epilogue parameters{columns, &w.zeros[column], &w.scales[column], &w.biases[column],
                                   nullptr, bounds.lowest,    bounds.highest};

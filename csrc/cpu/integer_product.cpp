@@ -105,9 +105,9 @@ Tensor integer_conv2d(const Tensor& codes, const Tensor& x_scale, const Tensor& 
                       at::IntArrayRef dilation, bool channels_last, const std::optional<Tensor>& addend,
                       std::optional<double> lowest, std::optional<double> highest) {
   const char* op = "integer_conv2d";
-  const ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
-  const PackedWeights w = packed_weights(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
-  const Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
+  ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
+  PackedWeights w = packed_weights(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
+  const Tensor source = conv_input(codes, s, w);
   const auto layout = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kFloat), layout);
   Tensor more;
@@ -131,9 +131,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> integer_conv2d_codes(
     int64_t num_bits, bool fixed_min) {
   const char* op = "integer_conv2d_codes";
   check_bits(op, num_bits, 8);
-  const ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
-  const PackedWeights w = packed_weights(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
-  const Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
+  ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
+  PackedWeights w = packed_weights(op, s, packed, sums, x_scale, x_offset, w_scale, bias);
+  const Tensor source = conv_input(codes, s, w);
   const Tensor floats = at::empty({0}, codes.options().dtype(at::kFloat));  // the type that is quantised
   const Clips clips = resolve_clips(op, floats, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min);
   Tensor y = empty_codes({s.images, s.outputs, s.out_height, s.out_width}, codes.options());
@@ -161,10 +161,10 @@ Tensor integer_conv2d_accumulators(const Tensor& codes, const Tensor& x_offset, 
                                    const Tensor& sums, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                                    at::IntArrayRef padding, at::IntArrayRef dilation) {
   const char* op = "integer_conv2d_accumulators";
-  const ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
+  ConvShape s = conv_shape(op, codes, sums.numel(), kernel_size, stride, padding, dilation);
   const Tensor one = at::ones({}, at::kFloat);
-  const PackedWeights w = packed_weights(op, s, packed, sums, one, x_offset, one, {});
-  const Tensor source = with_read_padding(codes, at::MemoryFormat::ChannelsLast);
+  PackedWeights w = packed_weights(op, s, packed, sums, one, x_offset, one, {});
+  const Tensor source = conv_input(codes, s, w);
   Tensor y = at::empty({s.images, s.outputs, s.out_height, s.out_width}, codes.options().dtype(at::kInt),
                        at::MemoryFormat::ChannelsLast);
   product_accumulators(s, static_cast<const uint8_t*>(source.const_data_ptr()), w,

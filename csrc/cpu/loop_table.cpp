@@ -1,5 +1,9 @@
 #include "cpu/loop_table.h"
 
+#include <vector>
+
+#include "cpu/level_choice.h"
+
 namespace amct_ext::cpu {
 
 extern const LoopTable loops_baseline;
@@ -11,22 +15,24 @@ extern const LoopTable loops_v4bf16;
 
 namespace {
 
-const LoopTable& best_loops() {
+std::vector<const LoopTable*> usable_loops() {
+  std::vector<const LoopTable*> usable{&loops_baseline};
 #ifdef AMCT_X86_LEVELS
   __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v3")) usable.push_back(&loops_v3);
   if (__builtin_cpu_supports("x86-64-v4")) {
-    return __builtin_cpu_supports("avx512bf16") ? loops_v4bf16 : loops_v4;
+    usable.push_back(&loops_v4);
+    if (__builtin_cpu_supports("avx512bf16")) usable.push_back(&loops_v4bf16);
   }
-  if (__builtin_cpu_supports("x86-64-v3")) return loops_v3;
 #endif
-  return loops_baseline;
+  return usable;
 }
 
 }  // namespace
 
 const LoopTable& loops() {
-  static const LoopTable& best = best_loops();
-  return best;
+  static const LoopTable& chosen = choose_level<LoopTable>("AMCT_SIMD_LEVEL", usable_loops());
+  return chosen;
 }
 
 }  // namespace amct_ext::cpu

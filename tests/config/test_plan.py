@@ -159,13 +159,14 @@ def test_bits_that_do_not_go_together(plan):
         plan(text + "retrain_weight_quant_config { arq_retrain { dst_type: INT4 } }")
 
 
-def test_the_best_profile_gives_int4_weights_of_linear_layers_a_scale_per_channel(plan):
-    four = "retrain_weight_quant_config { ulq_retrain { dst_type: INT4 %s } }\n"
-    one, several = four % "channel_wise: false", by_name("fc", four % "channel_wise: true")
-    for text, expected in ((four % "", True), (several, True), (one, False), (QUANT, False)):
-        weight = plan("profile: BEST\n" + text).layers["fc"].quant.weight
-        assert (weight.channel_wise, weight.compensate) == (expected, weight.num_bits == 4)
-    assert plan(four % "").layers["fc"].quant.weight == WeightQuant("ulq_retrain", 4, channel_wise=False)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_best_profile_gives_weights_of_linear_layers_a_scale_per_channel(plan, bits):
+    text = f"retrain_weight_quant_config {{ ulq_retrain {{ dst_type: INT{bits} %s }} }}\n"
+    one, several = text % "channel_wise: false", by_name("fc", text % "channel_wise: true")
+    for each, expected in ((text % "", True), (several, True), (one, False)):
+        weight = plan("profile: BEST\n" + each).layers["fc"].quant.weight
+        assert (weight.channel_wise, weight.compensate) == (expected, bits == 4)
+    assert plan(text % "").layers["fc"].quant.weight == WeightQuant("ulq_retrain", bits, channel_wise=False)
 
 
 def test_channel_wise_on_a_linear_layer(plan, caplog):

@@ -23,7 +23,7 @@ from amct_ext.model_surgery.lookup import compressed_layers
 
 def test_settings(tmp_path: Path) -> None:
     model = Job(tmp_path, small.QUANT).create()
-    with pytest.raises(ValueError, match="'float', 'auto' or 'integer'"):
+    with pytest.raises(ValueError, match="'float', 'auto', 'integer' or 'prepared'"):
         amct_ext.configure(model, forward="fast")
     with pytest.raises(ValueError, match="no compressed layer 'nowhere'"):
         amct_ext.configure(model, forward={"nowhere": "integer"})

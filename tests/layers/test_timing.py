@@ -41,10 +41,31 @@ def test_auto_measures_once_per_shape(tmp_path: Path, monkeypatch: pytest.Monkey
     model.eval()
     with torch.no_grad():
         model(torch.randn(2, 4, 8, 8))
-    assert len(measured) == 3 * count and took_integers(model)
+    assert len(measured) == 3 * count + count // 2 and took_integers(model)  # a third way
     assert before.keys() == model.state_dict().keys()
     chosen = amct_ext.forward_choices(model)
     other = compressed(Chain(nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 8, 8), tmp_path)
     amct_ext.configure(other, forward=chosen)
     other(torch.randn(2, 4, 8, 8))
-    assert amct_ext.forward_choices(other) == chosen and len(measured) == 3 * count
+    assert amct_ext.forward_choices(other) == chosen and len(measured) == 3 * count + count // 2
+
+
+def test_an_evaluation_may_take_a_third_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first evaluation chooses for those that defer results: floats must gain more than a tenth."""
+    seconds = {"on_floats": 1.0, "on_integers": 2.0, "on_prepared_floats": 1.05}
+    monkeypatch.setattr(timing, "_seconds", lambda call: call() or seconds[call.__name__])
+    for net, x in ((nn.Conv2d(4, 4, 3, groups=4), torch.randn(2, 4, 8, 8)), (nn.Linear(6, 3), torch.randn(2, 6))):
+        model = compressed(Chain(net), x, tmp_path)
+        amct_ext.configure(model, forward="auto")
+        model(x)
+        assert amct_ext.forward_choices(model) == {"layer": "float"}
+        model.eval()
+        for _ in range(2):
+            with torch.no_grad():
+                model(x)
+        chosen = amct_ext.forward_choices(model)
+        assert chosen == {"layer": "prepared" if isinstance(net, nn.Conv2d) else "float"}
+        amct_ext.configure(model, forward=chosen)
+        with torch.no_grad():
+            model(x)
+        assert amct_ext.forward_choices(model) == chosen

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import amct_ext
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
@@ -94,6 +96,17 @@ def test_avx512_loops_agree_where_the_processor_has_none(tmp_path: Path) -> None
         run("c++", *INCLUDE, "-O1", sources / "kernel_bits.cpp", choice, *both, "-o", tmp_path / level)
         hashes.append(run(tmp_path / level))
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+def test_integer_products_are_exact_on_every_instruction_set(build: Path, tmp_path: Path) -> None:
+    objects = sorted((build / "CMakeFiles").glob("amct_product_*.dir/csrc/cpu/loops/integer_product.cpp.o"))
+    levels = [path.parents[3].name.removeprefix("amct_product_").removesuffix(".dir") for path in objects]
+    assert set(levels) == set(amct_ext.build_info()["integer_product_levels"])
+    sources = (ROOT / "tests" / "native" / "product_levels.cpp", ROOT / "csrc" / "cpu" / "integer_product_level.cpp")
+    defined = [f"-DAMCT_PRODUCT_{level.upper()}" for level in levels]
+    run("c++", *INCLUDE, "-O1", *defined, *sources, *objects, "-o", tmp_path / "product_levels")
+    print(run(tmp_path / "product_levels"))
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ namespace {
 // A value for the previous clips of a first forward.
 at::Tensor none() { return at::full({}, NAN); }
 
-TEST(Ops, BuildInfoNamesTheInstructionSet) {
-  EXPECT_NE(amct_ext::build_info().simd_levels.find(amct_ext::build_info().simd), std::string::npos);
+TEST(Ops, BuildInfoNamesTheInstructionSets) {
+  const amct_ext::BuildInfo info = amct_ext::build_info();
+  EXPECT_NE(info.simd_levels.find(info.simd), std::string::npos);
+  EXPECT_NE(info.product_levels.find(info.product), std::string::npos);
 }
 
 TEST(Ops, ActivationHasGradientsOfInputAndClips) {

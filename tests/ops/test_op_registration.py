@@ -160,5 +160,6 @@ def test_every_function_is_documented(name: str) -> None:
 def test_build_info() -> None:
     info = amct_ext.build_info()
     assert info["simd"] in info["simd_levels"]
+    assert info["integer_product"] in info["integer_product_levels"]
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["cuda"] in (True, False)

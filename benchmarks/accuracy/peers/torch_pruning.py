@@ -1,4 +1,4 @@
-"""Torch-Pruning chooses and removes the channels; what is left is quantised by amct_ext with AMCT's algorithms."""
+"""Torch-Pruning chooses and removes the channels; what is left is quantised by amct_ext."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def _prune(model: nn.Module, task: Task, ratio: float, importance: str) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def prepare(model: nn.Module, task: Task, setting: Setting, importance: str = "l2") -> PreparedModel:
-    """Pruned by the group's L2 norm or by the first-order Taylor term, then quantised."""
+def prepare(
+    model: nn.Module, task: Task, setting: Setting, importance: str = "l2", profile: str | None = None
+) -> PreparedModel:
+    """Pruned by the group's L2 norm or the first-order Taylor term, then quantised by the default or ``profile``."""
     if not setting.prune:
         raise UnsupportedError("it prunes only")
     _prune(model, task, setting.prune, importance)
-    return compress(model, task, SETTINGS["int8"], Options())
+    return compress(model, task, SETTINGS["int8"], Options(profile=profile))

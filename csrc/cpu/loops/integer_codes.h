@@ -45,11 +45,12 @@ bool ulq_codes(const void* x_, uint8_t* y, int64_t n, const UlqForwardParams& p)
     const int64_t count = n - begin < kCodesStep<T> ? n - begin : kCodesStep<T>;
     const T* __restrict in = x + begin;
     uint8_t* __restrict out = y + begin;
+    // The distance of a value that is not finite is NaN, whose bits exceed those of any bound.
+    if (recip.usable && codes_fast(in, out, count, offset, recip.inverse, lowest, highest) < max_safe_distance)
+      continue;
     good &= all_finite(in, count);
-    if (!recip.usable || codes_fast(in, out, count, offset, recip.inverse, lowest, highest) >= max_safe_distance) {
-      for (int64_t i = 0; i < count; ++i) {
-        out[i] = code_byte(math::round_even(widen(in[i]) / scale + offset), lowest, highest);
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = code_byte(math::round_even(widen(in[i]) / scale + offset), lowest, highest);
     }
   }
   return !good;

@@ -3,11 +3,15 @@
 
 #include <cstdint>
 
-// The file of an instruction set has sixteen sums in a vector (Sums). Each step adds four products to every one: four
-// neighbouring activations (broadcast4) times the four weights of each output channel (load_quads). No intermediate
-// result saturates on any instruction set.
-#if defined(__AVX512VNNI__)
-#include "cpu/loops/integer_product_vnni.h"
+// The file of an instruction set has kLanes sums in a vector (Sums), kVectors of them in a block. Each step adds four
+// products to every sum: four neighbouring activations (broadcast4) times the four weights of each output channel
+// (load_quads). With kSplits the weights must be split first (ProductKernel).
+#if defined(__AVX512BW__)
+#include "cpu/loops/integer_product_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/loops/integer_product_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "cpu/loops/integer_product_neon.h"
 #else
 #include "cpu/loops/integer_product_generic.h"
 #endif
@@ -15,44 +19,69 @@
 namespace amct_ext::cpu {
 namespace {
 
-// R positions times B blocks of sixteen output channels.
-template <int R, int B>
-void microkernel(const Tile& t) {
-  Sums sums[R][B];
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) sums[r][b] = zero_sums();
-  }
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const uint8_t* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = t.rows[tap * t.rows_stride + r];
-    const int8_t* weights = t.weights + tap * t.quads * kQuadBytes;
-    for (int64_t q = 0; q < t.quads; ++q) {
-      Quads w[B];
-      for (int b = 0; b < B; ++b) w[b] = load_quads(weights + b * t.block_stride + q * kQuadBytes);
-      for (int r = 0; r < R; ++r) {
-        const auto x = broadcast4(rows[r] + 4 * q);
-        for (int b = 0; b < B; ++b) sums[r][b] = add_dot4(sums[r][b], x, w[b]);
-      }
+constexpr int64_t kVectorBytes = kQuadBytes / kVectors;
+
+#if !defined(AMCT_OWN_MICROKERNEL)
+// The second summands of split weights.
+template <int R, int V>
+AMCT_INLINE void add_rests(const Tile& t, Sums (&sums)[R][V]) {
+  for (int v = 0; v < V; ++v) {
+    const SplitRest& rest = t.rests[v / kVectors * kMaxVectors + v % kVectors];
+    for (int64_t i = 0; i < rest.count; ++i) {
+      const uint8_t* const* rows = t.rows + rest.places[i].tap * t.rows_stride;
+      const int64_t at = 4 * int64_t{rest.places[i].quad};
+      const auto w = load_quads(rest.weights + i * kVectorBytes);
+      for (int r = 0; r < R; ++r) sums[r][v] = add_dot4(sums[r][v], broadcast4(rows[r] + at), w);
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b)
-      __builtin_memcpy(t.sums + r * kTileChannels + b * kBlockChannels, &sums[r][b], sizeof(Sums));
   }
 }
 
+// R positions times B blocks of sixteen output channels.
+template <int R, int B>
+void microkernel(const Tile& t) {
+  constexpr int kSums = B * kVectors;
+  Sums sums[R][kSums];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kSums; ++v) sums[r][v] = zero_sums();
+  }
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const uint8_t* rows[R];
+    const int8_t* weights[B];
+    for (int r = 0; r < R; ++r) rows[r] = t.rows[tap * t.rows_stride + r];
+    for (int b = 0; b < B; ++b) weights[b] = t.weights[b] + tap * t.quads * kQuadBytes;
+    for (int64_t q = 0; q < t.quads; ++q) {
+      Quads w[kSums];
+      for (int v = 0; v < kSums; ++v) {
+        w[v] = load_quads(weights[v / kVectors] + q * kQuadBytes + v % kVectors * kVectorBytes);
+      }
+      for (int r = 0; r < R; ++r) {
+        const auto x = broadcast4(rows[r] + 4 * q);
+        for (int v = 0; v < kSums; ++v) sums[r][v] = add_dot4(sums[r][v], x, w[v]);
+      }
+    }
+  }
+  if constexpr (kSplits) {
+    if (t.rests != nullptr) add_rests<R, kSums>(t, sums);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < kSums; ++v)
+      __builtin_memcpy(t.sums + r * kTileChannels + v * kLanes, &sums[r][v], sizeof(Sums));
+  }
+}
+#endif
+
 template <int R>
 void tile_rows(const Tile& t, int blocks) {
-  switch (blocks) {
-    case 4:
-      return microkernel<R, 4>(t);
-    case 3:
-      return microkernel<R, 3>(t);
-    case 2:
-      return microkernel<R, 2>(t);
-    default:
-      return microkernel<R, 1>(t);
+  if constexpr (kKernelBlocks >= 4) {
+    if (blocks == 4) return microkernel<R, 4>(t);
   }
+  if constexpr (kKernelBlocks >= 3) {
+    if (blocks == 3) return microkernel<R, 3>(t);
+  }
+  if constexpr (kKernelBlocks >= 2) {
+    if (blocks == 2) return microkernel<R, 2>(t);
+  }
+  return microkernel<R, 1>(t);
 }
 
 void compute_tile(const Tile& t, int rows, int blocks) {

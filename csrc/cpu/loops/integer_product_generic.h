@@ -16,6 +16,9 @@ struct Quads {
 struct Inputs4 {
   const uint8_t* x;
 };
+constexpr int kLanes = kBlockChannels, kVectors = 1, kKernelBlocks = 1, kCodeShift = 0;
+constexpr bool kSplits = false;
+constexpr decltype(ProductKernel::split_weights) kSplitWeights = nullptr;
 AMCT_INLINE Sums zero_sums() { return {}; }
 AMCT_INLINE Quads load_quads(const int8_t* w) { return {w}; }
 AMCT_INLINE Inputs4 broadcast4(const uint8_t* x) { return {x}; }

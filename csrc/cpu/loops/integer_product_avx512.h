@@ -1,4 +1,4 @@
-// The vector parts of the integer product for AVX-512 with VNNI.
+// The vector parts of the integer product for AVX-512, with and without VNNI.
 #pragma once
 
 #include <immintrin.h>
@@ -11,6 +11,7 @@ namespace {
 
 using Sums = __m512i;
 using Quads = __m512i;
+constexpr int kLanes = 16, kVectors = 1, kKernelBlocks = 4, kCodeShift = 0;
 AMCT_INLINE Sums zero_sums() { return _mm512_setzero_si512(); }
 AMCT_INLINE Quads load_quads(const int8_t* w) { return _mm512_loadu_si512(w); }
 AMCT_INLINE Quads broadcast4(const uint8_t* x) {
@@ -18,7 +19,36 @@ AMCT_INLINE Quads broadcast4(const uint8_t* x) {
   __builtin_memcpy(&four, x, 4);
   return _mm512_set1_epi32(four);
 }
+#if defined(__AVX512VNNI__)
+constexpr bool kSplits = false;
+constexpr decltype(ProductKernel::split_weights) kSplitWeights = nullptr;
 AMCT_INLINE Sums add_dot4(Sums sums, Quads x, Quads w) { return _mm512_dpbusd_epi32(sums, x, w); }
+#else
+// The sum of two products is 16 bits wide.
+AMCT_INLINE Sums add_dot4(Sums sums, Quads x, Quads w) {
+  const __m512i pairs = _mm512_maddubs_epi16(x, w);
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* rests) {
+  const __m512i ones = _mm512_set1_epi8(1), most = _mm512_set1_epi16(kMaxPairSum), sign = _mm512_set1_epi8(-128);
+  for (int64_t q = 0; q < quads; ++q) {
+    const __m512i w = _mm512_loadu_si512(weights + q * kQuadBytes);
+    const __mmask32 large = _mm512_cmpgt_epi16_mask(_mm512_abs_epi16(_mm512_maddubs_epi16(ones, w)), most);
+    __m512i first = w;
+    if (large != 0) {
+      // Half of each weight, rounded down: a shift of unsigned bytes.
+      const __m512i bytes = _mm512_and_si512(_mm512_srli_epi16(_mm512_xor_si512(w, sign), 1), _mm512_set1_epi8(127));
+      first = _mm512_mask_mov_epi16(w, large, _mm512_sub_epi8(bytes, _mm512_set1_epi8(64)));
+      rests->indices[rests->count] = static_cast<int32_t>(q);
+      _mm512_storeu_si512(rests->weights + rests->count++ * kQuadBytes, _mm512_sub_epi8(w, first));
+    }
+    _mm512_storeu_si512(safe + q * kQuadBytes, first);
+  }
+}
+constexpr bool kSplits = true;
+constexpr decltype(ProductKernel::split_weights) kSplitWeights = split_weights;
+#endif
 
 // dequantize() for sixteen channels at a time, whose factors stay in registers.
 struct Dequantizer {
