@@ -32,7 +32,7 @@ def settings(model: nn.Module) -> list[tuple[Any, ...]]:
         ({"validation": "later"}, "'deferred' or 'eager'"),
         ({"stash": True}, "'rebuild' or 'off'"),
         ({"calibration": "fast"}, "'exact' or 'histogram'"),
-        ({"forward": "int8"}, "'float', 'auto' or 'integer'"),
+        ({"forward": "int8"}, "forward must be 'float', 'auto'"),
         ({"forward": {"conv9": "integer"}}, "no compressed layer 'conv9'"),
     ],
 )
