@@ -156,8 +156,8 @@ class Grouping:
     def _equal_rows(self, channels: Tensor) -> bool:
         """Whether rows of channels can lose equally many positions, if all lose the same share of their channels.
 
-        Each row has as many removable positions; two rows share all channels or none; a row has each of them equally
-        often.
+        Each row has as many removable positions; two rows share all channels or none; all have as many channels, or
+        each has its channels equally often.
         """
         group_of = self._group_of[channels]
         may_go = torch.tensor([not group.frozen_reason for group in self.groups] + [False])
@@ -167,7 +167,9 @@ class Grouping:
         rows = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
         different = [row[row > 0].unique(return_counts=True) for row in rows]
         together = torch.cat([channels for channels, _ in different])
-        return all(len(times.unique()) <= 1 for _, times in different) and len(together) == len(together.unique())
+        equal = len({len(channels) for channels, _ in different}) == 1
+        equal = equal or all(len(times.unique()) <= 1 for _, times in different)
+        return equal and len(together) == len(together.unique())
 
     def _row_of_each_channel(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
         """The row of each channel of some groups, one after another; -1 for none."""

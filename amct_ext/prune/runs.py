@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.operators import GROUP_NORM, LAYER_NORMS, NORMS, PRODUCTS, STATISTICS
 from amct_ext.graph.recorder import Recorder, op_name
+from amct_ext.graph.run import tensors_in
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap
 from amct_ext.prune.discovery import Discovery
@@ -159,7 +160,7 @@ class MaskedRun(_ComparedRun):
         def small(tensor: Tensor) -> Tensor:
             value = next(given)
             part = None if value is None else self._select_kept(value, tensor)
-            return tensor if part is None else _laid_out_as(tensor, part)
+            return tensor if part is None else part
 
         cut = list(_mapped(args, small))
         if old.op in LAYER_NORMS:
@@ -167,25 +168,18 @@ class MaskedRun(_ComparedRun):
         elif old.op == GROUP_NORM:
             cut[4] = cut[0].shape[1]
         result = func(*cut, **kwargs)
-        outputs = [result] if isinstance(result, Tensor) else list(result)
-        spread = [self._scatter_kept(value, tensor) for value, tensor in zip(old.outputs, outputs, strict=True)]
+        # Also over all channels, for its memory format: the operators behind it may depend on that.
+        outputs, full = (list(tensors_in(each)) for each in (result, func(*args, **kwargs)))
+        spread = [self._scatter_kept(*parts) for parts in zip(old.outputs, outputs, full, strict=True)]
         return spread[0] if isinstance(result, Tensor) else tuple(spread)
 
-    def _scatter_kept(self, value: Value, small: Tensor) -> Tensor:
-        """A result for the kept channels in its full shape, zero elsewhere."""
+    def _scatter_kept(self, value: Value, small: Tensor, full: Tensor) -> Tensor:
+        """A result for the kept channels in the shape and memory format of the full one, zero elsewhere."""
         mask = self._mask(value, small)
         if mask is None:
             return small
-        full = _laid_out_as(small, small.new_zeros(value.shape))
-        return full.masked_scatter(mask.expand_as(full), small)
-
-
-def _laid_out_as(model: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor in the memory format of another: the operators behind it may depend on that."""
-    channels_last = (
-        model.dim() == 4 and not model.is_contiguous() and model.is_contiguous(memory_format=torch.channels_last)
-    )
-    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+        spread = torch.zeros_like(full)
+        return spread.masked_scatter_(mask.expand_as(spread), small)
 
 
 def _checksum(tensor: Tensor) -> Checksum | None:
