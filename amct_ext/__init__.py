@@ -38,7 +38,7 @@ from amct_ext.flows.quant import (
 )
 from amct_ext.flows.sensitivity import sensitivity
 from amct_ext.flows.settings import configure, forward_choices, shift_bits, update_record
-from amct_ext.flows.verify import PruningProof, verify_pruning
+from amct_ext.flows.verify import PruningComparison, verify_pruning
 
 __all__ = [
     "TARGETS",
@@ -49,7 +49,7 @@ __all__ = [
     "GreedySearch",
     "LayerReport",
     "LayerSensitivity",
-    "PruningProof",
+    "PruningComparison",
     "SearchChannelBase",
     "Sensitivity",
     "SensitivityBase",

@@ -1,4 +1,4 @@
-"""`amct-ext`: look at the files of a retraining job, and prove its pruning."""
+"""`amct-ext`: look at the files of a retraining job, and check its pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from amct_ext.checkpoint.load import read_state_dict
 from amct_ext.config.files import check_config
 from amct_ext.errors import AmctError
 from amct_ext.explain import targets
-from amct_ext.flows.verify import prove_records
+from amct_ext.flows.verify import compare_records
 from amct_ext.record.text import read_record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -118,15 +118,15 @@ def verify(
     record: ExistingFile,
     tolerance: Annotated[float, typer.Option(help="largest difference of outputs that passes, relative")] = 1e-5,
 ) -> None:
-    """Prove a record's channel pruning: run the network cut by it beside the whole one without those channels.
+    """Check a record's channel pruning: compare the pruned network with the unpruned one without those channels.
 
     FILE.py is executed. Ends with status 1 where the outputs differ by more than the tolerance.
     """
     with _errors_reported():
         model, input_data = _function(network)()
-        proof = prove_records(model, read_record(str(record)).channel, input_data)[1]
-    typer.echo(str(proof))
-    if not proof.error <= tolerance:
+        comparison = compare_records(model, read_record(str(record)).channel, input_data)[1]
+    typer.echo(str(comparison))
+    if not comparison.error <= tolerance:
         raise typer.Exit(1)
 
 

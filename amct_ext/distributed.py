@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from amct_ext.common.ranks import average_
+from amct_ext.common.ranks import all_reduce_mean_
 from amct_ext.common.wrapping import unwrap
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
@@ -42,4 +42,4 @@ def average_gradients(model: nn.Module) -> None:
         if p.requires_grad:
             p.grad = p.new_zeros(p.shape) if p.grad is None else p.grad
             gradients.append(p.grad)
-    average_(gradients)
+    all_reduce_mean_(gradients)

@@ -187,7 +187,7 @@ def build():
 """
 
 
-def test_verify_proves_a_record_and_fails_beyond_the_tolerance(tmp_path: Path) -> None:
+def test_verify_checks_a_record_and_fails_beyond_the_tolerance(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NETWORK)
     (tmp_path / "prune.cfg").write_text(small.CONFIGS["filter"])
     scope: dict[str, object] = {}

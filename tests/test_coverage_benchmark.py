@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.coverage import measure as measuring
+from benchmarks.coverage import run
 from benchmarks.coverage.layers import find_layers, macs
 from benchmarks.coverage.measure import TookTooLongError, measure, time_limit
 from benchmarks.coverage.quantised import difference, same_bits
@@ -94,13 +96,23 @@ def test_reasons_and_failures_are_part_of_the_result() -> None:
         raise ValueError("no such size\nsecond line")
 
     assert measure(Entry("own/broken", "torch", broken, images(8))).error == "ValueError: no such size"
-    assert "not installed" in measure(Entry("own/none", "no_such_package", broken, images(8))).error
+
+
+def test_models_whose_package_is_missing_get_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ENTRIES, "own/none", Entry("own/none", "no_such_package", Gated, images(8)))
+    monkeypatch.setattr(sys, "argv", ["run", "--models", "own/none", "--results", str(tmp_path / "results.jsonl")])
+    monkeypatch.setattr(run, "limit_process", lambda: None)
+    run.main()
+    assert "no_such_package is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_a_part_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TookTooLongError, match=r"0\.05 s"), time_limit(0.05):
         time.sleep(5)
-    monkeypatch.setattr(measuring.peer, "prune", lambda *_: time.sleep(5))
+    monkeypatch.setattr(measuring.torch_pruning_pruner, "prune", lambda *_: time.sleep(5))
     result = measure(GATED, ("peer",), seconds=0.05)
     assert result.peer is not None and "not done" in result.peer.error
 

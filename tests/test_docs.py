@@ -24,14 +24,24 @@ def functions(path: Path) -> set[str]:
 @each_document
 def test_named_tests_exist(document: Path) -> None:
     text = document.read_text()
-    files = {path.stem: path for path in (ROOT / "tests").rglob("*.py")}
-    named = re.findall(r"`(test_\w+)(?:\.(test_\w+))?`", text)
+    files: dict[str, set[str]] = {}
+    for path in (ROOT / "tests").rglob("*.py"):
+        files.setdefault(path.stem, set()).update(functions(path))
+    named = re.findall(r"`(test_\w+)(?:\.(test_\w+))?(?:\[[^`]*\])?`", text)
     missing = [
         ".".join(filter(None, (file, name)))
         for file, name in named
-        if file not in files or (name and name not in functions(files[file]))
+        if file not in files or (name and name not in files[file])
     ]
     assert not missing
+
+
+@each_document
+def test_named_cases_exist(document: Path) -> None:
+    """`test_removal.test_network[unet]`: a case of that name stands in the file."""
+    named = re.findall(r"`(test_\w+)\.test_\w+\[([^`]*)\]`", document.read_text())
+    texts = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [(file, case) for file, case in named if f'"{case}"' not in texts[file]]
 
 
 @each_document

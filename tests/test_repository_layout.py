@@ -34,7 +34,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "export": {
         "axes": "export/test_export_files.py",
-        "capture": "graph/test_host_reads.py",
         "cleanup": "export/test_saved_files.py",
         "deploy": "export/test_write.py",
         "factors": "export/test_write.py",
@@ -44,30 +43,25 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "precision": "export/test_saved_files.py",
         "rnn": "export/test_rnn_files.py",
         "rnn_factors": "export/test_rnn_files.py",
-        "safe_names": "model_surgery/test_after_create.py",
         "scripted": "model_surgery/test_scripted_parts.py",
-        "traced": "graph/test_host_reads.py",
+        "traced": "export/test_capture.py",
     },
     "flows": {
         "build": "flows/test_restore.py",
         "check": "flows/test_bad_input.py",
         "compressed": "flows/test_restore.py",
-        "diagnosis": "flows/test_prune_flow.py",
         "explain": "explain/test_report.py",
         "prune": "flows/test_prune_flow.py",
         "quant": "flows/test_quant_flow.py",
         "saving": "flows/test_save.py",
-        "settings": "layers/test_integer_support.py",
     },
     "graph": {
         "onnx_names": "graph/test_trace.py",
-        "probes": "model_surgery/test_outside_the_trace.py",
+        "operators": "prune/test_equivalence.py",
         "recorder": "graph/test_trace.py",
         "run": "graph/test_trace.py",
         "tensor_values": "graph/test_trace.py",
-        "hosted": "layers/test_host.py",
         "values": "graph/test_trace.py",
-        "weight_use": "explain/test_coverage.py",
     },
     "layers": {
         "activation_calibration": "flows/test_calibrate.py",
@@ -77,13 +71,11 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "conv_linear": "layers/test_compressed.py",
         "deferred_conv": "layers/test_deferred.py",
         "layer_refs": "layers/test_shared_input.py",
+        "folded_layer": "layers/test_custom_forward.py",
         "prepared_conv": "layers/test_prepared.py",
         "prepared_weight": "layers/test_prepared.py",
         "ways": "layers/test_timing.py",
         "weight_sources": "layers/test_fingerprint.py",
-        "own_forward": "flows/test_own_forward.py",
-        "plain_product": "flows/test_own_forward.py",
-        "product_call": "graph/test_products.py",
     },
     "model_surgery": {
         "batchnorm_links": "layers/test_bn_fold.py",
@@ -100,15 +92,12 @@ COVERED_BY: dict[str, dict[str, str]] = {
     "proto": {"descriptors": "proto/test_proto_text.py"},
     "prune": {
         "discovery": "prune/test_discover.py",
+        "runs": "prune/test_equivalence.py",
         "search_space": "flows/test_channel_search.py",
     },
     "prune/rules": {
-        "attention": "prune/rules/test_product_rules.py",
-        "operators": "prune/test_trial.py",
-        "products": "prune/rules/test_product_rules.py",
         "scaling": "prune/test_rescale.py",
-        "table": "prune/rules/test_channel_rules.py",
-        "types": "prune/rules/test_channel_rules.py",
+        "types": "prune/rules/test_table.py",
     },
     "record": {
         "attributes": "record/test_record_text.py",
@@ -177,7 +166,7 @@ def test_every_package_is_listed() -> None:
 
 @pytest.mark.parametrize("package", COVERED_BY, ids=lambda package: package or "amct_ext")
 def test_modules_have_a_test_file_or_share_a_named_one(package: str) -> None:
-    """`prune/check.py` is tested in `prune/test_check.py`, or `prune/test_prune_check.py` where that name is taken."""
+    """`prune/check.py` is tested in `prune/test_check.py` or `prune/test_prune_check.py`."""
     folder = ROOT / "amct_ext" / package
     modules = {path.stem for path in sources(f"amct_ext/{package}") if path.parent == folder} - {"__init__"}
     tests = {path.name for path in (ROOT / "tests" / package).glob("test_*.py")}

@@ -27,8 +27,6 @@ SPARSE = "prune_config { n_out_of_m_pruner { l1_selective_prune { n_out_of_m_typ
 
 # Reasons name the operator that they speak of; grouped, only its kind is told.
 _PHRASES = (
-    (r"reshapes .* cuts or mixes", "split into attention heads (a reshape cuts the channels)"),
-    (r"normalises over the channels", "read by a LayerNorm or softmax over the channels"),
     (r"combines the channels with parameter", "combined with a parameter that stays (layer scale, class token)"),
     (r"combines the channels with", "added to a tensor whose channels stay (residual stream)"),
     (r"depthwise", "depthwise: its channels follow from its input's"),

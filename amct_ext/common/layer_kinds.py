@@ -115,6 +115,8 @@ def _of_family(family: Family) -> tuple[str, ...]:
 CONVS = _of_family(Family.CONV)
 TRANSPOSED_CONVS = _of_family(Family.TRANSPOSED_CONV)
 BATCH_NORMS = _of_family(Family.BATCH_NORM)
+BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 QUANTIZABLE = tuple(kind.name for kind in LAYER_KINDS if kind.quantizable)
 FILTER_PRUNABLE = tuple(kind.name for kind in LAYER_KINDS if kind.filter_prunable)
 SPARSE_PRUNABLE = tuple(kind.name for kind in LAYER_KINDS if kind.sparse_prunable)

@@ -105,7 +105,7 @@ def resolve_json(config: JsonConfig, traits: Mapping[str, LayerTraits]) -> Plan:
             problems.append(f"the model has no layer '{name}'{close_matches(name, traits)}")
         elif name in named and not traits[name].quantizable:
             problems.append(
-                f"layer '{name}' ({traits[name].type}) cannot be quantised: {traits[name].why_not_quantizable}; "
+                f"layer '{name}' ({traits[name].type}) cannot be quantised: {traits[name].not_quantizable_reason}; "
                 "set retrain_enable to false or remove it"
             )
     if problems:

@@ -52,7 +52,7 @@ def check_against_model(config: RetrainConfig, traits: Mapping[str, LayerTraits]
     if quant_active(config) or prune_active(config):
         problems += [*_skipped_layers(config, traits), *_layer_overrides(config, traits)]
     if not problems and quant_active(config) and not any(trait.quantizable for trait in traits.values()):
-        reasons = sorted({trait.why_not_quantizable for trait in traits.values()} - {""})
+        reasons = sorted({trait.not_quantizable_reason for trait in traits.values()} - {""})
         problems.append(
             f"{config.locations.source}: quantisation is asked for, but no layer of the model can be quantised"
             + (f" ({'; '.join(reasons)})" if reasons else "")
@@ -134,7 +134,8 @@ def _skipped_layers(config: RetrainConfig, traits: Mapping[str, LayerTraits]) ->
             if trait is None:
                 yield f"{location}: {list_name}: {_unknown_layer(name, traits)}"
             elif binding and not suits(trait):
-                reason = f" ({trait.why_not_quantizable})" if what == "quantised" and trait.why_not_quantizable else ""
+                known = trait.not_quantizable_reason if what == "quantised" else ""
+                reason = f" ({known})" if known else ""
                 yield f"{location}: {list_name}: layer '{name}' ({trait.type}) is not {what} anyway{reason}; remove it"
 
 
@@ -162,7 +163,8 @@ def _layer_overrides(config: RetrainConfig, traits: Mapping[str, LayerTraits]) -
             continue
         _note_empty(item, label)
         if item.quantizes and not trait.quantizable:
-            yield f"{label} ({trait.type}) cannot be quantised: {trait.why_not_quantizable or 'not a supported layer'}"
+            reason = trait.not_quantizable_reason or "not a supported layer"
+            yield f"{label} ({trait.type}) cannot be quantised: {reason}"
         if isinstance(item.prune, FilterPrune) and not trait.filter_prunable:
             yield f"{label} ({trait.type}) has no output channels that can be removed; remove its filter_pruner"
         if isinstance(item.prune, SparsePrune) and not trait.sparse_prunable:

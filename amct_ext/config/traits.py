@@ -17,5 +17,5 @@ class LayerTraits:
     filter_prunable: bool
     sparse_prunable: bool
     int4_weights: bool
-    why_not_quantizable: str = ""
-    why_not_sparse: str = ""  # 2:4
+    not_quantizable_reason: str = ""
+    not_sparse_reason: str = ""  # 2:4

@@ -10,7 +10,7 @@ from amct_ext.model_surgery.session import Session
 
 _FLOAT = "float"
 _MAX_LISTED = 5  # float weights named in the line
-LOOKED_UP = "its rows are looked up, nothing multiplies it"
+IS_LOOKUP = "its rows are looked up, nothing multiplies it"
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ def coverage(session: Session, compressed: set[str]) -> Coverage:
     )
 
 
-def why_float(use: WeightUse) -> str:
+def float_reason(use: WeightUse) -> str:
     """Why a weight that belongs to no layer of the plan stays float."""
-    if use.looked_up:
-        return LOOKED_UP
+    if use.is_lookup:
+        return IS_LOOKUP
     return f"{use.reader} multiplies by it, not a layer of its own" if use.reader else f"{use.type} stays float"
 
 
 def percent(share: float) -> str:
-    """A share in per cent with one decimal; what is small is never told as nothing, nor what is incomplete as all."""
+    """A share in per cent with one decimal; never rounds a non-zero share to 0 or an incomplete one to 100."""
     value = 100 * share
     if 0 < value < 0.05:
         return "<0.1 %"

@@ -29,7 +29,7 @@ def layer_reasons(session: Session, name: str) -> LayerReasons:
     """The reasons for one layer of a compressed model, by its name at create.
 
     Derived from what create or restore found in the unpruned float model; a skipped layer's reason names the list of
-    the configuration. Channel groups that only the trial forward rejects are not known here.
+    the configuration. Channel groups that only the comparison rejects are not known here.
     """
     plan, found = session.plan, session.findings
     layer = plan.layers[name]
@@ -39,9 +39,9 @@ def layer_reasons(session: Session, name: str) -> LayerReasons:
         trait = found.traits[name]
         why = LayerReasons(
             _not_quantised(plan, layer, trait, found.config),
-            _not_pruned(plan, layer, trait, found.config, found.channels_kept),
+            _not_pruned(plan, layer, trait, found.config, found.unpruned_reasons),
         )
-    stayed = session.left_float.get(name)
+    stayed = session.excluded.get(name)
     if stayed is None:
         return why
     return LayerReasons(stayed, stayed if isinstance(layer.prune, SparsePrune) else why.not_pruned)
@@ -51,7 +51,7 @@ def _not_quantised(plan: Plan, layer: LayerPlan, trait: LayerTraits, config: Ret
     if layer.quant is not None:
         return ""
     if not trait.quantizable:
-        return trait.why_not_quantizable
+        return trait.not_quantizable_reason
     if not plan.quant_active:
         return "no quantisation is asked for"
     if isinstance(config, JsonConfig):
@@ -76,13 +76,13 @@ def _not_pruned(
     if trait.type not in (*FILTER_PRUNABLE, *SPARSE_PRUNABLE):
         return f"{trait.type} takes neither channel pruning nor 2:4 sparsity"
     if not (trait.filter_prunable or trait.sparse_prunable):
-        return trait.why_not_quantizable or trait.why_not_sparse
+        return trait.not_quantizable_reason or trait.not_sparse_reason
     skipped = "" if isinstance(config, JsonConfig) else _skipped(layer, config, _PRUNE_SKIPS)
-    if not skipped and not trait.filter_prunable and not trait.why_not_sparse:
+    if not skipped and not trait.filter_prunable and not trait.not_sparse_reason:
         kind = "depthwise, its channels follow from its input's" if trait.type in FILTER_PRUNABLE else trait.type
         return f"its own output channels are not removed ({kind})"
     if not skipped and trait.type in SPARSE_PRUNABLE and not trait.sparse_prunable:
-        return trait.why_not_sparse
+        return trait.not_sparse_reason
     return skipped or _NOT_REACHED
 
 

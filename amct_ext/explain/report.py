@@ -8,14 +8,14 @@ from torch import nn
 
 from amct_ext.config.plan import LayerPlan, QuantPlan
 from amct_ext.config.text import FilterPrune
-from amct_ext.explain.coverage import Coverage, coverage, percent, why_float
+from amct_ext.explain.coverage import Coverage, coverage, float_reason, percent
 from amct_ext.explain.reasons import layer_reasons
 from amct_ext.explain.table import markdown_table
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import Session, session_of
 
 _COLUMNS = ("layer", "type", "weights", "quantised", "pruned")
-_NO_LAYER = "it is no layer"
+_NOT_A_LAYER = "not a layer: configurations cannot name it"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,12 @@ def report(model: nn.Module) -> Explanation:
     for name, use in uses.items():
         if name not in explanation:
             explanation[name] = LayerReport(
-                name, use.type, not_quantised=why_float(use), not_pruned=_NO_LAYER, share=shares[name], is_layer=False
+                name,
+                use.type,
+                not_quantised=float_reason(use),
+                not_pruned=_NOT_A_LAYER,
+                share=shares[name],
+                is_layer=False,
             )
     explanation.export, explanation.coverage = session.export_note, model_coverage(model)
     return explanation
@@ -131,7 +136,7 @@ def _pruned(layer: LayerPlan, session: Session, compressed: bool, reason: str) -
         return (["2:4 sparse"], "") if compressed else ([], "it was exchanged or removed after create")
     node = next((node for record in session.channel for node in record.producers if node.name == layer.name), None)
     if node is None:
-        return [], "not in the record: the trial forward failed without its channels (the log of create says how)"
+        return [], "not in the record: the pruned model would fail or differ (the log of create says how)"
     if not node.prune_index:
         return [], f"rounding keeps all {node.end - node.begin} channels"
     return [f"{len(node.prune_index)} of {node.end - node.begin} output channels removed"], ""

@@ -76,11 +76,11 @@ class Sensitivity:
         """
         if not 0 <= budget <= 1:
             raise ValueError(f"budget is a share of the multiplications, 0 to 1, not {budget}")
-        chosen, left = [], budget
+        chosen, remaining = [], budget
         for layer in sorted(self.layers, key=lambda layer: -(layer.error - layer.left) / max(layer.share, 1e-12)):
-            if layer.error > layer.left and layer.share <= left:
+            if layer.error > layer.left and layer.share <= remaining:
                 chosen.append(layer)
-                left -= layer.share
+                remaining -= layer.share
         return tuple(chosen)
 
     def configuration(self, budget: float) -> str:

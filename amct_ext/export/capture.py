@@ -32,10 +32,10 @@ logger = logging.getLogger("amct_ext")
 
 @dataclass(frozen=True)
 class Captured:
-    """The graph, not optimised yet; `why_traced` is empty where torch.export could follow the forward."""
+    """The graph, not optimised yet; `traced_reason` is empty where torch.export could follow the forward."""
 
     program: torch.onnx.ONNXProgram
-    why_traced: str = ""
+    traced_reason: str = ""
 
     @property
     def model(self) -> ir.Model:
@@ -105,10 +105,10 @@ def capture(
 
 def trace_note(captured: Captured, model: torch.nn.Module, inputs: Inputs, names: Sequence[str]) -> str:
     """For the user: what a trace fixed and where, '' where there was none. `names`: those of the inputs."""
-    if not captured.why_traced:
+    if not captured.traced_reason:
         return ""
     risks = format_risks(trace(model, inputs).export_risks)
-    where, reason = f" ({risks})" if risks else "", captured.why_traced.splitlines()[0]
+    where, reason = f" ({risks})" if risks else "", captured.traced_reason.splitlines()[0]
     left = {value.name for value in captured.model.graph.inputs}
     lost = [name for name in names if name not in left]
     without = f" Nothing else hangs on {', '.join(lost)}: no inputs of the files." if lost else ""

@@ -71,7 +71,7 @@ def export_quantized(
     if not records:
         raise RecordError("the record holds no quantisation factors: run the model in eval mode once, then save")
     float_model, inputs = _prepare(model, input_data)
-    own_forward = {norm for norm in conv_bn.values() if not keeps_forward(float_model.get_submodule(norm))}
+    custom_forward = {norm for norm in conv_bn.values() if not keeps_forward(float_model.get_submodule(norm))}
     mirrored = fold_batchnorms(float_model, conv_bn, {record.key for record in records})
     layers, recurrent = _factors(float_model, records, mirrored, write_shift)
 
@@ -95,7 +95,7 @@ def export_quantized(
     def folded_values() -> LayerValues:
         known = values()  # a convolution of the float model returns what its BatchNorm returned
         # a BatchNorm with an activation inside returns something else, which no layer of the float model does
-        mixed = {conv for conv, norm in conv_bn.items() if norm in own_forward}
+        mixed = {conv for conv, norm in conv_bn.items() if norm in custom_forward}
         return {
             name: known[conv_bn.get(name, name)] for name in known if name not in conv_bn.values() and name not in mixed
         }
@@ -146,7 +146,7 @@ def try_capture(model: nn.Module, input_data: Any, trace_first: bool) -> bool:
             with contextlib.suppress(ExportError):
                 capture(float_model, inputs, axes, traced="not tried")
                 return True
-        return bool(capture(float_model, inputs, axes).why_traced)
+        return bool(capture(float_model, inputs, axes).traced_reason)
 
 
 def _factors(
@@ -186,7 +186,7 @@ def _write(
         try:
             check_files(files, *paths, tensors, expected)
         except ExportError as error:
-            if captured.why_traced:
+            if captured.traced_reason:
                 raise
             try:
                 captured = capture(model, inputs, axes, values, traced=str(error))

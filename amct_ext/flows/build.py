@@ -1,4 +1,4 @@
-"""Making a compressed model, as all flows do it: trace, plan, prune, trace again, insert the layers, load.
+"""Making a compressed model, as all flows do it: trace, plan, prune, insert the layers, load.
 
 It stands in flows, not in model_surgery: restore needs checkpoint, which reads the names of inserted layers and so
 stands above model_surgery.
@@ -25,7 +25,7 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, RecordError
 from amct_ext.explain.reasons import layer_reasons
 from amct_ext.flows.check import check_model
-from amct_ext.flows.diagnosis import (
+from amct_ext.flows.create_checks import (
     check_called_once,
     check_pruned,
     check_pruning_loss,
@@ -33,7 +33,7 @@ from amct_ext.flows.diagnosis import (
     float_in_checkpoint,
     log_coverage,
     uncalled_layers,
-    warn_of_left_alone,
+    warn_of_excluded,
     warn_of_merging,
 )
 from amct_ext.graph.inputs import Inputs, parse_inputs
@@ -77,14 +77,14 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class Examined:
+class Analysis:
     """A float copy of a model, and what create and restore alike decide by, before channels are removed."""
 
     model: nn.Module
     inputs: Inputs
     graph: Graph
     plan: Plan
-    groups: Discovery  # of coupled channels; none where the plan prunes nothing
+    discovery: Discovery  # of coupled channels; none where the plan prunes nothing
     findings: Findings
 
 
@@ -92,9 +92,9 @@ def create(
     model: nn.Module, input_data: Any, planner: Planner, record_file: str, pruning_loss: PruningLoss | None = None
 ) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
-    start = _examine(model, input_data, planner)
-    check_pruning_loss(start.groups.prunable, start.plan, pruning_loss, planner.config.source)
-    inner = _compress(start, record_file, pruning_loss)
+    analysis = _analyse(model, input_data, planner)
+    check_pruning_loss(analysis.discovery.prunable, analysis.plan, pruning_loss, planner.config.source)
+    inner = _compress(analysis, record_file, pruning_loss)
     check_pruned(session_of(inner), planner.config.source)
     log_coverage(inner)
     start_record(inner)
@@ -103,24 +103,24 @@ def create(
 
 def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """What ``create`` would return, without its wrapper and without a loss: other channels may go; writes nothing."""
-    return _compress(_examine(model, input_data, planner), record_file)
+    return _compress(_analyse(model, input_data, planner), record_file)
 
 
-def _compress(start: Examined, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
-    warn_of_left_alone(start.graph)
-    warn_of_merging(start.model, start.plan)
-    plan, whole = start.plan, start.model
+def _compress(analysis: Analysis, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
+    warn_of_excluded(analysis.graph)
+    warn_of_merging(analysis.model, analysis.plan)
+    plan, whole = analysis.plan, analysis.model
 
     def choose(demands: Sequence[Demand]) -> tuple[Discovery, Sequence[ChannelRecord]]:
-        found = discover(start.graph, plan, whole, demands)
+        found = discover(analysis.graph, plan, whole, demands)
         return found, plan_channels(found, plan, whole, pruning_loss)
 
-    records = plan_channels(start.groups, plan, whole, pruning_loss)
-    channel = apply_channels(whole, start.groups, records, start.inputs, choose=choose)
-    if asks_for_permutation(start.plan):
-        graph = trace(start.model, start.inputs) if channel else start.graph
-        permute_channels(start.model, graph, start.plan, start.inputs)
-    return _insert(start, record_file, channel)
+    records = plan_channels(analysis.discovery, plan, whole, pruning_loss)
+    channel = apply_channels(whole, analysis.discovery, records, analysis.inputs, choose=choose)
+    if asks_for_permutation(analysis.plan):
+        graph = trace(analysis.model, analysis.inputs) if channel else analysis.graph
+        permute_channels(analysis.model, graph, analysis.plan, analysis.inputs)
+    return _build_compressed(analysis, record_file, channel)
 
 
 def restore(
@@ -133,14 +133,14 @@ def restore(
     state_dict_name: str | None,
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
-    start = _examine(model, input_data, planner)
+    analysis = _analyse(model, input_data, planner)
     state = read_state_dict(pth_file, state_dict_name)
-    kept_float = float_in_checkpoint(start.model, start.plan, state)
+    excluded = float_in_checkpoint(analysis.model, analysis.plan, state)
     try:
-        channel = apply_channels(start.model, start.groups, record.channel, start.inputs, strict=True)
+        channel = apply_channels(analysis.model, analysis.discovery, record.channel, analysis.inputs, strict=True)
     except RecordError as error:
         raise RecordError(f"{record_file}: not the record of this model: {error}") from error
-    inner = _insert(start, record_file, channel, kept_float)
+    inner = _build_compressed(analysis, record_file, channel, excluded)
     load_masks(inner, record, record_file)
     # A record without channels is accepted, as in AMCT, where the plan compresses in another way.
     if not _compresses_anything(session_of(inner)):
@@ -172,7 +172,7 @@ def traits_to_plan(
     return graph.traits(inner), config
 
 
-def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
+def _analyse(model: nn.Module, input_data: Any, planner: Planner) -> Analysis:
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
     if isinstance(planner.config, JsonConfig) or quant_active(planner.config):
@@ -186,9 +186,9 @@ def _examine(model: nn.Module, input_data: Any, planner: Planner) -> Examined:
     except ConfigError:
         check_called_once(graph, inputs)
         raise
-    groups = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
-    findings = Findings(planner.config, traits, groups.why_not(), uncalled_layers(model, graph, traits))
-    return Examined(inner, inputs, graph, plan, groups, findings)
+    discovery = discover(graph, plan, inner) if plan.prune_active else Discovery(graph)
+    findings = Findings(planner.config, traits, discovery.unpruned_reasons(), uncalled_layers(model, graph, traits))
+    return Analysis(inner, inputs, graph, plan, discovery, findings)
 
 
 def _split_recurrent(
@@ -202,21 +202,21 @@ def _split_recurrent(
     return model, graph, Planner.of(config, planner.has_loss)
 
 
-def _insert(
-    start: Examined,
+def _build_compressed(
+    analysis: Analysis,
     record_file: str,
     channel: tuple[ChannelRecord, ...],
-    kept_float: Mapping[str, str] = MappingProxyType({}),
+    excluded: Mapping[str, str] = MappingProxyType({}),
 ) -> nn.Module:
-    """Insert the layers into the (pruned) model. The graph is that of the whole one: it differs in sizes alone."""
-    model, inputs, graph = start.model, start.inputs, start.graph
-    session = Session(start.plan, os.path.abspath(record_file), channel, start.findings)
+    """Insert the layers into the (pruned) model. The graph is that of the unpruned one: only sizes differ."""
+    model, inputs, graph = analysis.model, analysis.inputs, analysis.graph
+    session = Session(analysis.plan, os.path.abspath(record_file), channel, analysis.findings)
     session.export_note = export_note(model, graph, inputs)
     session.weight_uses = weight_uses(graph.nodes, model)
     session.plan = after_pruning(session.plan, graph.traits(model))
-    planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in kept_float]
-    kept_float = {**kept_float, **unreplaceable(model, parse_inputs(model, inputs), planned)}
-    model, session.conv_bn, session.left_float = insert_layers(model, graph, session.plan, kept_float)
+    planned = [layer.name for layer in planned_layers(session.plan) if layer.name not in excluded]
+    excluded = {**excluded, **unreplaceable(model, parse_inputs(model, inputs), planned)}
+    model, session.conv_bn, session.excluded = insert_layers(model, graph, session.plan, excluded)
     compressed = dict(compressed_layers(model))
     session.order = tuple(name for name in graph.layer_order() if name in compressed)
     attach(model, session)

@@ -24,7 +24,7 @@ from amct_ext.graph.traits import onnx_operator
 from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels
-from amct_ext.prune.cost import layer_works
+from amct_ext.prune.cost import layer_costs
 from amct_ext.prune.discover import discover
 from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.groups import ChannelGroup
@@ -96,12 +96,12 @@ def auto_channel_prune_search(
     traced = search_space.cut(parse_inputs(inner, input_data[0]), slice(2))
     graph = trace(inner, traced)
     plan = _plan(settings, graph, inner)
-    found = discover(graph, plan, inner)
-    searched, given = _split(_single(found.prunable), settings, plan)
-    groups = _viable(searched, settings, inner, found, traced)
+    discovery = discover(graph, plan, inner)
+    searched, given = _split(_single(discovery.prunable), settings, plan)
+    groups = _viable(searched, settings, inner, discovery, traced)
     if not groups:
         raise ConfigError(f"{config}: no layer is left to search: all are skipped, given a ratio, or cannot be pruned")
-    works = layer_works(graph, inner, [(group, _lost(group, prune)) for group, prune in given])
+    works = layer_costs(graph, inner, [(group, _lost(group, prune)) for group, prune in given])
     info, records = search_space.graph_info(works), search_space.search_records(groups)
     modules = dict(inner.named_modules())
     nodes = (search_space.SearchNode(n.name, onnx_operator(n, modules[n.module])) for n in graph.nodes if n.module)
@@ -123,9 +123,9 @@ def _output(
     given: Sequence[tuple[ChannelGroup, FilterPrune]],
     importance: str | None,
 ) -> str:
-    """The text of the configuration: found ratios by layer, given ones, and the layers that stay whole.
+    """The text of the configuration: found ratios by layer, given ones, and the layers that lose nothing.
 
-    `importance`: how the channels were ranked that the ratios were found for; None: as the search does by default.
+    `importance`: how the channels were ranked that the ratios were discovery for; None: as the search does by default.
     """
     ratios = {
         member.name: FilterPrune(count / group.count, settings.ascend_optimized, importance)
@@ -199,11 +199,11 @@ def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
     single = []
     for group in groups:
         name = group.producers[0].name
-        if any(len(owners[member.name]) > 1 for member in group.producers) or group.linked:
+        if any(len(owners[member.name]) > 1 for member in group.producers) or group.tied_groups:
             logger.warning("%s is not searched and stays whole: parts of its channels go with other layers'", name)
         elif any(member.repeat != 1 for member in group.producers):
             logger.warning("%s is not searched and stays whole: one channel takes several of its outputs", name)
-        elif group.cells is None or group.blocks is not None:
+        elif group.subgroups is None or group.equal_subgroups is not None:
             single.append(group)
         else:
             logger.warning("%s is not searched and stays whole: its channels lie in unequal or mixed blocks", name)
@@ -211,20 +211,20 @@ def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
 
 
 def _lost(group: ChannelGroup, prune: FilterPrune) -> int:
-    return max(0, removal_count(group.count, prune.ratio, prune.ascend_optimized, group.blocks or 1))
+    return max(0, removal_count(group.count, prune.ratio, prune.ascend_optimized, group.equal_subgroups or 1))
 
 
 def _viable(
-    groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, found: Discovery, traced: Inputs
+    groups: list[ChannelGroup], settings: SearchConfig, model: nn.Module, discovery: Discovery, traced: Inputs
 ) -> list[ChannelGroup]:
-    """Leave out groups that create would drop: the model fails its trial forward without their channels."""
+    """Leave out groups that create would drop: the pruned model fails or differs."""
     records = []
     for group in groups:
-        blocks = group.blocks or 1
+        blocks = group.equal_subgroups or 1
         most = search_space.removable(group, settings.ascend_optimized, settings.max_prune_ratio)[-1]
         size, removed = group.count // blocks, most // blocks
         records.append(group.record([block * size + index for block in range(blocks) for index in range(removed)]))
-    kept = apply_channels(copy_model(model), found, records, traced)
+    kept = apply_channels(copy_model(model), discovery, records, traced)
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
 
@@ -260,7 +260,7 @@ def _removed(chosen: object, groups: Sequence[ChannelGroup], ascend_optimized: b
     for group in groups:
         asked = min(kept[member.name].count(0) if member.name in kept else 0 for member in group.producers)
         counts.append(asked)
-        arrives = max(0, removal_count(group.count, asked / group.count, ascend_optimized, group.blocks or 1))
+        arrives = max(0, removal_count(group.count, asked / group.count, ascend_optimized, group.equal_subgroups or 1))
         if arrives != asked:
             logger.warning(
                 "%s: of the %d channels that the search removes, create will remove %d (ascend_optimized and grouped "

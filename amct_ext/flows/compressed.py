@@ -66,7 +66,7 @@ def restore_compressed_retrain_model(
     ``state_dict_name`` the entry that holds the state dict. Nothing is written. The result equals the saved model bit
     for bit; learned clips are not searched anew. Errors: those of create; FileNotFoundError; RecordError (a
     RuntimeError) where the record is damaged or of another model; those of
-    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
+    ``amct_ext.checkpoint.load`` (``read_state_dict``, ``load_state``). Source: AMCT's function of the same name.
     """
     check_types(
         model=(model, nn.Module),

@@ -69,7 +69,7 @@ def restore_prune_retrain_model(
     ratios of the configuration; the configuration says which layers are 2:4 sparse. ``pth_file`` is a checkpoint of
     ours or of AMCT, ``state_dict_name`` the entry that holds the state dict. Nothing is written. Errors: those of
     create; FileNotFoundError; RecordError (a RuntimeError) where the record is damaged or of another model; those of
-    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
+    ``amct_ext.checkpoint.load`` (``read_state_dict``, ``load_state``). Source: AMCT's function of the same name.
     """
     check_types(
         model=(model, nn.Module),

@@ -72,7 +72,7 @@ def restore_quant_retrain_model(
     Arguments as for ``create_quant_retrain_model``; ``pth_file`` is a checkpoint of ours or of AMCT,
     ``state_dict_name`` the entry that holds the state dict. The record file is neither read nor changed; the next eval
     phase writes the factors. The result equals the saved model bit for bit. Errors: those of create and of
-    ``amct_ext.checkpoint.load.load_checkpoint``. Source: AMCT's function of the same name.
+    ``amct_ext.checkpoint.load`` (``read_state_dict``, ``load_state``). Source: AMCT's function of the same name.
     """
     check_types(
         config_file=(config_file, str),

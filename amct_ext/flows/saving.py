@@ -57,7 +57,7 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 @dataclass(frozen=True)
-class PlainModel:
+class UnquantizedExport:
     """A compressed model as the exporter wants it: plain float layers in eval mode, 2:4 masks multiplied in.
 
     `expected`: the tensors that the compressed model returned for `inputs` in its own evaluation.
@@ -68,7 +68,7 @@ class PlainModel:
     expected: list[torch.Tensor]
 
 
-def to_plain_model(model: nn.Module, input_data: Any) -> PlainModel:
+def to_plain_model(model: nn.Module, input_data: Any) -> UnquantizedExport:
     """The plain form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
     for name, layer in compressed_layers(model):
         computed = computed_parameter(layer)
@@ -92,7 +92,7 @@ def to_plain_model(model: nn.Module, input_data: Any) -> PlainModel:
     detach(duplicate)  # a forward of the copy must not write the record
     inputs = parse_inputs(duplicate, input_data)
     expected = [tensor.detach().clone() for tensor in tensors_in(_evaluation(duplicate, inputs))]
-    return PlainModel(fold_layers(duplicate).eval(), inputs, expected)
+    return UnquantizedExport(fold_layers(duplicate).eval(), inputs, expected)
 
 
 def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, list[list[torch.Tensor]]]:
@@ -135,7 +135,7 @@ def save_quantized(
     save_path: str,
     input_data: Any,
     names: ExportNames,
-    plain: PlainModel | None = None,
+    plain: UnquantizedExport | None = None,
 ) -> None:
     """Write both files of a quantised model; `plain` is its plain form, where that was made already.
 

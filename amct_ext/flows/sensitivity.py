@@ -21,7 +21,7 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in
 from amct_ext.layers.classes import to_float
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.plain_product import plain_product
+from amct_ext.layers.folded_layer import folded_layer
 from amct_ext.layers.product_call import ProductCall
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
@@ -168,11 +168,11 @@ def _float_layers(layer: CompressedLayer, count: Callable[[Tensor, Tensor], None
     Of a layer that is not called, the product in its place; the float one tells ``count`` of its input and result.
     """
     product = layer.refs.product
-    if product is not None and product.host:
+    if product is not None and product.parent:
         return _float_products(layer, count)
     plain, rounded = to_float(layer), to_float(layer)
     if product is not None:
-        rounded = plain_product(rounded, product)
+        rounded = folded_layer(rounded, product)
     names: tuple[str, ...] = ("weight",)
     if isinstance(layer, CompressedRNN):
         names = ("weight_ih_l0", "weight_hh_l0")
@@ -182,7 +182,7 @@ def _float_layers(layer: CompressedLayer, count: Callable[[Tensor, Tensor], None
         vars(rounded)["_flat_weights"] = list(vars(rounded)["_flat_weights"])
     else:
         weight = layer.compressed_weight()
-        weights = [weight.t() if product is not None and product.columns else weight]
+        weights = [weight.t() if product is not None and product.weight_is_in_out else weight]
     rounded._parameters = dict(rounded._parameters)
     for name, weight in zip(names, weights, strict=True):
         setattr(rounded, name, nn.Parameter(weight.detach(), requires_grad=False))
@@ -202,7 +202,7 @@ def _float_products(layer: CompressedLayer, count: Callable[[Tensor, Tensor], No
 
 def _computes(layer: CompressedLayer) -> str:
     """The name of the method that computes a layer."""
-    return "product" if layer.refs.product is not None and layer.refs.product.host else "forward"
+    return "product" if layer.refs.product is not None and layer.refs.product.parent else "forward"
 
 
 @contextmanager
@@ -232,6 +232,6 @@ def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
     of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each position of its input
     if product is not None and kind_of(layer) is None:
-        return int(output.numel()) // max(layer.weight.shape[int(product.columns)], 1) * layer.weight.numel()
+        return int(output.numel()) // max(layer.weight.shape[int(product.weight_is_in_out)], 1) * layer.weight.numel()
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))
     return (x if of_input else output).numel() // max(width, 1) * layer.weight.numel()

@@ -1,4 +1,4 @@
-"""`verify_pruning`: does a pruned network compute what the whole one does without the removed channels?"""
+"""`verify_pruning`: compares a pruned network with the unpruned one in which removed channels have no influence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from amct_ext.model_surgery.session import session_of
 from amct_ext.prune.channels import removal_of
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discover import discover
-from amct_ext.prune.trial import Difference, Fitted, largest_error, run_fitted, run_masked
+from amct_ext.prune.equivalence import Fitted, largest_error, run_fitted, run_masked
+from amct_ext.prune.runs import Difference
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")
@@ -31,10 +32,10 @@ _DOUBTFUL = 1e-5  # error from which on float64 decides
 
 
 @dataclass(frozen=True)
-class PruningProof:
-    """How far the outputs of a pruned network are from those of the whole network without the removed channels.
+class PruningComparison:
+    """A pruned network beside the unpruned one in which the removed channels have no influence.
 
-    error: the largest difference over the largest magnitude of the same output. Rounding alone gives about 1e-6; where
+    error: max |difference| / max |output|, the largest over all outputs. Rounding alone gives about 1e-6; where
     it is more than 1e-5, both networks are run in float64, if they can, and it is the difference there.
     removed, channels: of the output channels of all layers that lose any. parameters_left: share.
     """
@@ -47,23 +48,24 @@ class PruningProof:
     def __str__(self) -> str:
         return (
             f"{self.removed} of {self.channels} channels removed, {self.parameters_left:.1%} of the parameters left; "
-            f"outputs differ from those of the whole network without these channels by {self.error:.1e} of the largest"
+            f"outputs differ from the unpruned network's without these channels by {self.error:.1e} of the largest"
         )
 
 
 @outside_inference_mode
-def verify_pruning(original: nn.Module, pruned: nn.Module, input_data: Any) -> PruningProof:
-    """Compare a pruned network with the whole one in which the removed channels have no influence.
+def verify_pruning(original: nn.Module, pruned: nn.Module, input_data: Any) -> PruningComparison:
+    """Compare a pruned network with the unpruned one in which the removed channels have no influence.
 
     ``original``: the float model that create or restore was given. ``pruned``: what it returned, trained since or not:
-    its record says which channels are gone, and both networks are run with the weights of ``original``, in eval mode.
-    In the whole one, layers that read a removed channel see zeros in it, and norms over channels leave it out of their
-    statistics. Neither model is changed. Errors: ModelError (``pruned`` was not made by create or restore, or has other
-    shapes than its record says), RecordError (the record does not fit ``original``), InputDataError.
+    its record says which channels are removed, and both networks are run with the weights of ``original``, in eval
+    mode. In the unpruned one, layers read zeros in removed channels, and norms over channels take their statistics
+    without them. Neither model is changed. Errors: ModelError (``pruned`` was not made by create or restore, or has
+    other shapes than its record says; the forward draws random numbers for the channels), RecordError (the record does
+    not fit ``original``), InputDataError.
     """
     inner = unwrap(pruned)
     records = session_of(inner).channel
-    smaller, proof = prove_records(original, records, input_data)
+    smaller, comparison = compare_records(original, records, input_data)
     shapes = {name: tuple(parameter.shape) for name, parameter in inner.named_parameters()}
     for name, parameter in smaller.named_parameters():
         if shapes.get(name, tuple(parameter.shape)) != tuple(parameter.shape):
@@ -71,37 +73,44 @@ def verify_pruning(original: nn.Module, pruned: nn.Module, input_data: Any) -> P
                 f"{name} has shape {list(shapes[name])}, by the record it is {list(parameter.shape)}: was the model "
                 "changed after create?"
             )
-    return proof
+    return comparison
 
 
-def prove_records(
+def compare_records(
     original: nn.Module, records: Sequence[ChannelRecord], input_data: Any
-) -> tuple[nn.Module, PruningProof]:
+) -> tuple[nn.Module, PruningComparison]:
     """The copy of `original` without the records' channels, and how it compares. Errors: as of verify_pruning."""
     model = float_copy(original)
     inputs = parse_inputs(model, input_data)
     error = _cut(model, records, inputs)
-    whole, left = (sum(parameter.numel() for parameter in each.parameters()) for each in (original, model))
+    unpruned, left = (sum(parameter.numel() for parameter in each.parameters()) for each in (original, model))
     nodes = {(node.name, node.begin): node for record in records for node in record.producers if node.prune_index}
     removed = sum(len(node.prune_index) for node in nodes.values())
     channels = sum(node.end - node.begin for node in nodes.values())
     if error > _DOUBTFUL:
         error = _error_in_double(original, records, inputs, error)
-    return model, PruningProof(error, removed, channels, left / whole)
+    return model, PruningComparison(error, removed, channels, left / unpruned)
 
 
 def _cut(model: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs) -> float:
-    """Remove the records' channels; returns how far the outputs are from those of the whole model without them."""
+    """Remove the records' channels; returns the error against the unpruned model without them."""
     graph = trace(model, inputs)
     layers = {name: LayerPlan(name, trait.type, None, FilterPrune(0.5)) for name, trait in graph.traits(model).items()}
     plan = Plan(1, layers, fp16=False, write_shift_bit=False, quant_active=False, prune_active=True)
-    found = discover(graph, plan, model)
-    check_records(model, records, found.groups)
-    gone = found.removed(records, model)
-    _, wanted = run_masked(model, inputs, found, gone)
-    removal = removal_of(model, found, records, gone)
+    discovery = discover(graph, plan, model)
+    check_records(model, records, discovery.groups)
+    removed_mask = discovery.removed_mask(records, model)
+    masked, wanted = run_masked(model, inputs, discovery, removed_mask)
+    if not masked.is_comparable():
+        raise ModelError(
+            "the outputs cannot be compared: the second forward runs other operators than the first (it keeps "
+            "something), or draws random numbers for removed channels"
+        )
+    removal = removal_of(model, discovery, records, removed_mask)
     failed = removal.apply()
-    fitted = Fitted([], Difference(None, failed)) if failed else run_fitted(model, inputs, found, gone, removal)
+    fitted = (
+        Fitted([], Difference(None, failed)) if failed else run_fitted(model, inputs, discovery, removed_mask, removal)
+    )
     if fitted.difference is not None:
         raise ModelError(f"the record's channels cannot be removed: {fitted.difference.reason}")
     return largest_error(fitted.outputs, wanted)
@@ -115,5 +124,5 @@ def _error_in_double(original: nn.Module, records: Sequence[ChannelRecord], inpu
         with InDouble():
             return _cut(model, records, wide)
     except Exception as error:
-        _logger.debug("no proof in float64: %s", error)
+        _logger.debug("no comparison in float64: %s", error)
         return otherwise

@@ -1,4 +1,4 @@
-"""Places in a forward that an exporter may not be able to follow."""
+"""Locations in a forward that may break an export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch._ops import OpOverload
 from amct_ext.graph.values import Value
 
 READ = "() of a tensor"  # behind the function that the model's code calls
-READ_BY_TORCH = "a value that an operator reads on the host"
+HOST_SYNC = "a value that an operator reads on the host"
 _OPERATOR = "operator "
 
-# Operators that are neither of torch's core nor decomposed into it and have a translation all the same. Some are what
-# autograd sees of a common one on this or that device.
+# Operators that are neither of torch's core nor decomposed into it, and have a translation to ONNX. Includes
+# device-specific variants of common ops.
 _TRANSLATED = frozenset(
     {
         "_embedding_bag_forward_only",
@@ -41,24 +41,24 @@ _TRANSLATED = frozenset(
         "view_as_real",
     }
 )
-# Operators of its core, or decomposed into it, that have none. torch's tracing exporter knows some of them.
+# Operators of its core, or decomposed into it, without an ONNX translation. torch's tracing exporter knows some.
 _WITHOUT_TRANSLATION = frozenset({"_cdist_forward", "_pdist_forward", "linalg_pinv", "mvlgamma", "randperm"})
-_DEPENDS = frozenset({"aminmax"})  # of its core too: some calls are translated, others not
+_PARTLY_TRANSLATED = frozenset({"aminmax"})  # of its core too: some calls are translated, others not
 _NEVER_EXPORTED = frozenset({"equal", "randperm"})  # whatever they are given
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportRisk:
-    """A place in a forward: what stands there, `file:line`, and the module that runs."""
+    """A location in a forward that may break an export: what it is, `file:line`, and the module that runs."""
 
     what: str
-    place: str
+    location: str
     module: str
 
     @property
     def specializes(self) -> bool:
-        """Whether save traces one forward for it, or is likely to; of the others only a try can tell."""
-        return not self.what.startswith(_OPERATOR) and self.what != READ_BY_TORCH
+        """Whether save traces one forward for it, or is likely to; for the others only a try shows it."""
+        return not self.what.startswith(_OPERATOR) and self.what != HOST_SYNC
 
     @property
     def read(self) -> bool:
@@ -67,7 +67,7 @@ class ExportRisk:
 
     def __str__(self) -> str:
         return " ".join(
-            filter(None, (self.what, self.place and f"at {self.place}", self.module and f"in '{self.module}'"))
+            filter(None, (self.what, self.location and f"at {self.location}", self.module and f"in '{self.module}'"))
         )
 
 
@@ -84,16 +84,16 @@ def export_problem(func: OpOverload, inputs: Sequence[Value]) -> str:
     ):
         return f"sizes that depend on values ({name})"
     if name == "_local_scalar_dense":
-        return READ_BY_TORCH
+        return HOST_SYNC
     if namespace == "aten" and name in _WITHOUT_TRANSLATION:
         return f"an operator that torch.export cannot translate ({name})"
-    if namespace == "aten" and name not in _DEPENDS and (name in _TRANSLATED or _is_common(name)):
+    if namespace == "aten" and name not in _PARTLY_TRANSLATED and (name in _TRANSLATED or _is_core_or_decomposed(name)):
         return ""
     return f"{_OPERATOR}{namespace}::{name}"
 
 
 @functools.cache
-def _is_common(name: str) -> bool:
+def _is_core_or_decomposed(name: str) -> bool:
     """Whether an op of torch belongs to its core, or is decomposed into that."""
     packet = getattr(torch.ops.aten, name.rstrip("_") if not name.endswith("__") else name, None)
     if packet is None:
@@ -103,10 +103,10 @@ def _is_common(name: str) -> bool:
     return any(torch.Tag.core in overload.tags or overload in known for overload in overloads)
 
 
-def free_parts(risks: Sequence[ExportRisk], layers: Sequence[str]) -> list[str]:
-    """The outermost modules that hold some of the `layers` and none of the risks: those with most layers first.
+def exportable_submodules(risks: Sequence[ExportRisk], layers: Sequence[str]) -> list[str]:
+    """The outermost modules with some of the `layers` and no risk, those with most layers first.
 
-    A model whose forward cannot be exported may be compressed and saved by these parts. Single layers are none.
+    A model whose forward cannot be exported may be compressed and saved by these parts. Single layers are not returned.
     """
     held = {risk.module for risk in risks}
     found: dict[str, int] = {}

@@ -32,7 +32,7 @@ _LIBRARIES = tuple(
 
 
 class HostReads(TorchFunctionMode):
-    """Tells `note(tensor, function name)` of every read. Reads inside of torch's own functions are torch's affair."""
+    """Tells `note(tensor, function name)` of every read. Reads inside torch functions are not reported."""
 
     def __init__(self, note: Callable[[torch.Tensor, str], None]) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ class Inputs:
 
 
 def parse_inputs(model: nn.Module, input_data: Any) -> Inputs:
-    """The arguments that `input_data` stands for. Nothing of the model is changed.
+    """The arguments that `input_data` describes. The model is not changed.
 
     A tensor is the one argument, a tuple the arguments by position. As for torch.onnx.export, a dict at the end of the
     tuple holds arguments by name; one that is meant by position is followed by an empty dict, which is not needed where

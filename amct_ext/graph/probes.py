@@ -1,4 +1,4 @@
-"""What one recorded forward cannot tell, found by running a copy of the model again."""
+"""What one recorded forward does not show, found by running a copy of the model again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRAINING_FORWARDS = 16
 
 
 @torch.no_grad()
-def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collection[nn.Parameter]) -> frozenset[str]:
+def eval_only_layers(model: nn.Module, inputs: Inputs, calls: Calls, read: Collection[nn.Parameter]) -> frozenset[str]:
     """Layers that ran in the recorded evaluation and do not run in training mode: nothing would ever train them.
 
     Example: a block with branches in training that are merged into one layer for evaluation. ``read``: parameters that
@@ -31,10 +31,11 @@ def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collect
     trains is what is evaluated, then) and where the model cannot run in training mode on these arguments.
     """
     candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
-    idle = any(name not in calls for name, module in model.named_modules() if keeps_forward(module))
+    has_uncalled_layer = any(name not in calls for name, module in model.named_modules() if keeps_forward(module))
     used = {id(parameter) for parameter in read}
     used |= {id(parameter) for name in calls for parameter in model.get_submodule(name).parameters()}
-    if not idle and all(id(parameter) in used or not parameter.requires_grad for parameter in model.parameters()):
+    unused = [p for p in model.parameters() if p.requires_grad and id(p) not in used]
+    if not has_uncalled_layer and not unused:
         return frozenset()
     try:
         model_copy = copy_model(model).train()
@@ -49,28 +50,28 @@ def evaluated_only(model: nn.Module, inputs: Inputs, calls: Calls, read: Collect
 
 
 @torch.no_grad()
-def left_out_by_eval(model: nn.Module, inputs: Inputs, calls: Calls) -> frozenset[str]:
+def removed_by_eval_call(model: nn.Module, inputs: Inputs, calls: Calls) -> frozenset[str]:
     """Layers that ran in the recorded evaluation and do not run once `model.eval()` was called.
 
-    A recording only sets the modes; a `train` of the model's own may do more, such as merging branches. Empty where
-    there is none, and where the model cannot run then.
+    Recording sets `module.training` only; a custom `train()` may also change the model, by merging branches say. Empty
+    where there is none, and where the model cannot run then.
     """
     if all(type(module).train is nn.Module.train and type(module).eval is nn.Module.eval for module in model.modules()):
         return frozenset()
     candidates = {name for name, nodes in calls.items() if nodes[0].op in QUANTIZABLE}
     try:
         model_copy = copy_model(model).eval()
-        gone = candidates - {name for name, _ in model_copy.named_modules(remove_duplicate=False)}
-        candidates -= gone
+        renamed = candidates - {name for name, _ in model_copy.named_modules(remove_duplicate=False)}
+        candidates -= renamed
         with preserved_random_state(model_copy), _removing_called(model_copy, candidates):
             inputs.copied().call(model_copy)
     except Exception:
         return frozenset()
-    return frozenset(candidates | gone)
+    return frozenset(candidates | renamed)
 
 
 @torch.no_grad()
-def confirmed_unread(model: nn.Module, inputs: Inputs, unread: Collection[str]) -> frozenset[str]:
+def confirmed_unused(model: nn.Module, inputs: Inputs, unread: Collection[str]) -> frozenset[str]:
     """``unread`` (layers from which no recorded op leads to an output), or nothing where outputs depend on them.
 
     A kernel that torch's dispatcher does not know leaves no trace; so the outputs are compared with those of a forward

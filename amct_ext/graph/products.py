@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from amct_ext.common.layer_kinds import computed_parameter, keeps_forward, kind_named, kind_of, layer_type
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_state, tensors_in
-from amct_ext.layers.own_forward import product_of
+from amct_ext.layers.custom_forward import product_of
 from amct_ext.layers.product_call import Product, ProductCall, TensorLike, product_call
 
 _PLAIN_VALUES = (Tensor, bool, int, float, str, type(None))
@@ -48,7 +48,9 @@ class _Seen:
     """What the forwards of one module did: products by its weight, and arguments of the last forward."""
 
     forwards: int = 0
-    calls: list[tuple[ProductCall, bool, bool]] = field(default_factory=list)  # its weight is plain; hangs on the input
+    # of each call whether its weight is the parameter itself, and whether it depends on the forward's arguments
+    calls: list[tuple[ProductCall, bool, bool]] = field(default_factory=list)
+
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
 
@@ -90,8 +92,8 @@ class _Probe(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         call = product_call(func, args, kwargs)
-        met = call is not None and id(call.weight) in self._derived
-        if call is not None and met:
+        is_product = call is not None and id(call.weight) in self._derived
+        if call is not None and is_product:
             self._seen.calls.append((call, call.weight is self._weight, id(call.weight) in self._given))
         result = func(*args, **(kwargs or {}))
         read = {id(value) for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
@@ -99,7 +101,7 @@ class _Probe(TorchFunctionMode):
             self._kept[id(tensor)] = tensor
             if read & self._given:
                 self._given.add(id(tensor))
-            if read & self._derived and not met:
+            if read & self._derived and not is_product:
                 self._derived.add(id(tensor))
         return result
 
@@ -123,10 +125,10 @@ def _product(module: nn.Module, seen: _Seen, trained: _Seen) -> Product | str:
         return f"it is called {seen.forwards} times in one forward"
     if len(seen.calls) != 1:
         return f"the forward of its class {name} multiplies by its weight in {len(seen.calls) or 'no'} places"
-    call, plain, hangs_on_input = seen.calls[0]
-    if hangs_on_input:
+    call, weight_is_parameter, depends_on_input = seen.calls[0]
+    if depends_on_input:
         return f"the forward of its class {name} computes its weight from the input"
-    problem = _unfit(module, call)
+    problem = _not_quantizable_reason(module, call)
     if problem:
         return problem
     if trained.forwards and [other.kind for other, _, _ in trained.calls] != [call.kind] * trained.forwards:
@@ -135,7 +137,7 @@ def _product(module: nn.Module, seen: _Seen, trained: _Seen) -> Product | str:
     if not all(isinstance(value, _PLAIN_VALUES) for value in pytree.tree_leaves((args, kwargs))):
         return f"the forward of its class {name} takes more than tensors and numbers"
     likes = pytree.tree_map_only(Tensor, lambda x: TensorLike(tuple(x.shape), x.dtype), (args, kwargs))
-    product = Product(call.kind, call.columns, plain, likes[0], tuple(likes[1].items()))
+    product = Product(call.kind, call.weight_is_in_out, weight_is_parameter, likes[0], tuple(likes[1].items()))
     try:
         product_of(module, product)
     except Exception as error:
@@ -143,7 +145,7 @@ def _product(module: nn.Module, seen: _Seen, trained: _Seen) -> Product | str:
     return product
 
 
-def _unfit(module: nn.Module, call: ProductCall) -> str:
+def _not_quantizable_reason(module: nn.Module, call: ProductCall) -> str:
     """What keeps a product from being computed on integers, '' where nothing does."""
     kind, wanted = kind_named(call.kind), layer_type(module)
     assert kind is not None

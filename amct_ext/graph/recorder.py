@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_ext.common.layer_kinds import keeps_forward, layer_type
 from amct_ext.errors import InputDataError, ModelError
-from amct_ext.graph.export_risks import READ, READ_BY_TORCH, ExportRisk, export_problem
+from amct_ext.graph.export_risks import HOST_SYNC, READ, ExportRisk, export_problem
 from amct_ext.graph.host_reads import HostReads, caller
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.onnx_names import NodeNames
@@ -23,7 +23,7 @@ from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.graph.tensor_values import TensorValues
 from amct_ext.graph.values import Node, Value, value_of
 
-# Ops that hand on the same numbers in the same shape: their result is the value they were given.
+# Ops whose result has the values and shape of their input.
 _SAME_VALUE = {"detach", "alias", "clone", "lift", "lift_fresh", "lift_fresh_copy", "contiguous"}
 
 
@@ -31,8 +31,8 @@ _SAME_VALUE = {"detach", "alias", "clone", "lift", "lift_fresh", "lift_fresh_cop
 class Recording:
     """Nodes in execution order, the values that went in and came out, and the calls of each layer by name.
 
-    `export_risks` are the places that an exporter may not be able to follow, each with what stands there. `written` are
-    the parameters (qualified names) that the forward wrote into, or put another one in the place of.
+    `export_risks` are locations that may break an export. `written` are
+    the parameters (qualified names) that the forward wrote into or replaced.
     """
 
     nodes: list[Node]
@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
         with preserved_state(self._model, training), torch.no_grad(), HostReads(self.note_read), self.hooked(), self:
             return inputs.call(self._model)
 
-    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replace_layer_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a layer is called with: None for what it was given."""
         return None
 
@@ -162,20 +162,18 @@ class Recorder(TorchDispatchMode):
     def _note_risk(self, what: str) -> None:
         module = next((scope for scope in reversed(self._log.scopes) if scope), "")
         risk = ExportRisk(what, caller(), module)
-        if what == READ_BY_TORCH and any(risk.place == other.place and other.read for other in self.export_risks):
+        if what == HOST_SYNC and any(risk.location == other.location and other.read for other in self.export_risks):
             return  # what the model's code reads is named with the function it calls
         self.export_risks[risk] = None
 
     @contextlib.contextmanager
     def _unrecorded(self) -> Iterator[None]:
-        """Hooks run in the midst of the model's code, and what they compute is none of its."""
+        """Do not record ops that our hooks run."""
         self._own = True
         try:
             yield
         finally:
             self._own = False
-
-    # Modules
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -197,10 +195,12 @@ class Recorder(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._log.scopes.append(self._modules[id(module)])
         if not self._layers and (keeps_forward(module) or isinstance(module, torch.jit.ScriptModule)):
-            first = {"input": kwargs["input"]} if "input" in kwargs else {}  # all layers have it in front
+            first = (
+                {"input": kwargs["input"]} if "input" in kwargs else {}
+            )  # `input` is the first parameter of every torch layer
             inputs = tuple(self._values.lookup(tensor) for tensor in tensors_in((args, first | kwargs)))
             with self._unrecorded():
-                replaced = self.given(module, args, kwargs)
+                replaced = self.replace_layer_inputs(module, args, kwargs)
             self._layers.append((module, inputs))  # from here on ops belong to the layer
             return replaced
         return None
@@ -223,8 +223,6 @@ class Recorder(TorchDispatchMode):
             self._log.nodes.append(node)
             with self._unrecorded():
                 self.observe(node, results)
-
-    # Ops
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -21,7 +21,7 @@ def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
     A forward may keep things (a grid for the last size of image, a table that it needs once): the next one finds what
     this one found, and runs the same operators.
     """
-    # A scripted module writes to its buffers, but never puts another one in the place.
+    # A scripted module writes to its buffers, but never replaces a buffer object.
     scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     buffers = [(module, dict(module._buffers)) for module in model.modules() if module not in scripted]
     held_tensors = [held for _, owned in buffers for held in owned.values() if held is not None]
@@ -36,13 +36,13 @@ def preserved_state(model: nn.Module, training: bool = False) -> Iterator[None]:
                 module._buffers.update(owned)
             with torch.no_grad():
                 for held, copy in copies:
-                    if not torch.equal(held, copy):  # not every kernel that writes tells the version counter
+                    if not torch.equal(held, copy):  # some kernels write without bumping the version
                         held.copy_(copy)
 
 
 @contextlib.contextmanager
 def _preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Attributes of modules, and what lies in their lists and dictionaries, come back; tensors are not copied.
+    """Attributes of modules and the content of their lists and dictionaries come back; tensors are not copied.
 
     A module that gets other parameters or children meanwhile keeps what it has become: it has built itself.
     """
@@ -84,7 +84,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def preserved_model_state(model: nn.Module) -> Iterator[None]:
     """Buffers, attributes of modules and the random state come back exactly; modules keep the mode they have.
 
     Buffers are replaced by copies for a while, so that a backward that has saved them finds them as they were.

@@ -47,7 +47,7 @@ class TensorValues:
                 return self.bind(tensor, self._values[id(alias)])
         sources = [self._values[id(alias)] for alias in aliases]
         if any(source.kind in ("computed", "input") for source in sources):
-            # A view that was made where ops are not seen: related to what is known, in an unknown way.
+            # A view made where ops are not recorded: related to its aliases in an unknown way.
             return self.bind(tensor, self._relate("unseen_view", tuple(sources), tensor))
         if isinstance(tensor, nn.Parameter):
             self.foreign.append(tensor)

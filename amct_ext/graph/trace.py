@@ -8,28 +8,28 @@ from typing import Any
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import BATCH_NORMS, CONVS, QUANTIZABLE
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, BATCH_NORMS, CONVS, QUANTIZABLE
 from amct_ext.config.traits import LayerTraits
 from amct_ext.graph.export_risks import ExportRisk
-from amct_ext.graph.hosted import find_hosted
+from amct_ext.graph.functional_layers import find_functional_layers
 from amct_ext.graph.inputs import parse_inputs
-from amct_ext.graph.probes import confirmed_unread, evaluated_only, left_out_by_eval
+from amct_ext.graph.operators import BATCH_NORM_OPS
+from amct_ext.graph.probes import confirmed_unused, eval_only_layers, removed_by_eval_call
 from amct_ext.graph.products import find_products
 from amct_ext.graph.recorder import Recording, record
 from amct_ext.graph.training import record_training
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
-from amct_ext.graph.weight_use import factors, sources
+from amct_ext.graph.weight_use import factors, leaf_parameters
 from amct_ext.layers.product_call import Product
 
 _UNREAD = "its result reaches no tensor that the model returns"
-_EVALUATED_ONLY = (
+_EVAL_ONLY = (
     "it runs in evaluation but not in training, so nothing trains it (a block with branches that are merged into it?)"
 )
-_LEFT_OUT = "model.eval() takes it out of the forward (a train() of its own that merges it into another layer?)"
+_REMOVED_BY_EVAL = "model.eval() takes it out of the forward (a train() of its own that merges it into another layer?)"
 _WRITTEN = "forward writes its weight or bias itself"
-# Ops that a BatchNorm becomes.
-_NORM_OPS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "miopen_batch_norm")
+
 _RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "permute", "transpose", "t")
 
 
@@ -37,9 +37,9 @@ _RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "perm
 class Graph:
     """The recorded forward. `calls` maps every layer that ran to its calls; `nodes` are in execution order.
 
-    `left_alone`: layers that ran and yet are not to be compressed -> why (their results reach no output, they do not
+    `excluded`: layers that ran and are not compressed -> why (their results reach no output, they do not
     run in training or after `model.eval()`, forward writes their weights). `foreign`: parameters that ops read and that
-    are none of the model's. `export_risks`: the places that make it worth while to try an export. `products`: modules
+    are none of the model's. `export_risks`: locations that may break an export. `products`: modules
     with a weight and a forward of their own -> the product in it, or why there is none to quantise. `training`: what a
     forward in train mode computes with parameters that this one does not read (heads that only train), with all that it
     needs; None where there is no such parameter.
@@ -49,7 +49,7 @@ class Graph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     calls: dict[str, list[Node]]
-    left_alone: Mapping[str, str] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
     foreign: list[nn.Parameter] = field(default_factory=list)
     export_risks: tuple[ExportRisk, ...] = ()
     products: Mapping[str, Product | str] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Graph:
 
     def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
         """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
-        return layer_traits(self.calls, model, self.left_alone, self.parameter_readers(), self.products)
+        return layer_traits(self.calls, model, self.excluded, self.parameter_readers(), self.products)
 
     def product_nodes(self) -> dict[str, Node]:
         """The op that is the product of each module in `products`, in execution order."""
@@ -66,7 +66,7 @@ class Graph:
         for node in self.nodes if wanted else ():
             weights = [value for value in factors(node) if not value.depends_on_input()]
             if len(weights) == 1:
-                read = {source.name for source in sources(weights[0]) if source.kind == "parameter"}
+                read = {source.name for source in leaf_parameters(weights[0]) if source.kind == "parameter"}
                 found.update({wanted[name]: node for name in read & wanted.keys()})
         return found
 
@@ -126,15 +126,15 @@ class Graph:
         """The module whose only BatchNorm a node is: a plain one, or that in a forward of its own; '' where none."""
         if node.op in BATCH_NORMS:
             return node.name if len(self.calls[node.name]) == 1 else ""
-        if node.op not in _NORM_OPS:
+        if node.op not in BATCH_NORM_OPS:
             return ""
-        read = {key: node.args.get(key) for key in ("running_mean", "running_var", "weight", "bias")}
+        read = {key: node.args.get(key) for key in BATCH_NORM_TENSORS}
         names = {value.name for value in read.values() if isinstance(value, Value)}
         owner = next(iter(names), "").rpartition(".")[0]
         if not owner or names != {f"{owner}.{key}" for key, value in read.items() if value is not None}:
             return ""
         mean = read["running_mean"]
-        uses = sum(other.op in _NORM_OPS and other.args.get("running_mean") is mean for other in self.nodes)
+        uses = sum(other.op in BATCH_NORM_OPS and other.args.get("running_mean") is mean for other in self.nodes)
         return owner if uses == 1 and isinstance(mean, Value) and not node.args.get("training") else ""
 
     def fed_by_relu(self, layer: str) -> bool:
@@ -160,21 +160,21 @@ class Graph:
 
         `and_training`: also those of the part that `training` holds.
         """
-        trained = sources_of(self.training.nodes) if and_training and self.training is not None else []
-        found = [value for value in (*trained, *self.sources) if value.kind == "parameter" and value.consumers]
+        trained = leaf_values_of(self.training.nodes) if and_training and self.training is not None else []
+        found = [value for value in (*trained, *self.leaf_values) if value.kind == "parameter" and value.consumers]
         return {value.name: value.consumers for value in found}
 
     @property
-    def sources(self) -> Sequence[Value]:
+    def leaf_values(self) -> Sequence[Value]:
         """Values without a producer, in order of first use."""
-        return sources_of(self.nodes)
+        return leaf_values_of(self.nodes)
 
     def all_calls(self) -> dict[str, list[Node]]:
         """`calls`, and those of the layers that only run in training."""
         return {**(self.training.calls if self.training is not None else {}), **self.calls}
 
 
-def sources_of(nodes: Iterable[Node]) -> list[Value]:
+def leaf_values_of(nodes: Iterable[Node]) -> list[Value]:
     """Values without a producer that nodes read, in order of first use."""
     found: dict[int, Value] = {}
     for node in nodes:
@@ -202,12 +202,12 @@ def trace(model: nn.Module, input_data: Any) -> Graph:
         products=find_products(model, inputs),
         training=record_training(model, inputs, recording),
     )
-    hosted = find_hosted(model, inputs, graph.nodes, graph.products)
-    graph = replace(graph, products={**graph.products, **hosted})
+    functional = find_functional_layers(model, inputs, graph.nodes, graph.products)
+    graph = replace(graph, products={**graph.products, **functional})
     read = [model.get_parameter(name) for name in graph.parameter_readers()]
-    left = dict.fromkeys(confirmed_unread(model, inputs, graph.unread()), _UNREAD)
-    left |= dict.fromkeys(left_out_by_eval(model, inputs, graph.calls), _LEFT_OUT)
-    left |= dict.fromkeys((name.rpartition(".")[0] for name in recording.written), _WRITTEN)
-    left |= dict.fromkeys(evaluated_only(model, inputs, graph.calls, read), _EVALUATED_ONLY)
+    excluded = dict.fromkeys(confirmed_unused(model, inputs, graph.unread()), _UNREAD)
+    excluded |= dict.fromkeys(removed_by_eval_call(model, inputs, graph.calls), _REMOVED_BY_EVAL)
+    excluded |= dict.fromkeys((name.rpartition(".")[0] for name in recording.written), _WRITTEN)
+    excluded |= dict.fromkeys(eval_only_layers(model, inputs, graph.calls, read), _EVAL_ONLY)
     layers = {name for name, nodes in graph.calls.items() if nodes[0].op in QUANTIZABLE} | graph.products.keys()
-    return replace(graph, left_alone={name: why for name, why in left.items() if name in layers})
+    return replace(graph, excluded={name: why for name, why in excluded.items() if name in layers})

@@ -28,19 +28,19 @@ def record_training(model: nn.Module, inputs: Inputs, evaluated: Recording) -> R
     inputs = inputs.copied()
     recorder = Recorder(model, inputs)
     try:
-        whole = recorder.recording(recorder.run(inputs, training=True))
+        recorded = recorder.recording(recorder.run(inputs, training=True))
     except Exception:  # one image and BatchNorm over a single pixel, or targets that a detector is trained with
         return None
-    readers = {id(node) for node in whole.nodes if not idle.isdisjoint(_read_by(node, model, parameters))}
-    nodes = _part(whole.nodes, readers)
+    readers = {id(node) for node in recorded.nodes if not idle.isdisjoint(_read_by(node, model, parameters))}
+    nodes = _part(recorded.nodes, readers)
     if not nodes:
         return None
     there = {id(value) for node in nodes for value in node.outputs}
-    calls = {name: [node for node in nodes if node.module == name] for name in whole.calls}
+    calls = {name: [node for node in nodes if node.module == name] for name in recorded.calls}
     return dataclasses.replace(
-        whole,
+        recorded,
         nodes=nodes,
-        outputs=tuple(value for value in whole.outputs if id(value) in there),
+        outputs=tuple(value for value in recorded.outputs if id(value) in there),
         calls={name: called for name, called in calls.items() if called},
     )
 

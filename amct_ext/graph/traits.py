@@ -24,20 +24,20 @@ from amct_ext.layers.attention import InProjection
 from amct_ext.layers.product_call import Product
 
 Calls = Mapping[str, Sequence[Node]]
-_SIZED = "the attention around it divides its channels into heads"
-_OWN_FORWARD = "its class has a forward of its own"
+
+_CUSTOM_FORWARD = "its class has a forward of its own"
 
 
 def layer_traits(
     calls: Calls,
     model: nn.Module,
-    left_alone: Mapping[str, str],
+    excluded: Mapping[str, str],
     readers: Mapping[str, Sequence[Node]],
     products: Mapping[str, Product | str] = MappingProxyType({}),
 ) -> dict[str, LayerTraits]:
     """Traits of every layer whose class can be quantised or pruned, in named_modules order.
 
-    `left_alone`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers;
+    `excluded`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers;
     `products`: modules with a forward of their own -> the product in it, or why there is none to quantise.
     """
     modules = dict(model.named_modules())
@@ -53,14 +53,14 @@ def layer_traits(
         # A recurrent layer has several weights.
         named = [(key, value) for key, value in module._parameters.items() if value is not None]
         weights = [value for key, value in named if key.startswith("weight")]
-        # A weight that only an op reads (out_proj of MultiheadAttention) is no layer's that runs.
+        # A weight that only an op reads (out_proj of MultiheadAttention): the layer itself is not called.
         reader = next((read_by[id(value)] for value in weights if id(value) in read_by), "")
-        usable = left_alone.get(name, "")
+        usable = excluded.get(name, "")
         if kind_of(module) is not None:
-            usable = why_not_usable(calls, name, module, reader) or usable
+            usable = unusable_reason(calls, name, module, reader) or usable
         unsuited = usable
         if product is not None:
-            unsuited = product if isinstance(product, str) else left_alone.get(name, "")
+            unsuited = product if isinstance(product, str) else excluded.get(name, "")
         holds = isinstance(module, InProjection)  # whose weight is registered at the attention around it, too
         own = {name, name.rpartition(".")[0]} if holds else {name}
         others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o not in own))
@@ -68,22 +68,27 @@ def layer_traits(
         # Layers that multiply by one weight may share a 2:4 mask too; a table that is looked up (Embedding) has none.
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
         shared_with = shared and f"its weight is shared with {shared}"
-        limits = "" if isinstance(product, Product) else why_not_quantizable(kind, module)
+        limits = "" if isinstance(product, Product) else not_quantizable_reason(kind, module)
         reason = unsuited or shared_with or limits
-        why_dense = usable or (reason if foreign else "") or (_OWN_FORWARD if isinstance(product, Product) else "")
-        if reader and not why_dense:  # which would take the dense weight in training, the masked one from a file
-            why_dense = f"its weight is also read by {reader}, outside of the layer"
-        why_whole = (_OWN_FORWARD if kind_of(module) is None else "") or (_SIZED if holds else "")
+        custom, in_out = isinstance(product, Product), isinstance(product, Product) and product.weight_is_in_out
+
+        dense_reason = usable or (reason if foreign else "") or (_CUSTOM_FORWARD if custom else "")
+
+        if reader and not dense_reason:  # that op would see the dense weight in training, the masked one after a reload
+            dense_reason = f"its weight is also read by {reader}, outside of the layer"
+        # The attention around an InProjection divides its channels into heads.
+        fixed_outputs = kind_of(module) is None or holds
+
         result[name] = LayerTraits(
             type=kind.name,
             quantizable=not reason,
-            filter_prunable=not why_whole
-            and name not in left_alone
+            filter_prunable=not fixed_outputs
+            and name not in excluded
             and _filter_prunable(kind, module, usable, reader, calls.get(name, [])),
-            sparse_prunable=kind.sparse_prunable and not why_dense,
-            int4_weights=_int4_weights(kind, module, weights, isinstance(product, Product) and product.columns),
-            why_not_quantizable=reason,
-            why_not_sparse=why_dense,
+            sparse_prunable=kind.sparse_prunable and not dense_reason,
+            int4_weights=_int4_weights(kind, module, weights, in_out),
+            not_quantizable_reason=reason,
+            not_sparse_reason=dense_reason,
         )
     return result
 
@@ -95,7 +100,7 @@ def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: st
     if kind.family is Family.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
         return False  # its weight holds the outputs of one group only
     if not usable or len(calls) > 1:
-        return not usable or not why_not_cut(calls, kind.name, module)
+        return not usable or not fixed_shape_reason(calls, kind.name, module)
     return bool(reader) and not calls and not computed_parameter(module)
 
 
@@ -109,7 +114,7 @@ def parameter_owners(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return owners
 
 
-def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str = "") -> str:
+def unusable_reason(all_calls: Calls, name: str, module: nn.Module, reader: str = "") -> str:
     """Why no compression of any kind can touch a layer, '' where it can. `reader`: an op that reads its weight."""
     kind = kind_of(module)
     assert kind is not None
@@ -134,13 +139,13 @@ def why_not_usable(all_calls: Calls, name: str, module: nn.Module, reader: str =
     return ""
 
 
-def why_not_cut(calls: Sequence[Node], name: str, module: nn.Module) -> str:
+def fixed_shape_reason(calls: Sequence[Node], name: str, module: nn.Module) -> str:
     """Why a layer's channels cannot be removed in one of its calls, '' where they can."""
-    reasons = (why_not_usable({name: [call]}, name, module) for call in calls)
+    reasons = (unusable_reason({name: [call]}, name, module) for call in calls)
     return next((reason for reason in reasons if reason), "")
 
 
-def why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
+def not_quantizable_reason(kind: LayerKind, module: nn.Module) -> str:
     """Limits of the quantised layers themselves, '' where there is none."""
     if not kind.quantizable:
         return f"there is no quantised {kind.name}"
@@ -158,9 +163,9 @@ def why_not_quantizable(kind: LayerKind, module: nn.Module) -> str:
     return ""
 
 
-def _int4_weights(kind: LayerKind, module: nn.Module, weights: Sequence[nn.Parameter], columns: bool) -> bool:
+def _int4_weights(kind: LayerKind, module: nn.Module, weights: Sequence[nn.Parameter], weight_is_in_out: bool) -> bool:
     """INT4 weights are packed in pairs along the input channels: these must be even in number and in one group."""
-    axis = kind.weight_axes[1 if columns else 0]
+    axis = kind.weight_axes[1 if weight_is_in_out else 0]
     one_group = getattr(module, "groups", 1) == 1
     return one_group and all(weight.shape[axis] % 2 == 0 for weight in weights if weight.dim() > axis)
 

@@ -38,15 +38,15 @@ class WeightUse:
     """One weight that takes part in a forward.
 
     name: of its module, where it is called ``weight``, else of the parameter; both are qualified. type: class of the
-    module. weights: how many numbers no earlier entry has counted. macs: multiplications with them in one forward.
-    looked_up: nothing multiplies it. reader: the op that reads it, '' where its layer does.
+    module. weights: elements, each parameter counted once. macs: multiplications with them in one forward. is_lookup:
+    only indexed (embedding), never multiplied. reader: the op that reads it, '' where its layer does.
     """
 
     name: str
     type: str
     weights: int = 0
     macs: int = 0
-    looked_up: bool = False
+    is_lookup: bool = False
     reader: str = ""
 
 
@@ -74,12 +74,12 @@ def product_macs(node: Node) -> int:
     output = math.prod(node.outputs[0].shape)
     if node.op == "convolution":
         of_input = node.args.get("transposed", False)  # it applies its kernel at each place of its input
-        places = math.prod(first.shape) if of_input else output
-        return places * math.prod(second.shape[1:])
+        positions = math.prod(first.shape) if of_input else output
+        return positions * math.prod(second.shape[1:])
     return output * first.shape[-1]
 
 
-def sources(value: Value) -> Iterator[Value]:
+def leaf_parameters(value: Value) -> Iterator[Value]:
     """The parameters and buffers that a value which does not depend on the input is computed from."""
     seen: set[int] = set()
     pending = [value]
@@ -126,25 +126,25 @@ class _Collector:
             self._layer(node, node.module)
         elif node.op == "scripted":
             held = self._modules[node.name].named_parameters()
-            self._note([f"{node.name}.{key}" for key, _ in held], 0, reader=f"{node.name} (TorchScript)")
+            self._add_use([f"{node.name}.{key}" for key, _ in held], 0, reader=f"{node.name} (TorchScript)")
         elif node.op in _LOOK_UPS:
             table = _argument(node, _LOOK_UPS[node.op])
             if table is not None and not table.depends_on_input():
-                self._note(self._sources(table), 0, looked_up=True)
+                self._add_use(self._leaf_parameters(table), 0, is_lookup=True)
         elif node.op in _FACTORS:
             self._product(node)
         elif node.op.startswith("_scaled_dot_product"):
             self._attention(node)
         elif "::" in node.op:  # an operator of the user's: what it computes is not known
             read = [value for value in node.inputs if value is not None and not value.depends_on_input()]
-            self._note([name for value in read for name in self._sources(value)], 0, reader=node.name)
+            self._add_use([name for value in read for name in self._leaf_parameters(value)], 0, reader=node.name)
 
     def result(self) -> WeightUses:
         """Each number is counted once: where it is multiplied, if it is, else where it is looked up."""
         counted: set[str] = set()
-        for looked_up in (False, True):
+        for is_lookup in (False, True):
             for parameter, names in self._holders.items():
-                found = next((name for name in names if self._uses[name].looked_up is looked_up), None)
+                found = next((name for name in names if self._uses[name].is_lookup is is_lookup), None)
                 if found is not None and parameter not in counted:
                     counted.add(parameter)
                     self._uses[found].weights += self._parameters[parameter].numel()
@@ -156,13 +156,13 @@ class _Collector:
         if kind is None or kind.family is Family.BATCH_NORM:
             return
         weights = {key: value for key, value in module.named_parameters() if value.dim() > 1}
-        size, places = sum(value.numel() for value in weights.values()), 0
+        size, positions = sum(value.numel() for value in weights.values()), 0
         if source is not None and size:
             of_input = kind.family in (Family.TRANSPOSED_CONV, Family.RNN)
             values = math.prod(source.shape if of_input else node.outputs[0].shape)
             width = kind.widths[0] if of_input else kind.widths[1]
-            places = values // max(int(getattr(module, width)), 1)
-        self._count([(f"{name}.{key}", name) for key in weights], size * places)
+            positions = values // max(int(getattr(module, width)), 1)
+        self._count([(f"{name}.{key}", name) for key in weights], size * positions)
 
     def _product(self, node: Node) -> None:
         values = factors(node)
@@ -172,7 +172,7 @@ class _Collector:
             return
         macs = product_macs(node) if len(constant) < len(values) else 0  # a product of weights is computed once
         for value in constant:
-            self._note(self._sources(value), macs, reader=node.name)
+            self._add_use(self._leaf_parameters(value), macs, reader=node.name)
 
     def _attention(self, node: Node) -> None:
         query, key = _argument(node, "query"), _argument(node, "key")
@@ -181,16 +181,16 @@ class _Collector:
             pairs = math.prod(query.shape[:-1]) * key.shape[-2]
             self._activation_macs += pairs * (query.shape[-1] + value.shape[-1])
 
-    def _sources(self, value: Value) -> list[str]:
-        found = [source for source in sources(value) if source.kind == "parameter"]
+    def _leaf_parameters(self, value: Value) -> list[str]:
+        found = [source for source in leaf_parameters(value) if source.kind == "parameter"]
         weights = [source.name for source in found if is_weight(source.shape)]
         return weights or [source.name for source in found if len(source.shape) > 1]
 
-    def _note(self, parameters: Iterable[str], macs: int, looked_up: bool = False, reader: str = "") -> None:
+    def _add_use(self, parameters: Iterable[str], macs: int, is_lookup: bool = False, reader: str = "") -> None:
         named = [name for name in dict.fromkeys(parameters) if self._parameters[name].dim() > 1]
-        self._count([(name, entry_name(name)) for name in named], macs, looked_up, reader)
+        self._count([(name, entry_name(name)) for name in named], macs, is_lookup, reader)
 
-    def _count(self, entries: Sequence[tuple[str, str]], macs: int, looked_up: bool = False, reader: str = "") -> None:
+    def _count(self, entries: Sequence[tuple[str, str]], macs: int, is_lookup: bool = False, reader: str = "") -> None:
         """Add a use of (parameter, entry) pairs; several that make up one operand share its multiplications."""
         sizes = [self._parameters[parameter].numel() for parameter, _ in entries]
         for (parameter, entry), size in zip(entries, sizes, strict=True):
@@ -199,9 +199,9 @@ class _Collector:
                 owner = self._modules.get(entry, self._modules.get(parameter.rpartition(".")[0]))
                 kind = None if owner is None else kind_of(owner)
                 name = type(owner).__name__ if kind is None else kind.name
-                use = self._uses[entry] = WeightUse(entry, name, looked_up=looked_up, reader=reader)
+                use = self._uses[entry] = WeightUse(entry, name, is_lookup=is_lookup, reader=reader)
             use.macs += macs * size // max(sum(sizes), 1)
-            use.looked_up = use.looked_up and looked_up
+            use.is_lookup = use.is_lookup and is_lookup
             use.reader = use.reader or reader
             holders = self._holders.setdefault(self._first_name[parameter], [])
             if entry not in holders:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from amct_ext.common.ranks import whole
+from amct_ext.common.ranks import full_tensor
 from amct_ext.layers.bn_fold import affine, factor_sign, fold_batch_norm
 
 
@@ -33,7 +33,7 @@ def device_accumulators(
     shape = [1] * sums.dim()
     shape[channel_axis] = -1
     total = sums.double()
-    added = None if bias is None else whole(bias).double()
+    added = None if bias is None else full_tensor(bias).double()
     if norm is not None:
         assert norm.running_mean is not None and norm.running_var is not None
         factor, added = fold_batch_norm(added, *affine(norm), norm.running_mean, norm.running_var, norm.eps)

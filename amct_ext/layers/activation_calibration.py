@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.ranks import several_ranks
+from amct_ext.common.ranks import is_distributed
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.activation_types import ClipRange
 from amct_ext.layers.cached_item import CachedItem
@@ -208,7 +208,7 @@ class CalibratedClips(KeepsPrecision):
         self.found_clips = "final" if last else "provisional"
         self.found_range = result if last else None
         self.candidates = result.candidates if last else ()
-        if not (several_ranks() or torch.compiler.is_compiling() or self.candidates):
+        if not (is_distributed() or torch.compiler.is_compiling() or self.candidates):
             self.log_range()
         self._seen.update(self.batches_seen, seen + 1)
 

@@ -134,7 +134,10 @@ class SplitAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
-        """The sum of both masks, (batch or 1, heads or 1, queries or 1, keys); columns that were added are open."""
+        """The sum of both masks, (batch or 1, heads or 1, queries or 1, keys).
+
+        Keys appended by bias_k or add_zero_attn are not masked.
+        """
         found: Tensor | None = None
         for mask, is_padding in ((attn_mask, False), (key_padding_mask, True)):
             if mask is None:

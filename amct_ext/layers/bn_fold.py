@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from amct_ext.common.ranks import whole
+from amct_ext.common.ranks import full_tensor
 
 # A smaller scale of a weight is, times the scale of an activation, no normal float32 number any more.
 _MIN_SCALE = 2.0**-103
@@ -60,4 +60,4 @@ def fold_batch_norm(
 
 
 def _whole_or_none(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else whole(parameter)
+    return None if parameter is None else full_tensor(parameter)

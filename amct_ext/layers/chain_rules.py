@@ -53,6 +53,8 @@ def _batch_norm(
     others = [t for t in (weight, bias, running_mean, running_var) if t is not None]
     if any(isinstance(t, TensorOfValues) or t.dtype != torch.float32 or not t.is_contiguous() for t in others):
         return NotImplemented
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return NotImplemented  # torch computes these in another way
     if x.numel() <= x.shape[1] or (not training and (running_mean is None or running_var is None)):
         return NotImplemented
     norm = batch_norm(x.lazy.value, weight, bias, running_mean, running_var, training, momentum, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.common.layer_kinds import kind_of
-from amct_ext.layers import conv_linear, own_forward, rnn
+from amct_ext.layers import conv_linear, custom_forward, rnn
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import derived_class, take_attributes
 from amct_ext.layers.product_call import Product
@@ -22,13 +22,13 @@ _COMPRESSED: dict[str, type[CompressedLayer]] = {
     "GRU": rnn.CompressedGRU,
 }
 # The same for layers with a forward of their own, and for modules that are none of torch's layers.
-_OWN: dict[str, type[CompressedLayer]] = {
-    "Conv1d": own_forward.OwnConv1d,
-    "Conv2d": own_forward.OwnConv2d,
-    "Conv3d": own_forward.OwnConv3d,
-    "Linear": own_forward.OwnLinear,
-    "ConvTranspose1d": own_forward.OwnConvTranspose1d,
-    "ConvTranspose2d": own_forward.OwnConvTranspose2d,
+_CUSTOM: dict[str, type[CompressedLayer]] = {
+    "Conv1d": custom_forward.CustomForwardConv1d,
+    "Conv2d": custom_forward.CustomForwardConv2d,
+    "Conv3d": custom_forward.CustomForwardConv3d,
+    "Linear": custom_forward.CustomForwardLinear,
+    "ConvTranspose1d": custom_forward.CustomForwardConvTranspose1d,
+    "ConvTranspose2d": custom_forward.CustomForwardConvTranspose2d,
 }
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
 _INSTANCE_NAMES = {"layer_name", "refs", "integer"}
@@ -43,9 +43,16 @@ def compressed_class(layer: nn.Module, product: Product | None = None) -> tuple[
     one in the forward of a class that has a forward of its own.
     """
     parent, own = standard_class(layer), type(layer)
-    if product is not None:
-        other = own_forward.OwnProduct if product.kind == "Linear" else own_forward.OwnConvolution
-        base, parent = (other, nn.Module) if parent is None else (_OWN[parent.__name__], parent)
+    base: type[CompressedLayer]
+    if product is not None and parent is None:
+        linear = product.kind == "Linear"
+        base = custom_forward.CustomForwardProduct if linear else custom_forward.CustomForwardConvolution
+        parent = nn.Module
+
+    elif product is not None and parent is not None:
+        if parent.__name__ not in _CUSTOM:
+            return None, f"a {parent.__name__} with a forward of its own ({own.__name__}) has no compressed form"
+        base = _CUSTOM[parent.__name__]
     elif parent is None or own.forward is not parent.forward:
         return None, f"{own.__name__} has no compressed form"
     else:
@@ -69,7 +76,7 @@ def standard_class(layer: nn.Module) -> type[nn.Module] | None:
 
 def to_float(layer: CompressedLayer) -> nn.Module:
     """The float layer again, of its own class, 2:4 mask folded into the weight (do not use ``layer`` afterwards)."""
-    plain: nn.Module = object.__new__(own_forward.float_class(layer))
+    plain: nn.Module = object.__new__(custom_forward.float_class(layer))
     take_attributes(plain, layer)
     for name in (*layer.own_children, *_INSTANCE_NAMES):
         plain._modules.pop(name, None)

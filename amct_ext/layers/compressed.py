@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_ext import ops
-from amct_ext.common.ranks import whole
+from amct_ext.common.ranks import full_tensor
 from amct_ext.config.plan import LayerPlan
 from amct_ext.config.text import SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
@@ -191,7 +191,7 @@ class CompressedLayer(nn.Module):
     @torch.no_grad()
     def masked_weight(self) -> Tensor:
         """The float weight with the current 2:4 mask folded in."""
-        weight = whole(self.source_weight().detach())
+        weight = full_tensor(self.source_weight().detach())
         if self.sparsity is None:
             return weight
         self.sparsity.repair_mask(weight)

@@ -17,7 +17,7 @@ _thread = threading.local()
 
 
 @contextlib.contextmanager
-def frozen_state() -> Iterator[None]:
+def no_state_updates() -> Iterator[None]:
     """Forwards in this thread change no state of compressed layers for a while."""
     before = getattr(_thread, "frozen", False)
     _thread.frozen = True
@@ -31,7 +31,7 @@ def state_updates_disabled() -> bool:
     """Whether the current forward must not change any state.
 
     True inside a backward (gradient checkpointing runs a part again, whose results must be those of the first run),
-    under a transform of torch.func, in a tracer or an exporter, in `frozen_state`.
+    under a transform of torch.func, in a tracer or an exporter, in `no_state_updates`.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()

@@ -1,4 +1,4 @@
-"""Calls of torch functions that multiply an input by a weight, met while a forward of the user's own runs."""
+"""Calls of torch functions that multiply an input by a weight, intercepted while a custom forward runs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class _Form:
-    """How a function takes its operands: place and keyword of each. columns: its weight is [in, out], else [out, in].
+    """How a function takes its operands: position and keyword of each.
 
-    neutral: keywords that must have these values, for the product to be nothing but one.
+    weight_is_in_out: its weight is [in, out], else [out, in]. neutral: keywords that must have these values, else the
+    function computes more than a product.
     """
 
     kind: str
     x: tuple[int, str] = (0, "input")
     weight: tuple[int, str] = (1, "weight")
     bias: tuple[int, str] | None = (2, "bias")
-    columns: bool = False
+    weight_is_in_out: bool = False
     neutral: Mapping[str, object] = field(default_factory=dict)
 
 
-_MATMUL = _Form("Linear", weight=(1, "other"), bias=None, columns=True)
-_MM = _Form("Linear", weight=(1, "mat2"), bias=None, columns=True)
+_MATMUL = _Form("Linear", weight=(1, "other"), bias=None, weight_is_in_out=True)
+_MM = _Form("Linear", weight=(1, "mat2"), bias=None, weight_is_in_out=True)
 _ADDMM = _Form(
-    "Linear", (1, "mat1"), (2, "mat2"), (0, "input"), columns=True, neutral={"beta": 1, "alpha": 1, "out": None}
+    "Linear",
+    (1, "mat1"),
+    (2, "mat2"),
+    (0, "input"),
+    weight_is_in_out=True,
+    neutral={"beta": 1, "alpha": 1, "out": None},
 )
 _FORMS: Mapping[Callable[..., object], _Form] = {
     F.conv1d: _Form("Conv1d"),
@@ -63,19 +69,19 @@ class TensorLike:
 
 @dataclass(frozen=True)
 class Product:
-    """The product in the forward of a module, as a trial run met it.
+    """The product in the forward of a module, as a run of the model found it.
 
-    kind: layer type whose product it is. columns: its weight is [in, out]. plain: its weight is the parameter itself.
-    args, kwargs: what the forward was given, tensors by shape and type. host: the module above that computes it, where
-    the layer itself is not called.
+    kind: layer type whose product it is. weight_is_in_out: its weight is [in, out]. weight_is_parameter: it is the
+    parameter itself, not computed from it. args, kwargs: arguments of the forward, tensors by shape and type. parent:
+    the module above that computes it, where the layer itself is not called.
     """
 
     kind: str
-    columns: bool
-    plain: bool
+    weight_is_in_out: bool
+    weight_is_parameter: bool
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
-    host: str = ""
+    parent: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +102,9 @@ class ProductCall:
         return self._form.kind
 
     @property
-    def columns(self) -> bool:
+    def weight_is_in_out(self) -> bool:
         """Whether the weight is [in, out] as in ``x @ weight``; else it lies as in torch's layer of this kind."""
-        return self._form.columns
+        return self._form.weight_is_in_out
 
     @property
     def x(self) -> Tensor:
@@ -158,15 +164,15 @@ def product_call(
 
 
 class ProductMode(TorchFunctionMode):
-    """While it is on, ``meet`` computes each product whose weight is ``weight`` or computed from it.
+    """While it is on, ``on_product`` computes each product whose weight is ``weight`` or derived from it.
 
     Tensors are compared as objects, which torch.compile can follow.
     """
 
-    def __init__(self, weight: Tensor, meet: Callable[[ProductCall], Tensor]) -> None:
+    def __init__(self, weight: Tensor, on_product: Callable[[ProductCall], Tensor]) -> None:
         super().__init__()
         self._derived = [weight]
-        self._meet = meet
+        self._on_product = on_product
 
     def __torch_function__(
         self,
@@ -177,11 +183,12 @@ class ProductMode(TorchFunctionMode):
     ) -> Any:
         call = product_call(func, args, kwargs)
         if call is not None and self._from_weight(call.weight):
-            return self._meet(call)
+            return self._on_product(call)
         result = func(*args, **(kwargs or {}))
-        new = isinstance(result, Tensor) and not self._from_weight(result)
-        if new and any(self._from_weight(value) for value in pytree.tree_leaves((args, kwargs))):
-            self._derived.append(result)
+        if any(self._from_weight(value) for value in pytree.tree_leaves((args, kwargs))):
+            # a view or copy of it, or several at once (chunk, split, unbind)
+            made = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+            self._derived += [value for value in made if not self._from_weight(value)]
         return result
 
     def _from_weight(self, value: object) -> bool:

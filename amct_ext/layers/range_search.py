@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amct_ext import ops
-from amct_ext.common.ranks import several_ranks
+from amct_ext.common.ranks import is_distributed
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.forward_context import host_can_read
 
@@ -101,7 +101,7 @@ class RangeSearch:
     def _guarded(self, statistics: CalibrationStatistics, amct: Clips) -> FoundRange:
         zeroes_majority = self._zeroes_majority(statistics, amct)
         # All ranks need a robust range where one of them does; a graph under way cannot branch.
-        if host_can_read(zeroes_majority) and not several_ranks() and not bool(zeroes_majority):
+        if host_can_read(zeroes_majority) and not is_distributed() and not bool(zeroes_majority):
             return FoundRange(amct)
         histogram = statistics.histogram()
         robust = self._least_error(histogram)

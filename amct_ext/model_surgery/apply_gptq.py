@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from amct_ext.common.ranks import average_, sum_
+from amct_ext.common.ranks import all_reduce_mean_, all_reduce_sum_
 from amct_ext.layers.conv_linear import ProductLayer
 from amct_ext.layers.gptq import GptqState, gptq_weight
 from amct_ext.model_surgery.lookup import compressed_modules
@@ -99,7 +99,7 @@ def _apply(layer: ProductLayer, gptq: GptqState) -> str:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         hessian = torch.zeros(size, size, dtype=dtype, device=weight.device)
     hessian = hessian.to(weight.device)
-    sum_(hessian)
+    all_reduce_sum_(hessian)
     if not bool(hessian.any()):
         return _NO_HESSIAN
     quantizer = layer.weight_quant
@@ -112,7 +112,7 @@ def _apply(layer: ProductLayer, gptq: GptqState) -> str:
         same = torch.isclose(quantizer.current_scale(changed), scale, rtol=1e-3, atol=0.0)
         changed = torch.where(same.reshape(-1, *[1] * (weight.dim() - 1)), changed, weight)
     changed = changed.contiguous()
-    average_([changed])  # bit by bit the same on all ranks, whatever their libraries do
+    all_reduce_mean_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
     if layer.integer is not None:
         layer.integer.drop_packed_weight()

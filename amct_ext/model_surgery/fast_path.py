@@ -1,4 +1,4 @@
-"""Transformer encoders whose layers run one by one: torch's fused path reads their weights and calls none of them."""
+"""Transformer encoders run layer by layer: torch's fused path reads their weights without calling the layers."""
 
 from __future__ import annotations
 

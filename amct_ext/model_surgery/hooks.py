@@ -10,8 +10,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+<<<<<<< HEAD
 from amct_ext.common.ranks import several_ranks
 from amct_ext.layers.chain_values import with_history
+=======
+from amct_ext.common.ranks import is_distributed
+>>>>>>> main
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.model_surgery.apply_gptq import (
@@ -130,7 +134,7 @@ def _after_forward(model: nn.Module, args: object, output: object) -> None:
     session = getattr(model, ATTRIBUTE)
     learning = model.training or session.tracker.calibrating
     pending = session.output_search_pending or session.gptq_pending
-    if (several_ranks() or pending) and not state_updates_disabled():
+    if (is_distributed() or pending) and not state_updates_disabled():
         quantizers = activation_quantizers(model)
         if learning or any(quantizer.training for quantizer in quantizers):
             average_ranges(quantizers)

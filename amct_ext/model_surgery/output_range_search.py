@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from amct_ext.common.ranks import sum_
+from amct_ext.common.ranks import all_reduce_sum_
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
-from amct_ext.graph.run import tensors_in, untouched
+from amct_ext.graph.run import preserved_model_state, tensors_in
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.forward_context import frozen_state, state_updates_disabled
+from amct_ext.layers.forward_context import no_state_updates, state_updates_disabled
 from amct_ext.layers.range_search import Clips
 from amct_ext.layers.shared_input import SharedInputCache
 from amct_ext.model_surgery.lookup import compressed_modules
@@ -90,7 +90,7 @@ def _candidates_of_all_ranks(
     """The quantisers that have candidates on any rank, and their candidates: the means over the ranks."""
     most = max(len(quantizer.candidates) for quantizer in pending)
     count = torch.tensor([float(most)], device=pending[0].clip_max.device)
-    sum_(count)
+    all_reduce_sum_(count)
     if not bool(count):
         return [], []
     table = torch.zeros(len(pending), 4, 3, dtype=torch.float64, device=count.device)
@@ -98,7 +98,7 @@ def _candidates_of_all_ranks(
         for slot, clips in zip(row, quantizer.candidates, strict=False):
             slot[0] = 1
             slot[1:] = torch.stack(clips)
-    sum_(table)
+    all_reduce_sum_(table)
     found = [i for i, row in enumerate(table[:, 0, 0].tolist()) if row]
     means = table[..., 1:] / table[..., :1].clamp_min(1)
     return [pending[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
@@ -165,7 +165,7 @@ class _Evaluator:
             if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
                 raise _CannotEvaluateError("its parameters are sharded")
             inputs = self.inputs.copied()
-            with untouched(self.model), frozen_state():
+            with preserved_model_state(self.model), no_state_updates():
                 output = self.model.forward(*inputs.args, **inputs.kwargs)
             found = [x.detach().double() for x in tensors_in(output) if x.is_floating_point() and x.numel()]
             found = [x for x in found if x.dim()] or found  # a loss beside what it is computed from
@@ -189,12 +189,12 @@ class _Evaluator:
         total = reference[0].new_zeros(())
         for x, right in zip(output, reference, strict=True):
             total += (x - right).square().sum() / right.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        sum_(total)
+        all_reduce_sum_(total)
         error = float(total)
         return error if math.isfinite(error) else math.inf
 
     def _raise_on_any_rank(self, problem: str) -> None:
         failed = torch.tensor(float(bool(problem)), device=self.quantizers[0].clip_max.device)
-        sum_(failed)
+        all_reduce_sum_(failed)
         if bool(failed):
             raise _CannotEvaluateError(problem or "another rank says why")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from amct_ext.common.ranks import several_ranks, sum_
+from amct_ext.common.ranks import all_reduce_sum_, is_distributed
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 
 
@@ -21,7 +21,7 @@ def average_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     2. ranges of finished calibrations; the calibration is then finished on all ranks;
     3. ranges of one batch.
     """
-    if not several_ranks() or all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
+    if not is_distributed() or all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
         return
     first = quantizers[0].clip_max
     dtype = torch.float64 if any(q.clip_max.dtype == torch.float64 for q in quantizers) else torch.float32
@@ -39,7 +39,7 @@ def average_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
         quantizer.found_clips = ""
         if not quantizer.candidates:
             quantizer.log_range()
-    sum_(table)
+    all_reduce_sum_(table)
     counts = table[..., 0].tolist()
     for (finished, provisional, replaced), row, quantizer in zip(counts, table, quantizers, strict=True):
         if not finished and not provisional:

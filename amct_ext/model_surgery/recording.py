@@ -14,7 +14,7 @@ from torch import nn
 
 from amct_ext import ops
 from amct_ext.common.files import back_up, write_if_changed
-from amct_ext.common.ranks import first_rank
+from amct_ext.common.ranks import is_rank_zero
 from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, RecordError, StaleStateError
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
@@ -46,7 +46,7 @@ def start_record(model: nn.Module) -> None:
     """
     session = session_of(model)
     assert session.record_file is not None
-    if first_rank():
+    if is_rank_zero():
         content = format_record(build_record(model, with_factors=False)).encode()
         kept = back_up(session.record_file, content)
         if kept is not None:
@@ -74,7 +74,7 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
         )
     path = os.path.abspath(path)
     record = build_record(model)
-    if first_rank():
+    if is_rank_zero():
         content = format_record(record).encode()
         if path == session.record_file:
             _warn_of_other_writers(session, content)

@@ -30,13 +30,14 @@ StateVersions = tuple[tuple[int, int], ...]  # identity and version of tensors
 class Findings:
     """What create or restore found in the float model; `explain` derives the reasons of each layer from it.
 
-    `config`: the configuration that the plan was made of. `channels_kept`: layers whose channels the plan would prune
-    but that must stay whole -> why. `uncalled`: layers whose parameters are used without calling the layer -> why.
+    `config`: the configuration that the plan was made of. `unpruned_reasons`: layers whose channels the plan would
+    prune but that must stay whole -> why. `uncalled`: layers whose parameters are used without calling the layer ->
+    why.
     """
 
     config: RetrainConfig | JsonConfig
     traits: Mapping[str, LayerTraits]
-    channels_kept: Mapping[str, str]
+    unpruned_reasons: Mapping[str, str]
     uncalled: Mapping[str, str]
 
 
@@ -54,7 +55,7 @@ class Session:
     findings: Findings
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
-    left_float: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
+    excluded: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
     evaluated: StateVersions | None = None  # the state that the last evaluation began with
     recorded: StateVersions | None = None  # what the record was made of; None: not of the present state
     written: bytes | None = None  # content of the record file, when this model last wrote it

@@ -1,4 +1,4 @@
-"""Splitting recurrent layers that cannot be quantised whole: several layers, both directions."""
+"""Splits recurrent layers with several layers or both directions, which cannot be quantised as one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from amct_ext.config.plan import quant_skipped
 from amct_ext.config.text import Override, RetrainConfig
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph, trace
-from amct_ext.graph.traits import parameter_owners, why_not_quantizable, why_not_usable
+from amct_ext.graph.traits import not_quantizable_reason, parameter_owners, unusable_reason
 from amct_ext.layers.rnn_stack import RecurrentStack
 
 logger = logging.getLogger("amct_ext")
@@ -64,11 +64,11 @@ def _of_parts(overrides: tuple[Override, ...], parts: Mapping[str, list[str]]) -
 
 def _splits(model: nn.Module, graph: Graph, name: str, module: nn.RNNBase) -> bool:
     kind = kind_of(module)
-    if kind is None or not kind.quantizable or module.proj_size or not why_not_quantizable(kind, module):
+    if kind is None or not kind.quantizable or module.proj_size or not not_quantizable_reason(kind, module):
         return False
     owners = parameter_owners(dict(model.named_modules()))
     shared = any(len(owners[id(parameter)]) > 1 for parameter in module.parameters())
-    return not shared and not why_not_usable(graph.calls, name, module) and name not in graph.left_alone
+    return not shared and not unusable_reason(graph.calls, name, module) and name not in graph.excluded
 
 
 def _asked_for(config: RetrainConfig, name: str, module: nn.RNNBase) -> bool:

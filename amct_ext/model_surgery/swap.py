@@ -18,8 +18,8 @@ from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import take_attributes
-from amct_ext.layers.host import Host, host_of, plain_host
-from amct_ext.layers.plain_product import plain_product
+from amct_ext.layers.folded_layer import folded_layer
+from amct_ext.layers.functional_parent import FunctionalParent, as_functional_parent, unwrap_functional_parent
 from amct_ext.layers.product_call import Product
 from amct_ext.layers.rnn import CompressedRNN
 from amct_ext.model_surgery.batchnorm_links import foldable
@@ -33,27 +33,27 @@ _UNREPLACEABLE = (
 
 
 def insert_layers(
-    model: nn.Module, graph: Graph, plan: Plan, leave: Mapping[str, str]
+    model: nn.Module, graph: Graph, plan: Plan, excluded: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, str], dict[str, str]]:
     """Replace each layer that the plan quantises or makes 2:4 sparse, wherever the model refers to it.
 
-    ``graph`` is the trace of this very model, ``leave`` holds layers that stay float all the same, with the reason.
+    ``graph`` is the trace of this very model, ``excluded``: layers to keep float, with the reason.
     Returns the model, the (conv -> BN) pairs linked, and the reasons of all layers that the plan names and that stay
     float. State changed: the model, in place (its root too, where the root is a layer). Errors: ModelError.
     """
     modules = dict(model.named_modules())
     inserted: dict[str, CompressedLayer] = {}
-    left_float = {}
+    kept_float = {}
     for layer_plan in planned_layers(plan):
         name = layer_plan.name
         module = modules[name]
         found = graph.products.get(name)
         product = found if isinstance(found, Product) else None
         cls, reason = compressed_class(module, product)
-        reason = reason or leave.get(name, "")
+        reason = reason or excluded.get(name, "")
         if cls is None or reason:
             logger.warning("layer '%s' (%s) is left float: %s", name, type(module).__name__, reason)
-            left_float[name] = reason
+            kept_float[name] = reason
             continue
         try:
             fixed_min = _fixed_min(graph, layer_plan, module)
@@ -61,13 +61,13 @@ def insert_layers(
         except (AttributeError, TypeError) as error:
             raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
     model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})
-    model = _insert_hosts(model, inserted)
+    model = _insert_functional_parents(model, inserted)
     _share_inputs(graph, plan, inserted)
-    return model, _link_batchnorms(model, graph, inserted), left_float
+    return model, _link_batchnorms(model, graph, inserted), kept_float
 
 
 def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
-    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to leave them.
+    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to excluded them.
 
     An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
     copies in the place of the layers. State changed: none, all is put back.
@@ -100,21 +100,22 @@ def fold_layers(model: nn.Module) -> nn.Module:
     folded: dict[nn.Module, nn.Module] = {}
     for _, layer in list(compressed_layers(model)):
         plain, product = to_float(layer), layer.refs.product
-        folded[layer] = plain if product is None or product.host else plain_product(plain, product)
+        folded[layer] = plain if product is None or product.parent else folded_layer(plain, product)
     model = replace_modules(model, folded)
-    return replace_modules(model, {host: plain_host(host) for host in model.modules() if isinstance(host, Host)})
+    parents = [module for module in model.modules() if isinstance(module, FunctionalParent)]
+    return replace_modules(model, {parent: unwrap_functional_parent(parent) for parent in parents})
 
 
-def _insert_hosts(model: nn.Module, inserted: Mapping[str, CompressedLayer]) -> nn.Module:
-    """Put a host in the place of each module that computes the product of an inserted layer."""
-    hosted: dict[str, list[str]] = {}
+def _insert_functional_parents(model: nn.Module, inserted: Mapping[str, CompressedLayer]) -> nn.Module:
+    """Replace each module that computes the product of an inserted layer by a functional parent."""
+    functional: dict[str, list[str]] = {}
     for name, layer in inserted.items():
-        if layer.refs.product is not None and layer.refs.product.host:
-            host = layer.refs.product.host
-            hosted.setdefault(host, []).append(name.removeprefix(f"{host}."))
-    for host, names in hosted.items():
-        module = model.get_submodule(host)
-        model = replace_modules(model, {module: host_of(module, names)})
+        if layer.refs.product is not None and layer.refs.product.parent:
+            parent = layer.refs.product.parent
+            functional.setdefault(parent, []).append(name.removeprefix(f"{parent}."))
+    for parent, names in functional.items():
+        module = model.get_submodule(parent)
+        model = replace_modules(model, {module: as_functional_parent(module, names)})
     return model
 
 

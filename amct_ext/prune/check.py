@@ -32,7 +32,7 @@ def check_records(model: nn.Module, records: Sequence[ChannelRecord], groups: It
         (group.producers[0].name, group.producers[0].begin, m.name, m.begin, m.end): m
         for group in groups
         for m in group.consumers
-        if m.places
+        if m.index_pairs
     }
     read: dict[str, set[int]] = {}
     produced: dict[str, list[tuple[int, int, int]]] = {}
@@ -108,7 +108,7 @@ def _check_range(node: PruneNode, channels: int, where: str) -> None:
             f"{where}: {node.name} has {channels} channels, the record speaks of {node.begin}..{node.end}: "
             "it belongs to another model"
         )
-    outside = [place for place in node.prune_index if not node.begin <= place < node.end]
+    outside = [index for index in node.prune_index if not node.begin <= index < node.end]
     if outside:
         raise RecordError(f"{where}: prune_index {outside[0]} of {node.name} lies outside {node.begin}..{node.end - 1}")
     if len(set(node.prune_index)) != len(node.prune_index):
@@ -116,11 +116,11 @@ def _check_range(node: PruneNode, channels: int, where: str) -> None:
 
 
 def _check_share(node: PruneNode, producer: PruneNode, where: str) -> None:
-    """A node loses the same part of its places as the producer."""
-    channels, places = producer.end - producer.begin, node.end - node.begin
-    if len(node.prune_index) * channels != len(producer.prune_index) * places:
+    """A node loses the same share of its indices as the producer."""
+    channels, indices = producer.end - producer.begin, node.end - node.begin
+    if len(node.prune_index) * channels != len(producer.prune_index) * indices:
         raise RecordError(
-            f"{where}: {node.name} loses {len(node.prune_index)} of {places} channels, "
+            f"{where}: {node.name} loses {len(node.prune_index)} of {indices} channels, "
             f"{producer.name} {len(producer.prune_index)} of {channels}: that does not fit together"
         )
 
@@ -157,8 +157,8 @@ def _check_blocks(module: nn.Module, name: str, indices: Collection[int], side: 
         return
     size = int(getattr(module, kind.widths[side])) // groups
     counts = [0] * groups
-    for place in indices:
-        counts[place // size] += 1
+    for index in indices:
+        counts[index // size] += 1
     if len(set(counts)) > 1:
         raise RecordError(
             f"the {groups} groups of {name} must lose equally many channels, not {counts}: the record does not fit it"

@@ -1,7 +1,8 @@
-"""What a walk over the graph finds out about channels: which go together, which stay and why, which lose alike."""
+"""What discovery learns about channel ids: which are one channel, which stay and why, which lose equally many."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from amct_ext.prune.channel_map import ChannelMap
 
-_MANY = 4096  # pairs of ids, from which on equal ones are dropped
+_DEDUPLICATE_FROM = 4096  # pairs of ids; with more, duplicates are dropped first
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where ids come from: an axis of a parameter or buffer, or (axis None) the inputs of a grouped convolution.
+class ParameterAxis:
+    """An axis that has ids: of a parameter or buffer, or (axis None) the inputs of a grouped convolution.
 
     name: of the parameter or buffer; of the layer for the inputs of a grouped convolution.
     """
@@ -24,8 +25,8 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """A node that makes or reads channels: its name and ONNX operator in records, and the ids along its axis.
+class AxisUse:
+    """A node that produces or reads channels: its name and ONNX operator in records, and the ids along its axis.
 
     group: of a convolution with groups. axis: of a parameter that no layer of a known type holds.
     """
@@ -41,72 +42,73 @@ class Read:
 class CoupledLayers:
     """Layers whose output channels depend on each other, in the order in which records name them.
 
-    After a merge the survivor speaks for both: ask `root` first.
+    Union-find: after a merge use `root`.
     """
 
-    producers: list[Read]
-    reads: list[Read] = field(default_factory=list)
+    producers: list[AxisUse]
+    consumers: list[AxisUse] = field(default_factory=list)
     parent: CoupledLayers | None = field(default=None, repr=False)
 
     @property
     def root(self) -> CoupledLayers:
-        """The family that this one has become part of, itself if none."""
-        family = self
-        while family.parent is not None:
-            family = family.parent
-        return family
+        """The set that this one was merged into, itself if none."""
+        coupled = self
+        while coupled.parent is not None:
+            coupled = coupled.parent
+        return coupled
 
     def absorb(self, other: CoupledLayers) -> None:
-        """Merge two families; this one's producers and reads come first."""
+        """Merge two sets; this one's producers and consumers come first."""
         root, merged = self.root, other.root
         if root is not merged:
             merged.parent = root
             root.producers.extend(merged.producers)
-            root.reads.extend(merged.reads)
+            root.consumers.extend(merged.consumers)
 
 
 class Coupling:
-    """Ids of channels and what is known of them. Id 0 stands for indices that stay."""
+    """Channel ids and what is known about them. Id 0: an index that stays."""
 
     def __init__(self) -> None:
-        self.families: list[CoupledLayers] = []
-        self.unclaimed: list[Read] = []  # reads of ids that no producer was known for
-        self.sources: dict[Source, Tensor] = {}
+        self.coupled_layers: list[CoupledLayers] = []
+        self.unclaimed: list[AxisUse] = []  # consumers of ids without a known producer
+        self.axis_ids: dict[ParameterAxis, Tensor] = {}
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.frozen: list[tuple[Tensor, str]] = []
-        # ids (rows, n), each of which must lose equally many; said by whom; whether they stay where they cannot.
-        self.balanced: list[tuple[Tensor, str, bool]] = []
-        # Queries whose product with keys is divided by the root of their size: parameters that scale them, ids.
-        self.attended: list[tuple[tuple[str, ...], Tensor]] = []
+        # Ids (rows, n), of which each row must lose equally many; the node that requires it; whether channels stay
+        # where they cannot.
+        self.equal_removals: list[tuple[Tensor, str, bool]] = []
+        # Of each attention without a given scale: the parameters that scale its queries, and their ids.
+        self.default_scaled_queries: list[tuple[tuple[str, ...], Tensor]] = []
         self.size = 1
-        self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, family; ascending
+        self._producers: list[tuple[int, int, CoupledLayers]] = []  # first id, end, layers; ascending
         self._readers: set[str] = set()
         self._known: frozenset[str] = frozenset()  # readers of an earlier walk
 
-    def ids_of(self, source: Source, size: int) -> Tensor:
-        """The ids of a source, made at first sight."""
-        if source not in self.sources:
-            self.sources[source] = torch.arange(self.size, self.size + size)
+    def ids_of(self, axis: ParameterAxis, size: int) -> Tensor:
+        """The ids of an axis, assigned when it is first asked for."""
+        if axis not in self.axis_ids:
+            self.axis_ids[axis] = torch.arange(self.size, self.size + size)
             self.size += size
-        return self.sources[source]
+        return self.axis_ids[axis]
 
-    def produced_by(self, ids: Tensor, producer: Read) -> None:
-        """Ids of an output axis belong to a layer that may lose channels."""
+    def produced_by(self, ids: Tensor, producer: AxisUse) -> None:
+        """Record the layer whose output axis has these ids."""
         first = int(ids[0])
         if any(begin == first for begin, _, _ in self._producers):
             return
-        family = CoupledLayers([producer])
-        self.families.append(family)
-        self._producers.append((first, first + len(ids), family))
+        coupled = CoupledLayers([producer])
+        self.coupled_layers.append(coupled)
+        self._producers.append((first, first + len(ids), coupled))
         self._producers.sort(key=lambda block: block[0])
 
-    def families_in(self, ids: Tensor) -> list[CoupledLayers]:
-        """The families that ids belong to, in order of their first index."""
+    def coupled_layers_of(self, ids: Tensor) -> list[CoupledLayers]:
+        """The sets of coupled layers that ids belong to, in order of their first index."""
         found: dict[int, CoupledLayers] = {}
         for block in first_seen(self._blocks_of(ids.flatten())).tolist():
             if block >= 0:
-                family = self._producers[block][2].root
-                found.setdefault(id(family), family)
+                coupled = self._producers[block][2].root
+                found.setdefault(id(coupled), coupled)
         return list(found.values())
 
     def _blocks_of(self, ids: Tensor) -> Tensor:
@@ -118,19 +120,19 @@ class Coupling:
         return torch.where((blocks >= 0) & (ids < ends[blocks]), blocks, -1)
 
     def join(self, one: Tensor, two: Tensor, where: str) -> None:
-        """Ids at the same places are one channel; an id that meets 0 stays."""
+        """Make ids at equal positions one channel; an id that is joined with 0 stays."""
         one, two = torch.broadcast_tensors(one, two)
         pairs = torch.stack([one.flatten(), two.flatten()])
         pairs = pairs[:, pairs[0] != pairs[1]]
         if not pairs.shape[1]:
             return
-        if pairs.shape[1] > _MANY:  # a joined axis is repeated along others
+        if pairs.shape[1] > _DEDUPLICATE_FROM:  # a joined axis is repeated along others
             codes = (pairs[0] * self.size + pairs[1]).unique()
             pairs = torch.stack([codes // self.size, codes % self.size])
-        half = (pairs == 0).any(0)
-        if bool(half.any()):
-            self.freeze(pairs[:, half].flatten(), f"{where} combines the channels with others that stay")
-            pairs = pairs[:, ~half]
+        with_zero = (pairs == 0).any(0)
+        if bool(with_zero.any()):
+            self.freeze(pairs[:, with_zero].flatten(), f"{where} combines the channels with others that stay")
+            pairs = pairs[:, ~with_zero]
         if pairs.shape[1]:
             self.edges.append((pairs[0], pairs[1]))
             blocks, count = self._blocks_of(pairs.flatten()).reshape(2, -1), len(self._producers)
@@ -139,7 +141,7 @@ class Coupling:
                 self._producers[pair // count][2].absorb(self._producers[pair % count][2])
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        """Keep channels; the first reason is the one that is told."""
+        """Mark channels as not removable. Only the first reason is reported."""
         self.frozen.append((ids.flatten(), reason))
 
     def freeze_all(self, maps: tuple[ChannelMap, ...], reason: str) -> None:
@@ -147,25 +149,25 @@ class Coupling:
         for channel_map in maps:
             self.freeze(channel_map.ids, reason)
 
-    def balance(self, rows: Tensor, where: str, strict: bool = True) -> None:
+    def require_equal_removal(self, rows: Tensor, where: str, strict: bool = True) -> None:
         """Each row of ids must lose equally many channels, or none of them any; if not `strict`, where they can."""
         if len(rows) > 1:
-            self.balanced.append((rows, where, strict))
+            self.equal_removals.append((rows, where, strict))
 
     def start_again(self) -> None:
-        """Another walk begins: nodes that have been noted as readers are not noted again."""
+        """Begin another walk over the graph: nodes that are consumers already are not recorded again."""
         self._known = frozenset(self._readers)
 
-    def read(self, read: Read) -> None:
-        """Note a node that reads channels with each family whose channels it reads."""
-        if read.name in self._known:
+    def add_consumer(self, use: AxisUse) -> None:
+        """Record a node with each set of coupled layers whose channels it reads."""
+        if use.name in self._known:
             return
-        self._readers.add(read.name)
-        families = self.families_in(read.ids)
-        for family in families:
-            family.reads.append(read)
-        if not families:
-            self.unclaimed.append(read)
+        self._readers.add(use.name)
+        coupled_layers = self.coupled_layers_of(use.ids)
+        for coupled in coupled_layers:
+            coupled.consumers.append(use)
+        if not coupled_layers:
+            self.unclaimed.append(use)
 
 
 def first_seen(values: Tensor) -> Tensor:
@@ -178,10 +180,17 @@ def first_seen(values: Tensor) -> Tensor:
     return ordered
 
 
-def joined_indices(ids: Tensor, axis: int, size: int, coupling: Coupling, where: str) -> Tensor:
-    """ids as a vector along one axis; whatever lies at one index there becomes one channel."""
-    vectors = ids.movedim(axis, 0).flatten(1)
-    if vectors.shape[1] > 1:
-        coupling.join(vectors[:, :1], vectors, where)
-    vector = vectors[:, 0]
+def merge_along(ids: Tensor, axes: Iterable[int], coupling: Coupling, where: str) -> Tensor:
+    """Join all ids along some axes; returns them with size 1 there."""
+    merged = ids
+    for axis in axes:
+        merged = merged.narrow(axis, 0, 1)
+    if merged.shape != ids.shape:
+        coupling.join(merged, ids, where)
+    return merged
+
+
+def collapse_to_axis(ids: Tensor, axis: int, size: int, coupling: Coupling, where: str) -> Tensor:
+    """ids as a vector along one axis; all ids at one of its indices become one channel."""
+    vector = merge_along(ids, [other for other in range(ids.dim()) if other != axis], coupling, where).flatten()
     return vector.expand(size) if len(vector) == 1 else vector

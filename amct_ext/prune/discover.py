@@ -1,27 +1,30 @@
-"""Discovery of channel groups: one walk over the recorded forward, from each layer's output to its readers."""
+"""Discovery of channel groups: one walk over the recorded forward, from each layer's output to its consumers."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, Family, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.tensor_values import RELATIONS
-from amct_ext.graph.trace import Graph, sources_of
+from amct_ext.graph.trace import Graph, leaf_values_of
 from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.channel_map import ChannelMap, along
-from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
+from amct_ext.prune.channel_map import ChannelMap, from_vector
+from amct_ext.prune.coupling import AxisUse, Coupling, ParameterAxis, collapse_to_axis
 from amct_ext.prune.discovery import Demand, Discovery
+from amct_ext.prune.fixed_shapes import fixed_shape_reasons, shared_parameters
 from amct_ext.prune.grouping import Grouping
-from amct_ext.prune.obstacles import obstacles, shared_parameters
 from amct_ext.prune.rules.table import op_rule
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 
-LAYER_TENSORS = ("weight", "bias", "running_mean", "running_var")  # what removal cuts with a layer
+_logger = logging.getLogger("amct_ext")
+
+
 _CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
 
 
@@ -35,23 +38,28 @@ def discover(graph: Graph, plan: Plan, model: nn.Module, demands: Iterable[Deman
     if graph.training is not None:
         walk.follow(graph.training.nodes, graph.training.outputs)
     for demand in demands:
-        walk.coupling.balance(demand.rows, demand.where, strict=False)
+        walk.coupling.require_equal_removal(demand.rows, demand.where, strict=False)
     grouping = Grouping(walk.coupling, walk.is_covered)
     coupling = walk.coupling
     return Discovery(
-        graph, tuple(grouping.groups), walk.context.maps, grouping.classes, coupling.sources, coupling.attended
+        graph,
+        tuple(grouping.groups),
+        walk.context.maps,
+        grouping.channel_of,
+        coupling.axis_ids,
+        coupling.default_scaled_queries,
     )
 
 
 class _Walk:
-    """Visits nodes in order; answers the rules' questions about layers (rules.types.Owners)."""
+    """Visits nodes in order; the `LayerLookup` of the rules (rules.types)."""
 
     def __init__(self, graph: Graph, plan: Plan, model: nn.Module) -> None:
         self.coupling = Coupling()
         self.context = Context(self.coupling, self)
         self._plan, self._calls = plan, graph.all_calls()
         self._modules = dict(model.named_modules())
-        self._obstacles = obstacles(graph, model)
+        self._fixed_shapes = fixed_shape_reasons(graph, model)
         self._fixed_readers: set[str] = set()  # layers that read channels that stay
         self._returned: set[Value] = set()
         self._shared = shared_parameters(model)
@@ -67,7 +75,7 @@ class _Walk:
             self.coupling.freeze_all(self.context.of(value), "its channels are an output of the model")
 
     def _name_parameters(self, nodes: Sequence[Node]) -> None:
-        for value in sources_of(nodes):
+        for value in leaf_values_of(nodes):
             if value.kind in ("parameter", "buffer") and value.dtype.is_floating_point:
                 self.context.maps[value] = tuple(
                     self._parameter_map(value, axis) for axis, size in enumerate(value.shape) if size > 1
@@ -83,10 +91,12 @@ class _Walk:
         if key == "weight" and kind is not None and kind.family is Family.CONV and groups > 1 and axis == 1:
             # A filter reads the inputs of its group: index j is another channel in another group.
             filters, inputs = value.shape[:2]
-            ids = self.coupling.ids_of(Source(owner, None), groups * inputs).reshape(groups, 1, inputs)
+            ids = self.coupling.ids_of(ParameterAxis(owner, None), groups * inputs).reshape(groups, 1, inputs)
             ids = ids.expand(groups, filters // groups, inputs).reshape(filters, inputs, *[1] * (len(value.shape) - 2))
             return ChannelMap(ids, 1)
-        return along(self.coupling.ids_of(Source(value.name, axis), value.shape[axis]), axis, len(value.shape))
+        return from_vector(
+            self.coupling.ids_of(ParameterAxis(value.name, axis), value.shape[axis]), axis, len(value.shape)
+        )
 
     def visit(self, node: Node) -> None:
         try:
@@ -95,25 +105,26 @@ class _Walk:
             elif self._matters(node) and any(self.context.of(value) for value in node.inputs):
                 self._op(node)
         except CannotFollow as reason:
-            self._keep_whole(node, str(reason))
+            self._freeze_all(node, str(reason))
         except (RuntimeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-            # A form of the op that its rule does not expect: its channels stay, as those of an unknown op do.
-            self._keep_whole(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
+            # Unexpected call form: treated as an op without a rule. The log tells it from a broken rule.
+            _logger.debug("%s (%s): its rule raised", node.name, node.op, exc_info=True)
+            self._freeze_all(node, f"the rule for {node.name} ({node.op}) does not fit it: {error}")
 
     def _matters(self, node: Node) -> bool:
-        """Whether an op's result is read, or its inputs have to fit each other all the same."""
+        """Whether an op's result is read, or its inputs have to fit each other."""
         if any(value.consumers or value in self._returned for value in node.outputs):
             return True
         return node.op not in RELATIONS and sum(v is not None and v.kind != "constant" for v in node.inputs) > 1
 
-    def _keep_whole(self, node: Node, reason: str) -> None:
+    def _freeze_all(self, node: Node, reason: str) -> None:
         for value in (*node.inputs, *node.outputs):
             self.coupling.freeze_all(self.context.of(value), reason)
 
-    def is_covered(self, source: Source) -> bool:
-        """Whether a source is cut with a layer."""
+    def is_covered(self, source: ParameterAxis) -> bool:
+        """Whether an axis is cut with a layer."""
         name, _, key = source.name.rpartition(".")
-        if source.axis is None or key not in LAYER_TENSORS:
+        if source.axis is None or key not in BATCH_NORM_TENSORS:
             return source.axis is None
         owner = self._modules.get(name)
         kind = kind_of(owner) if owner is not None else None
@@ -123,30 +134,30 @@ class _Walk:
 
     def input_ids(self, weight: Value, size: int) -> Tensor | None:
         owner = self._owner(weight)
-        return None if owner is None else self.coupling.ids_of(Source(owner, None), size)
+        return None if owner is None else self.coupling.ids_of(ParameterAxis(owner, None), size)
 
-    def produces(self, node: Node, weight: Value, ids: Tensor) -> None:
+    def mark_produced(self, node: Node, weight: Value, ids: Tensor) -> None:
         owner = self._owner(weight)
         if owner is None:
             return
         kind = kind_of(self._modules[owner])
         assert kind is not None
-        if not self._asked(owner) or self._obstacles.get(owner):
-            self.coupling.freeze(ids, self._obstacles.get(owner) or f"{owner} keeps its channels")
+        if not self._is_to_prune(owner) or self._fixed_shapes.get(owner):
+            self.coupling.freeze(ids, self._fixed_shapes.get(owner) or f"{owner} keeps its channels")
             return
-        source = Source(f"{owner}.weight", kind.weight_axes[1])
+        source = ParameterAxis(f"{owner}.weight", kind.weight_axes[1])
         groups = int(getattr(self._modules[owner], "groups", 1))
         own = self.coupling.ids_of(source, len(ids))
-        self.coupling.produced_by(own, Read(owner, self._operator(node, kind), own, groups if groups > 1 else None))
+        self.coupling.produced_by(own, AxisUse(owner, self._operator(node, kind), own, groups if groups > 1 else None))
 
-    def reads(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
+    def mark_read(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
         owner = self._owner(parameter)
         if owner is not None:
             kind = kind_of(self._modules[owner])
             assert kind is not None
-            if self._obstacles.get(owner):
-                raise CannotFollow(f"they are read by {owner}, and {self._obstacles[owner]}")
-            self.coupling.read(Read(owner, self._operator(node, kind), ids, group))
+            if self._fixed_shapes.get(owner):
+                raise CannotFollow(f"they are read by {owner}, and {self._fixed_shapes[owner]}")
+            self.coupling.add_consumer(AxisUse(owner, self._operator(node, kind), ids, group))
 
     def _owner(self, weight: Value) -> str | None:
         """The layer whose weight a value is made of, None where it is that of no known type."""
@@ -163,7 +174,7 @@ class _Walk:
     def _operator(node: Node, kind: LayerKind) -> str:
         return kind.onnx[0] if node.op == "addmm" else kind.onnx[-1]
 
-    def scalable(self, node: Node) -> bool:
+    def can_scale_output(self, node: Node) -> bool:
         kind = kind_of(self._modules[node.name])
         asked = kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
         return asked and len(self._calls[node.name]) == 1
@@ -182,14 +193,14 @@ class _Walk:
                 self.coupling.freeze_all(maps, f"{node.name} ({node.op}) changes their number")
             self.context.maps[output] = fitting
 
-    def _asked(self, name: str) -> bool:
+    def _is_to_prune(self, name: str) -> bool:
         settings = self._plan.layers.get(name)
         return settings is not None and isinstance(settings.prune, FilterPrune)
 
     def _layer(self, node: Node) -> None:
         kind = kind_named(node.op)
         assert kind is not None
-        # The output first: whatever hinders the input, a layer's own channels are a group of their own.
+        # Map the output first: a frozen input must not freeze the layer's own channels.
         if kind.filter_prunable and not is_depthwise(self._modules[node.name]):
             self._produce(node, kind)
         if any(self.context.of(value) for value in node.inputs[1:]):
@@ -197,17 +208,17 @@ class _Walk:
         value = node.inputs[0] if node.inputs else None
         maps = self.context.of(value)
         if value is None or not maps:
-            known = self.coupling.sources.get(Source(node.name, None))
+            known = self.coupling.axis_ids.get(ParameterAxis(node.name, None))
             if known is not None:
                 self.coupling.freeze(known, f"{node.name} reads channels that stay in another call")
             self._fixed_readers.add(node.name)
             return
         if kind.family is Family.BATCH_NORM and maps[0].axis != 1:
-            self._across(node, maps)
+            self._over_other_axis(node, maps)
             return
-        obstacle = self._obstacles.get(node.name)
-        if obstacle:
-            raise CannotFollow(f"they are read by {node.name}, and {obstacle}")
+        reason_to_stay = self._fixed_shapes.get(node.name)
+        if reason_to_stay:
+            raise CannotFollow(f"they are read by {node.name}, and {reason_to_stay}")
         if not kind.input_prunable:
             raise CannotFollow(f"they are read by {node.name}, and channels of {node.op} inputs are not removed")
         if kind.family is Family.LINEAR:
@@ -215,56 +226,56 @@ class _Walk:
             return
         if len(maps) > 1 or maps[0].axis != 1 or (kind.batched_dims not in (None, len(value.shape))):
             raise CannotFollow(f"{node.name} works along another axis than that of the channels")
-        ids = joined_indices(maps[0].ids, 1, value.shape[1], self.coupling, node.name)
+        ids = collapse_to_axis(maps[0].ids, 1, value.shape[1], self.coupling, node.name)
         if kind.family is Family.BATCH_NORM:
             self._channelwise(node, ids)
         else:
             self._convolution(node, ids)
 
     def _produce(self, node: Node, kind: LayerKind) -> None:
-        if not self._asked(node.name) or len(node.outputs) != 1:
+        if not self._is_to_prune(node.name) or len(node.outputs) != 1:
             return
         module, output = self._modules[node.name], node.outputs[0]
         groups = int(getattr(module, "groups", 1))
         axis = kind.channel_axis % len(output.shape)
-        ids = self.coupling.ids_of(Source(f"{node.name}.weight", kind.weight_axes[1]), output.shape[axis])
+        ids = self.coupling.ids_of(ParameterAxis(f"{node.name}.weight", kind.weight_axes[1]), output.shape[axis])
         operator = onnx_operator(node, module)
-        self.coupling.produced_by(ids, Read(node.name, operator, ids, groups if groups > 1 else None))
+        self.coupling.produced_by(ids, AxisUse(node.name, operator, ids, groups if groups > 1 else None))
         if groups > 1:
-            self.coupling.balance(ids.reshape(groups, -1), node.name)
-        if self._obstacles.get(node.name):
-            self.coupling.freeze(ids, self._obstacles[node.name])
-        self.context.maps[output] = (along(ids, axis, len(output.shape)),)
+            self.coupling.require_equal_removal(ids.reshape(groups, -1), node.name)
+        if self._fixed_shapes.get(node.name):
+            self.coupling.freeze(ids, self._fixed_shapes[node.name])
+        self.context.maps[output] = (from_vector(ids, axis, len(output.shape)),)
 
-    def _read(self, node: Node, ids: Tensor, group: int | None = None) -> None:
+    def _add_consumer(self, node: Node, ids: Tensor, group: int | None = None) -> None:
         # A layer that is called several times has the same channels each time, and is named once.
-        source = Source(node.name, None)
-        known = source in self.coupling.sources
+        source = ParameterAxis(node.name, None)
+        known = source in self.coupling.axis_ids
         self.coupling.join(ids, self.coupling.ids_of(source, len(ids)), node.name)
         if node.name in self._fixed_readers:
             self.coupling.freeze(ids, f"{node.name} reads channels that stay in another call")
         if not known:
-            self.coupling.read(Read(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
+            self.coupling.add_consumer(AxisUse(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
 
-    def _across(self, node: Node, maps: Maps) -> None:
-        """BatchNorm over another axis (tokens): one factor and term for all channels, so it is not cut itself."""
+    def _over_other_axis(self, node: Node, maps: Maps) -> None:
+        """BatchNorm over another axis (tokens): its weight is indexed by that axis, so it loses nothing."""
         if self._modules[node.name].running_mean is None:
             raise CannotFollow(f"{node.name} normalises over the channels, so removing some would change the others")
         self.context.maps[node.outputs[0]] = maps
 
     def _channelwise(self, node: Node, ids: Tensor, multiplier: int = 1) -> None:
         """BatchNorm, depthwise convolution: output channels follow from the input's."""
-        self._read(node, ids)
+        self._add_consumer(node, ids)
         output = node.outputs[0]
-        self.context.maps[output] = (along(ids.repeat_interleave(multiplier), 1, len(output.shape)),)
+        self.context.maps[output] = (from_vector(ids.repeat_interleave(multiplier), 1, len(output.shape)),)
 
     def _linear(self, node: Node, value: Value, maps: Maps) -> None:
-        """Channels along the last axis end here; those along others (tokens that are mixed) go on."""
+        """Channels along the last axis are read; those along others (mixed tokens) pass through."""
         last, passing = len(value.shape) - 1, []
         for item in maps:
             if item.axis == last:
-                self._read(node, joined_indices(item.ids, last, value.shape[last], self.coupling, node.name))
-            elif last in item.varying:
+                self._add_consumer(node, collapse_to_axis(item.ids, last, value.shape[last], self.coupling, node.name))
+            elif last in item.varying_axes:
                 raise CannotFollow(f"{node.name} works along another axis than that of the channels")
             else:
                 passing.append(item)
@@ -278,5 +289,5 @@ class _Walk:
             self._channelwise(node, ids, int(getattr(module, "out_channels", 0)) // groups)
         else:
             if groups > 1:
-                self.coupling.balance(ids.reshape(groups, -1), node.name)
-            self._read(node, ids, groups if groups > 1 else None)
+                self.coupling.require_equal_removal(ids.reshape(groups, -1), node.name)
+            self._add_consumer(node, ids, groups if groups > 1 else None)

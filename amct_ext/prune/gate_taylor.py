@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, kind_of, layer_type
-from amct_ext.common.ranks import average_
+from amct_ext.common.ranks import all_reduce_mean_
 from amct_ext.errors import InputDataError, InvalidDataError
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.removal import LAYER_OPERATORS
@@ -21,12 +21,12 @@ PruningLoss = Callable[[nn.Module], Iterable[Tensor]]  # given the float model, 
 def gate_taylor(model: nn.Module, groups: Sequence[ChannelGroup], pruning_loss: PruningLoss) -> list[Tensor]:
     """Absolute change of the loss per channel of each group, first order, summed over a batch, mean over batches.
 
-    The gate of a channel is a factor on it in front of every layer that reads it, as removal switches it off: behind
-    BatchNorm, activations, depthwise convolutions, additions. Each sample (axis 0 of what a layer reads) has gates of
-    its own; where the readers of a group see different numbers of them, the batch has one. In a distributed job the
-    mean is that of all ranks, which must all call this. No parameter of `model` requires gradients afterwards; no
-    `grad` is written. Returns: float64. Errors: InputDataError (no loss, not a finite scalar, independent of the
-    model), InvalidDataError (gradients). Source: Molchanov et al. 2019, Taylor expansion at gates.
+    One gate per channel multiplies the input of every layer that reads it (after BatchNorm, activation, addition). Axis
+    0 counts as samples, each with its own gates; if consumers of a group see different sizes of axis 0, gates are
+    summed over the batch. In a distributed job the mean is that of all ranks, which must all call this. No parameter of
+    `model` requires gradients afterwards; no `grad` is written. Returns: float64. Errors: InputDataError (no loss, not
+    a finite scalar, independent of the model), InvalidDataError (gradients). Source: Molchanov et al. 2019, Taylor
+    expansion at gates.
     """
     model.requires_grad_(False)
     device = next(model.parameters()).device
@@ -47,7 +47,7 @@ def gate_taylor(model: nn.Module, groups: Sequence[ChannelGroup], pruning_loss: 
     if not count:
         raise InputDataError("there is no loss: one per batch is needed to rank channels by")
     means = [total / count for total in totals]
-    average_(means)
+    all_reduce_mean_(means)
     for mean, group in zip(means, groups, strict=True):
         if not bool(torch.isfinite(mean).all()):
             raise InvalidDataError(f"{group.producers[0].name}: the loss's gradient holds NaN or Inf there")

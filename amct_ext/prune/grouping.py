@@ -1,4 +1,4 @@
-"""From what is known of single channels to groups of them: blocks of channels that lie alike in all their layers."""
+"""Builds channel groups from the coupling: maximal runs in the same order in all producers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amct_ext.prune.coupling import CoupledLayers, Coupling, Read, Source, first_seen
+from amct_ext.prune.coupling import AxisUse, CoupledLayers, Coupling, ParameterAxis, first_seen
 from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
 
-_MOST_BLOCKS = 64  # of one set of layers; channels that are coupled in another order make very many
-_MOST_RUNS = 8  # of one group in one reader, else its places are listed
+_MOST_BLOCKS = 64  # of one set of coupled layers; channels coupled in another order would make very many
+_MOST_RUNS = 8  # of one group in one consumer; with more, it gets index pairs
 
 
-def classes_of(coupling: Coupling) -> Tensor:
-    """For each id the smallest id of its channel."""
+def channel_labels(coupling: Coupling) -> Tensor:
+    """For each id the smallest id of its channel (union-find by label propagation)."""
     parent = torch.arange(coupling.size)
     if not coupling.edges:
         return parent
@@ -34,64 +34,64 @@ def classes_of(coupling: Coupling) -> Tensor:
 
 
 class Grouping:
-    """The groups in the order in which their first producer ran, and in which of them each channel lies.
+    """The groups in the order in which their first producer ran, and the group of each channel.
 
-    `is_covered`: whether a source is cut with a producer or reader, so that it needs no member of its own.
+    `is_covered`: whether an axis is cut with a producer or consumer, so that it needs no member of its own.
     """
 
-    def __init__(self, coupling: Coupling, is_covered: Callable[[Source], bool]) -> None:
+    def __init__(self, coupling: Coupling, is_covered: Callable[[ParameterAxis], bool]) -> None:
         self.groups: list[ChannelGroup] = []
-        self.classes = classes_of(coupling)
+        self.channel_of = channel_labels(coupling)
         self._group_of = torch.full((coupling.size,), -1)
-        self._place_of = torch.full((coupling.size,), -1)
+        self._position_in_group = torch.full((coupling.size,), -1)
         self._merge(coupling)
         reasons = self._reasons(coupling)
-        families = [layers for layers in coupling.families if layers.root is layers]
+        coupled_layers = [layers for layers in coupling.coupled_layers if layers.root is layers]
         found: list[tuple[CoupledLayers, range]] = []
-        for layers in families:
+        for layers in coupled_layers:
             first = len(self.groups)
             self._split(layers, reasons, [reason for _, reason in coupling.frozen])
             found.append((layers, range(first, len(self.groups))))
         for layers, numbers in found:
             self._add(layers.producers, numbers, lambda group: group.producers)
-            self._add(layers.reads, numbers, lambda group: group.consumers)
-        others = [read for read in coupling.unclaimed if bool((self._group_of[self.classes[read.ids]] >= 0).any())]
+            self._add(layers.consumers, numbers, lambda group: group.consumers)
+        others = [use for use in coupling.unclaimed if bool((self._group_of[self.channel_of[use.ids]] >= 0).any())]
         others += [
-            Read(source.name, INITIALIZER, ids, axis=source.axis)
-            for source, ids in coupling.sources.items()
+            AxisUse(source.name, INITIALIZER, ids, axis=source.axis)
+            for source, ids in coupling.axis_ids.items()
             if not is_covered(source)
         ]
         self._add(others, range(len(self.groups)), lambda group: group.consumers)
-        self._balance(coupling)
+        self._assign_subgroups(coupling)
 
     def _merge(self, coupling: Coupling) -> None:
-        """Layers whose channels became one through parameters alone belong together too."""
+        """Also merge layers that are coupled only through a shared parameter."""
         owner = torch.full((coupling.size,), -1)
-        for number, layers in enumerate(coupling.families):
+        for number, layers in enumerate(coupling.coupled_layers):
             for producer in layers.producers if layers.root is layers else ():
-                channels = self.classes[producer.ids]
+                channels = self.channel_of[producer.ids]
                 for other in first_seen(owner[channels]).tolist():
                     if other >= 0:
-                        coupling.families[other].absorb(layers)
+                        coupling.coupled_layers[other].absorb(layers)
                 owner[channels] = torch.where(owner[channels] < 0, number, owner[channels])
 
     def _reasons(self, coupling: Coupling) -> Tensor:
         """For each channel the number of its first reason to stay; the number of reasons where it has none."""
         result = torch.full((coupling.size,), len(coupling.frozen))
         for number, (ids, _) in reversed(list(enumerate(coupling.frozen))):
-            result[self.classes[ids]] = number
+            result[self.channel_of[ids]] = number
         result[0] = len(coupling.frozen)
         return result
 
     def _split(self, layers: CoupledLayers, reasons: Tensor, texts: list[str]) -> None:
-        """One group for each block of channels that follow each other in all producers."""
-        channels = torch.cat([self.classes[producer.ids] for producer in layers.producers])
+        """One group for each run of channels that is contiguous in all producers."""
+        channels = torch.cat([self.channel_of[producer.ids] for producer in layers.producers])
         order = first_seen(channels)
-        number = torch.full((len(self.classes),), -1)
+        number = torch.full((len(self.channel_of),), -1)
         number[order] = torch.arange(len(order))
         cuts = {0, len(order)}
         for producer in layers.producers:
-            sequence = number[self.classes[producer.ids]]
+            sequence = number[self.channel_of[producer.ids]]
             step = sequence[1:] - sequence[:-1]
             breaks = ((step != 1) & (step != 0)).nonzero().flatten()
             cuts.update((sequence[breaks] + 1).tolist(), sequence[breaks + 1].tolist())
@@ -104,26 +104,26 @@ class Grouping:
         for begin, end in pairwise(edges):
             block = order[begin:end]
             first = int(reasons[block].min())
-            self._group_of[block], self._place_of[block] = len(self.groups), torch.arange(end - begin)
+            self._group_of[block], self._position_in_group[block] = len(self.groups), torch.arange(end - begin)
             self.groups.append(
-                ChannelGroup(end - begin, [], why_frozen=why or (texts[first] if first < len(texts) else ""))
+                ChannelGroup(end - begin, [], frozen_reason=why or (texts[first] if first < len(texts) else ""))
             )
 
-    def _add(self, reads: list[Read], numbers: range, side: Callable[[ChannelGroup], list[Member]]) -> None:
-        for read in reads:
-            channels = self.classes[read.ids]
+    def _add(self, uses: list[AxisUse], numbers: range, side: Callable[[ChannelGroup], list[Member]]) -> None:
+        for use in uses:
+            channels = self.channel_of[use.ids]
             group_of = self._group_of[channels]
             for number in first_seen(group_of).tolist():
                 if number in numbers:
                     group = self.groups[number]
-                    places = torch.where(group_of == number, self._place_of[channels], -1)
-                    side(group).extend(_members(read, places, group.count))
+                    positions = torch.where(group_of == number, self._position_in_group[channels], -1)
+                    side(group).extend(_members(use, positions, group.count))
 
-    def _balance(self, coupling: Coupling) -> None:
-        """Turn demands for equal numbers into cells, or keep the channels where no cells can meet them."""
+    def _assign_subgroups(self, coupling: Coupling) -> None:
+        """Assign subgroup numbers that satisfy all equal-removal conditions; freeze groups for which none exist."""
         demands = []
-        for rows, where, strict in coupling.balanced:
-            channels = self.classes[rows]
+        for rows, where, strict in coupling.equal_removals:
+            channels = self.channel_of[rows]
             numbers = [number for number in self._group_of[channels].unique().tolist() if number >= 0]
             if numbers:
                 demands.append((channels, where, numbers, strict))
@@ -132,64 +132,64 @@ class Grouping:
             stays = False
             for demand in list(demands):
                 channels, where, numbers, strict = demand
-                open_groups = [self.groups[number] for number in numbers if not self.groups[number].why_frozen]
+                open_groups = [self.groups[number] for number in numbers if not self.groups[number].frozen_reason]
                 if open_groups and not self._equal_rows(channels):
                     if not strict:
                         demands = [other for other in demands if other is not demand]
                         continue
                     stays = True
                     for group in open_groups:
-                        group.why_frozen = f"{where} needs equally many of the channels in each of its parts"
-        for numbers in _united([demand[2] for demand in demands], len(self.groups)):
+                        group.frozen_reason = f"{where} needs equally many of the channels in each of its parts"
+        for numbers in _merged_sets([demand[2] for demand in demands], len(self.groups)):
             groups = [self.groups[number] for number in numbers]
-            if any(group.why_frozen for group in groups):
+            if any(group.frozen_reason for group in groups):
                 continue
-            columns = [self._rows_of(channels, groups, numbers) for channels, _, n, _ in demands if n[0] in numbers]
-            table = torch.stack(columns)
-            cells = torch.unique(table, dim=1, return_inverse=True)[1]
-            cells = torch.where((table < 0).all(0), -1, cells)
-            cells = _renumbered(cells)
-            for group, part in zip(groups, cells.split([group.count for group in groups]), strict=True):
-                group.cells = part
-                group.linked = groups if len(groups) > 1 else []
+            inside = [channels for channels, _, own, _ in demands if own[0] in numbers]
+            table = torch.stack([self._row_of_each_channel(channels, groups, numbers) for channels in inside])
+            subgroups = torch.unique(table, dim=1, return_inverse=True)[1]
+            subgroups = torch.where((table < 0).all(0), -1, subgroups)
+            subgroups = _renumbered(subgroups)
+            for group, part in zip(groups, subgroups.split([group.count for group in groups]), strict=True):
+                group.subgroups = part
+                group.tied_groups = groups if len(groups) > 1 else []
 
     def _equal_rows(self, channels: Tensor) -> bool:
-        """Whether rows of channels can lose equally many places, if all lose the same share of their channels.
+        """Whether rows of channels can lose equally many positions, if all lose the same share of their channels.
 
-        As many places that may go in each; two rows share all channels or none; all have as many channels, or each has
-        its channels equally often.
+        Each row has as many removable positions; two rows share all channels or none; all have as many channels, or
+        each has its channels equally often.
         """
         group_of = self._group_of[channels]
-        may_go = torch.tensor([not group.why_frozen for group in self.groups] + [False])
+        may_go = torch.tensor([not group.frozen_reason for group in self.groups] + [False])
         free = may_go[group_of]
         if len(free.sum(1).unique()) > 1:
             return False
         rows = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
         different = [row[row > 0].unique(return_counts=True) for row in rows]
         together = torch.cat([channels for channels, _ in different])
-        alike = len({len(channels) for channels, _ in different}) == 1
-        alike = alike or all(len(times.unique()) <= 1 for _, times in different)
-        return alike and len(together) == len(together.unique())
+        equal = len({len(channels) for channels, _ in different}) == 1
+        equal = equal or all(len(times.unique()) <= 1 for _, times in different)
+        return equal and len(together) == len(together.unique())
 
-    def _rows_of(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
+    def _row_of_each_channel(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
         """The row of each channel of some groups, one after another; -1 for none."""
         result = [torch.full((group.count,), -1) for group in groups]
-        group_of, place_of = self._group_of[channels], self._place_of[channels]
-        for row, (owners, places) in enumerate(zip(group_of, place_of, strict=True)):
+        group_of, position_in_group = self._group_of[channels], self._position_in_group[channels]
+        for row, (owners, positions) in enumerate(zip(group_of, position_in_group, strict=True)):
             for part, number in zip(result, numbers, strict=True):
-                part[places[owners == number]] = row
+                part[positions[owners == number]] = row
         return torch.cat(result)
 
 
-def _renumbered(cells: Tensor) -> Tensor:
-    """Cells numbered from 0 in order of their first channel; -1 stays."""
-    result = torch.full_like(cells, -1)
-    for number, cell in enumerate(cell for cell in first_seen(cells).tolist() if cell >= 0):
-        result[cells == cell] = number
+def _renumbered(subgroups: Tensor) -> Tensor:
+    """Subgroups numbered from 0 in order of their first channel; -1 stays."""
+    result = torch.full_like(subgroups, -1)
+    for number, subgroup in enumerate(subgroup for subgroup in first_seen(subgroups).tolist() if subgroup >= 0):
+        result[subgroups == subgroup] = number
     return result
 
 
-def _united(sets: list[list[int]], count: int) -> list[list[int]]:
+def _merged_sets(sets: list[list[int]], count: int) -> list[list[int]]:
     """Sets of numbers that overlap, united; ascending."""
     root = list(range(count))
 
@@ -208,22 +208,22 @@ def _united(sets: list[list[int]], count: int) -> list[list[int]]:
     return list(united.values())
 
 
-def _members(read: Read, places: Tensor, count: int) -> list[Member]:
-    """The members of a group in a node: one for each run of its channels, or one that lists their places."""
-    member = Member(read.name, read.type, group=read.group, axis=read.axis)
-    here = places >= 0
-    before = torch.cat([torch.tensor([-1]), places[:-1]])
-    begins = ((places == 0) & (before != 0)).nonzero().flatten().tolist()
+def _members(use: AxisUse, positions: Tensor, count: int) -> list[Member]:
+    """The members of a group in a node: one for each run of its channels, or one with index pairs."""
+    member = Member(use.name, use.type, group=use.group, axis=use.axis)
+    here = positions >= 0
+    before = torch.cat([torch.tensor([-1]), positions[:-1]])
+    begins = ((positions == 0) & (before != 0)).nonzero().flatten().tolist()
     runs, covered = [], 0
     for begin in begins:
-        rest = (places[begin:] != 0).nonzero()
-        repeat = int(rest[0]) if len(rest) else len(places) - begin
+        rest = (positions[begin:] != 0).nonzero()
+        repeat = int(rest[0]) if len(rest) else len(positions) - begin
         expected = torch.arange(count).repeat_interleave(repeat)
-        if torch.equal(places[begin : begin + len(expected)], expected):
+        if torch.equal(positions[begin : begin + len(expected)], expected):
             runs.append(replace(member, begin=begin, repeat=repeat))
             covered += len(expected)
     if covered == int(here.sum()) and len(runs) <= _MOST_RUNS:
         return runs
     indices = here.nonzero().flatten()
-    pairs = tuple(zip(places[indices].tolist(), indices.tolist(), strict=True))
-    return [replace(member, begin=int(indices[0]), end=int(indices[-1]) + 1, places=pairs)]
+    pairs = tuple(zip(positions[indices].tolist(), indices.tolist(), strict=True))
+    return [replace(member, begin=int(indices[0]), end=int(indices[-1]) + 1, index_pairs=pairs)]

@@ -1,4 +1,4 @@
-"""Groups of coupled channels, as records name them."""
+"""Channel groups, as records name them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ INITIALIZER = "Initializer"  # type of a member that is a bare parameter or buff
 
 @dataclass(frozen=True)
 class Member:
-    """A node that produces or reads a group's channels: they take the indices begin .. begin + count * repeat there.
+    """A node that produces or reads a group's channels, at its indices begin .. begin + count * repeat.
 
-    type: the ONNX operator; of a bare parameter or buffer, whose name the member has then, 'Initializer'. repeat: how
-    many adjacent indices one channel takes (a flattened feature map, a depthwise multiplier). group: the group count of
-    a grouped convolution. axis: of an Initializer. places: (channel, index) of each index where these lie in no such
-    order (behind a channel shuffle); begin and end then are the range of all.
+    type: the ONNX operator; 'Initializer' for a bare parameter or buffer, whose name the member has. repeat: how many
+    adjacent indices one channel takes (a flattened feature map, a depthwise multiplier). group: the group count of a
+    grouped convolution. axis: of an Initializer. index_pairs: (channel, index) of each index, where channels are in
+    another order (after a channel shuffle); begin and end are the range of all then.
     """
 
     name: str
@@ -29,24 +29,24 @@ class Member:
     repeat: int = 1
     group: int | None = None
     axis: int | None = None
-    places: tuple[tuple[int, int], ...] = ()
+    index_pairs: tuple[tuple[int, int], ...] = ()
     end: int | None = None
 
     def indices(self, channels: Iterable[int]) -> tuple[int, ...]:
-        """Where the given channels lie in this node."""
-        if self.places:
-            gone = set(channels)
-            return tuple(sorted(index for channel, index in self.places if channel in gone))
+        """The indices of the given channels in this node."""
+        if self.index_pairs:
+            removed = set(channels)
+            return tuple(sorted(index for channel, index in self.index_pairs if channel in removed))
         return tuple(self.begin + channel * self.repeat + copy for channel in channels for copy in range(self.repeat))
 
     def per_channel(self, count: int) -> float:
         """How many indices one channel takes here, the mean where that differs."""
-        return len(self.places) / count if self.places else self.repeat
+        return len(self.index_pairs) / count if self.index_pairs else self.repeat
 
     def summed(self, values: Tensor, count: int) -> Tensor:
         """Values by index (last axis), summed for each of the group's channels."""
-        if self.places:
-            channels, indices = torch.tensor(self.places, device=values.device).T
+        if self.index_pairs:
+            channels, indices = torch.tensor(self.index_pairs, device=values.device).T
             result = values.new_zeros(*values.shape[:-1], count)
             return result.index_add(-1, channels, values[..., indices])
         part = values[..., self.begin : self.begin + count * self.repeat]
@@ -55,34 +55,34 @@ class Member:
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels that can only go together.
+    """Channels that can only be removed together.
 
-    cells: number of the cell that each channel lies in; all cells of a group, and of the groups that `linked` names
-    with it, lose in proportion to their sizes (groups of a convolution or norm, heads, halves that are split). None:
-    no such condition. why_frozen: why the channels must stay, '' where they may go.
+    subgroups: the number of each channel's subgroup; all subgroups of a group and of its `tied_groups` lose the same
+    share (groups of a convolution or norm, heads, halves of a split). None: no such condition. frozen_reason: why the
+    channels must stay, '' if they may be removed.
     """
 
     count: int
     producers: list[Member]
     consumers: list[Member] = field(default_factory=list)
-    cells: Tensor | None = None
-    why_frozen: str = ""
-    linked: list[ChannelGroup] = field(default_factory=list, repr=False)
+    subgroups: Tensor | None = None
+    frozen_reason: str = ""
+    tied_groups: list[ChannelGroup] = field(default_factory=list, repr=False)
 
     @property
-    def blocks(self) -> int | None:
-        """The number of cells where they are equal blocks one after another, as AMCT writes them; else None."""
-        if self.cells is None or self.linked:
+    def equal_subgroups(self) -> int | None:
+        """The number of subgroups if they are equal blocks one after another, as AMCT writes them; else None."""
+        if self.subgroups is None or self.tied_groups:
             return None
-        number = int(self.cells.max()) + 1
+        number = int(self.subgroups.max()) + 1
         if number == 1 or self.count % number:
             return None
         regular = torch.arange(number).repeat_interleave(self.count // number)
-        return number if torch.equal(self.cells, regular) else None
+        return number if torch.equal(self.subgroups, regular) else None
 
     @staticmethod
     def of(record: ChannelRecord) -> ChannelGroup:
-        """The group that a record describes."""
+        """The group that a record describes. A record has no index pairs of reordered nodes."""
         first = record.producers[0]
         count = first.end - first.begin
 
@@ -91,8 +91,8 @@ class ChannelGroup:
 
         producers, consumers = [[member(node) for node in nodes] for nodes in (record.producers, record.consumers)]
         blocks = first.prune_group
-        cells = None if blocks is None else torch.arange(blocks).repeat_interleave(count // blocks)
-        return ChannelGroup(count, producers, consumers, cells)
+        subgroups = None if blocks is None else torch.arange(blocks).repeat_interleave(count // blocks)
+        return ChannelGroup(count, producers, consumers, subgroups)
 
     def record(self, removed: Sequence[int]) -> ChannelRecord:
         """The record entry of this group when the given channels are removed."""
@@ -107,10 +107,10 @@ class ChannelGroup:
                 prune_group=blocks,
                 prune_index=member.indices(removed),
                 axis=member.axis,
-                reordered=bool(member.places),
+                reordered=bool(member.index_pairs),
             )
 
         return ChannelRecord(
-            producers=tuple(node(member, self.blocks) for member in self.producers),
+            producers=tuple(node(member, self.equal_subgroups) for member in self.producers),
             consumers=tuple(node(member, None) for member in self.consumers),
         )

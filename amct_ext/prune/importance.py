@@ -18,8 +18,8 @@ def group_norms(group: ChannelGroup, model: nn.Module) -> Tensor:
     """Importance of each channel of a group: the sum of its L2 norms in all members: float64.
 
     Members are the producers' filters, BatchNorm's factors, the filters of depthwise convolutions, and the slices of
-    the weights that read the channel. A member's norms are divided by their mean over the channels, so that none speaks
-    louder by its size; one that is zero throughout has no say. Errors: InvalidDataError (NaN or Inf). Source: after
+    the weights that read the channel. A member's norms are divided by their mean over the channels, so that members
+    of different size count equally; all-zero members are skipped. Errors: InvalidDataError (NaN or Inf). Source: after
     DepGraph's group norm (Fang et al. 2023), which sums squares and does not divide them.
     """
     total = torch.zeros(group.count, dtype=torch.float64)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, Family, is_depthwise, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.graph.inputs import Inputs
@@ -23,7 +23,7 @@ _ROWS = 512  # of the weights that read a group; more are taken at even distance
 # The halves of eight channels, the first channel in the first half.
 _HALVES = torch.tensor([(0, *rest) for rest in itertools.combinations(range(1, 8), 3)])
 _OTHER_HALVES = torch.tensor([[i for i in range(8) if i not in half] for half in _HALVES.tolist()])
-_BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 
 _logger = logging.getLogger("amct_ext")
 
@@ -46,7 +46,7 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
     everything = {name: replace(layer, prune=FilterPrune(0.5)) for name, layer in plan.layers.items()}
     modules, orders = dict(model.named_modules()), {}
     for group in discover(graph, replace(plan, layers=everything), model).prunable:
-        if not _is_plain(group):
+        if not _is_reorderable(group):
             continue
         rows = [rows for member in group.consumers for rows in _rows_of(member, group, plan, modules)]
         if rows and group.count >= 8:
@@ -64,10 +64,10 @@ def permute_channels(model: nn.Module, graph: Graph, plan: Plan, inputs: Inputs)
     return {group.producers[0].name: order for group, order in orders.items()}
 
 
-def _is_plain(group: ChannelGroup) -> bool:
+def _is_reorderable(group: ChannelGroup) -> bool:
     """Whether layers alone make and read the channels, all that a layer makes, in the same order everywhere."""
     members = [*group.producers, *group.consumers]
-    return group.cells is None and not any(m.places or m.type == INITIALIZER for m in members)
+    return group.subgroups is None and not any(m.index_pairs or m.type == INITIALIZER for m in members)
 
 
 def _keeps(
@@ -90,12 +90,15 @@ def _keeps(
 
 def _apply(group: ChannelGroup, order: tuple[int, ...], modules: dict[str, nn.Module]) -> Callable[[], None]:
     """Put a group into a new order; returns what puts it back."""
-    kept = [(tensor, tensor.clone(), axis, places) for tensor, axis, places in _tensors_of(group, order, modules)]
-    for tensor, old, axis, places in kept:
-        tensor.copy_(old.index_select(axis, torch.tensor(places, device=tensor.device)))
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+    for tensor, axis, indices in _tensors_of(group, order, modules):
+        # One tensor may be read twice by a layer (a concatenation of y and -y), or be produced and read along two axes.
+        if tensor.data_ptr() not in before:
+            before[tensor.data_ptr()] = tensor, tensor.clone()
+        tensor.copy_(tensor.index_select(axis, torch.tensor(indices, device=tensor.device)))
 
     def undo() -> None:
-        for tensor, old, _, _ in kept:
+        for tensor, old in before.values():
             tensor.copy_(old)
 
     return undo
@@ -153,7 +156,7 @@ def _rows_of(member: Member, group: ChannelGroup, plan: Plan, modules: dict[str,
 def _tensors_of(
     group: ChannelGroup, order: tuple[int, ...], modules: dict[str, nn.Module]
 ) -> Iterator[tuple[Tensor, int, list[int]]]:
-    """Every tensor with the group's channels: itself, the axis, and the places in their new order."""
+    """Every tensor with the group's channels: itself, the axis, and the indices in their new order."""
     for member, produces in (*((m, True) for m in group.producers), *((m, False) for m in group.consumers)):
         module = modules.get(member.name)
         kind = None if module is None else kind_of(module)
@@ -162,7 +165,7 @@ def _tensors_of(
         names: tuple[str, ...] = ("weight",)
         axis = kind.weight_axes[1 if produces else 0]
         if kind.family is Family.BATCH_NORM:
-            names = _BATCH_NORM_TENSORS
+            names = BATCH_NORM_TENSORS
         elif produces or is_depthwise(module):
             names, axis = ("weight", "bias"), kind.weight_axes[1] if produces else 0
         for name in names:
@@ -170,14 +173,14 @@ def _tensors_of(
             if tensor is None:
                 continue
             along = 0 if name != "weight" else axis
-            # A depthwise weight or bias has `multiplier` places for each that is read.
+            # A depthwise weight or bias has `multiplier` indices for each that is read.
             multiplier = tensor.shape[along] // module.in_channels if is_depthwise(module) and not produces else 1
             begin, repeat = member.begin * multiplier, member.repeat * multiplier
-            places = list(range(tensor.shape[along]))
-            places[begin : begin + group.count * repeat] = [
+            indices = list(range(tensor.shape[along]))
+            indices[begin : begin + group.count * repeat] = [
                 begin + channel * repeat + i for channel in order for i in range(repeat)
             ]
-            yield tensor.detach(), along, places
+            yield tensor.detach(), along, indices
 
 
 def _agree(expected: list[Tensor], seen: list[Tensor]) -> bool:

@@ -21,8 +21,8 @@ from amct_ext.graph.recorder import op_name
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.discovery import Demand, Discovery
 from amct_ext.prune.rules.types import Maps
+from amct_ext.prune.runs import PrunedRun
 from amct_ext.prune.sizes import SIZE_ATTRIBUTES, SPLITS, expected_shape, scopes_of
-from amct_ext.prune.trial import Pruned
 
 _logger = logging.getLogger("amct_ext")
 
@@ -31,21 +31,21 @@ VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias")
 
 @dataclass(frozen=True)
 class _Wrong:
-    """A size that a node was given: of which output and axis, in the whole model, and here as it is and should be."""
+    """A size that a node was given: of which output and axis, in the unpruned model, as given, and as it should be."""
 
     node: Node
     output: Value
     axis: int
-    whole: int
+    unpruned: int
     given: int
     right: int
 
 
-class _Corrected(Pruned):
-    """The forward of the smaller model; views and splits that get wrong sizes are noted and given the right ones."""
+class _Corrected(PrunedRun):
+    """The forward of the pruned model; views and splits with wrong sizes are recorded and get the right ones."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor) -> None:
-        super().__init__(model, inputs, found, gone, sums=False)
+    def __init__(self, model: nn.Module, inputs: Inputs, discovery: Discovery, removed_mask: Tensor) -> None:
+        super().__init__(model, inputs, discovery, removed_mask, sums=False)
         self.wrong: list[_Wrong] = []
 
     def evaluate(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -57,7 +57,7 @@ class _Corrected(Pruned):
             shape = self.right_shape(args[1])
             return super().evaluate(func, args, kwargs) if shape is None else x.reshape(shape)
         dim = node.args["dim"] % x.dim()
-        right = [expected_shape(value, self.found, self.gone)[dim] for value in node.outputs]
+        right = [expected_shape(value, self.discovery, self.removed_mask)[dim] for value in node.outputs]
         sizes = args[1] if isinstance(args[1], list) else [args[1]] * len(right)
         wrong = self._compare([(v, dim, size, s) for v, size, s in zip(node.outputs, sizes, right, strict=False)], node)
         return torch.ops.aten.split_with_sizes(x, right, dim) if wrong else super().evaluate(func, args, kwargs)
@@ -68,12 +68,12 @@ class _Corrected(Pruned):
         if node is None or node.op not in VIEWS or len(given) != len(node.outputs[0].shape):
             return None
         with self._unrecorded():
-            right = expected_shape(node.outputs[0], self.found, self.gone)
+            right = expected_shape(node.outputs[0], self.discovery, self.removed_mask)
         here = [(node.outputs[0], axis, *sizes) for axis, sizes in enumerate(zip(given, right, strict=True))]
         return right if self._compare(here, node) else None
 
     def _compare(self, sizes: list[tuple[Value, int, int, int]], node: Node) -> bool:
-        """Note what is wrong: sizes are output, axis, what is given, what is right. Whether anything is."""
+        """Record wrong sizes; sizes: (output, axis, given, right). Whether there are any."""
         wrong = [_Wrong(node, v, axis, v.shape[axis], given, s) for v, axis, given, s in sizes if given not in (-1, s)]
         if not wrong or any(right < 0 for *_, right in sizes):
             return False
@@ -98,21 +98,25 @@ class _CorrectedReshapes(TorchFunctionMode):
 
 
 def demands_of(
-    model: nn.Module, inputs: Inputs, found: Discovery, gone: Tensor, whole: Mapping[tuple[str, str], object]
+    model: nn.Module,
+    inputs: Inputs,
+    discovery: Discovery,
+    removed_mask: Tensor,
+    unpruned: Mapping[tuple[str, str], object],
 ) -> list[Demand]:
-    """What the forward of the smaller model needs; `whole`: size attributes of the whole model, by module and name."""
+    """What the forward of the pruned model needs; `unpruned`: size attributes before, by module and name."""
     inputs = inputs.copied()
-    forward = _Corrected(model, inputs, found, gone)
+    forward = _Corrected(model, inputs, discovery, removed_mask)
     try:
         with _CorrectedReshapes(forward):
             forward.run(inputs)
-    except Exception as error:  # what was found up to there counts
+    except Exception as error:  # what was found so far counts
         _logger.debug("the forward with right sizes ends early: %s", error)
     modules = dict(model.named_modules())
     result: dict[bytes, Demand] = {}
     for wrong in forward.wrong:
-        rows = _rows(wrong, found)
-        for partner in _by_attribute(wrong, found, modules, whole) or _by_shape(wrong, found, gone):
+        rows = _rows(wrong, discovery)
+        for partner in _by_attribute(wrong, discovery, modules, unpruned) or _by_shape(wrong, discovery, removed_mask):
             width = partner.shape[1]
             if rows.numel() % width == 0:
                 both = torch.cat([rows.reshape(-1, width), partner]).unique(dim=0)
@@ -130,51 +134,53 @@ def size_attributes(model: nn.Module) -> dict[tuple[str, str], object]:
     }
 
 
-def _rows(wrong: _Wrong, found: Discovery) -> Tensor:
+def _rows(wrong: _Wrong, discovery: Discovery) -> Tensor:
     """The channels along the axis; zeros, which stay, where there are none."""
-    for item in found.maps.get(wrong.output, ()):
-        if item.axis == wrong.axis and item.ids.shape[item.axis] == wrong.whole:
+    for item in discovery.maps.get(wrong.output, ()):
+        if item.axis == wrong.axis and item.ids.shape[item.axis] == wrong.unpruned:
             return item.rows()
-    return torch.zeros(1, wrong.whole, dtype=torch.int64)
+    return torch.zeros(1, wrong.unpruned, dtype=torch.int64)
 
 
 def _by_attribute(
     wrong: _Wrong,
-    found: Discovery,
+    discovery: Discovery,
     modules: Mapping[str, nn.Module],
-    whole: Mapping[tuple[str, str], object],
+    unpruned: Mapping[tuple[str, str], object],
 ) -> list[Tensor]:
     """What else an attribute is the size of, that has the size given."""
     for scope in scopes_of(wrong.node.scope):
         for key, now in vars(modules[scope]).items():
-            pairs = zip(_integers(whole.get((scope, key))), _integers(now), strict=False)
-            if (wrong.whole, wrong.given) in pairs:
-                rows = [rows for rows, output in _of_size(found, scope, wrong.whole) if output is not wrong.output]
+            pairs = zip(_integers(unpruned.get((scope, key))), _integers(now), strict=False)
+            if (wrong.unpruned, wrong.given) in pairs:
+                rows = [
+                    rows for rows, output in _of_size(discovery, scope, wrong.unpruned) if output is not wrong.output
+                ]
                 if rows:
                     return rows
     return []
 
 
-def _of_size(found: Discovery, scope: str, size: int) -> Iterator[tuple[Tensor, Value]]:
+def _of_size(discovery: Discovery, scope: str, size: int) -> Iterator[tuple[Tensor, Value]]:
     """Channels along axes of a size that views and splits in and below a module make."""
-    for node in found.graph.nodes:
+    for node in discovery.graph.nodes:
         if node.op in (*VIEWS, *SPLITS) and scope in scopes_of(node.scope):
             for output in node.outputs:
-                for item in found.maps.get(output, ()):
+                for item in discovery.maps.get(output, ()):
                     if item.ids.shape[item.axis] == size:
                         yield item.rows(), output
 
 
-def _by_shape(wrong: _Wrong, found: Discovery, gone: Tensor) -> list[Tensor]:
+def _by_shape(wrong: _Wrong, discovery: Discovery, removed_mask: Tensor) -> list[Tensor]:
     """The channels of an earlier value, in the module or around it, that has the size given or a multiple of it."""
     for scope in scopes_of(wrong.node.scope):
         best: tuple[int, Tensor] | None = None
-        for value, maps in _earlier(wrong.node, scope, found):
+        for value, maps in _earlier(wrong.node, scope, discovery):
             for item in maps:
                 size = value.shape[item.axis]
-                if size % wrong.whole or item.ids.shape[item.axis] != size or set(item.varying) != {item.axis}:
+                if size % wrong.unpruned or item.ids.shape[item.axis] != size or set(item.varying_axes) != {item.axis}:
                     continue
-                times, left = size // wrong.whole, expected_shape(value, found, gone)[item.axis]
+                times, left = size // wrong.unpruned, expected_shape(value, discovery, removed_mask)[item.axis]
                 if left != size and left // times == wrong.given and (best is None or times < best[0]):
                     best = times, item.rows()
         if best is not None:
@@ -182,15 +188,15 @@ def _by_shape(wrong: _Wrong, found: Discovery, gone: Tensor) -> list[Tensor]:
     return []
 
 
-def _earlier(node: Node, scope: str, found: Discovery) -> Iterable[tuple[Value, Maps]]:
+def _earlier(node: Node, scope: str, discovery: Discovery) -> Iterable[tuple[Value, Maps]]:
     """What nodes in and below a module read and make, up to a node."""
-    for other in found.graph.nodes:
+    for other in discovery.graph.nodes:
         if other is node:
             return
         if not scope or f"{other.module or other.scope}.".startswith(f"{scope}."):
             for value in (*other.inputs, *other.outputs):
-                if value is not None and value in found.maps:
-                    yield value, found.maps[value]
+                if value is not None and value in discovery.maps:
+                    yield value, discovery.maps[value]
 
 
 def _integers(value: object) -> list[int]:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
 from amct_ext.prune.groups import INITIALIZER
 from amct_ext.record.types import ChannelRecord
 
 # ONNX operators of layers; a consumer of another type (Add, Concat, ...) has no parameters to remove.
 LAYER_OPERATORS = frozenset(operator for kind in LAYER_KINDS if kind.input_prunable for operator in kind.onnx)
-_BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Removal:
@@ -103,8 +102,8 @@ class Removal:
         elif kind.family is Family.CONV:
             self._remove_convolution_input(module, indices)
         else:
-            # Of a transposed weight with groups too: the input channels of its groups lie one after another.
-            for name in _BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
+            # Also of a transposed weight with groups: the input channels of its groups follow each other.
+            for name in BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
                 self._remove(module, name, kind.weight_axes[0], indices)
             self._decrease(module, kind.widths[0], len(indices))
 

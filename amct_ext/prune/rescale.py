@@ -1,4 +1,4 @@
-"""Numbers in a forward that follow from how many channels there are, as the root of the size of a head in attention."""
+"""Numbers in a forward that depend on the number of channels, such as the root of the size of a head."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import kind_of
+from amct_ext.graph.operators import MATRIX_PRODUCTS
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.coupling import Source
+from amct_ext.prune.coupling import ParameterAxis
 from amct_ext.prune.discovery import Discovery
-from amct_ext.prune.rules.operators import MATRIX_PRODUCTS
 from amct_ext.prune.rules.scaling import Origin, origin_of, scalar
 from amct_ext.prune.rules.types import Maps
 
@@ -24,7 +24,7 @@ _PASSED = ("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "_to_co
 
 @dataclass
 class Rescaling:
-    """What gives a smaller model the numbers of the whole one.
+    """Factors with which the pruned model computes with the numbers of the unpruned one.
 
     factors: along axis 0 of parameters, by name. values: what is multiplied by them. missing: the first node that
     works with another number, and whose channels no parameter scales.
@@ -35,28 +35,28 @@ class Rescaling:
     missing: Node | None = None
 
 
-def changed_factors(found: Discovery, gone: Tensor) -> dict[str, Tensor]:
+def changed_factors(discovery: Discovery, removed_mask: Tensor) -> dict[str, Tensor]:
     """Factors along axis 0 of parameters that make queries: attention then divides by a smaller root.
 
     A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
     """
     result: dict[str, Tensor] = {}
-    for parameters, rows in found.attended:
-        share = (~gone[rows]).sum(1, keepdim=True).double() / rows.shape[1]
+    for parameters, rows in discovery.default_scaled_queries:
+        share = (~removed_mask[rows]).sum(1, keepdim=True).double() / rows.shape[1]
         for name in parameters if bool((share < 1).any()) else ():
-            result[name] = _along_parameter(name, rows, share.sqrt(), found)
+            result[name] = _along_parameter(name, rows, share.sqrt(), discovery)
     return result
 
 
-def rescaling(model: nn.Module, found: Discovery, gone: Tensor, nodes: Sequence[Node]) -> Rescaling:
-    """What makes up for numbers that the forward of the smaller model (`nodes`) multiplies by, and the whole one's not.
+def rescaling(model: nn.Module, discovery: Discovery, removed_mask: Tensor, nodes: Sequence[Node]) -> Rescaling:
+    """Factors that cancel numbers which differ between the pruned model's forward (`nodes`) and the unpruned one's.
 
     Only numbers that changed as powers of the share of channels that are left count.
     """
     result = Rescaling()
-    for old, new in zip(found.graph.nodes, nodes, strict=False):
+    for old, new in zip(discovery.graph.nodes, nodes, strict=False):
         if old.op != new.op:
-            break  # what runs depends on what was computed
+            break  # data-dependent control flow
         before, after = scalar(old), scalar(new)
         if before is None or after is None or not before[0].depends_on_input() or not before[1] or not after[1]:
             continue
@@ -64,7 +64,9 @@ def rescaling(model: nn.Module, found: Discovery, gone: Tensor, nodes: Sequence[
         if abs(change - 1) <= _SAME:
             continue
         fitting = [
-            (rows, origin) for rows, origin in _origins(model, found, before[0], old) if _fits(change, rows, gone)
+            (rows, origin)
+            for rows, origin in _origins(model, discovery, before[0], old)
+            if _fits(change, rows, removed_mask)
         ]
         origins = [(rows, origin) for rows, origin in fitting if origin is not None]
         if not origins:
@@ -72,25 +74,27 @@ def rescaling(model: nn.Module, found: Discovery, gone: Tensor, nodes: Sequence[
             continue
         rows, origin = origins[0]
         for name in origin.parameters:
-            factor = _along_parameter(name, rows, torch.tensor(1 / change, dtype=torch.float64), found)
+            factor = _along_parameter(name, rows, torch.tensor(1 / change, dtype=torch.float64), discovery)
             result.factors[name] = result.factors.get(name, 1) * factor
         result.values.update(origin.values)
     return result
 
 
-def _origins(model: nn.Module, found: Discovery, value: Value, reader: Node) -> Iterator[tuple[Tensor, Origin | None]]:
+def _origins(
+    model: nn.Module, discovery: Discovery, value: Value, reader: Node
+) -> Iterator[tuple[Tensor, Origin | None]]:
     """The channels whose number decides on a factor of a value, each with what they are multiples of.
 
     They are the value's own, or those that the product it comes from sums over.
     """
 
     def maps(of: object) -> Maps:
-        return found.maps.get(of, ()) if isinstance(of, Value) else ()
+        return discovery.maps.get(of, ()) if isinstance(of, Value) else ()
 
     def scalable(node: Node) -> bool:
         kind = kind_of(model.get_submodule(node.name))
         asked = kind is not None and kind.filter_prunable and kind.weight_axes[1] == 0
-        return asked and len(found.graph.calls.get(node.name, [])) == 1
+        return asked and len(discovery.graph.calls.get(node.name, [])) == 1
 
     for item in maps(value):
         yield item.rows(), origin_of(value, reader, item.rows(), maps, scalable)
@@ -111,22 +115,22 @@ def _origins(model: nn.Module, found: Discovery, value: Value, reader: Node) -> 
         value, reader = node.inputs[0], node
 
 
-def _fits(change: float, rows: Tensor, gone: Tensor) -> bool:
+def _fits(change: float, rows: Tensor, removed_mask: Tensor) -> bool:
     """Whether a number changed as it does that is a power of how many channels each row has."""
-    left = (~gone[rows]).sum(1).unique()
+    left = (~removed_mask[rows]).sum(1).unique()
     if len(left) != 1 or int(left) in (0, rows.shape[1]):
         return False
     power = abs(math.log(change) / math.log(int(left) / rows.shape[1])) if change > 0 else 0.0
     return any(abs(power - wanted) <= 1e-3 for wanted in _EXPONENTS)
 
 
-def _along_parameter(name: str, rows: Tensor, factors: Tensor, found: Discovery) -> Tensor:
+def _along_parameter(name: str, rows: Tensor, factors: Tensor, discovery: Discovery) -> Tensor:
     """Factors on channels, (rows, 1) or one for all, along axis 0 of a parameter."""
-    each = torch.ones(len(found.classes), dtype=torch.float64)
+    each = torch.ones(len(discovery.channel_of), dtype=torch.float64)
     each[rows] = factors.to(each).expand(rows.shape)
-    weight = Source(f"{name.rpartition('.')[0]}.weight", 0)  # a layer's bias has the ids of its weight
-    ids = found.sources[Source(name, 0) if Source(name, 0) in found.sources else weight]
+    weight = ParameterAxis(f"{name.rpartition('.')[0]}.weight", 0)  # a layer's bias has the ids of its weight
+    ids = discovery.axis_ids[ParameterAxis(name, 0) if ParameterAxis(name, 0) in discovery.axis_ids else weight]
     if not bool(torch.isin(ids, rows).any()):  # a norm's own parameter: the same channels by other ids
-        each[found.classes[rows]] = factors.to(each).expand(rows.shape)
-        ids = found.classes[ids]
+        each[discovery.channel_of[rows]] = factors.to(each).expand(rows.shape)
+        ids = discovery.channel_of[ids]
     return each[ids]

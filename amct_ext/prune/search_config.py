@@ -49,7 +49,7 @@ class SearchConfig:
 
 
 def read_search_config(path: str) -> SearchConfig:
-    """Read the search's configuration and its override file (a relative path counts from the working directory).
+    """AxisUse the search's configuration and its override file (a relative path counts from the working directory).
 
     Errors: OSError; SearchConfigError (a RuntimeError: text that is no configuration); ConfigError (values, an override
     file that is missing or holds more than skips and ratios).

@@ -34,7 +34,7 @@ _BROADCAST = "Using a target size"  # how torch's losses begin to warn of a labe
 
 
 class SensitivityBase(ABC):
-    """How much the model suffers when a channel goes. Derive from it to bring a measure of your own."""
+    """How much the model loses when a channel is removed. Derive your own measures from it."""
 
     @abstractmethod
     def setup_initialization(
@@ -59,13 +59,13 @@ class SensitivityBase(ABC):
 
 
 class SearchChannelBase(ABC):
-    """Which channels are to go. Derive from it to bring an algorithm of your own."""
+    """Which channels to remove. Derive your own algorithms from it."""
 
     @abstractmethod
     def channel_prune_search(
         self, graph_info: dict[str, dict[str, Any]], search_records: Any, prune_config: PruneConfig
     ) -> Mapping[str, Sequence[int]]:
-        """Each producer's channels, 1 for one that stays and 0 for one that goes; producers left out stay whole.
+        """Each producer's channels, 1 for one that stays and 0 for one to remove; producers left out lose nothing.
 
         `graph_info`: per convolution and Linear its input and output channels ("cin", "cout", "ori_cout") and its
         "bitops" per sample. `search_records`: with the attributes "sensitivity" (FLOATS) and "bitops" (FLOAT, of one
@@ -175,8 +175,8 @@ def _default_loss(output: Tensor, label: Tensor) -> Tensor:
         return nn.functional.l1_loss(output, label)
     shape = (*output.shape[:1], *output.shape[2:])
     classes = output.shape[1] if output.dim() > 1 else 1
-    whole = not (label.is_floating_point() or label.is_complex() or label.dtype is torch.bool)
-    if whole and classes > 1 and tuple(label.shape) == shape:
+    integers = not (label.is_floating_point() or label.is_complex() or label.dtype is torch.bool)
+    if integers and classes > 1 and tuple(label.shape) == shape:
         if bool((label < 0).any()) or bool((label >= classes).any()):
             raise InputDataError(f"label: class numbers must lie in 0..{classes - 1}, not {int(label.max())}")
         return nn.functional.cross_entropy(output, label.long())
@@ -191,13 +191,13 @@ class GreedySearch(SearchChannelBase):
     """Takes the step that costs the least sensitivity per bit operation saved, until the ratio is reached.
 
     Costs and ratio are those of the present widths at each step. Only counts that create arrives at from the written
-    ratio are taken: multiples of 16 stay where `ascend_optimized`, blocks of grouped convolutions lose alike.
+    ratio are taken: multiples of 16 stay where `ascend_optimized`, blocks of grouped convolutions lose equally many.
     """
 
     def channel_prune_search(
         self, graph_info: dict[str, dict[str, Any]], search_records: Any, prune_config: PruneConfig
     ) -> dict[str, list[int]]:
-        """See SearchChannelBase. A ratio that cannot be reached is told by a warning. Errors: ValueError."""
+        """See SearchChannelBase. A ratio that cannot be reached is logged as a warning. Errors: ValueError."""
         compress_ratio, ascend, most = prune_config
         groups = [read_group(record) for record in search_records]
         scores = [read_scores(record, group) for record, group in zip(search_records, groups, strict=True)]
@@ -221,7 +221,7 @@ def _greedy(
     compress_ratio: float,
 ) -> list[int]:
     lost = [_sensitivity_lost(*each) for each in zip(groups, scores, counts, strict=True)]
-    stage = [0] * len(groups)  # places in counts
+    stage = [0] * len(groups)  # indices into counts
     removed = [0] * len(groups)
     present = cost(removed)
     candidates: dict[int, tuple[float, int]] = {}  # group -> its next step: cost per saved operation, operations saved
@@ -233,7 +233,7 @@ def _greedy(
                 continue
             next_counts = [*removed]
             next_counts[index] = counts[index][stage[index] + 1]
-            saved = cost.touched(removed, index) - cost.touched(next_counts, index)
+            saved = cost.cost_of_group(removed, index) - cost.cost_of_group(next_counts, index)
             if saved > 0:
                 loss = lost[index][stage[index] + 1] - lost[index][stage[index]]
                 candidates[index] = (loss / saved, saved)
@@ -247,19 +247,19 @@ def _greedy(
         present -= candidates[best][1]
         stage[best] += 1
         removed[best] = counts[best][stage[best]]
-        stale = cost.related(best)
+        stale = cost.affected_groups(best)
     return removed
 
 
 def _sensitivity_lost(group: ChannelGroup, scores: Tensor, counts: Sequence[int]) -> list[float]:
     """The score lost at each of the counts, the least important channels of each block going first."""
-    blocks = group.blocks or 1
+    blocks = group.equal_subgroups or 1
     ordered = scores.double().reshape(blocks, -1).sort(dim=1).values.cumsum(1).sum(0)
     return [0.0 if count == 0 else float(ordered[count // blocks - 1]) for count in counts]
 
 
 def _keep_mask(group: ChannelGroup, scores: Tensor, count: int) -> list[int]:
-    blocks = group.blocks or 1
+    blocks = group.equal_subgroups or 1
     kept = torch.ones(blocks, group.count // blocks, dtype=torch.int64)
     order = scores.reshape(blocks, -1).argsort(dim=1, stable=True)
     kept.scatter_(1, order[:, : count // blocks], 0)

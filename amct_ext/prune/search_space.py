@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amct_ext.errors import InputDataError, InvalidDataError, RecordError
 from amct_ext.graph.inputs import Inputs, parse_inputs
-from amct_ext.prune.cost import LayerWork
+from amct_ext.prune.cost import LayerCost
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.selection import removal_count
 from amct_ext.record.attributes import read_attribute, write_attribute
@@ -20,6 +20,7 @@ from amct_ext.record.text import channel_messages, read_channel
 Sample = tuple[Inputs, Tensor]
 PruneConfig = tuple[float, bool, float]  # compress_ratio, ascend_optimized, max_prune_ratio
 _SCORES, _COST = "sensitivity", "bitops"
+_INDEX_PAIRS = "channel_index_pairs"  # channel, index, channel, index, ... of a node that has them in another order
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def cut(inputs: Inputs, samples: slice) -> Inputs:
     return inputs.map(lambda item: item[samples])
 
 
-def graph_info(works: Mapping[str, LayerWork]) -> dict[str, dict[str, Any]]:
-    """AMCT's table of layers; "work" is ours, from which exact costs follow."""
+def graph_info(works: Mapping[str, LayerCost]) -> dict[str, dict[str, Any]]:
+    """AMCT's table of layers. "work" is an entry of ours: the `LayerCost` for exact costs."""
     return {
         name: {"cin": work.inputs, "cout": work.outputs, "ori_cout": work.outputs, _COST: work.original, "work": work}
         for name, work in works.items()
@@ -68,12 +69,25 @@ def graph_info(works: Mapping[str, LayerWork]) -> dict[str, dict[str, Any]]:
 
 def search_records(groups: Sequence[ChannelGroup]) -> Any:
     """AMCT's messages of the groups, no channel removed yet."""
-    return channel_messages(group.record(()) for group in groups)
+    messages = channel_messages(group.record(()) for group in groups)
+    for message, group in zip(messages, groups, strict=True):
+        nodes, members = [*message.producer, *message.consumer], [*group.producers, *group.consumers]
+        for node, member in zip(nodes, members, strict=True):
+            if member.index_pairs:
+                write_attribute(node, _INDEX_PAIRS, "INTS", [number for pair in member.index_pairs for number in pair])
+    return messages
 
 
 def read_group(record: Any) -> ChannelGroup:
-    """The group that a message of `search_records` stands for."""
-    return ChannelGroup.of(read_channel(record))
+    """The group of a message of `search_records`."""
+    group = ChannelGroup.of(read_channel(record))
+    for nodes, members in ((record.producer, group.producers), (record.consumer, group.consumers)):
+        for number, node in enumerate(nodes):
+            numbers = read_attribute(node, _INDEX_PAIRS, "INTS", lambda: "search_records")
+            if numbers:
+                pairs = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+                members[number] = replace(members[number], index_pairs=pairs, end=max(numbers[1::2]) + 1)
+    return group
 
 
 def write_scores(record: Any, scores: Tensor) -> None:
@@ -117,8 +131,8 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
     """Narrow the layers of `info` by the channels that records lost (record number -> count), costs in proportion."""
     for index, count in lost.items():
         group = read_group(records[index])
-        sides = [(member, "cout", "given_outputs") for member in group.producers]
-        sides += [(member, "cin", "given_inputs") for member in group.consumers]
+        sides = [(member, "cout", "already_removed_outputs") for member in group.producers]
+        sides += [(member, "cin", "already_removed_inputs") for member in group.consumers]
         for member, side, given in sides:
             entry = info.get(member.name)
             if entry is None:
@@ -132,8 +146,8 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
 
 
 def removable(group: ChannelGroup, ascend_optimized: bool, max_prune_ratio: float) -> tuple[int, ...]:
-    """How many channels may go, from 0 up: only counts that create arrives at from the ratio that they make."""
-    n, blocks = group.count, group.blocks or 1
+    """How many channels may be removed, ascending from 0: only counts that create reproduces from their ratio."""
+    n, blocks = group.count, group.equal_subgroups or 1
     fewest = n * (1 - max_prune_ratio) - 1e-6 * n
     return 0, *(
         count

@@ -1,4 +1,4 @@
-"""Choice of channels: how many of a group go, and which."""
+"""Choice of channels: how many of a group are removed, and which."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.importance import group_norms, produced_rows
 
 ASCEND_MULTIPLE = 16
-MEASURES = ("BALANCED_L2", "GROUP_L2", "GATE_TAYLOR")  # in this order each looks at more
+MEASURES = ("BALANCED_L2", "GROUP_L2", "GATE_TAYLOR")  # each uses more of the network than the one before
 
 
 def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: int = 1) -> int:
-    """How many of `channels` go. Not positive: none.
+    """How many of `channels` are removed. Not positive: none.
 
-    The number that goes is rounded half to even; what remains is rounded up to a multiple of 16 where ascend_optimized,
+    The number to remove is rounded half to even; what remains is rounded up to a multiple of 16 where ascend_optimized,
     then down to a multiple of the blocks, and at least one multiple stays.
     """
     remain = channels - round(channels * ratio)
@@ -34,7 +34,7 @@ def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: i
 
 
 def measure_of(group: ChannelGroup, plan: Plan) -> str:
-    """How the channels of a group are ranked: of what its producers ask for, the measure that looks at most."""
+    """How the channels of a group are ranked: of what its producers ask for, the measure listed last in MEASURES."""
     return max((prune.importance or MEASURES[0] for prune in _settings(group, plan)), key=MEASURES.index)
 
 
@@ -44,51 +44,53 @@ def importance(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     for weight in weights:
         norms = filter_norms(weight.detach()) / (weight.numel() / weight.shape[0])
         low, high = norms.min(), norms.max()
-        if bool(high > low):  # else all filters weigh the same and this weight has no say
+        if bool(high > low):  # else all its filters have the same norm: skipped
             total = total.to(norms) + (norms - low) / (high - low)
     return total.expand(weights[0].shape[0])
 
 
 def least_important(scores: Tensor, ratio: float, ascend_optimized: bool, blocks: int = 1) -> tuple[int, ...]:
-    """The channels that go, ascending: in each of the equal blocks equally many; among equals the first."""
-    cells = torch.arange(blocks).repeat_interleave(len(scores) // blocks)
-    return tuple(_least_important(scores, cells, ratio, ascend_optimized).tolist())
+    """The channels to remove, ascending: equally many in each of the equal blocks; among equals the first."""
+    subgroups = torch.arange(blocks).repeat_interleave(len(scores) // blocks)
+    return tuple(_least_important(scores, subgroups, ratio, ascend_optimized).tolist())
 
 
-def _least_important(scores: Tensor, cells: Tensor, ratio: float, ascend_optimized: bool) -> Tensor:
-    """`cells`: number of the cell of each channel; cells lose in proportion to their sizes. -1: no such condition."""
-    gone = []
-    sizes = cells[cells >= 0].unique(return_counts=True)[1].tolist()
+def _least_important(scores: Tensor, subgroups: Tensor, ratio: float, ascend_optimized: bool) -> Tensor:
+    """`subgroups`: the subgroup of each channel; they lose the same share. -1: no such condition."""
+    removed = []
+    sizes = subgroups[subgroups >= 0].unique(return_counts=True)[1].tolist()
     unit = math.gcd(*sizes)
-    for cell, size in [(-1, int((cells < 0).sum())), *enumerate(sizes)]:
-        if cell < 0:
+    for subgroup, size in [(-1, int((subgroups < 0).sum())), *enumerate(sizes)]:
+        if subgroup < 0:
             count = removal_count(size, ratio, ascend_optimized) if size else 0
         else:
             units = sum(sizes) // unit
             count = removal_count(sum(sizes), ratio, ascend_optimized, units) // units * (size // unit)
         if count > 0:
-            places = (cells == cell).nonzero().flatten()
-            gone.append(places[scores[places].argsort(stable=True)[:count]])
-    return torch.cat(gone).sort().values if gone else torch.zeros(0, dtype=torch.int64)
+            indices = (subgroups == subgroup).nonzero().flatten()
+            removed.append(indices[scores[indices].argsort(stable=True)[:count]])
+    return torch.cat(removed).sort().values if removed else torch.zeros(0, dtype=torch.int64)
 
 
 def select_channels(
     group: ChannelGroup, plan: Plan, model: nn.Module, scores: Mapping[ChannelGroup, Tensor] = MappingProxyType({})
 ) -> dict[ChannelGroup, tuple[int, ...]]:
-    """The channels that go, of a group and of those linked with it.
+    """The channels to remove, of a group and of its tied groups.
 
     The producers' smallest ratio counts, and rounding if any asks for it. `scores`: of GATE_TAYLOR. Without them (a
     dry run without a loss) GROUP_L2 stands in for it.
     """
-    groups = group.linked or [group]
+    groups = group.tied_groups or [group]
     settings = [prune for each in groups for prune in _settings(each, plan)]
     ratio = min(prune.ratio for prune in settings)
     ascend = any(prune.ascend_optimized for prune in settings)
     ranked = torch.cat([_scores(each, plan, model, scores.get(each)).cpu() for each in groups])
-    cells = torch.cat([torch.full((each.count,), -1) if each.cells is None else each.cells for each in groups])
-    gone = torch.zeros(len(ranked), dtype=torch.bool)
-    gone[_least_important(ranked, cells, ratio, ascend)] = True
-    parts = gone.split([each.count for each in groups])
+    subgroups = torch.cat(
+        [torch.full((each.count,), -1) if each.subgroups is None else each.subgroups for each in groups]
+    )
+    removed = torch.zeros(len(ranked), dtype=torch.bool)
+    removed[_least_important(ranked, subgroups, ratio, ascend)] = True
+    parts = removed.split([each.count for each in groups])
     return {each: tuple(part.nonzero().flatten().tolist()) for each, part in zip(groups, parts, strict=True)}
 
 

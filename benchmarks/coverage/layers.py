@@ -18,7 +18,7 @@ _PRUNABLE = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
 )  # fmt: skip
 _PRODUCTS = {"ConvolutionBackward0": 1, "AddmmBackward0": 2, "MmBackward0": 1}  # -> operand that is the weight
-_NEAR = 24  # nodes between a product and the parameter of its weight: views, a cast, a standardisation
+_MAX_NODES = 24  # nodes between a product and the parameter of its weight: views, a cast, a standardisation
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def _weights(node: Node) -> list[Tensor]:
     operand = None if place is None else node.next_functions[place][0]
     if operand is None:
         return []
-    near = list(itertools.islice(_walk([operand]), _NEAR))
-    variables = [_variable(item) for item in near] if len(near) < _NEAR else []
+    near = list(itertools.islice(_walk([operand]), _MAX_NODES))
+    variables = [_variable(item) for item in near] if len(near) < _MAX_NODES else []
     return [found for found in variables if found is not None and found.dim() > 1]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import warnings
@@ -13,11 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.coverage import ours, peer, quantised
+from benchmarks.coverage import amct_ext_pruner, quantised, torch_pruning_pruner
+from benchmarks.coverage.amct_ext_pruner import describe
 from benchmarks.coverage.layers import find_layers, macs, parameters
-from benchmarks.coverage.ours import describe
+from benchmarks.coverage.randomize_norms import randomize_norms
 from benchmarks.coverage.results import PARTS, Pruned, Quantised, Result
-from benchmarks.coverage.settle import settle
 from benchmarks.coverage.zoo.entry import Entry
 
 RATIO = 0.3
@@ -26,19 +25,23 @@ SECONDS = 180.0  # for a part
 
 def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, seconds: float = SECONDS) -> Result:
     """Weights and inputs are drawn with seed 0. A part that fails or takes longer has that as its error."""
-    if importlib.util.find_spec(entry.package) is None:
-        return Result(entry.name, error=f"{entry.package} is not installed")
     torch.manual_seed(0)
     try:
         model, inputs = entry.build(), entry.inputs()
-        settle(model, inputs)
+        randomize_norms(model, inputs)
         layers, products = find_layers(model, inputs), macs(model, inputs)
     except Exception as error:
         return Result(entry.name, error=describe(error))
     result = Result(entry.name, asked=layers.asked(ratio), parameters=parameters(model), macs=products)
     steps: dict[str, tuple[Callable[[], Any], Callable[[str], Any]]] = {
-        "ours": (lambda: ours.prune(model, inputs, layers, products, ratio), lambda text: Pruned(error=text)),
-        "peer": (lambda: peer.prune(model, inputs, layers, products, ratio), lambda text: Pruned(error=text)),
+        "ours": (
+            lambda: amct_ext_pruner.prune(model, inputs, layers, products, ratio),
+            lambda text: Pruned(error=text),
+        ),
+        "peer": (
+            lambda: torch_pruning_pruner.prune(model, inputs, layers, products, ratio),
+            lambda text: Pruned(error=text),
+        ),
         "quantised": (
             lambda: quantised.job(model, inputs, layers, ratio),
             lambda text: Quantised(error=text),
@@ -75,7 +78,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def quiet() -> None:
+def limit_process() -> None:
     """One thread, no downloads, no warnings of other packages."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import amct_ext as amct
 from amct_ext.graph.run import tensors_in
+from benchmarks.coverage.amct_ext_pruner import configuration, describe, nothing_to_prune
 from benchmarks.coverage.layers import Layers, call
-from benchmarks.coverage.ours import configuration, describe, nothing_to_prune
 from benchmarks.coverage.results import Quantised
 
 _T = TypeVar("_T")

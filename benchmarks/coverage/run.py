@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import fnmatch
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import resource
@@ -23,7 +24,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.coverage.measure import SECONDS, measure, quiet
+from benchmarks.coverage.measure import SECONDS, limit_process, measure
 from benchmarks.coverage.results import PARTS, RESULTS, Result, append, read
 from benchmarks.coverage.zoo.registry import ENTRIES
 from benchmarks.version import commit
@@ -76,6 +77,11 @@ def chosen(patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for pattern in patterns or ["*"] for name in fnmatch.filter(ENTRIES, pattern)))
 
 
+def is_installed(name: str) -> bool:
+    """Whether the package of a model is there; without it there is nothing to measure."""
+    return importlib.util.find_spec(ENTRIES[name].package) is not None
+
+
 def missing_parts(found: Result | None, parts: Sequence[str]) -> list[str]:
     """What a result does not have of the parts; nothing where the model itself fails."""
     if found is None:
@@ -111,7 +117,10 @@ def main() -> None:
     found = {} if args.again else read(args.results)
     missing = {name: missing_parts(found.get(name), args.parts) for name in chosen(args.models)}
     missing = {name: parts for name, parts in missing.items() if parts}
-    quiet()
+    for name in [name for name in missing if not is_installed(name)]:
+        print(f"{name}: skipped, {ENTRIES[name].package} is not installed", flush=True)
+        del missing[name]
+    limit_process()
     preload(list(missing), args.parts)
     for name, parts in missing.items():
         result = replace(run_one(name, parts, args.seconds, args.gigabytes, args.log), version=commit())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import small
-from support.models.graph_nets import Net
+from support.models.net_of_function import Net
 from torch import Tensor, nn
 
 import amct_ext
@@ -100,16 +99,3 @@ def test_weights_of_two_formats(tmp_path: Path) -> None:
     )
     found = report(tmp_path, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4), text)
     assert str(found.coverage) == "INT8: 50.0 % of weights, 50.0 % of MACs; INT4: 50.0 % of weights, 50.0 % of MACs"
-
-
-@pytest.mark.parametrize(("width", "level"), [(40, logging.INFO), (2, logging.WARNING)])
-def test_create_says_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, width: int, level: int) -> None:
-    (tmp_path / "job.cfg").write_text(small.QUANT)
-    net = Net(lambda net, x: F.linear(net.fc(x), net.u), fc=nn.Linear(4, width), u=nn.Parameter(torch.randn(2, width)))
-    net = net if width == 2 else nn.Sequential(nn.Linear(4, 100), nn.Linear(100, 4), net)
-    with caplog.at_level(logging.INFO, "amct_ext"):
-        amct_ext.create_compressed_retrain_model(
-            net, torch.randn(3, 4), str(tmp_path / "job.cfg"), str(tmp_path / "record.txt")
-        )
-    said = [line for line in caplog.records if "of weights" in line.getMessage()]
-    assert [line.levelno for line in said] == [level]

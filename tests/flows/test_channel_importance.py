@@ -69,7 +69,7 @@ def test_a_profile_takes_the_loss_where_there_is_one(job: Job) -> None:
     assert job.removed(config(profile="BEST")) == group
     assert job.removed(config(profile="BEST"), pruning_loss=loss) == taylor
     assert job.removed(config("BALANCED_L2", "BEST"), pruning_loss=loss) == balanced
-    assert [len(gone) for gone in balanced] == [len(gone) for gone in taylor]
+    assert [len(removed) for removed in balanced] == [len(removed) for removed in taylor]
 
 
 @pytest.mark.parametrize("create", CREATES)

@@ -17,7 +17,11 @@ from support.models.wide_model import wide
 from torch import Tensor, nn
 
 import amct_ext
+from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune, parse_config
+from amct_ext.graph.trace import trace
+from amct_ext.prune.discover import discover
+from amct_ext.prune.search_space import read_group, search_records
 
 
 @pytest.fixture
@@ -126,6 +130,38 @@ def test_groups_that_the_model_cannot_lose_are_left_out(search: Search, caplog: 
     ratios = search.run("compress_ratio: 1.2 ascend_optimized: false", Rigid())
     assert ratios["a"] > 0 and ratios["b"] == ratios["c"] == 0
     assert "eight channels are needed" in caplog.text
+
+
+class SplitAndJoined(nn.Module):
+    """Half of the channels take a way of their own and come back (C2f, CSP): readers have them in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.m, self.out = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.a(x).chunk(2, 1)
+        return self.out(torch.cat([self.m(one), two], 1)).mean((2, 3))
+
+
+def test_channels_in_another_order_keep_their_readers() -> None:
+    model = SplitAndJoined().eval()
+    layers = {name: LayerPlan(name, "Conv2d", None, FilterPrune(0.5)) for name in ("a", "m", "out")}
+    plan = Plan(1, layers, fp16=False, write_shift_bit=False, quant_active=False, prune_active=True)
+    groups = discover(trace(model, DATA[:2]), plan, model).prunable
+    assert any(member.index_pairs for group in groups for member in group.consumers)
+    for record, group in zip(search_records(groups), groups, strict=True):
+        again = read_group(record)
+        for members, wanted in ((again.producers, group.producers), (again.consumers, group.consumers)):
+            assert [m.indices(range(group.count)) for m in members] == [m.indices(range(group.count)) for m in wanted]
+            assert [m.per_channel(group.count) for m in members] == [m.per_channel(group.count) for m in wanted]
+
+
+def test_a_split_that_is_joined_again_has_a_cost_and_a_score(search: Search) -> None:
+    text = "compress_ratio: 1.3 ascend_optimized: false"
+    assert 0 < search.run(text, SplitAndJoined(), sensitivity="GateTaylorSensitivity")["a"] < 0.75
+    assert 0 < search.run(text, SplitAndJoined())["a"] < 0.75
+    assert search.cost_ratio(SplitAndJoined) >= 1.3
 
 
 def test_the_model_is_left_alone(search: Search) -> None:

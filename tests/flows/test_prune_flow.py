@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -13,6 +12,7 @@ import torch
 from support.checks.onnx_run import run_onnx
 from support.checks.rejection import rejected
 from support.golden.run import Case
+from support.jobs.prune_job import Job
 from support.jobs.retrain_job import assert_same_state, evaluate, optimizer_of, train
 from support.models import small
 from torch import nn
@@ -32,26 +32,6 @@ CONFIGS = {
     "mixed": small.FILTER + small.MIXED,
     "quantisation_ignored": small.FILTER + small.MIXED + small.QUANT,
 }
-
-
-class Job:
-    """One job of the pruning flow in a folder of its own."""
-
-    def __init__(self, folder: Path, text: str) -> None:
-        self.folder = folder
-        self.config, self.record = str(folder / "prune.cfg"), str(folder / "record.txt")
-        Path(self.config).write_text(text)
-
-    def create(self, model: nn.Module | None = None) -> nn.Module:
-        return amct_ext.create_prune_retrain_model(model or small.build(), small.SAMPLE, self.config, self.record)
-
-    def restore(self, checkpoint: Path) -> nn.Module:
-        return amct_ext.restore_prune_retrain_model(
-            small.build(), small.SAMPLE, self.record, self.config, str(checkpoint)
-        )
-
-    def save(self, model: nn.Module) -> None:
-        amct_ext.save_prune_retrain_model(model, str(self.folder / "out" / "net"), small.SAMPLE)
 
 
 @pytest.fixture(params=list(CONFIGS))
@@ -151,73 +131,6 @@ def test_nothing_to_prune(tmp_path: Path, text: str, words: tuple[str, ...]) -> 
     Path(job.record).write_text("precious\n")
     with rejected(tmp_path, ValueError, "prune.cfg", *words):
         job.create()
-
-
-def mixes(x: torch.Tensor) -> torch.Tensor:
-    return x.cumsum(1)  # every channel depends on those before it
-
-
-def counts(x: torch.Tensor) -> torch.Tensor:
-    if x.shape[1] != 8:
-        raise ValueError("eight channels are needed")
-    return x
-
-
-class Held(nn.Module):
-    """No group of channels may lose any: what stands between the two convolutions holds the first one's."""
-
-    def __init__(self, between: Any) -> None:
-        super().__init__()
-        self.a, self.between, self.b = nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.b(self.between(self.a(x)))
-
-
-FLOWS = {
-    "compressed": small.FILTER,
-    "compressed_quant": small.FILTER + small.QUANT,
-    "prune": small.FILTER + small.QUANT,
-}
-
-
-@pytest.mark.parametrize("flow", list(FLOWS))
-@pytest.mark.parametrize(
-    ("between", "reason"), [(mixes, "works along the channels"), (counts, "fails without"), (nn.Softmax(1), "a: ")]
-)
-def test_no_group_may_lose_channels(tmp_path: Path, flow: str, between: Any, reason: str) -> None:
-    job = Job(tmp_path, FLOWS[flow])
-    with rejected(tmp_path, ValueError, "prune.cfg", "nothing is left to prune", "b: ", reason):
-        if flow == "prune":
-            job.create(Held(between))
-        else:
-            amct_ext.create_compressed_retrain_model(Held(between), small.SAMPLE, job.config, job.record)
-
-
-def test_no_group_may_lose_channels_but_something_is_done(tmp_path: Path) -> None:
-    """2:4 sparsity beside it, or a report: no error."""
-    sparse = 'override_layer_configs { layer_name: "b" ' + small.SPARSE % 0 + "}"
-    job = Job(tmp_path, small.FILTER + sparse)
-    assert job.create(Held(mixes)).b.sparsity is not None
-    report = amct_ext.explain(Held(mixes), small.SAMPLE, str(Job(tmp_path, small.FILTER).config))
-    assert "cumsum" in report["a"].not_pruned
-
-
-@pytest.mark.parametrize("flow", ["compressed", "prune"])
-def test_restoring_what_could_never_be_pruned(tmp_path: Path, flow: str) -> None:
-    job = Job(tmp_path, small.FILTER)
-    Path(job.record).write_text("")  # as AMCT leaves it
-    torch.save(Held(mixes).state_dict(), tmp_path / "state.pth")
-    restore = {"compressed": amct_ext.restore_compressed_retrain_model, "prune": amct_ext.restore_prune_retrain_model}
-    files = (job.config, job.record) if flow == "compressed" else (job.record, job.config)
-    with rejected(tmp_path, ValueError, "prune.cfg", "nothing is left to prune"):
-        restore[flow](Held(mixes), small.SAMPLE, *files, str(tmp_path / "state.pth"))
-
-
-def test_rounding_that_keeps_all_channels_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        Job(tmp_path, small.FILTER.replace("false", "true")).create(small.build())
-    assert "keep all channels" in caplog.text
 
 
 def test_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

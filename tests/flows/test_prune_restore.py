@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import small
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 from torch import nn
 
 import amct_ext
@@ -59,8 +59,8 @@ def test_restored_bit_for_bit(tmp_path: Path, build) -> None:
     whole, data = build(), image()
     state = whole.state_dict()
     model = amct_ext.create_prune_retrain_model(whole, data, config, record)
-    proof = verify_pruning(whole, model, data)
-    assert proof.error < 1e-5 and proof.removed > 0
+    comparison = verify_pruning(whole, model, data)
+    assert comparison.error < 1e-5 and comparison.removed > 0
     members = [node for entry in read_record(record).channel for node in (*entry.producers, *entry.consumers)]
     if build is layer_scale:
         assert {(n.name, n.axis) for n in members if n.type == INITIALIZER} == {

@@ -14,7 +14,7 @@ from torch import nn
 import amct_ext
 from amct_ext import verify_pruning
 from amct_ext.errors import InputDataError, ModelError, RecordError
-from amct_ext.flows.verify import prove_records
+from amct_ext.flows.verify import compare_records
 from amct_ext.model_surgery.session import session_of
 
 
@@ -28,14 +28,14 @@ def pruned(tmp_path: Path) -> nn.Module:
 
 def test_numbers(pruned: nn.Module) -> None:
     original = small.build()
-    proof = verify_pruning(original, pruned, small.SAMPLE)
-    assert proof.error < 1e-5
+    comparison = verify_pruning(original, pruned, small.SAMPLE)
+    assert comparison.error < 1e-5
     whole = sum(p.numel() for p in original.parameters())
-    assert proof.parameters_left == sum(p.numel() for p in pruned.parameters()) / whole
+    assert comparison.parameters_left == sum(p.numel() for p in pruned.parameters()) / whole
     producers = [n for r in session_of(pruned).channel for n in r.producers if n.prune_index]
-    assert proof.removed == sum(len(node.prune_index) for node in producers) > 0
-    assert proof.channels == sum(node.end - node.begin for node in producers)
-    assert str(proof).startswith(f"{proof.removed} of {proof.channels} channels removed, ")
+    assert comparison.removed == sum(len(node.prune_index) for node in producers) > 0
+    assert comparison.channels == sum(node.end - node.begin for node in producers)
+    assert str(comparison).startswith(f"{comparison.removed} of {comparison.channels} channels removed, ")
 
 
 def test_neither_model_is_changed(pruned: nn.Module) -> None:
@@ -55,19 +55,37 @@ def test_training_since_does_not_matter(pruned: nn.Module) -> None:
     assert verify_pruning(small.build(), pruned, small.SAMPLE).error < 1e-5
 
 
+def test_random_numbers_cannot_be_compared(tmp_path: Path) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(nn.functional.dropout(self.a(x), 0.5, training=True))
+
+    (tmp_path / "prune.cfg").write_text(small.FILTER)
+    files = str(tmp_path / "prune.cfg"), str(tmp_path / "record.txt")
+    original = Dropping()
+    pruned = amct_ext.create_prune_retrain_model(original, small.SAMPLE, *files)
+    assert pruned.a.out_channels < 8
+    with pytest.raises(ModelError, match="draws random numbers"):
+        verify_pruning(original, pruned, small.SAMPLE)
+
+
 def test_a_wrong_removal_is_seen() -> None:
     """A reader that loses another channel than its producer computes something else."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    from support.models.channel_nets import planned
+    from support.checks.planned_channels import planned
 
     data = torch.randn(3, 4)
     _, (record,) = planned(net, data, ratio=0.5)
-    assert prove_records(net, (record,), data)[1].error < 1e-6
-    gone = record.producers[0].prune_index
-    others = tuple(index for index in range(6) if index not in gone)
+    assert compare_records(net, (record,), data)[1].error < 1e-6
+    removed = record.producers[0].prune_index
+    others = tuple(index for index in range(6) if index not in removed)
     wrong = replace(record, consumers=tuple(replace(node, prune_index=others) for node in record.consumers))
-    assert prove_records(net, (wrong,), data)[1].error > 1e-2
+    assert compare_records(net, (wrong,), data)[1].error > 1e-2
 
 
 def test_a_model_that_is_not_pruned() -> None:

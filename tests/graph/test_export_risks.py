@@ -1,4 +1,4 @@
-"""What a save will meet is told at create: operators, reads inside of torch, branches merged later, lists of images."""
+"""What a save will meet is told at create: operators, reads inside of torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.onnx_run import onnx_outputs
-from support.jobs.any_job import AnyJob, off
+from support.jobs.any_job import AnyJob
 from support.models import small
 from torch import Tensor, nn
 
-import amct_ext
-from amct_ext.errors import AmctError, InputDataError
-from amct_ext.graph.export_risks import ExportRisk, free_parts
-from amct_ext.graph.trace import trace
+from amct_ext.errors import AmctError
+from amct_ext.graph.export_risks import ExportRisk, exportable_submodules
 
 X = torch.rand(2, 3, 8, 8)
 
@@ -71,7 +68,7 @@ EXPORTED = {
 def test_what_exporters_know_is_not_tried_at_create(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amct_ext.flows.diagnosis.try_capture", lambda *_, **__: pytest.fail("tried"))
+    monkeypatch.setattr("amct_ext.flows.create_checks.try_capture", lambda *_, **__: pytest.fail("tried"))
     said, error, note = told_and_saved(tmp_path, Net(EXPORTED[name]), X, caplog)
     assert not error and "traced" not in note and "export" not in said
 
@@ -108,82 +105,5 @@ def test_a_read_that_torch_export_takes_out_is_no_matter(tmp_path: Path, caplog:
 
 def test_parts_that_can_be_saved() -> None:
     layers = ["body.0.conv", "body.1.conv", "neck.conv", "head.cls.conv", "head.loc.conv", "last"]
-    assert free_parts([ExportRisk("x", "", "head.loc.decode")], layers) == ["body", "neck", "head.cls"]
-    assert free_parts([ExportRisk("x", "", "")], layers) == ["body", "head", "neck"]
-
-
-# -- blocks whose branches are merged
-
-
-class Branches(nn.Module):
-    """RepVGG's block: branches in training that a method merges into one convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.narrow = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.merged(x) if hasattr(self, "merged") else self.wide(x) + self.narrow(x)
-
-    def switch_to_deploy(self) -> None:
-        merged = nn.Conv2d(8, 8, 3, padding=1)
-        merged.weight.data = self.wide.weight.data + F.pad(self.narrow.weight.data, (1, 1, 1, 1))
-        merged.bias.data = self.wide.bias.data + self.narrow.bias.data  # type: ignore[union-attr]
-        self.merged = merged
-        del self.wide, self.narrow
-
-
-class MergedByEval(nn.Sequential):
-    """A network whose eval() merges its blocks for good."""
-
-    def eval(self) -> Any:
-        for block in self:
-            if isinstance(block, Branches) and not hasattr(block, "merged"):
-                block.switch_to_deploy()
-        return super().eval()
-
-
-def test_blocks_to_be_merged_are_told_at_create(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), Branches(), Branches(), nn.Conv2d(8, 4, 1))
-    job = AnyJob(tmp_path, small.QUANT)
-    model = job.calibrated(net, X)
-    assert caplog.text.count("switch_to_deploy() merges layers") == 1
-    assert "'1' and 1 more (Branches)" in caplog.text
-    for block in model[1:3]:  # type: ignore[index]
-        block.switch_to_deploy()
-    seen = model.eval()(X)
-    assert off(onnx_outputs(job.save(model, X)[0], X)[0], seen) < 0.02
-    caplog.clear()
-    for block in net[1:3]:
-        block.switch_to_deploy()
-    assert amct_ext.explain(job.create(net, X))["1.merged"].quantised
-    assert "merges layers" not in caplog.text
-
-
-def test_layers_that_eval_removes_are_left_alone() -> None:
-    net = MergedByEval(nn.Conv2d(3, 8, 1), Branches(), nn.Conv2d(8, 4, 1))
-    assert set(trace(net, X).left_alone) == {"1.wide", "1.narrow"}
-
-
-# -- lists of images
-
-
-class Images(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 4, 1))
-
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        return [{"scores": self.body(image[None]).flatten()} for image in images]
-
-
-def test_images_one_by_one(tmp_path: Path) -> None:
-    images, job = [torch.rand(3, 12, 16), torch.rand(3, 20, 12)], AnyJob(tmp_path, small.QUANT)
-    with pytest.raises(InputDataError, match="a list of one item"):
-        job.create(Images(), (images,))
-    model = job.create(Images(), (images[:1],))
-    model.train()(images)
-    seen = model.eval()(images[:1])[0]["scores"]
-    assert off(onnx_outputs(job.save(model, (images[:1],))[0], images[0])[0], seen) < 0.02
-    with pytest.raises(AmctError, match="runs 2 times"):
-        job.save(model, (images,))
+    assert exportable_submodules([ExportRisk("x", "", "head.loc.decode")], layers) == ["body", "neck", "head.cls"]
+    assert exportable_submodules([ExportRisk("x", "", "")], layers) == ["body", "head", "neck"]

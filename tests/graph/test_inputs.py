@@ -117,7 +117,7 @@ def test_forms_reach_trace_pruning_and_file(form: str, config: str, tmp_path: Pa
     (tmp_path / "c.cfg").write_text(config)
     files = (str(tmp_path / "c.cfg"), str(tmp_path / "r.txt"))
     model = amct_ext.create_compressed_retrain_model(kind(), data, *files)
-    assert model.a.out_channels < 32 or "filter" not in config  # the trial of the pruned model ran
+    assert model.a.out_channels < 32 or "filter" not in config  # the pruned model was compared
     model.train()(*args, **kwargs)
     with torch.no_grad():
         expected = model.eval()(*args, **kwargs)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import own_forwards as own
-from support.models.graph_nets import Net
+from support.models import custom_forwards as own
+from support.models.net_of_function import Net
 from torch import nn
 
 from amct_ext.graph.inputs import Inputs
@@ -22,8 +22,10 @@ def test_each_kind_is_found(kind: str) -> None:
     product = graph.products["layer"]
     assert isinstance(product, Product)
     wanted = {"transposed": "ConvTranspose2d"}.get(kind, "Conv2d" if kind in own.IMAGES else "Linear")
-    assert product.kind == wanted and product.columns == (kind in ("columns", "matmul"))
-    assert product.plain == (kind not in ("standardised", "scaled", "merged", "matmul", "no_class"))
+    assert product.kind == wanted and product.weight_is_in_out == (kind in ("columns", "matmul"))
+    assert product.weight_is_parameter == (
+        kind not in ("standardised", "scaled", "merged", "matmul", "no_class", "chunked")
+    )
     assert graph.product_nodes()["layer"].op in ("convolution", "addmm", "mm")
     order = [name for name in graph.layer_order() if name in ("first", "layer", "head")]
     assert order == ["first", "layer", "head"]

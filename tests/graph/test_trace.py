@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.errors import InputDataError, ModelError
@@ -83,7 +83,7 @@ def test_in_place_ops_make_new_values_also_for_aliases():
 def test_parameters_buffers_and_constants_have_no_producer():
     net = Net(lambda m, x: x * m.scale + m.offset + torch.tensor(2.0), scale=nn.Parameter(torch.ones(3, 1, 1)))
     net.register_buffer("offset", torch.zeros(1))
-    kinds = {(value.kind, value.name) for value in trace(net, image()).sources}
+    kinds = {(value.kind, value.name) for value in trace(net, image()).leaf_values}
     assert {("input", ""), ("parameter", "scale"), ("buffer", "offset")} <= kinds
 
 
@@ -134,7 +134,7 @@ def test_a_subclass_is_its_parent_unless_it_computes_on_its_own():
     assert traits["kept"].type == traits["own"].type == "Linear"
     assert traits["kept"].quantizable and traits["kept"].sparse_prunable
     assert traits["own"].quantizable  # at the product in its forward
-    assert "Own has a forward of its own" in traits["own"].why_not_sparse
+    assert "Own has a forward of its own" in traits["own"].not_sparse_reason
 
 
 def test_a_part_that_fails_and_is_caught_leaves_no_trace():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.graph.trace import trace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.golden.run import load_module
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -35,7 +35,7 @@ def trait(layer, data, forward=lambda m, x: m.layer(x)):
 def test_layers_that_cannot_be_quantised_say_why(layer, data, reason):
     found = trait(layer, data)
     assert not found.quantizable
-    assert reason in found.why_not_quantizable
+    assert reason in found.not_quantizable_reason
 
 
 def test_pruning_has_its_own_conditions():
@@ -78,7 +78,7 @@ def test_a_layer_tied_to_an_embedding():
     net.head.weight = net.table.weight
     traits = trace(net, torch.arange(6).view(2, 3)).traits(net)
     assert list(traits) == ["head"]
-    assert traits["head"].why_not_quantizable == "its weight is shared with table"
+    assert traits["head"].not_quantizable_reason == "its weight is shared with table"
     assert not traits["head"].sparse_prunable
 
 
@@ -88,7 +88,7 @@ def test_recurrent_layers_with_a_common_weight():
     net = Net(lambda m, x: m.b(m.a(x)[0])[0], a=first, b=second)
     traits = trace(net, torch.randn(3, 2, 4)).traits(net)
     assert not traits["a"].quantizable
-    assert "shared with b" in traits["a"].why_not_quantizable
+    assert "shared with b" in traits["a"].not_quantizable_reason
 
 
 def test_reused_shared_and_idle_layers():
@@ -100,10 +100,10 @@ def test_reused_shared_and_idle_layers():
     net = Net(forward, **layers)
     traits = trace(net, image()).traits(net)
     assert list(traits) == ["reused", "other", "twin", "idle"]
-    assert "called 2 times" in traits["reused"].why_not_quantizable
-    assert traits["other"].why_not_quantizable == "its weight is shared with twin"
+    assert "called 2 times" in traits["reused"].not_quantizable_reason
+    assert traits["other"].not_quantizable_reason == "its weight is shared with twin"
     assert traits["other"].filter_prunable
-    assert "not called" in traits["idle"].why_not_quantizable
+    assert "not called" in traits["idle"].not_quantizable_reason
     assert traits["reused"].filter_prunable
     assert not traits["idle"].sparse_prunable
 
@@ -112,7 +112,7 @@ def test_attention_projections_that_no_module_call_reaches_say_so():
     net = Net(lambda m, x: m.mha(x, x, x)[0], mha=nn.MultiheadAttention(8, 2, batch_first=True))
     traits = trace(net, torch.randn(2, 5, 8)).traits(net)
     assert traits["mha.out_proj"].type == "Linear"
-    assert "not called" in traits["mha.out_proj"].why_not_quantizable
+    assert "not called" in traits["mha.out_proj"].not_quantizable_reason
 
 
 def test_the_fast_path_of_a_transformer_layer_hides_no_layer():

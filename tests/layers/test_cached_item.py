@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amct_ext.layers.cached_item import CachedItem, VersionGuard
-from amct_ext.layers.forward_context import frozen_state
+from amct_ext.layers.forward_context import no_state_updates
 
 
 class Elsewhere(Tensor):
@@ -50,7 +50,7 @@ def test_on_the_cpu_a_write_through_data_is_seen_until_the_number_is_stable() ->
 
 def test_forwards_that_change_no_state_do_not_read() -> None:
     buffer, value = torch.tensor(5.0), CachedItem(1)
-    with frozen_state():
+    with no_state_updates():
         assert value.read(buffer) == 1
     assert value.read(buffer.to("meta")) == 1 and value.read(buffer) == 5
 

@@ -36,13 +36,15 @@ def gradients(model: nn.Module, x: Tensor, step: Step = run) -> tuple[Tensor, di
     return y.detach(), {**found, "input": leaf.grad.clone()}
 
 
-def assert_same(fused: nn.Module, separate: nn.Module, x: Tensor, step: Step = run) -> None:
-    """Equal outputs, running statistics within rounding, all gradients together within 1e-6."""
+def assert_same(
+    fused: nn.Module, separate: nn.Module, x: Tensor, step: Step = run, tolerance: float = 1e-6
+) -> None:
+    """Equal outputs, running statistics within rounding, all gradients together within the tolerance."""
     (y, found), (expected, wanted) = gradients(fused, x, step), gradients(separate, x, step)
     assert torch.equal(y, expected)
     assert found.keys() == wanted.keys()
     ours, theirs = (torch.cat([g[name].flatten() for name in sorted(g)]).double() for g in (found, wanted))
-    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
     for a, b in zip(fused.buffers(), separate.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
@@ -53,16 +55,17 @@ def pair(tmp_path: Path) -> tuple[nn.Module, nn.Module]:
     return compressed_pair(ChainNet(), torch.randn(4, 3, 16, 16), tmp_path)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+# Torch's kernels for channels last add up in float32.
+@pytest.mark.parametrize(("layout", "tolerance"), [(torch.contiguous_format, 1e-6), (torch.channels_last, 1e-5)])
 def test_values_and_gradients_are_those_of_separate_ops(
-    pair: tuple[nn.Module, nn.Module], layout: torch.memory_format
+    pair: tuple[nn.Module, nn.Module], layout: torch.memory_format, tolerance: float
 ) -> None:
     x = torch.randn(4, 3, 16, 16).to(memory_format=layout)
     for _ in range(3):
-        assert_same(*pair, x)
+        assert_same(*pair, x, tolerance=tolerance)
     for model in pair:
         model.eval()
-    assert_same(*pair, x)  # running statistics, with gradients
+    assert_same(*pair, x, tolerance=tolerance)  # running statistics, with gradients
     with torch.no_grad():
         assert torch.equal(pair[0](x), pair[1](x))
 
@@ -237,8 +240,8 @@ def test_intermediate_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
 def test_outputs_of_the_model_are_plain(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
     fused, separate = compressed_pair(Block(3, 6, nn.ReLU()), x, tmp_path)
-    assert type(fused(x)) is Tensor
     assert_same(fused, separate, x)
+    assert type(fused(x)) is Tensor
 
 
 def test_configure(pair: tuple[nn.Module, nn.Module]) -> None:

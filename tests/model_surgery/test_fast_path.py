@@ -11,7 +11,8 @@ import torch
 from support.checks.onnx_run import run_onnx
 from support.jobs.any_job import AnyJob, off
 from support.models import small
-from support.models.custom_forward import SPARSE_QUANT, Written, linear
+from support.models.net_of_function import Net
+from support.models.small import SPARSE_QUANT, linear
 from torch import nn
 
 import amct_ext
@@ -49,7 +50,7 @@ def test_decoders_too(tmp_path: Path) -> None:
 def test_encoder_with_a_padding_mask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    net = Written(lambda m, x, pad: m.head(m.encoder(x, src_key_padding_mask=pad)), encoder=encoder, head=linear(16, 4))
+    net = Net(lambda m, x, pad: m.head(m.encoder(x, src_key_padding_mask=pad)), encoder=encoder, head=linear(16, 4))
     x, pad = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
     pad[0, 3:] = pad[1, 4:] = True
     job = AnyJob(tmp_path, small.QUANT)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from support.jobs.any_job import AnyJob
 from support.models import small
-from support.models.custom_forward import Written, linear
+from support.models.net_of_function import Net
+from support.models.small import linear
 from torch import Tensor, nn
 
 import amct_ext
@@ -46,7 +47,7 @@ def test_an_input_changed_between_its_readers(
     drop = IN_PLACE[change]
     if isinstance(drop, nn.Module):
         drop.train(training)
-    model = AnyJob(tmp_path, small.QUANT).calibrated(Written(run_both, a=linear(), b=linear()), x).train(training)
+    model = AnyJob(tmp_path, small.QUANT).calibrated(Net(run_both, a=linear(), b=linear()), x).train(training)
     amct_ext.configure(model, forward=forward)
     with mode():
         torch.manual_seed(1)
@@ -66,7 +67,7 @@ def test_a_compiled_model_sees_the_change(tmp_path: Path) -> None:
         return y + net.b(x)
 
     x = torch.randn(16, 8)
-    net = Written(run_both, a=linear(), b=linear(), drop=nn.Dropout(1.0, inplace=True))
+    net = Net(run_both, a=linear(), b=linear(), drop=nn.Dropout(1.0, inplace=True))
     model = AnyJob(tmp_path, small.QUANT).calibrated(net, x).train()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))

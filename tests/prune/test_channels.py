@@ -1,4 +1,4 @@
-"""Physical removal, the trial of the smaller model, and the way back."""
+"""Physical removal, the comparison with the unpruned model, and the way back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import masked, outputs
-from support.models.channel_nets import plain, planned
-from support.models.graph_nets import Net, conv, image
+from support.checks.planned_channels import plain, planned
+from support.checks.pruning_check import masked, outputs
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.prune.channels import apply_channels
@@ -30,7 +30,7 @@ def test_parameters_keep_what_the_user_set():
     net(image()).sum().backward()
 
 
-def test_nothing_is_disturbed_by_the_trial():
+def test_nothing_is_disturbed_by_the_comparison():
     net = plain().train()
     net[1].eval()
     found, records = planned(net, image())
@@ -65,7 +65,7 @@ def test_a_group_whose_size_is_written_into_the_model_is_dropped(caplog):
     with caplog.at_level(logging.WARNING, "amct_ext"):
         kept = apply_channels(net, found, records, data)
     assert kept == records[:1]
-    assert "b is not pruned: the model would fail" in caplog.text
+    assert "b is not pruned: the pruned model would fail" in caplog.text
     assert net.b.out_channels == 6
     assert net.a.out_channels == 5
     torch.testing.assert_close(outputs(net, data), outputs(masked(whole, kept), data))
@@ -96,7 +96,7 @@ def test_channels_that_training_adds_to_others_stay():
 
     net = Net(forward, a=conv(3, 8), aux=conv(3, 8), head=nn.Linear(8, 2)).eval()
     found, records = planned(net, image())
-    assert records == () and "combines the channels with the output of aux" in found.why_not()["a"]
+    assert records == () and "combines the channels with the output of aux" in found.unpruned_reasons()["a"]
 
 
 def test_a_head_that_training_cannot_read_smaller_is_seen():

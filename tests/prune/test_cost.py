@@ -1,4 +1,4 @@
-"""Cost of a model with channels gone, against its definition."""
+"""Cost of a model with channels removed, against its definition."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import amct_ext
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
 from amct_ext.graph.trace import trace
-from amct_ext.prune.cost import Cost, layer_work, layer_works
+from amct_ext.prune.cost import Cost, layer_cost, layer_costs
 from amct_ext.prune.discover import discover
 
 
@@ -40,7 +40,7 @@ def test_cost_counts_multiplications_on_real_feature_maps() -> None:
     model(x)
     graph = trace(model, x)
     for name, module in model.named_children():
-        work = layer_work(module, graph.calls[name])
+        work = layer_cost(module, graph.calls[name])
         per_output = work.bit_operations() / 32**2 / (2 * counted[name])
         assert per_output == pytest.approx(1, rel=0.1)  # biases in, one addition fewer per output
 
@@ -53,7 +53,7 @@ def test_cost_of_removed_channels_is_that_of_the_pruned_model(tmp_path: Path, bu
     graph = trace(model, small.SAMPLE)
     plan = resolve(parse_config(config), graph.traits(model))
     groups = list(discover(graph, plan, model).prunable)
-    cost = Cost(layer_works(graph, model), groups)
+    cost = Cost(layer_costs(graph, model), groups)
     assert cost([0] * len(groups)) == cost.original
     pruned = amct_ext.create_prune_retrain_model(model, small.SAMPLE, str(config), str(tmp_path / "record.txt"))
     present = dict(pruned.named_modules())
@@ -65,5 +65,5 @@ def test_cost_of_removed_channels_is_that_of_the_pruned_model(tmp_path: Path, bu
     assert sum(removed) > 0
     after = trace(pruned, small.SAMPLE)
     layers = [name for name in after.calls if isinstance(present[name], (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
-    expected = sum(layer_work(present[name], after.calls[name]).bit_operations() for name in layers)
+    expected = sum(layer_cost(present[name], after.calls[name]).bit_operations() for name in layers)
     assert cost(removed) == expected

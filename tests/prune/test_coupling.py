@@ -1,47 +1,50 @@
-"""What is known of channels: ids of sources, families of layers, joins, reasons to stay, rows that lose alike."""
+"""What is known about channel ids: axes, coupled layers, joins, reasons to stay, rows that lose equally many."""
 
 from __future__ import annotations
 
 import torch
 
 from amct_ext.prune.channel_map import ChannelMap
-from amct_ext.prune.coupling import Coupling, Read, Source, joined_indices
-from amct_ext.prune.grouping import classes_of
+from amct_ext.prune.coupling import AxisUse, Coupling, ParameterAxis, collapse_to_axis
+from amct_ext.prune.grouping import channel_labels
 
 
 def producers(coupling: Coupling, *names: str, size: int = 4) -> list[torch.Tensor]:
     result = []
     for name in names:
-        ids = coupling.ids_of(Source(f"{name}.weight", 0), size)
-        coupling.produced_by(ids, Read(name, "Conv", ids))
+        ids = coupling.ids_of(ParameterAxis(f"{name}.weight", 0), size)
+        coupling.produced_by(ids, AxisUse(name, "Conv", ids))
         result.append(ids)
     return result
 
 
 def test_a_source_has_the_same_ids_whenever_it_is_asked() -> None:
     coupling = Coupling()
-    one = coupling.ids_of(Source("a.weight", 0), 3)
+    one = coupling.ids_of(ParameterAxis("a.weight", 0), 3)
     assert one.tolist() == [1, 2, 3]
-    assert coupling.ids_of(Source("a.weight", 1), 2).tolist() == [4, 5]
-    assert coupling.ids_of(Source("a.weight", 0), 3) is one
+    assert coupling.ids_of(ParameterAxis("a.weight", 1), 2).tolist() == [4, 5]
+    assert coupling.ids_of(ParameterAxis("a.weight", 0), 3) is one
 
 
 def test_joined_channels_make_one_family() -> None:
     coupling = Coupling()
     a, b, c = producers(coupling, "a", "b", "c")
     coupling.join(a, b, "add")
-    assert [f.root for f in coupling.families_in(torch.cat([b, c]))] == [coupling.families[0], coupling.families[2]]
-    assert [p.name for p in coupling.families[1].root.producers] == ["a", "b"]
+    assert [f.root for f in coupling.coupled_layers_of(torch.cat([b, c]))] == [
+        coupling.coupled_layers[0],
+        coupling.coupled_layers[2],
+    ]
+    assert [p.name for p in coupling.coupled_layers[1].root.producers] == ["a", "b"]
     coupling.join(b[:2], c[2:], "add")
-    assert len({id(f.root) for f in coupling.families}) == 1
-    assert classes_of(coupling).tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 9, 10, 1, 2]
+    assert len({id(f.root) for f in coupling.coupled_layers}) == 1
+    assert channel_labels(coupling).tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 9, 10, 1, 2]
 
 
 def test_a_producer_is_named_once() -> None:
     coupling = Coupling()
     (a,) = producers(coupling, "a")
-    coupling.produced_by(a, Read("a", "Conv", a))
-    assert len(coupling.families) == 1
+    coupling.produced_by(a, AxisUse("a", "Conv", a))
+    assert len(coupling.coupled_layers) == 1
 
 
 def test_channels_that_meet_none_stay_for_the_first_reason() -> None:
@@ -57,27 +60,27 @@ def test_channels_that_meet_none_stay_for_the_first_reason() -> None:
 def test_reads_go_to_the_families_they_read() -> None:
     coupling = Coupling()
     a, b = producers(coupling, "a", "b")
-    both = Read("cat", "Concat", torch.cat([a, b]))
-    coupling.read(both)
-    coupling.read(Read("other", "Conv", torch.tensor([77])))
-    assert all(family.reads == [both] for family in coupling.families)
+    both = AxisUse("cat", "Concat", torch.cat([a, b]))
+    coupling.add_consumer(both)
+    coupling.add_consumer(AxisUse("other", "Conv", torch.tensor([77])))
+    assert all(coupled.consumers == [both] for coupled in coupling.coupled_layers)
     assert [read.name for read in coupling.unclaimed] == ["other"]
 
 
 def test_one_row_needs_no_balance() -> None:
     coupling = Coupling()
-    coupling.balance(torch.tensor([[1, 2]]), "a")
-    coupling.balance(torch.tensor([[1], [2]]), "b")
-    assert [where for _, where, _ in coupling.balanced] == ["b"]
+    coupling.require_equal_removal(torch.tensor([[1, 2]]), "a")
+    coupling.require_equal_removal(torch.tensor([[1], [2]]), "b")
+    assert [where for _, where, _ in coupling.equal_removals] == ["b"]
 
 
 def test_what_lies_at_one_index_becomes_one_channel() -> None:
     coupling = Coupling()
     producers(coupling, "a", size=6)
     ids = torch.arange(1, 7).reshape(1, 2, 3)
-    assert joined_indices(ids, 2, 3, coupling, "flatten").tolist() == [1, 2, 3]
-    assert classes_of(coupling).tolist() == [0, 1, 2, 3, 1, 2, 3]
-    assert joined_indices(torch.ones(1, 1, dtype=torch.int64), 1, 4, coupling, "expand").tolist() == [1] * 4
+    assert collapse_to_axis(ids, 2, 3, coupling, "flatten").tolist() == [1, 2, 3]
+    assert channel_labels(coupling).tolist() == [0, 1, 2, 3, 1, 2, 3]
+    assert collapse_to_axis(torch.ones(1, 1, dtype=torch.int64), 1, 4, coupling, "expand").tolist() == [1] * 4
 
 
 def test_chains_of_edges_end_in_the_smallest_id() -> None:
@@ -85,7 +88,7 @@ def test_chains_of_edges_end_in_the_smallest_id() -> None:
     producers(coupling, "a", size=9)
     for one in range(8, 0, -1):
         coupling.join(torch.tensor([one]), torch.tensor([one + 1]), "add")
-    assert classes_of(coupling).tolist() == [0] + [1] * 9
+    assert channel_labels(coupling).tolist() == [0] + [1] * 9
 
 
 def test_all_of_a_tensor_stays() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models.channel_nets import planned, why_not
-from support.models.graph_nets import Net, conv, image
+from support.checks.planned_channels import planned, unpruned_reasons
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 
@@ -27,9 +29,9 @@ def test_a_record_names_every_node_with_its_own_indices():
     assert [(node.name, node.begin, node.end) for node in second.consumers] == [
         ("/Concat", 4, 6), ("depth", 4, 6), ("out", 288, 432)
     ]  # fmt: skip
-    (gone,) = second.producers[0].prune_index
-    assert second.consumers[1].prune_index == (4 + gone,)
-    assert second.consumers[2].prune_index == tuple(range(288 + 72 * gone, 288 + 72 * (gone + 1)))
+    (removed,) = second.producers[0].prune_index
+    assert second.consumers[1].prune_index == (4 + removed,)
+    assert second.consumers[2].prune_index == tuple(range(288 + 72 * removed, 288 + 72 * (removed + 1)))
 
 
 def test_groups_are_written_as_amct_writes_them():
@@ -84,22 +86,35 @@ def reuse(m, x):
     ],
 )  # fmt: skip
 def test_channels_that_stay_have_a_reason(network, layer, reason):
-    found = why_not(network(), image())
+    found = unpruned_reasons(network(), image())
     assert layer not in found if reason is None else reason in found[layer], found
 
 
 def test_a_batchnorm_over_tokens_without_statistics_mixes_the_channels():
     net = nn.Sequential(nn.Linear(8, 20), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(20, 3))
-    assert "1 normalises over the channels" in why_not(net, torch.randn(2, 5, 8))["0"]
+    assert "1 normalises over the channels" in unpruned_reasons(net, torch.randn(2, 5, 8))["0"]
 
 
 def test_layers_with_a_common_weight_stay():
     net = nn.Sequential(conv(3, 3), nn.ReLU(), conv(3, 3), conv(3, 2))
     net[2].weight = net[0].weight
-    assert "shares a parameter with 2" in why_not(net, image())["0"]
+    assert "shares a parameter with 2" in unpruned_reasons(net, image())["0"]
 
 
 def test_a_skipped_layer_keeps_its_channels_and_may_lose_inputs():
     net = nn.Sequential(conv(3, 8), conv(8, 8), conv(8, 2)).eval()
     _, records = planned(net, image(), skip=("1",))
     assert [[node.name for node in (*r.producers, *r.consumers)] for r in records] == [["0", "1"]]
+
+
+def test_a_rule_that_raises_keeps_the_channels_and_leaves_a_trace(monkeypatch, caplog):
+    def broken(node, context):
+        raise KeyError("no such argument")
+
+    monkeypatch.setattr("amct_ext.prune.discover.op_rule", lambda node: broken)
+    net = Net(lambda m, x: m.out(m.a(x).relu()), a=conv(3, 4), out=conv(4, 2))
+    with caplog.at_level(logging.DEBUG, "amct_ext"):
+        reasons = unpruned_reasons(net, image())
+    assert reasons["a"] == "the rule for /Relu (relu) does not fit it: 'no such argument'"
+    (record,) = [record for record in caplog.records if "its rule raised" in record.message]
+    assert record.exc_info is not None and record.exc_info[0] is KeyError

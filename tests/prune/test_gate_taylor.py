@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import plan_for, unsettle
-from support.models.graph_nets import Net, conv, image
+from support.checks.pruning_check import plan_for, randomize_norms
+from support.models.net_of_function import Net, conv, image
 from torch import Tensor, nn
 
 from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, kind_of
@@ -84,7 +84,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_the_gradient_of_gates_in_front_of_all_readers(name: str) -> None:
     build, data = NETWORKS[name]
-    net = unsettle(build())
+    net = randomize_norms(build())
     groups = groups_of(net, data)
     batches = [torch.randn_like(data) for _ in range(3)]
     found = gate_taylor(net, groups, lambda m: (m(x).square().mean() for x in batches))
@@ -97,7 +97,9 @@ def test_it_is_the_gradient_of_gates_in_front_of_all_readers(name: str) -> None:
 
 
 def test_a_small_gate_changes_the_loss_as_predicted() -> None:
-    net = unsettle(nn.Sequential(conv(3, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 4), nn.Flatten(), nn.Linear(144, 2)))
+    net = randomize_norms(
+        nn.Sequential(conv(3, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 4), nn.Flatten(), nn.Linear(144, 2))
+    )
     net, data = net.double(), torch.randn(1, 3, 6, 6).double()
     (first, *_) = groups_of(net, data)
     work = copy.deepcopy(net)

@@ -1,4 +1,4 @@
-"""From single channels to groups: blocks, members, cells, and groups that lose together."""
+"""From single channels to groups: blocks, members, subgroups, and groups that lose together."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import plan_for, prove, replay
-from support.models.channel_nets import planned
-from support.models.graph_nets import Net, conv, image
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning, plan_for, replay
+from support.models.net_of_function import Net, conv, image
 
 from amct_ext.errors import RecordError
 from amct_ext.graph.trace import trace
@@ -43,7 +43,7 @@ def test_a_layer_in_several_records_is_cut_once():
     net = Net(lambda m, x: m.out(torch.cat([m.a(x)[:, : m.width] + m.b(x), m.a2(x)], 1)), a=conv(3, 4), a2=conv(3, 6),
               b=conv(3, 4), out=conv(10, 2))  # fmt: skip
     net.width = 4
-    assert prove(net, image())[0] == {"a", "b", "a2"}
+    assert check_pruning(net, image())[0] == {"a", "b", "a2"}
 
 
 def grouped_concat():
@@ -56,9 +56,9 @@ def grouped_concat():
 
 def test_groups_that_lose_alike_are_linked():
     one, two, *_ = groups(grouped_concat(), image())
-    assert one.linked == [one, two] == two.linked
-    assert one.cells.tolist() == [0] * 6 and two.cells.tolist() == [1] * 6
-    assert one.blocks is None
+    assert one.tied_groups == [one, two] == two.tied_groups
+    assert one.subgroups.tolist() == [0] * 6 and two.subgroups.tolist() == [1] * 6
+    assert one.equal_subgroups is None
 
 
 def test_linked_groups_lose_in_proportion():
@@ -118,5 +118,5 @@ def test_parts_that_cannot_lose_alike_keep_their_channels():
     net = Net(lambda m, x: m.out(m.grouped(torch.cat([m.a(x), x], 1))), a=conv(3, 3), grouped=conv(6, 8, groups=2),
               out=conv(8, 2))  # fmt: skip
     first, second, _ = groups(net, image())
-    assert first.why_frozen == "grouped needs equally many of the channels in each of its parts"
-    assert second.blocks == 2 and not second.why_frozen
+    assert first.frozen_reason == "grouped needs equally many of the channels in each of its parts"
+    assert second.equal_subgroups == 2 and not second.frozen_reason

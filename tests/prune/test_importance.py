@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import Tensor, nn
 
 from amct_ext.config.plan import LayerPlan, Plan
@@ -122,9 +122,9 @@ def test_a_channel_that_no_layer_reads_goes_first() -> None:
         net[0].weight.data[channel] *= 100  # to the producer's norm they matter most
         net[1].weight.data[channel] = 1e-3
         net[3].weight.data[:, channel] = 0
-    gone = {}
+    removed = {}
     for measure in ("BALANCED_L2", "GROUP_L2"):
         plan = plan_of(net, image(), {"0": measure})
         (record,) = plan_channels(discover(trace(net, image()), plan, net), plan, net)
-        gone[measure] = record.producers[0].prune_index
-    assert gone == {"BALANCED_L2": (0, 3), "GROUP_L2": (1, 2)}
+        removed[measure] = record.producers[0].prune_index
+    assert removed == {"BALANCED_L2": (0, 3), "GROUP_L2": (1, 2)}

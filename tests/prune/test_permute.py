@@ -111,3 +111,33 @@ def test_with_channel_pruning_in_the_same_job(tmp_path: Path, name: str) -> None
     linear = f'override_layer_types {{ layer_type: "Linear" {PERMUTE % "true"} }}\n'
     model = Job(tmp_path, small.CONFIGS[name] + linear).create()
     assert torch.isfinite(evaluate(model)).all()
+
+
+class ReadTwice(nn.Module):
+    """A concatenation of one tensor with its negative (CReLU), and a residual layer, which makes what it reads."""
+
+    def __init__(self, residual: bool) -> None:
+        super().__init__()
+        self.stem, self.residual = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1) if residual else None
+        self.out = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        if self.residual is not None:
+            x = x + self.residual(x)
+        return self.out(torch.relu(torch.cat([x, -x], 1))).mean((2, 3))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_reader_that_holds_the_channels_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, residual: bool
+) -> None:
+    torch.manual_seed(0)
+    model = ReadTwice(residual).eval()
+    plain, permuted = create(tmp_path, "false", model), create(tmp_path, "true", model)
+    assert "keep their order" not in caplog.text
+    assert not torch.equal(plain.stem.weight, permuted.stem.weight)
+    for layer in (m for m in permuted.modules() if getattr(m, "sparsity", None) is not None):
+        layer.sparsity.mask.fill_(True)
+        layer.sparsity._valid_mask.remember(layer.sparsity.mask)
+    torch.testing.assert_close(permuted.eval()(X), model(X), rtol=1e-4, atol=1e-4)

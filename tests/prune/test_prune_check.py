@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from support.models.channel_nets import plain, planned
-from support.models.graph_nets import conv, image
+from support.checks.planned_channels import plain, planned
+from support.models.net_of_function import conv, image
 from torch import nn
 
 from amct_ext.errors import RecordError

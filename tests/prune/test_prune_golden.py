@@ -95,9 +95,9 @@ def test_coupled_producers_are_ranked_by_the_sum(golden, name):
         for node in record.producers:
             norms = case.model.get_parameter(f"{node.name}.weight").detach().flatten(1).norm(dim=1)
             scores += (norms - norms.min()) / (norms.max() - norms.min())
-        gone = set(record.producers[0].prune_index)
-        stay = set(range(len(scores))) - gone
-        assert max(scores[sorted(gone)]) <= min(scores[sorted(stay)])
+        removed = set(record.producers[0].prune_index)
+        stay = set(range(len(scores))) - removed
+        assert max(scores[sorted(removed)]) <= min(scores[sorted(stay)])
 
 
 @pytest.mark.parametrize("name", MORE)
@@ -112,8 +112,8 @@ def test_groups_that_only_we_find(record_property, golden, name):
     ]
     assert [(r.producers[0].name, *reader) for r, reader in zip(ours, readers, strict=True)] == MORE[name]
     for record, (_, _, repeat) in zip(ours, MORE[name], strict=True):
-        gone = record.producers[0].prune_index
-        assert record.consumers[0].prune_index == tuple(c * repeat + i for c in gone for i in range(repeat))
+        removed = record.producers[0].prune_index
+        assert record.consumers[0].prune_index == tuple(c * repeat + i for c in removed for i in range(repeat))
     kept = apply_channels(case.model, case.found(), records, case.data)
     assert kept == records
 
@@ -177,8 +177,10 @@ def test_masks_of_single_weights(golden):
     assert len(items) > 200
     for item in items:
         (weight,) = item["tensors"]
-        gone = least_important(importance([weight]), item["prune_ratio"], item["ascend_optimized"], item["prune_group"])
-        assert gone == tuple((item["mask"] == 0).nonzero().flatten().tolist()), item
+        removed = least_important(
+            importance([weight]), item["prune_ratio"], item["ascend_optimized"], item["prune_group"]
+        )
+        assert removed == tuple((item["mask"] == 0).nonzero().flatten().tolist()), item
 
 
 def test_masks_of_several_weights_keep_the_count_and_follow_the_sum(record_property, golden):

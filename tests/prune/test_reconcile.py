@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from support.checks.pruning_proof import plan_for, unsettle
+from support.checks.pruning_check import plan_for, randomize_norms
 from torch import nn
 
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import discover
-from amct_ext.prune.trial import largest_error, run_masked
+from amct_ext.prune.equivalence import largest_error, run_masked
 
 
 class Attention(nn.Module):
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 def pruned(net, data, ratio):
-    unsettle(net)
+    randomize_norms(net)
     graph = trace(net, data)
     plan = plan_for(graph, net, ratio)
     found = discover(graph, plan, net)
@@ -59,7 +59,7 @@ def pruned(net, data, ratio):
         return again, plan_channels(again, plan, net)
 
     kept = apply_channels(net, found, plan_channels(found, plan, net), data, choose=choose)
-    gone = found.removed(kept, whole)
+    gone = found.removed_mask(kept, whole)
     inputs = parse_inputs(net, data)
     assert largest_error(inputs.evaluate(net), run_masked(whole, inputs, found, gone)[1]) < 1e-5
     return {node.name for record in kept for node in record.producers if node.prune_index}, asked

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove
-from support.models.graph_nets import Net
-from support.models.pruning_nets import Bottleneck, Dense, Inverted, conv, head, image
+from support.checks.pruning_check import check_pruning
+from support.models.conv_blocks import Bottleneck, Dense, Inverted, conv, head, image
+from support.models.net_of_function import Net
 from torch import nn
 
 
@@ -152,5 +152,5 @@ def _axes(a, b):
 def test_network(name):
     build, data, expected = NETWORKS[name]
     skip = ("stays",)
-    cut, stays = prove(build(), data, skip=skip)
+    cut, stays = check_pruning(build(), data, skip=skip)
     assert cut == expected, stays

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.checks.pruning_proof import prove
-from support.models.pruning_nets import SqueezeExcite, conv, image
+from support.checks.pruning_check import check_pruning
+from support.models.conv_blocks import SqueezeExcite, conv, image
 from torch import nn
 
 
@@ -125,7 +125,7 @@ def test_random_network(numbers, batch, flat, ratio, seed):
     torch.manual_seed(seed)
     # Means over channels and norms mix them: zero weights are not all there is to mask.
     mixes = any(kind in (10, 11) or kind > 12 for kind, _ in numbers)
-    prove(Random([(0, numbers[0][1]), *numbers], flat), image(3, batch, 4), ratio, tolerance=1e-4, mixes=mixes)
+    check_pruning(Random([(0, numbers[0][1]), *numbers], flat), image(3, batch, 4), ratio, tolerance=1e-4, mixes=mixes)
 
 
 def unscaled(model):
@@ -147,6 +147,6 @@ MIXING = ("ConvNeXt", "ViT", "Swin", "BERT", "Llama")  # LayerNorm
 def test_third_party(name, at_least):
     pytest.importorskip("transformers", reason="the architectures come from the transformers package")
     model = unscaled(real_models.build(name))
-    cut, stays = prove(model, real_models.sample(name, batch=2), tolerance=1e-4, mixes=name in MIXING)
+    cut, stays = check_pruning(model, real_models.sample(name, batch=2), tolerance=1e-4, mixes=name in MIXING)
     assert len(cut) >= at_least, stays
     assert all(stays.values())

@@ -17,7 +17,7 @@ import amct_ext
 from amct_ext.config.plan import resolve
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.graph.trace import trace
-from amct_ext.prune.cost import Cost, layer_works
+from amct_ext.prune.cost import Cost, layer_costs
 from amct_ext.prune.discover import discover
 from amct_ext.prune.groups import ChannelGroup, Member
 from amct_ext.prune.search_space import SearchGraph, graph_info, read_scores, search_records, write_scores
@@ -228,7 +228,7 @@ def test_greedy_equals_its_definition() -> None:
     graph = trace(model, small.SAMPLE)
     config = RetrainConfig(prune=FilterPrune(0.5, False))
     found = list(discover(graph, resolve(config, graph.traits(model)), model).prunable)
-    works = layer_works(graph, model)
+    works = layer_costs(graph, model)
     cost = Cost(works, found)
     records, scores = search_records(found), []
     for record, group in zip(records, found, strict=True):
@@ -238,7 +238,7 @@ def test_greedy_equals_its_definition() -> None:
     while cost.original / cost(removed) < 1.5:
         steps = []
         for index, group in enumerate(found):
-            blocks = group.blocks or 1
+            blocks = group.equal_subgroups or 1
             further = [*removed]
             further[index] += blocks
             if further[index] < group.count:
@@ -248,7 +248,7 @@ def test_greedy_equals_its_definition() -> None:
         removed = min(steps)[1]
     kept = amct_ext.GreedySearch().channel_prune_search(graph_info(works), records, (1.5, False, 1.0))
     for group, values, count in zip(found, scores, removed, strict=True):
-        blocks = group.blocks or 1
+        blocks = group.equal_subgroups or 1
         for member in group.producers:
             flags = torch.tensor(kept[member.name]).reshape(blocks, -1)
             assert (flags == 0).sum(1).tolist() == [count // blocks] * blocks

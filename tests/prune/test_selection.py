@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.channel_nets import plain, planned
-from support.models.graph_nets import Net, conv, image
+from support.checks.planned_channels import plain, planned
+from support.models.net_of_function import Net, conv, image
 
 from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune

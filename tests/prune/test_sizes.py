@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import plan_for, prove
-from support.models.channel_nets import planned
-from support.models.graph_nets import Net, conv, image
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning, plan_for
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.graph.trace import trace
@@ -66,8 +66,8 @@ def test_attributes_follow(name):
     build, data, attribute, wanted = ATTRIBUTES[name]
     net = build()
     found, records = planned(net, data, ratio=0.5)
-    gone = found.removed(records, net)
-    new = changed_attributes(net, found, gone)["", attribute]
+    removed = found.removed_mask(records, net)
+    new = changed_attributes(net, found, removed)["", attribute]
     before = getattr(net, attribute)
     assert type(new) is type(before)
     if wanted is not None:
@@ -75,7 +75,7 @@ def test_attributes_follow(name):
     else:
         removed = records[0].producers[0].prune_index
         assert list(new) == [8 - sum(index < 8 for index in removed), 4 - sum(index >= 8 for index in removed)]
-    cut, _ = prove(net, data, mixes=True)
+    cut, _ = check_pruning(net, data, mixes=True)
     assert cut
     assert getattr(net, attribute) == before
 
@@ -84,7 +84,7 @@ def test_other_attributes_with_the_same_number_stay():
     net = with_sizes(Net(lambda m, x: m.out(m.a(x).reshape(-1, m.d_model)), a=nn.Linear(6, 10), out=nn.Linear(10, 2)),
                      d_model=10, classes=10, num_heads=10)  # fmt: skip
     found, records = planned(net, torch.randn(2, 5, 6), ratio=0.5)
-    assert changed_attributes(net, found, found.removed(records, net)).keys() == {("", "d_model")}
+    assert changed_attributes(net, found, found.removed_mask(records, net)).keys() == {("", "d_model")}
 
 
 def test_norms_say_their_new_size():
@@ -113,7 +113,7 @@ def test_sizes_written_into_a_forward_keep_the_channels_with_a_warning(name, cap
     found, records = planned(net, data, ratio=0.5)
     kept = apply_channels(net, found, records, data)
     assert kept == () and torch.equal(net(data), wanted)
-    assert "a is not pruned: the model would fail without its channels: " in caplog.text
+    assert "a is not pruned: the pruned model would fail or differ: " in caplog.text
 
 
 def test_expected_shapes():
@@ -121,6 +121,6 @@ def test_expected_shapes():
     graph = trace(net, image())
     found = discover(graph, plan_for(graph, net), net)
     _, records = planned(net, image(), ratio=0.5)
-    gone = found.removed(records, net)
-    shapes = [expected_shape(node.outputs[0], found, gone) for node in graph.nodes]
+    removed = found.removed_mask(records, net)
+    shapes = [expected_shape(node.outputs[0], found, removed) for node in graph.nodes]
     assert shapes == [(2, 4, 6, 6), (2, 144), (2, 2)]

@@ -1,1 +1,1 @@
-"""One rule for each operator of a recorded forward: how channels pass through it."""
+"""Rules, one per operator: the channel maps of its outputs from those of its inputs."""

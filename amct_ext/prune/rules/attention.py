@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and where the factor goes that keeps its softmax when heads get smaller."""
+"""Scaled dot-product attention, and the parameters to scale so that its softmax stays when heads shrink."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from amct_ext.prune.rules.types import Context, Maps
 
 
 def attention(node: Node, context: Context) -> Mapping[int, Maps]:
-    """Scaled dot-product attention (..., heads, tokens, size): values keep their channels, queries meet keys."""
+    """Scaled dot-product attention (..., heads, tokens, size): queries and keys are joined, values pass."""
     query, key, value = (node.args.get(name) for name in ("query", "key", "value"))
     assert isinstance(query, Value) and isinstance(key, Value) and isinstance(value, Value)
     last = len(query.shape) - 1
@@ -23,9 +23,9 @@ def attention(node: Node, context: Context) -> Mapping[int, Maps]:
         context.coupling.join(pairs[0][0].ids, _for_each_query(pairs[1][0], query, key).ids, node.name)
         if node.args.get("scale") is None:  # then it is the root of the size of a head, which changes
             own = not bool(torch.isin(pairs[1][0].ids, rows).any())  # else keys are made of the same numbers
-            origin = origin_of(query, node, rows, context.of, context.owners.scalable) if own else None
+            origin = origin_of(query, node, rows, context.of, context.layers.can_scale_output) if own else None
             if origin is not None:
-                context.coupling.attended.append((origin.parameters, rows))
+                context.coupling.default_scaled_queries.append((origin.parameters, rows))
             else:
                 reason = f"{node.name} divides by the root of their number, and its queries are no layer's output alone"
                 context.coupling.freeze(rows, reason)
@@ -34,7 +34,7 @@ def attention(node: Node, context: Context) -> Mapping[int, Maps]:
             context.coupling.freeze(item.ids, f"{node.name} multiplies the channels by others that stay")
     kept = []
     for item in context.of(value):
-        if item.axis != last or last - 1 in item.varying:
+        if item.axis != last or last - 1 in item.varying_axes:
             context.coupling.freeze(item.ids, f"{node.name} has the channels along another axis than the last")
         else:
             kept.append(_for_each_query(item, query, value))
@@ -44,7 +44,7 @@ def attention(node: Node, context: Context) -> Mapping[int, Maps]:
 def _for_each_query(item: ChannelMap, query: Value, value: Value) -> ChannelMap:
     """A map of keys or values with the heads of the queries, several of which may share one of theirs."""
     heads = len(query.shape) - 3
-    if heads not in item.varying or query.shape[heads] == value.shape[heads]:
+    if heads not in item.varying_axes or query.shape[heads] == value.shape[heads]:
         return item
     shared = query.shape[heads] // value.shape[heads]
     return ChannelMap(item.ids.repeat_interleave(shared, heads), item.axis)

@@ -1,4 +1,4 @@
-"""Ops that move elements without changing them: the ids of the channels go through the op itself."""
+"""Ops that move elements without changing them are applied to the ids themselves."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.channel_map import ChannelMap, along, compressed
-from amct_ext.prune.coupling import joined_indices
+from amct_ext.prune.channel_map import ChannelMap, from_vector, squeeze_constant_axes
+from amct_ext.prune.coupling import collapse_to_axis, merge_along
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps, Rule
 
 # From the ids and map of input 0 to those of each output; raises CannotFollow.
 Move = Callable[[Node, ChannelMap, Value, Context], list[ChannelMap]]
 
 
-def moving(move: Move) -> Rule:
+def moves_elements(move: Move) -> Rule:
     """The rule for ops whose input 0 is moved; no other input may carry channels."""
 
     def rule(node: Node, context: Context) -> Mapping[int, Maps]:
@@ -43,32 +43,33 @@ def moving(move: Move) -> Rule:
 
 def _reshape(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
     shape = node.outputs[0].shape
-    ids = compressed(channel_map.full(value.shape).reshape(shape))
+    ids = squeeze_constant_axes(channel_map.expanded(value.shape).reshape(shape))
     varying = [axis for axis, size in enumerate(ids.shape) if size > 1]
-    if not varying:  # one channel: it lies where as many elements are in front of it
+    if not varying:  # a single channel: keep the axis with the same number of elements before it
         before = math.prod(value.shape[: channel_map.axis])
-        places = [axis for axis in range(len(shape)) if math.prod(shape[:axis]) == before]
-        if not places:
+        candidates = [axis for axis in range(len(shape)) if math.prod(shape[:axis]) == before]
+        if not candidates:
             raise CannotFollow(f"{node.name} mixes one channel with other elements")
-        exact = [axis for axis in places if shape[axis] == value.shape[channel_map.axis]]
-        return [ChannelMap(ids, exact[0] if exact else places[-1])]
+        exact = [axis for axis in candidates if shape[axis] == value.shape[channel_map.axis]]
+        return [ChannelMap(ids, exact[0] if exact else candidates[-1])]
     merged, split = _block_of(channel_map.axis, value.shape, shape)
-    # Axes behind the channels that become one axis with them: each of their indices must lose the same channels, else
-    # those that are left would follow each other in another order.
-    if _joined_along(channel_map.ids, [axis for axis in merged if axis > channel_map.axis], node, context):
-        ids = compressed(channel_map.full(value.shape).reshape(shape))
+    # Axes behind the channels that are merged with them: each of their indices must lose the same channels, or the
+    # survivors would change their order.
+    behind = [axis for axis in merged if axis > channel_map.axis]
+    if merge_along(channel_map.ids, behind, context.coupling, node.name).shape != channel_map.ids.shape:
+        ids = squeeze_constant_axes(channel_map.expanded(value.shape).reshape(shape))
     parts = [axis for axis in split if axis in varying]
     if not parts:
         raise CannotFollow(f"{node.name} mixes the channels with other elements")
-    axis = parts[-1]  # heads and groups stay, what lies in them gets shorter
-    _joined_along(ids, [other for other in split if other > axis], node, context)
+    axis = parts[-1]  # heads and groups stay, their size shrinks
+    merge_along(ids, [other for other in split if other > axis], context.coupling, node.name)
     moved = ChannelMap(ids, axis)
-    context.coupling.balance(moved.rows(), node.name)
+    context.coupling.require_equal_removal(moved.rows(), node.name)
     return [moved]
 
 
 def _block_of(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """The axes that a reshape makes one of, and those it splits this one into; `axis` is among the first."""
+    """The axes that a reshape merges, `axis` among them, and those that it splits the result into."""
     start, first = 0, 0
     while True:
         stop, last = start + 1, first + 1
@@ -80,17 +81,6 @@ def _block_of(axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> tup
         if axis < stop:
             return list(range(start, stop)), list(range(first, last))
         start, first = stop, last
-
-
-def _joined_along(ids: Tensor, axes: list[int], node: Node, context: Context) -> bool:
-    """Make one channel of all that lie at the same place but along some axes; whether there were several."""
-    first = ids
-    for axis in axes:
-        first = first.narrow(axis, 0, 1)
-    if first.shape == ids.shape:
-        return False
-    context.coupling.join(first, ids, node.name)
-    return True
 
 
 def _as_strided(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -112,51 +102,51 @@ def _permute(node: Node, channel_map: ChannelMap, value: Value, context: Context
 
 
 def _expand(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
-    moved = channel_map.shifted(len(node.outputs[0].shape) - len(value.shape))
+    moved = channel_map.with_leading_axes(len(node.outputs[0].shape) - len(value.shape))
     if node.outputs[0].shape[moved.axis] != value.shape[channel_map.axis]:
-        raise CannotFollow(f"{node.name} spreads one channel over several")
+        raise CannotFollow(f"{node.name} broadcasts one channel to several")
     return [moved]
 
 
 def _repeat(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
     repeats = node.args["repeats"]
-    moved = channel_map.shifted(len(repeats) - len(value.shape))
-    ids = moved.full([1] * (len(repeats) - len(value.shape)) + list(value.shape)).repeat(repeats)
-    return [ChannelMap(compressed(ids), moved.axis)]
+    moved = channel_map.with_leading_axes(len(repeats) - len(value.shape))
+    ids = moved.expanded([1] * (len(repeats) - len(value.shape)) + list(value.shape)).repeat(repeats)
+    return [ChannelMap(squeeze_constant_axes(ids), moved.axis)]
 
 
 def _slice(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
     dim, length = node.args["dim"] % len(value.shape), node.outputs[0].shape
-    whole = value.shape[dim]
+    size = value.shape[dim]
     start, step = node.args["start"] or 0, node.args["step"]
-    start = min(max(start + whole if start < 0 else start, 0), whole)
-    if dim not in channel_map.varying or length[dim] == whole:
+    start = min(max(start + size if start < 0 else start, 0), size)
+    if dim not in channel_map.varying_axes or length[dim] == size:
         return [channel_map]
     if not length[dim]:
         return []
     if dim == channel_map.axis and step != 1:
         raise CannotFollow(f"{node.name} takes every {step}th channel")
-    ids = channel_map.ids.narrow(dim, start, min(whole - start, step * length[dim]))
+    ids = channel_map.ids.narrow(dim, start, min(size - start, step * length[dim]))
     if step != 1:
         ids = ids.index_select(dim, torch.arange(0, ids.shape[dim], step))
-    elif dim == channel_map.axis and whole % length[dim] == 0 and start % length[dim] == 0:
-        _balance_parts(node, channel_map, whole // length[dim], context)
-    return [ChannelMap(compressed(ids), channel_map.axis)]
+    elif dim == channel_map.axis and size % length[dim] == 0 and start % length[dim] == 0:
+        _require_equal_parts(node, channel_map, size // length[dim], context)
+    return [ChannelMap(squeeze_constant_axes(ids), channel_map.axis)]
 
 
 def _split(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
     dim = node.args["dim"] % len(value.shape)
-    if dim not in channel_map.varying:
+    if dim not in channel_map.varying_axes:
         return [channel_map] * len(node.outputs)
     sizes = [output.shape[dim] for output in node.outputs]
     if dim == channel_map.axis and len(set(sizes)) == 1:
-        _balance_parts(node, channel_map, len(sizes), context)
-    return [ChannelMap(compressed(part), channel_map.axis) for part in channel_map.ids.split(sizes, dim)]
+        _require_equal_parts(node, channel_map, len(sizes), context)
+    return [ChannelMap(squeeze_constant_axes(part), channel_map.axis) for part in channel_map.ids.split(sizes, dim)]
 
 
-def _balance_parts(node: Node, channel_map: ChannelMap, parts: int, context: Context) -> None:
+def _require_equal_parts(node: Node, channel_map: ChannelMap, parts: int, context: Context) -> None:
     rows = channel_map.rows()
-    context.coupling.balance(rows.reshape(len(rows) * parts, -1), node.name)
+    context.coupling.require_equal_removal(rows.reshape(len(rows) * parts, -1), node.name)
 
 
 def _select(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -165,9 +155,9 @@ def _select(node: Node, channel_map: ChannelMap, value: Value, context: Context)
         raise CannotFollow(f"{node.name} ({node.op}) takes single channels")
     axis = channel_map.axis - (dim < channel_map.axis)
     indices = range(len(node.outputs)) if node.op == "unbind" else [node.args["index"]]
-    varies = dim in channel_map.varying
+    varies = dim in channel_map.varying_axes
     parts = [channel_map.ids.select(dim, index if varies else 0) for index in indices]
-    return [ChannelMap(compressed(part), axis) for part in parts]
+    return [ChannelMap(squeeze_constant_axes(part), axis) for part in parts]
 
 
 def _flip(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -186,17 +176,23 @@ def _roll(node: Node, channel_map: ChannelMap, value: Value, context: Context) -
 
 def _pad(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
     amounts = list(node.args["pad"])
-    place = 2 * (len(value.shape) - 1 - channel_map.axis)
-    along_channels = amounts[place : place + 2]
+    first = 2 * (len(value.shape) - 1 - channel_map.axis)
+    along_channels = amounts[first : first + 2]
     if not any(along_channels):
-        return [channel_map] if set(channel_map.varying) <= {channel_map.axis} else [_padded(node, channel_map, value)]
+        return (
+            [channel_map]
+            if set(channel_map.varying_axes) <= {channel_map.axis}
+            else [_padded(node, channel_map, value)]
+        )
     if min(along_channels) < 0 or node.args.get("value") not in (None, 0, 0.0):
         raise CannotFollow(f"{node.name} pads along the channels")
     return [_padded(node, channel_map, value)]
 
 
 def _padded(node: Node, channel_map: ChannelMap, value: Value) -> ChannelMap:
-    return ChannelMap(compressed(F.pad(channel_map.full(value.shape), node.args["pad"])), channel_map.axis)
+    return ChannelMap(
+        squeeze_constant_axes(F.pad(channel_map.expanded(value.shape), node.args["pad"])), channel_map.axis
+    )
 
 
 def _pixel_shuffle(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
@@ -205,33 +201,43 @@ def _pixel_shuffle(node: Node, channel_map: ChannelMap, value: Value, context: C
         raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     factor = next(node.args[name] for name in ("upscale_factor", "downscale_factor") if name in node.args)
     op = F.pixel_shuffle if node.op == "pixel_shuffle" else F.pixel_unshuffle
-    # Small images do: which channel an element belongs to repeats over the positions.
+    # Run the op on the smallest image: the pattern repeats over positions.
     small = (factor, factor) if node.op == "pixel_unshuffle" else (1, 1)
     vector = _vector(node, channel_map, value.shape[axis], context)
     ids = op(vector.double().reshape(1, -1, 1, 1).expand(1, -1, *small), factor).long()
-    ids = joined_indices(ids, 1, ids.shape[1], context.coupling, node.name)
-    return [along(ids, axis, len(value.shape))]
+    ids = collapse_to_axis(ids, 1, ids.shape[1], context.coupling, node.name)
+    return [from_vector(ids, axis, len(value.shape))]
 
 
 def _channel_shuffle(node: Node, channel_map: ChannelMap, value: Value, context: Context) -> list[ChannelMap]:
     if channel_map.axis != 1:
         raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     vector = _vector(node, channel_map, value.shape[1], context).reshape(node.args["groups"], -1)
-    _joined_along(vector, [0], node, context)  # see _reshape
-    return [along(vector.T.flatten(), 1, len(value.shape))]
+    merge_along(vector, [0], context.coupling, node.name)  # see _reshape
+    return [from_vector(vector.T.flatten(), 1, len(value.shape))]
 
 
 def _vector(node: Node, channel_map: ChannelMap, size: int, context: Context) -> Tensor:
-    return joined_indices(channel_map.ids, channel_map.axis, size, context.coupling, node.name)
+    return collapse_to_axis(channel_map.ids, channel_map.axis, size, context.coupling, node.name)
 
 
-reshape, as_strided, permute = moving(_reshape), moving(_as_strided), moving(_permute)
-expand, repeat = moving(_expand), moving(_repeat)
-slice_, split, select, flip, roll = moving(_slice), moving(_split), moving(_select), moving(_flip), moving(_roll)
-pad, pixel_shuffle, channel_shuffle = moving(_pad), moving(_pixel_shuffle), moving(_channel_shuffle)
+reshape, as_strided, permute = moves_elements(_reshape), moves_elements(_as_strided), moves_elements(_permute)
+expand, repeat = moves_elements(_expand), moves_elements(_repeat)
+slice_, split, select, flip, roll = (
+    moves_elements(_slice),
+    moves_elements(_split),
+    moves_elements(_select),
+    moves_elements(_flip),
+    moves_elements(_roll),
+)
+pad, pixel_shuffle, channel_shuffle = (
+    moves_elements(_pad),
+    moves_elements(_pixel_shuffle),
+    moves_elements(_channel_shuffle),
+)
 
 
-def gated(node: Node, context: Context) -> Mapping[int, Maps]:
+def glu(node: Node, context: Context) -> Mapping[int, Maps]:
     """glu: one half times the sigmoid of the other."""
     value = node.inputs[0]
     assert value is not None
@@ -239,27 +245,27 @@ def gated(node: Node, context: Context) -> Mapping[int, Maps]:
     result = []
     for channel_map in context.of(value):
         item = channel_map
-        if dim in channel_map.varying:
+        if dim in channel_map.varying_axes:
             first, second = channel_map.ids.chunk(2, dim)
             context.coupling.join(first, second, node.name)
-            item = ChannelMap(compressed(first), channel_map.axis)
+            item = ChannelMap(squeeze_constant_axes(first), channel_map.axis)
         result.append(item)
     return {0: tuple(result)}
 
 
-def overwritten(node: Node, context: Context) -> Mapping[int, Maps]:
-    """A tensor after a write to a part of it: the write has met the channels that lay there."""
+def partial_write(node: Node, context: Context) -> Mapping[int, Maps]:
+    """A tensor after a write to a part of it: the write has joined the channels that were there."""
     before, written = node.inputs
     if not context.of(before):
         context.coupling.freeze_all(context.of(written), "they are written to a part of a tensor whose channels stay")
     return {0: context.of(before)}
 
 
-def new_content(node: Node, context: Context) -> Mapping[int, Maps]:
-    """Ops that take nothing but type and device from input 0."""
+def no_channels(node: Node, context: Context) -> Mapping[int, Maps]:
+    """Ops that take only dtype and device from input 0."""
     return {}
 
 
-def copy_of_shape(node: Node, context: Context) -> Mapping[int, Maps]:
+def same_channels(node: Node, context: Context) -> Mapping[int, Maps]:
     """Ops that take the shape of input 0 and nothing else: the same channels."""
     return dict.fromkeys(range(len(node.outputs)), context.of(node.args.get("self", node.inputs[0])))

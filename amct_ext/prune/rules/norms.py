@@ -1,4 +1,4 @@
-"""Normalisations: statistics over channels are those of the channels that are left."""
+"""Normalisations: statistics are taken over the channels that are left."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.channel_map import along
-from amct_ext.prune.coupling import joined_indices
-from amct_ext.prune.rules.elementwise import meet
+from amct_ext.prune.channel_map import from_vector
+from amct_ext.prune.coupling import collapse_to_axis
+from amct_ext.prune.rules.elementwise import broadcast_join
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 
 
 def layer_norm(node: Node, context: Context) -> Mapping[int, Maps]:
     """LayerNorm and RMSNorm over the trailing axes: factors and terms lose what the input loses."""
     values = [value for value in node.inputs if value is not None]
-    return {0: meet(node, values, node.outputs[0].shape, context)}
+    return {0: broadcast_join(node, values, node.outputs[0].shape, context)}
 
 
 def group_norm(node: Node, context: Context) -> Mapping[int, Maps]:
@@ -24,7 +25,7 @@ def group_norm(node: Node, context: Context) -> Mapping[int, Maps]:
     vector = _channels(node, context)
     if vector is None:
         return {}
-    context.coupling.balance(vector.reshape(node.args["group"], -1), node.name)
+    context.coupling.require_equal_removal(vector.reshape(node.args["group"], -1), node.name)
     return {0: _with_parameters(node, context, vector, ("weight", "bias"))}
 
 
@@ -34,16 +35,15 @@ def batch_norm(node: Node, context: Context) -> Mapping[int, Maps]:
     passing = [item for item in context.of(value) if item.axis != 1]
     if not batch_statistics:
         for item in passing:
-            context.coupling.freeze(item.ids, f"{node.name} does not have its channels where theirs lie")
+            reason = f"{node.name} normalises axis 1, but the channels are along axis {item.axis}"
+            context.coupling.freeze(item.ids, reason)
     vector = _channels(node, context)
     if vector is None:
         return {0: tuple(passing) if batch_statistics else ()}
-    names = ("weight", "bias", "running_mean", "running_var")
-    maps = _with_parameters(node, context, vector, names)
-    for name in names[:1]:
-        parameter = node.args.get(name)
-        if isinstance(parameter, Value):
-            context.owners.reads(node, parameter, vector)
+    maps = _with_parameters(node, context, vector, BATCH_NORM_TENSORS)
+    parameter = node.args.get("weight")
+    if isinstance(parameter, Value):
+        context.layers.mark_read(node, parameter, vector)
     return {0: (*maps, *(passing if batch_statistics else ()))}
 
 
@@ -52,12 +52,12 @@ def _channels(node: Node, context: Context) -> Tensor | None:
     value = node.inputs[0]
     maps = [item for item in context.of(value) if item.axis == 1]
     if value is None or not maps:
-        for name in ("weight", "bias", "running_mean", "running_var"):
+        for name in BATCH_NORM_TENSORS:
             context.coupling.freeze_all(
                 context.of(node.args.get(name)), f"{node.name} applies it to channels that stay"
             )
         return None
-    return joined_indices(maps[0].ids, 1, value.shape[1], context.coupling, node.name)
+    return collapse_to_axis(maps[0].ids, 1, value.shape[1], context.coupling, node.name)
 
 
 def _with_parameters(node: Node, context: Context, vector: Tensor, names: tuple[str, ...]) -> Maps:
@@ -68,4 +68,4 @@ def _with_parameters(node: Node, context: Context, vector: Tensor, names: tuple[
             if not maps:
                 raise CannotFollow(f"{node.name} has {name} values of its own that cannot be cut")
             context.coupling.join(vector, maps[0].ids, node.name)
-    return (along(vector, 1, len(node.outputs[0].shape)),)
+    return (from_vector(vector, 1, len(node.outputs[0].shape)),)

@@ -1,4 +1,4 @@
-"""Products: channels that are summed over meet those of the other factor; the others are channels of the result."""
+"""Products: channels that are summed over are joined with those of the other factor; the others remain."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.channel_map import ChannelMap, along
-from amct_ext.prune.coupling import joined_indices
-from amct_ext.prune.rules.elementwise import origin
+from amct_ext.prune.channel_map import ChannelMap, from_vector
+from amct_ext.prune.coupling import collapse_to_axis, merge_along
+from amct_ext.prune.rules.elementwise import describe
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 
 
@@ -34,20 +34,21 @@ def contraction(node: Node, one: Value, two: Value, context: Context) -> Maps:
     left_inner = [item for item in left if item.axis == inner]
     right_inner = [item for item in right if item.axis == other_inner]
     if left_inner and right_inner:
-        a, b = _without(left_inner[0], rows, node, context), _without(right_inner[0], columns, node, context)
+        a = merge_along(left_inner[0].ids, [rows], context.coupling, node.name)
+        b = merge_along(right_inner[0].ids, [columns], context.coupling, node.name)
         context.coupling.join(a, b.transpose(-1, -2), node.name)
         if a.numel() == one.shape[-1]:
-            context.owners.reads(node, two, a.flatten())
+            context.layers.mark_read(node, two, a.flatten())
     else:
         for listed, other in ((left_inner, two), (right_inner, one)):
-            reason = f"{node.name} multiplies the channels by {origin(other)}, whose channels stay"
+            reason = f"{node.name} multiplies the channels by {describe(other)}, whose channels stay"
             context.coupling.freeze_all(tuple(listed), reason)
     result = []
     for listed, summed in ((left, inner), (right, other_inner)):
         for item in listed:
             if item.axis == summed:
                 continue
-            if summed in item.varying:
+            if summed in item.varying_axes:
                 context.coupling.freeze(item.ids, f"{node.name} sums over channels that it does not keep apart")
                 continue
             result.append(item)
@@ -57,7 +58,7 @@ def contraction(node: Node, one: Value, two: Value, context: Context) -> Maps:
     result = [item for item in result if item.axis >= rows]
     for item in result:
         if item in right and item.axis == columns and len(two.shape) == 2:
-            context.owners.produces(node, two, item.ids.flatten().expand(two.shape[-1]))
+            context.layers.mark_produced(node, two, item.ids.flatten().expand(two.shape[-1]))
     return tuple(result)
 
 
@@ -70,7 +71,7 @@ def convolution(node: Node, context: Context) -> Mapping[int, Maps]:
     maps = context.of(value)
     if len(value.shape) != len(weight.shape) or any(item.axis != 1 for item in maps):
         raise CannotFollow(f"{node.name} works along another axis than that of the channels")
-    arriving = joined_indices(maps[0].ids, 1, value.shape[1], context.coupling, node.name) if maps else None
+    arriving = collapse_to_axis(maps[0].ids, 1, value.shape[1], context.coupling, node.name) if maps else None
     channels = value.shape[1]
     by_axis = {item.axis: item for item in context.of(weight)}
     if groups > 1 and groups == channels and not transposed:
@@ -79,20 +80,20 @@ def convolution(node: Node, context: Context) -> Mapping[int, Maps]:
         if groups == 1:
             inner = by_axis[0 if transposed else 1].ids.flatten() if (0 if transposed else 1) in by_axis else None
         else:
-            inner = context.owners.input_ids(weight, channels)
-        _meet_inner(node, weight, arriving, inner, groups, context)
+            inner = context.layers.input_ids(weight, channels)
+        _join_inner(node, weight, arriving, inner, groups, context)
         outer = by_axis.get(1 if transposed else 0)
         leaving = None if outer is None or (transposed and groups > 1) else outer.ids.flatten()
         if leaving is not None:
             leaving = leaving.expand(node.outputs[0].shape[1])
             if groups > 1:
-                context.coupling.balance(leaving.reshape(groups, -1), node.name)
-            context.owners.produces(node, weight, leaving)
+                context.coupling.require_equal_removal(leaving.reshape(groups, -1), node.name)
+            context.layers.mark_produced(node, weight, leaving)
     if leaving is None:
         if isinstance(bias, Value):
             context.coupling.freeze_all(context.of(bias), f"{node.name} adds it to channels that stay")
         return {}
-    result = along(leaving, 1, dims)
+    result = from_vector(leaving, 1, dims)
     if isinstance(bias, Value):
         for item in context.of(bias):
             context.coupling.join(leaving, item.ids.flatten(), node.name)
@@ -105,7 +106,7 @@ def embedding(node: Node, context: Context) -> Mapping[int, Maps]:
     result = []
     for item in context.of(table):
         if item.axis == 1:
-            result.append(along(item.ids.flatten(), dims - 1, dims))
+            result.append(from_vector(item.ids.flatten(), dims - 1, dims))
         else:
             context.coupling.freeze(item.ids, f"{node.name} looks them up by number")
     return {0: tuple(result)}
@@ -129,11 +130,11 @@ def _depthwise(
     multiplier = weight.shape[0] // channels
     leaving = arriving.repeat_interleave(multiplier)
     context.coupling.join(leaving, filters.ids.flatten(), node.name)
-    context.owners.reads(node, weight, arriving)
+    context.layers.mark_read(node, weight, arriving)
     return leaving
 
 
-def _meet_inner(
+def _join_inner(
     node: Node, weight: Value, arriving: Tensor | None, inner: Tensor | None, groups: int, context: Context
 ) -> None:
     if arriving is None or inner is None:
@@ -143,17 +144,8 @@ def _meet_inner(
         return
     context.coupling.join(arriving, inner, node.name)
     if groups > 1:
-        context.coupling.balance(arriving.reshape(groups, -1), node.name)
-    context.owners.reads(node, weight, arriving, groups if groups > 1 else None)
-
-
-def _without(item: ChannelMap, axis: int, node: Node, context: Context) -> Tensor:
-    """ids that are the same along an axis."""
-    if axis not in item.varying:
-        return item.ids
-    first = item.ids.narrow(axis, 0, 1)
-    context.coupling.join(first, item.ids, node.name)
-    return first
+        context.coupling.require_equal_removal(arriving.reshape(groups, -1), node.name)
+    context.layers.mark_read(node, weight, arriving, groups if groups > 1 else None)
 
 
 def _join_term(node: Node, term: Value, item: ChannelMap, shape: tuple[int, ...], context: Context) -> None:
@@ -162,9 +154,11 @@ def _join_term(node: Node, term: Value, item: ChannelMap, shape: tuple[int, ...]
         return
     listed = [other for other in context.of(term) if other.axis == own]
     if not listed:
-        context.coupling.freeze(item.ids, f"{node.name} combines the channels with {origin(term)}, whose channels stay")
+        context.coupling.freeze(
+            item.ids, f"{node.name} combines the channels with {describe(term)}, whose channels stay"
+        )
         return
-    context.coupling.join(item.ids, listed[0].shifted(len(shape) - len(term.shape)).ids, node.name)
+    context.coupling.join(item.ids, listed[0].with_leading_axes(len(shape) - len(term.shape)).ids, node.name)
 
 
 def _freeze_unmatched(node: Node, term: Value, result: Maps, shape: tuple[int, ...], context: Context) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from amct_ext.graph.values import Node
-from amct_ext.prune.channel_map import ChannelMap, compressed
+from amct_ext.prune.channel_map import ChannelMap, squeeze_constant_axes
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps, dims_of
 
 
@@ -35,17 +35,17 @@ def _reduced(node: Node, context: Context, over_channels: bool) -> Mapping[int, 
                 context.coupling.freeze(channel_map.ids, reason)
             continue
         ids = channel_map.ids
-        for axis in touched & set(channel_map.varying):
+        for axis in touched & set(channel_map.varying_axes):
             first = ids.narrow(axis, 0, 1)
             context.coupling.join(first, ids, node.name)
             ids = first if removed or over_channels else ids
         moved = ChannelMap(ids, channel_map.axis)
         if removed:
             kept = [axis for axis in range(dims) if axis not in touched]
-            ids = ids.narrow_copy(0, 0, ids.shape[0]) if not touched else ids
+
             for axis in sorted(touched, reverse=True):
                 ids = ids.select(axis, 0)
-            moved = ChannelMap(compressed(ids), kept.index(channel_map.axis))
+            moved = ChannelMap(squeeze_constant_axes(ids), kept.index(channel_map.axis))
         result.append(moved)
     return {number: tuple(result) for number in range(len(node.outputs))}
 
@@ -57,6 +57,8 @@ def spatial(node: Node, context: Context) -> Mapping[int, Maps]:
         return {}
     maps = context.of(value)
     for channel_map in maps:
-        if match is None or max((*channel_map.varying, channel_map.axis)) >= len(value.shape) - int(match.group(1)):
+        if match is None or max((*channel_map.varying_axes, channel_map.axis)) >= len(value.shape) - int(
+            match.group(1)
+        ):
             raise CannotFollow(f"{node.name} ({node.op}) works along the channels")
     return dict.fromkeys(range(len(node.outputs)), maps)

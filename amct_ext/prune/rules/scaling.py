@@ -1,4 +1,4 @@
-"""Where a factor on channels goes: the parameters that they, and nothing else, are multiples of."""
+"""The parameters that scale some channels and nothing else."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amct_ext.graph.operators import GROUP_NORM, LAYER_NORMS
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.rules.operators import GROUP_NORM, LAYER_NORMS
 from amct_ext.prune.rules.types import Maps
 
 _MOVES = frozenset(

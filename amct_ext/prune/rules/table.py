@@ -1,12 +1,12 @@
-"""For each op that channel removal can follow, its rule. An op that is not listed keeps its channels whole."""
+"""The rule of each op that channel ids can be followed through. At any other op channels stay."""
 
 from __future__ import annotations
 
 import re
 
+from amct_ext.graph.operators import ATTENTIONS, BATCH_NORM_OPS, GROUP_NORM, LAYER_NORMS, MATRIX_PRODUCTS, STATISTICS
 from amct_ext.graph.values import Node
 from amct_ext.prune.rules import attention, elementwise, movement, norms, products, reduction
-from amct_ext.prune.rules.operators import ATTENTIONS, BATCH_NORMS, GROUP_NORM, LAYER_NORMS, MATRIX_PRODUCTS, STATISTICS
 from amct_ext.prune.rules.types import Rule
 
 # Elementwise ops that torch (some versions, or for the in-place form) does not tag as such.
@@ -33,9 +33,9 @@ _SPATIAL = re.compile(
 )
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
-                    movement.copy_of_shape),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), movement.new_content),
-    "overwritten_part": movement.overwritten,
+                    movement.same_channels),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), movement.no_channels),
+    "overwritten_part": movement.partial_write,
     # elements move
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze"), movement.reshape),
     **dict.fromkeys(("permute", "transpose", "t"), movement.permute),
@@ -50,7 +50,7 @@ _RULES: dict[str, Rule] = {
     "roll": movement.roll,
     "constant_pad_nd": movement.pad,
     "channel_shuffle": movement.channel_shuffle,
-    "glu": movement.gated,
+    "glu": movement.glu,
     "cat": elementwise.concatenate,
     "stack": elementwise.stack,
     # along axes
@@ -60,7 +60,7 @@ _RULES: dict[str, Rule] = {
     # normalisations
     **dict.fromkeys(LAYER_NORMS, norms.layer_norm),
     GROUP_NORM: norms.group_norm,
-    **dict.fromkeys(BATCH_NORMS, norms.batch_norm),
+    **dict.fromkeys(BATCH_NORM_OPS, norms.batch_norm),
     # products
     **dict.fromkeys(MATRIX_PRODUCTS, products.matrix_product),
     "convolution": products.convolution,

@@ -19,28 +19,28 @@ class CannotFollow(Exception):  # noqa: N818 - a signal between rule and caller,
     """The channels cannot be followed through this node; str() says why."""
 
 
-class Owners(Protocol):
+class LayerLookup(Protocol):
     """What rules ask about the layers that parameters belong to."""
 
     def input_ids(self, weight: Value, size: int) -> Tensor | None:
         """Ids of the input channels of a grouped convolution's weight; None where the weight is no layer's."""
 
-    def produces(self, node: Node, weight: Value, ids: Tensor) -> None:
+    def mark_produced(self, node: Node, weight: Value, ids: Tensor) -> None:
         """The node's output channels are rows of this weight: those of a layer that the plan may prune."""
 
-    def reads(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
+    def mark_read(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
         """The node reads channels by a layer's parameter."""
 
-    def scalable(self, node: Node) -> bool:
+    def can_scale_output(self, node: Node) -> bool:
         """Whether the output channels of a layer's call may be multiplied by way of its weight and bias."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """State of the walk that rules use: the channels in each value so far, and what is learnt about channels."""
+    """State of the walk that rules use: the channel maps so far, and what is known about ids."""
 
     coupling: Coupling
-    owners: Owners
+    layers: LayerLookup
     maps: dict[Value, Maps] = field(default_factory=dict)
 
     def of(self, value: object) -> Maps:

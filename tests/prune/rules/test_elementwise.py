@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove, refusal
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, head, image
+from support.checks.pruning_check import check_pruning, refusal
+from support.models.conv_blocks import conv, head, image
+from support.models.net_of_function import Net
 from torch import nn
 
 
@@ -56,7 +56,7 @@ def test_channels_pass_through(name):
     layers = {"each": nn.PReLU(8), "one": nn.PReLU()} if name == "PReLU" else {}
     for prelu in layers.values():
         nn.init.uniform_(prelu.weight, -1, 1)
-    cut, _ = prove(through(FUNCTIONS[name], **layers), image(), mixes=name == "gated")
+    cut, _ = check_pruning(through(FUNCTIONS[name], **layers), image(), mixes=name == "gated")
     assert cut == {"a"}
 
 
@@ -64,7 +64,7 @@ def test_layer_scale_is_cut_with_the_channels_it_multiplies():
     net = through(lambda m, y: y * m.gamma[:, None, None] + m.shift)
     net.gamma = nn.Parameter(torch.rand(8) + 0.5)
     net.register_buffer("shift", torch.randn(1, 8, 1, 1))
-    assert prove(net, image())[0] == {"a"}
+    assert check_pruning(net, image())[0] == {"a"}
 
 
 def test_frozen_batchnorm_of_buffers():
@@ -75,7 +75,7 @@ def test_frozen_batchnorm_of_buffers():
     net = through(frozen)
     for name in ("weight", "bias", "mean", "var"):
         net.register_buffer(name, torch.rand(8) + 0.5)
-    assert prove(net, image())[0] == {"a"}
+    assert check_pruning(net, image())[0] == {"a"}
 
 
 def shuffled(m, x):
@@ -135,7 +135,7 @@ def test_channels_that_meet_go_together(name):
     if name.startswith("token"):
         net.token, net.place = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(7, 8))
         data = torch.randn(2, 6, 5)
-    cut, _ = prove(net, data)
+    cut, _ = check_pruning(net, data)
     assert cut == wanted
 
 
@@ -164,11 +164,11 @@ def test_channels_that_stay_are_told(name):
 
 def test_one_channel_that_is_spread_stays_and_the_others_go():
     net = Net(lambda m, x: m.out(m.a(x) * m.g(x)), a=conv(3, 8), g=conv(3, 1), out=conv(8, 2))
-    cut, stays = prove(net, image())
-    assert cut == {"a"} and "spreads one channel over several" in stays["g"]
+    cut, stays = check_pruning(net, image())
+    assert cut == {"a"} and "broadcasts one channel to several" in stays["g"]
 
 
 def test_a_sum_of_a_head_behind_a_linear():
     torch.manual_seed(0)
     net = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), head(8))
-    assert prove(net, image())[0] == {"0"}
+    assert check_pruning(net, image())[0] == {"0"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove, refusal
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.checks.pruning_check import check_pruning, refusal
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 from torch import nn
 
 
@@ -123,7 +123,7 @@ MOVED = {
 def test_channels_are_followed(name):
     torch.manual_seed(0)
     build, wanted = MOVED[name]
-    cut, stays = prove(build(), image())
+    cut, stays = check_pruning(build(), image())
     assert cut == wanted, stays
 
 
@@ -131,16 +131,16 @@ def test_kept_channels_are_those_cut_by_hand_from_a_shuffle_unit():
     """The cut network is built by hand in torch: only its weights come from the whole one."""
     import copy
 
-    from support.checks.pruning_proof import outputs, replay
-    from support.models.channel_nets import planned
+    from support.checks.planned_channels import planned
+    from support.checks.pruning_check import outputs, replay
 
     torch.manual_seed(0)
     net, data = MOVED["ShuffleNet unit"][0]().eval(), image()
     _, records = planned(net, data, ratio=0.5)
     pruned = replay(net, tuple(records), data)
-    gone = {n.name: list(n.prune_index) for record in records for n in record.producers if n.prune_index}
+    removed = {n.name: list(n.prune_index) for record in records for n in record.producers if n.prune_index}
     by_hand = copy.deepcopy(net)
-    assert gone.keys() == {"a", "b"}
+    assert removed.keys() == {"a", "b"}
     places: dict[str, set[int]] = {}
     for record in records:
         for node in record.producers:
@@ -174,7 +174,7 @@ REFUSED = {
         between(lambda m, y: y.as_strided((2, 4, 8, 8), (512, 64, 8, 1), 64), out=4), "may reorder the channels",
     ),
     "spread over several": (
-        lambda: Net(lambda m, x: m.out(m.a(x).expand(-1, 4, -1, -1)), a=conv(3, 1), out=conv(4, 2)), "spreads one",
+        lambda: Net(lambda m, x: m.out(m.a(x).expand(-1, 4, -1, -1)), a=conv(3, 1), out=conv(4, 2)), "broadcasts one",
     ),
     "unfold": (between(lambda m, y: y.unfold(2, 2, 2).sum(-1)), "cannot follow"),
     "gather": (between(lambda m, y: y[:, torch.tensor([1, 0, 3])], out=3), "cannot follow"),

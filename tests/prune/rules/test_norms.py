@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import outputs, prove, refusal, replay
-from support.models.channel_nets import planned
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.checks.planned_channels import planned
+from support.checks.pruning_check import check_pruning, outputs, refusal, replay
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 from torch import nn
 
 
@@ -111,7 +111,7 @@ def test_norms_lose_what_their_input_loses(name):
     net = build()
     if name == "weight norm by hand":
         net.g = nn.Parameter(torch.rand(8, 1) + 0.5)
-    cut, stays = prove(net, data(), mixes=True)
+    cut, stays = check_pruning(net, data(), mixes=True)
     assert "a" in cut, stays
 
 
@@ -138,8 +138,8 @@ def test_groups_of_a_norm_lose_equally_many():
     with torch.no_grad():
         net.a.weight[:4] *= 0.01  # the smallest four lie in one group
     _, records = planned(net, image(), ratio=0.5)
-    gone = records[0].producers[0].prune_index
-    assert records[0].producers[0].prune_group == 2 and sum(index < 4 for index in gone) == 2 == len(gone) / 2
+    removed = records[0].producers[0].prune_index
+    assert records[0].producers[0].prune_group == 2 and sum(index < 4 for index in removed) == 2 == len(removed) / 2
 
 
 REFUSED = {
@@ -150,7 +150,7 @@ REFUSED = {
     ),
     "running statistics of others": (
         lambda: Net(lambda m, x: m.out(F.batch_norm(m.a(x), m.mean, m.var)), a=nn.Linear(6, 8), out=nn.Linear(8, 2)),
-        tokens, "a", "does not have its channels where theirs lie",
+        tokens, "a", "normalises axis 1, but the channels are along",
     ),
     "softmax over the channels": (
         lambda: on_images(lambda m, y: y.softmax(1)), image, "a", "works along the channels",
@@ -173,5 +173,5 @@ def test_a_norm_whose_result_nothing_reads_still_has_to_fit():
     torch.manual_seed(0)
     net = Net(lambda m, x: (lambda y: (m.norm(y), m.out(y))[1])(m.a(x)), a=conv(3, 4), norm=nn.GroupNorm(2, 4),
               out=conv(4, 2))  # fmt: skip
-    assert prove(net, image(), ratio=0.5)[0] == {"a"}
-    assert prove(net, image(), ratio=0.2)[0] == {"a"}  # one of four is rounded up to one of each group
+    assert check_pruning(net, image(), ratio=0.5)[0] == {"a"}
+    assert check_pruning(net, image(), ratio=0.2)[0] == {"a"}  # one of four is rounded up to one of each group

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.checks.pruning_proof import prove, refusal
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.checks.pruning_check import check_pruning, refusal
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 
 
 def between(function, out=8, width=8):
@@ -49,7 +49,7 @@ REDUCED = {
 @pytest.mark.parametrize("name", REDUCED)
 def test_channels_pass(name):
     torch.manual_seed(0)
-    cut, stays = prove(between(REDUCED[name]), image())
+    cut, stays = check_pruning(between(REDUCED[name]), image())
     assert cut == {"a"}, stays
 
 
@@ -65,7 +65,7 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_statistics_over_channels_leave_out_what_goes(name):
     torch.manual_seed(0)
-    cut, stays = prove(between(MIXED[name]), image(), mixes=True)
+    cut, stays = check_pruning(between(MIXED[name]), image(), mixes=True)
     assert cut == {"a"}, stays
 
 
@@ -74,7 +74,7 @@ def test_channel_attention_by_pooled_maps_mixes_no_ids():
     torch.manual_seed(0)
     net = Net(lambda m, x: m.out((lambda y: y * m.gate(torch.cat([y.mean(1, True), y.amax(1, True)], 1)).sigmoid())(
         m.a(x))), a=conv(3, 8), gate=conv(2, 1), out=conv(8, 2))  # fmt: skip
-    cut, _ = prove(net, image(), mixes=True)
+    cut, _ = check_pruning(net, image(), mixes=True)
     assert cut == {"a"}
 
 

@@ -50,5 +50,5 @@ class Watch:
         self.ref = torch.multiprocessing.reductions.StorageWeakRef(x.untyped_storage())
 
     @property
-    def gone(self) -> bool:
+    def removed_mask(self) -> bool:
         return self.ref.expired()

@@ -50,10 +50,10 @@ class ChainNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = Block(3, 8, nn.ReLU(inplace=True))
+        self.stem = Block(3, 8, nn.ReLU())
         self.first = Block(8, 8, nn.ReLU6(), groups=8)
-        self.second = Block(8, 8, nn.ReLU(), residual=True)
-        self.third = Block(8, 12, nn.Hardswish(), kernel=1)
+        self.second = Block(8, 8, nn.ReLU(inplace=True), residual=True)
+        self.third = Block(8, 12, nn.Hardswish(inplace=True), kernel=1)
         self.conv, self.norm, self.other = nn.Conv2d(12, 10, 3), nn.BatchNorm2d(10), nn.BatchNorm2d(10)
         self.last = nn.Conv2d(10, 4, 1)
         self.between: Callable[[ChainNet, Tensor], Tensor] = lambda m, y: torch.relu(m.norm(y))

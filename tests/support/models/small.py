@@ -17,6 +17,7 @@ FILTER = (
     "prune_config { filter_pruner { balanced_l2_norm_filter_prune { prune_ratio: 0.3 ascend_optimized: false } } }\n"
 )
 SPARSE = "prune_config { n_out_of_m_pruner { l1_selective_prune { n_out_of_m_type: M4N2 update_freq: %d } } }\n"
+SPARSE_QUANT = SPARSE % 0 + QUANT
 MIXED = """
 override_layer_types { layer_type: "Linear" prune_config { n_out_of_m_pruner { l1_selective_prune { update_freq: 2 } }
 } }
@@ -55,6 +56,11 @@ class Residual(nn.Module):
         y = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(y)) + self.down(x))
         return self.fc(self.drop(x.mean((2, 3))))
+
+
+def linear(inputs: int = 8, outputs: int = 8) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs)
 
 
 def build(seed: int = 0) -> nn.Module:

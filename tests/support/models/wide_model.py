@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.graph.trace import trace
-from amct_ext.prune.cost import layer_work
+from amct_ext.prune.cost import layer_cost
 
 
 def operations(model: nn.Module, sample: Tensor) -> int:
     graph = trace(model, sample)
     modules = dict(model.named_modules())
     layers = [name for name in graph.calls if isinstance(modules[name], (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
-    return sum(layer_work(modules[name], graph.calls[name]).bit_operations() for name in layers)
+    return sum(layer_cost(modules[name], graph.calls[name]).bit_operations() for name in layers)
 
 
 class Wide(nn.Module):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from support.jobs.linear_job import Change, Job, X, build, close, train
-from support.models import small
 from torch import Tensor, nn
 
 import amct_ext
@@ -142,31 +141,6 @@ def test_a_model_around_the_compressed_one_is_named(tmp_path: Path) -> None:
 
 
 # -- names and values
-
-
-ODD = ("a b", 'a"b', "a'b", "a\nb", "a\\b", "a/b", "class", "a\0b", "日本", "{a}", "%s")
-
-
-@pytest.mark.parametrize("config", ["quant", "sparse"])
-def test_odd_names(tmp_path: Path, config: str) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.box = nn.ModuleDict({name: nn.Linear(8, 8) for name in ODD})
-            self.last = nn.Linear(8, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(torch.stack([layer(x) for layer in self.box.values()]).sum(0))
-
-    job = Job(tmp_path, small.CONFIGS[config])
-    model = job.create(Net())
-    assert all(not amct_ext.explain(model)[f"box.{name}"].left_alone for name in ODD)
-    train(model)
-    want = model.eval()(X)
-    assert close(job.save(model), want)
-    torch.save(model.state_dict(), tmp_path / "s.pth")
-    restored = amct_ext.restore_compressed_retrain_model(Net(), X, job.config, job.record, str(tmp_path / "s.pth"))
-    assert torch.equal(restored.eval()(X), want)
 
 
 def test_a_layer_called_like_a_setting(tmp_path: Path) -> None:

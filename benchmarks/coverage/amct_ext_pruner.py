@@ -53,12 +53,12 @@ def nothing_to_prune(error: Exception) -> bool:
 def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int, ratio: float) -> Pruned:
     """`whole`: multiplications of the unpruned model. Exceptions become the error of the result."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, _heard() as heard:
+    with tempfile.TemporaryDirectory() as folder, _captured_reasons() as captured:
         paths = configuration(Path(folder), ratio, quantise=False)
         try:
             pruned = amct.create_prune_retrain_model(copy.deepcopy(model), inputs, *paths)
         except Exception as error:
-            reasons = _counted(heard, model, layers, ratio)
+            reasons = _counted(captured, model, layers, ratio)
             if nothing_to_prune(error):
                 return Pruned(note="create refuses: no channels to prune", reasons=reasons)
             text = describe(error).replace(f"{folder}/", "")
@@ -69,7 +69,7 @@ def prune(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, whole: int,
         return Pruned(error=wrong)
     proof, note = _proof(model, pruned, inputs)
     result = smaller(model, pruned, inputs, layers, whole, seconds)
-    return replace(result, note=note, proof=proof, reasons=_reasons(pruned, layers, ratio, dict(heard)))
+    return replace(result, note=note, proof=proof, reasons=_reasons(pruned, layers, ratio, dict(captured)))
 
 
 def smaller(
@@ -145,7 +145,7 @@ def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layer
     return dict(counts.most_common(_MOST_REASONS))
 
 
-class _Heard(logging.Handler):
+class _ReasonHandler(logging.Handler):
     """Layers and reasons that create logs; an error lists the first of them only."""
 
     def __init__(self) -> None:
@@ -159,8 +159,8 @@ class _Heard(logging.Handler):
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[list[tuple[str, str]]]:
-    logger, handler = logging.getLogger("amct_ext"), _Heard()
+def _captured_reasons() -> Iterator[list[tuple[str, str]]]:
+    logger, handler = logging.getLogger("amct_ext"), _ReasonHandler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -45,6 +45,14 @@ class ScaledConv(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+class HalvedLinear(nn.Linear):
+    """`chunk` hands out two parts of the weight at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.weight.chunk(2)
+        return F.linear(x, torch.cat([0.5 * first, second]), self.bias)
+
+
 class LowRankLinear(nn.Linear):
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__(cin, cout)
@@ -123,6 +131,7 @@ IMAGES = {
 VECTORS = {
     "cast": lambda: CastingLinear(8, 8),
     "matmul": lambda: TransposingLinear(8, 8),
+    "chunked": lambda: HalvedLinear(8, 8),
     "low_rank": lambda: LowRankLinear(8, 8),
     "merged": lambda: MergedLinear(8, 8),
     "columns": lambda: Columns(8, 8),

@@ -23,7 +23,7 @@ from amct_ext.graph.run import tensors_in
 def test_save_does_what_create_says(name: str, config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     make, arguments, fate = NETS[name]
-    if name == "experts":  # which rows an expert gets changes with the channels: a pruning trial refuses that
+    if name == "experts":  # which rows an expert gets changes with the channels: pruning refuses that
         config = small.QUANT
     args, net, job = arguments(), make(), AnyJob(tmp_path, config)
     named = args[-1] if isinstance(args[-1], Mapping) else {}

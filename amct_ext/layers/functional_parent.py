@@ -1,7 +1,7 @@
-"""Modules that multiply by the weights of layers below them without calling these layers.
+"""Modules that use the weights of layers below them functionally: ``F.linear(x, self.qkv.weight)``.
 
-An attention that passes ``self.qkv.weight`` to a function, say. The layer is compressed as any other; its module's
-forward runs under modes that hand each product by such a weight to the layer.
+The layer is compressed as any other; its parent's forward runs under function modes that pass each product by such a
+weight to the layer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, SupportsIndex
 
 from torch import nn
 
+from amct_ext.layers.custom_forward import CustomForward
 from amct_ext.layers.derive import derived_class, new_derived, take_attributes
-from amct_ext.layers.own_forward import OwnForward
 from amct_ext.layers.product_call import ProductMode
 
-_HOSTED = "amct_ext_hosted"
+_FUNCTIONAL_LAYERS = "amct_ext_functional_layers"
 
 
-class Host(nn.Module):
+class FunctionalParent(nn.Module):
     """A module whose forward computes products of layers below it."""
 
     derived_from: tuple[type, type] | None = None  # this class and the user's
@@ -28,9 +28,9 @@ class Host(nn.Module):
         """As the user's class."""
         assert self.derived_from is not None
         with contextlib.ExitStack() as modes:
-            for name in vars(self)[_HOSTED]:
+            for name in vars(self)[_FUNCTIONAL_LAYERS]:
                 layer = self.get_submodule(name)
-                if isinstance(layer, OwnForward):  # else something was put around it, or in its place
+                if isinstance(layer, CustomForward):  # else skip: the layer was wrapped or replaced after create
                     modes.enter_context(ProductMode(layer.weight, layer.product))
             return self.derived_from[1].forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -40,18 +40,18 @@ class Host(nn.Module):
         return new_derived, self.derived_from, get_state()
 
 
-def host_of(module: nn.Module, layers: Iterable[str]) -> nn.Module:
-    """The module as a host of these layers (names below it); it must not be used itself afterwards."""
-    new: nn.Module = object.__new__(derived_class(Host, type(module)))
+def as_functional_parent(module: nn.Module, layers: Iterable[str]) -> nn.Module:
+    """The module as the functional parent of these layers (names below it); do not use ``module`` afterwards."""
+    new: nn.Module = object.__new__(derived_class(FunctionalParent, type(module)))
     take_attributes(new, module)
-    vars(new)[_HOSTED] = tuple(layers)
+    vars(new)[_FUNCTIONAL_LAYERS] = tuple(layers)
     return new
 
 
-def plain_host(host: Host) -> nn.Module:
+def unwrap_functional_parent(parent: FunctionalParent) -> nn.Module:
     """The module of the user's class again."""
-    assert host.derived_from is not None
-    plain: nn.Module = object.__new__(host.derived_from[1])
-    take_attributes(plain, host)
-    del vars(plain)[_HOSTED]
+    assert parent.derived_from is not None
+    plain: nn.Module = object.__new__(parent.derived_from[1])
+    take_attributes(plain, parent)
+    del vars(plain)[_FUNCTIONAL_LAYERS]
     return plain

@@ -1,4 +1,4 @@
-"""What forbids to change the shape of a layer or parameter, whoever reads its channels."""
+"""Layers and parameters whose shape must not change, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import Family, computed_parameter, kind_of
 from amct_ext.graph.trace import Graph
-from amct_ext.graph.traits import why_not_cut
+from amct_ext.graph.traits import fixed_shape_reason
 from amct_ext.graph.values import Node
 
 
@@ -22,7 +22,7 @@ def shared_parameters(model: nn.Module) -> dict[str, str]:
     return {name: ", ".join(same) for same in names.values() if len(same) > 1 for name in same}
 
 
-def obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
+def fixed_shape_reasons(graph: Graph, model: nn.Module) -> dict[str, str]:
     """Layers whose shapes must not change, with the reason."""
     modules = dict(model.named_modules())
     owners: dict[int, list[str]] = {}
@@ -37,12 +37,12 @@ def obstacles(graph: Graph, model: nn.Module) -> dict[str, str]:
         if name in all_calls:  # else ops compute with it, and their rules say what becomes of it
             result[name] = f"{readers[0].name} also reads its parameter {parameter_name}"
     for name, calls in all_calls.items():
-        for reason in _layer_obstacles(name, calls, modules[name], graph, owners):
+        for reason in _layer_reasons(name, calls, modules[name], graph, owners):
             result.setdefault(name, reason)
     return result
 
 
-def _layer_obstacles(
+def _layer_reasons(
     name: str, calls: list[Node], module: nn.Module, graph: Graph, owners: dict[int, list[str]]
 ) -> Iterator[str]:
     kind = kind_of(module)
@@ -51,7 +51,7 @@ def _layer_obstacles(
         if computed:
             yield f"its {computed} is computed (parametrisation or weight norm)"
     else:
-        reason = why_not_cut(calls, name, module)
+        reason = fixed_shape_reason(calls, name, module)
         if reason:
             yield reason
     for parameter in module._parameters.values():

@@ -1,7 +1,7 @@
-"""Compressed layers whose class has a forward of its own: the product in it is quantised where it happens.
+"""Compressed layers whose class has a custom forward: the product in it is quantised where it happens.
 
-The user's forward runs as it is. A mode meets the one product whose weight is the layer's, or computed from it (after
-standardisation, a cast, a sum with a low-rank term): its input and its weight are quantised as they arrive there.
+The user's forward runs as it is. A function mode intercepts the one product whose weight is the layer's, or derived
+from it (after standardisation, a cast, a sum with a low-rank term), and quantises its input and its weight.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from amct_ext.config.plan import LayerPlan
 from amct_ext.layers import conv_linear
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.forward_context import frozen_state
+from amct_ext.layers.forward_context import no_state_updates
 from amct_ext.layers.product_call import Product, ProductCall, ProductMode, TensorLike
 
 
-class _ReachedError(Exception):
+class _StopAtProductError(Exception):
     """Ends a forward at its product."""
 
     def __init__(self, call: ProductCall) -> None:
@@ -27,7 +27,7 @@ class _ReachedError(Exception):
         self.call = call
 
 
-class OwnForward(CompressedLayer):
+class CustomForward(CompressedLayer):
     """A layer that quantises the product inside of the forward of its float class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,52 +50,52 @@ class OwnForward(CompressedLayer):
             call: ProductCall = args[0]
             return call.weight
         assert self.refs.product is not None
-        return self.weight if self.refs.product.plain else product_of(self, self.refs.product).weight
+        return self.weight if self.refs.product.weight_is_parameter else product_of(self, self.refs.product).weight
 
     def _add_children(self, plan: LayerPlan, batch_num: int, fixed_min: bool) -> None:
-        # No compensation of rounding: the weight that it would change is not always the one that is multiplied.
+        # No GPTQ: the multiplied weight may be derived from the parameter.
         CompressedLayer._add_children(self, plan, batch_num, fixed_min)
 
     @property
-    def _columns(self) -> bool:
-        return self.refs.product is not None and self.refs.product.columns
+    def _weight_is_in_out(self) -> bool:
+        return self.refs.product is not None and self.refs.product.weight_is_in_out
 
     def _to_rows(self, weight: Tensor) -> Tensor:
-        return weight.t() if self._columns else super()._to_rows(weight)
+        return weight.t() if self._weight_is_in_out else super()._to_rows(weight)
 
     def _from_rows(self, rows: Tensor) -> Tensor:
-        return rows.t() if self._columns else super()._from_rows(rows)
+        return rows.t() if self._weight_is_in_out else super()._from_rows(rows)
 
 
-class OwnConv1d(OwnForward, conv_linear.CompressedConv1d):
+class CustomForwardConv1d(CustomForward, conv_linear.CompressedConv1d):
     pass
 
 
-class OwnConv2d(OwnForward, conv_linear.CompressedConv2d):
+class CustomForwardConv2d(CustomForward, conv_linear.CompressedConv2d):
     pass
 
 
-class OwnConv3d(OwnForward, conv_linear.CompressedConv3d):
+class CustomForwardConv3d(CustomForward, conv_linear.CompressedConv3d):
     pass
 
 
-class OwnConvTranspose1d(OwnForward, conv_linear.CompressedConvTranspose1d):
+class CustomForwardConvTranspose1d(CustomForward, conv_linear.CompressedConvTranspose1d):
     pass
 
 
-class OwnConvTranspose2d(OwnForward, conv_linear.CompressedConvTranspose2d):
+class CustomForwardConvTranspose2d(CustomForward, conv_linear.CompressedConvTranspose2d):
     pass
 
 
-class OwnLinear(OwnForward, conv_linear.CompressedLinear):  # type: ignore[misc]  # as CompressedLinear
+class CustomForwardLinear(CustomForward, conv_linear.CompressedLinear):  # type: ignore[misc]  # as CompressedLinear
     pass
 
 
-class OwnConvolution(OwnForward):
+class CustomForwardConvolution(CustomForward):
     """A convolution in a module that is no convolution of torch's."""
 
 
-class OwnProduct(OwnForward):
+class CustomForwardProduct(CustomForward):
     """A matrix product in a module that is no Linear of torch's."""
 
     channel_axis_out = -1
@@ -123,12 +123,12 @@ def product_of(layer: nn.Module, product: Product) -> ProductCall:
     args, kwargs = pytree.tree_map(zeros, (product.args, dict(product.kwargs)))
     own = float_class(layer) if isinstance(layer, CompressedLayer) else type(layer)
     try:
-        with frozen_state(), torch.no_grad(), ProductMode(weight, _stop):
+        with no_state_updates(), torch.no_grad(), ProductMode(weight, _raise_stop):
             own.forward(layer, *args, **kwargs)
-    except _ReachedError as reached:
+    except _StopAtProductError as reached:
         return reached.call
     raise RuntimeError(f"the forward of {own.__name__} no longer multiplies by its weight")
 
 
-def _stop(call: ProductCall) -> Tensor:
-    raise _ReachedError(call)
+def _raise_stop(call: ProductCall) -> Tensor:
+    raise _StopAtProductError(call)

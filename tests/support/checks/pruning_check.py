@@ -1,6 +1,6 @@
-"""The proof that channels were removed rightly.
+"""Checks that channels were removed correctly.
 
-The pruned network must compute what the whole one does when every reader of a removed channel ignores it.
+The pruned network must compute what the unpruned one does when removed channels have no influence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from amct_ext.graph.run import tensors_in
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import discover
-from amct_ext.prune.trial import run_masked
+from amct_ext.prune.equivalence import run_masked
 from amct_ext.record.text import format_record, parse_record
 from amct_ext.record.types import ChannelRecord, Record
 
@@ -37,7 +37,7 @@ def plan_for(
     return Plan(1, layers, fp16=False, write_shift_bit=False, quant_active=False, prune_active=True)
 
 
-def unsettle(model: nn.Module) -> nn.Module:
+def randomize_norms(model: nn.Module) -> nn.Module:
     """BatchNorm statistics and weights as after training, so that nothing is the identity by chance."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -51,24 +51,24 @@ def unsettle(model: nn.Module) -> nn.Module:
 
 
 def masked(model: nn.Module, records: tuple[ChannelRecord, ...]) -> nn.Module:
-    """A copy of the whole model in which the weights that would read removed channels are zero."""
+    """A copy of the unpruned model in which the weights that would read removed channels are zero."""
     model = copy.deepcopy(model)
     modules: dict[str, Any] = dict(model.named_modules())
     with torch.no_grad():
         for record in records:
             for node in record.consumers:
-                module, gone = modules.get(node.name), list(node.prune_index)
+                module, removed_mask = modules.get(node.name), list(node.prune_index)
                 kind = None if module is None else kind_of(module)
                 if kind is None or is_depthwise(module):
                     continue
                 if kind.family is Family.LINEAR:
-                    module.weight[:, gone] = 0
+                    module.weight[:, removed_mask] = 0
                 elif kind.family is Family.TRANSPOSED_CONV:
-                    module.weight[gone] = 0
+                    module.weight[removed_mask] = 0
                 elif kind.family is Family.CONV:
                     inputs = module.in_channels // module.groups
                     outputs = module.out_channels // module.groups
-                    for channel in gone:
+                    for channel in removed_mask:
                         block = channel // inputs
                         module.weight[block * outputs : (block + 1) * outputs, channel % inputs] = 0
     return model
@@ -79,7 +79,7 @@ def outputs(model: nn.Module, data: Any) -> list[torch.Tensor]:
         return list(tensors_in(model(*data) if isinstance(data, tuple) else model(data)))
 
 
-def prove(
+def check_pruning(
     model: nn.Module,
     data: Any,
     ratio: float = 0.4,
@@ -91,17 +91,17 @@ def prove(
 
     `mixes`: norms or functions of weights mix the channels, so that zero weights are not all there is to mask.
     """
-    unsettle(model)
+    randomize_norms(model)
     graph = trace(model, data)
     plan = plan_for(graph, model, ratio, skip)
-    found = discover(graph, plan, model)
-    records = plan_channels(found, plan, model)
+    discovery = discover(graph, plan, model)
+    records = plan_channels(discovery, plan, model)
     pruned = copy.deepcopy(model)
-    kept = apply_channels(pruned, found, records, data)
-    assert kept == records, "a record was dropped by the trial forward: discovery was wrong"
+    kept = apply_channels(pruned, discovery, records, data)
+    assert kept == records, "a record was dropped by the comparison: discovery was wrong"
     references = [] if mixes else [outputs(masked(model, kept), data)]
-    gone = found.removed(kept, model)
-    references.append(run_masked(model, parse_inputs(model, data), found, gone)[1])
+    removed_mask = discovery.removed_mask(kept, model)
+    references.append(run_masked(model, parse_inputs(model, data), discovery, removed_mask)[1])
     for reference in references:
         for got, wanted in zip(outputs(pruned, data), reference, strict=True):
             assert got.shape == wanted.shape
@@ -114,22 +114,22 @@ def prove(
     }
     check_attributes(pruned)
     assert retraces(pruned, data, graph)
-    return cut, found.why_not()
+    return cut, discovery.unpruned_reasons()
 
 
 def replay(model: nn.Module, records: tuple[ChannelRecord, ...], data: Any) -> nn.Module:
-    """A copy of the whole model cut by the records as a file holds them."""
+    """A copy of the unpruned model, pruned by the records as a file holds them."""
     text = format_record(Record(channel=records))
     model = copy.deepcopy(model)
     graph = trace(model, data)
-    found = discover(graph, plan_for(graph, model, 0.5), model)
-    apply_channels(model, found, parse_record(text).channel, data, strict=True)
+    discovery = discover(graph, plan_for(graph, model, 0.5), model)
+    apply_channels(model, discovery, parse_record(text).channel, data, strict=True)
     return model
 
 
 def refusal(model: nn.Module, data: Any, layer: str) -> str:
     """Why a layer's channels stay; the model is pruned as far as it goes, and runs as before."""
-    cut, stays = prove(model, data, mixes=True)
+    cut, stays = check_pruning(model, data, mixes=True)
     assert layer not in cut
     return stays.get(layer, "")
 

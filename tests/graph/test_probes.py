@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from support.checks.onnx_run import run_onnx
 from support.jobs.any_job import AnyJob, off
 from support.models import small
-from support.models.custom_forward import SPARSE_QUANT, Written, linear
+from support.models.merging import Branches
+from support.models.net_of_function import Net
+from support.models.small import SPARSE_QUANT, linear
 from torch import Tensor, nn
 
 import amct_ext
@@ -30,7 +32,7 @@ def test_an_unread_result(tmp_path: Path, config: str, unread: Any, caplog: pyte
 
     x = torch.randn(2, 4, 8)
     job = AnyJob(tmp_path, config)
-    model = job.calibrated(Written(forward, body=nn.Sequential(linear(), linear()), pooler=unread(), head=linear()), x)
+    model = job.calibrated(Net(forward, body=nn.Sequential(linear(), linear()), pooler=unread(), head=linear()), x)
     assert "'pooler' is left as it is" in caplog.text
     report = amct_ext.explain(model)["pooler"]
     assert "reaches no tensor" in report.not_quantised or config == small.FILTER
@@ -47,8 +49,8 @@ def test_what_is_read_in_a_way_that_leaves_no_trace() -> None:
         out.numpy()[:] = y.numpy() * 2
         return net.head(out)
 
-    net = Written(forward, body=linear(), head=linear())
-    assert not trace(net, torch.randn(2, 8)).left_alone
+    net = Net(forward, body=linear(), head=linear())
+    assert not trace(net, torch.randn(2, 8)).excluded
 
 
 # -- blocks that are merged for evaluation
@@ -163,18 +165,18 @@ def test_layers_skipped_at_random_do_run_in_training() -> None:
         skip = net.training and bool(torch.rand(()) < 0.5)
         return net.head(x if skip else net.body(x))
 
-    net, x = Written(forward, body=linear(), head=linear(), unused=linear()), torch.randn(2, 8)
+    net, x = Net(forward, body=linear(), head=linear(), unused=linear()), torch.randn(2, 8)
     before = torch.get_rng_state()
-    assert not any(trace(net, x).left_alone for _ in range(5))
+    assert not any(trace(net, x).excluded for _ in range(5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_layer_in_a_closure_runs_in_training_too() -> None:
-    """An idle layer makes it worth while to look; what a lambda holds is looked at in the same copy."""
-    net = Written(lambda net, x: net.head(net.run(x)), body=linear(), head=linear(), unused=linear())
+    """A layer that does not run makes the probe run; layers in closures are watched in the same copy."""
+    net = Net(lambda net, x: net.head(net.closure(x)), body=linear(), head=linear(), unused=linear())
     body = net.body
-    net.run = lambda x: body(x)
-    assert not trace(net, torch.randn(2, 8)).left_alone
+    net.closure = lambda x: body(x)
+    assert not trace(net, torch.randn(2, 8)).excluded
 
 
 def test_a_model_that_cannot_train_on_the_example_gives_no_verdict() -> None:
@@ -183,7 +185,7 @@ def test_a_model_that_cannot_train_on_the_example_gives_no_verdict() -> None:
             raise ValueError("targets are missing")
         return net.body(x)
 
-    assert not trace(Written(forward, body=linear(), unused=linear()), torch.randn(2, 8)).left_alone
+    assert not trace(Net(forward, body=linear(), unused=linear()), torch.randn(2, 8)).excluded
 
 
 # -- weights that are read twice
@@ -196,10 +198,10 @@ def test_a_weight_that_an_op_reads_too(tmp_path: Path, config: str, kind: str) -
     torch.manual_seed(0)
     if kind == "linear":
         x = torch.randn(16, 8)
-        net = Written(lambda m, x: F.linear(m.a(x).relu(), m.a.weight.t()), a=linear(8, 16))
+        net = Net(lambda m, x: F.linear(m.a(x).relu(), m.a.weight.t()), a=linear(8, 16))
     else:
         x = torch.randn(2, 8, 6, 6)
-        net = Written(
+        net = Net(
             lambda m, x: F.conv_transpose2d(m.norm(m.a(x)).relu(), m.a.weight),
             a=nn.Conv2d(8, 16, 3),
             norm=nn.BatchNorm2d(16),
@@ -214,3 +216,18 @@ def test_a_weight_that_an_op_reads_too(tmp_path: Path, config: str, kind: str) -
     assert not report.pruned
     if config != small.QUANT:
         assert "also read by" in report.not_pruned
+
+
+class MergedByEval(nn.Sequential):
+    """A network whose eval() merges its blocks for good."""
+
+    def eval(self) -> Any:
+        for block in self:
+            if isinstance(block, Branches) and not hasattr(block, "merged"):
+                block.switch_to_deploy()
+        return super().eval()
+
+
+def test_layers_that_eval_removes_are_excluded() -> None:
+    net = MergedByEval(nn.Conv2d(3, 8, 1), Branches(), nn.Conv2d(8, 4, 1))
+    assert set(trace(net, torch.rand(2, 3, 8, 8)).excluded) == {"1.wide", "1.narrow"}

@@ -1,7 +1,7 @@
-"""Layers with a forward of their own, back in float and with a plain layer's weight and bias: what is exported.
+"""Float layers with a custom forward for export: the weight and bias of torch's layer, the user's forward around them.
 
-The weight is the one that the product sees (standardised, say), in the layout of torch's layer; so all that knows a
-Conv2d or a Linear can fold a BatchNorm into it or quantise it. The user's forward goes on around the product.
+The weight is the one that is multiplied (standardised, say), in the layout of torch's layer, so BatchNorm folding and
+export treat it like any Conv2d or Linear.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amct_ext.common.ranks import whole
-from amct_ext.layers.own_forward import product_of
+from amct_ext.common.ranks import full_tensor
+from amct_ext.layers.custom_forward import product_of
 from amct_ext.layers.product_call import Product, ProductCall, ProductMode
 
 
-class PlainProduct(nn.Module):
+class FoldedLayer(nn.Module):
     """The base of these layers. ``inner``: the user's layer, whose own weight no longer counts."""
 
     inner: nn.Module
@@ -33,55 +33,55 @@ class PlainProduct(nn.Module):
             return self.inner(*args, **kwargs)
 
     def _product(self, call: ProductCall) -> Tensor:
-        if call.columns:
+        if call.weight_is_in_out:
             return F.linear(call.x, self.weight, self.bias)
         return call.with_bias(self.bias).compute(call.x, self.weight)
 
 
-class PlainConv1d(PlainProduct, nn.Conv1d):
+class FoldedConv1d(FoldedLayer, nn.Conv1d):
     pass
 
 
-class PlainConv2d(PlainProduct, nn.Conv2d):
+class FoldedConv2d(FoldedLayer, nn.Conv2d):
     pass
 
 
-class PlainConv3d(PlainProduct, nn.Conv3d):
+class FoldedConv3d(FoldedLayer, nn.Conv3d):
     pass
 
 
-class PlainConvTranspose1d(PlainProduct, nn.ConvTranspose1d):
+class FoldedConvTranspose1d(FoldedLayer, nn.ConvTranspose1d):
     pass
 
 
-class PlainConvTranspose2d(PlainProduct, nn.ConvTranspose2d):
+class FoldedConvTranspose2d(FoldedLayer, nn.ConvTranspose2d):
     pass
 
 
-class PlainLinear(PlainProduct, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
+class FoldedLinear(FoldedLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
     pass
 
 
-_CONVOLUTIONS: dict[str, Callable[..., PlainProduct]] = {
-    "Conv1d": PlainConv1d,
-    "Conv2d": PlainConv2d,
-    "Conv3d": PlainConv3d,
-    "ConvTranspose1d": PlainConvTranspose1d,
-    "ConvTranspose2d": PlainConvTranspose2d,
+_CONVOLUTIONS: dict[str, Callable[..., FoldedLayer]] = {
+    "Conv1d": FoldedConv1d,
+    "Conv2d": FoldedConv2d,
+    "Conv3d": FoldedConv3d,
+    "ConvTranspose1d": FoldedConvTranspose1d,
+    "ConvTranspose2d": FoldedConvTranspose2d,
 }
 
 
 @torch.no_grad()
-def plain_product(layer: nn.Module, product: Product) -> nn.Module:
+def folded_layer(layer: nn.Module, product: Product) -> nn.Module:
     """The plain layer around a float one with a forward of its own, which becomes part of it."""
     call = product_of(layer, product)
-    weight = whole(call.weight.detach())
-    if call.columns:
+    weight = full_tensor(call.weight.detach())
+    if call.weight_is_in_out:
         weight = weight.t()
-    bias = None if call.bias is None else nn.Parameter(whole(call.bias.detach()).clone(), requires_grad=False)
-    new: PlainProduct
+    bias = None if call.bias is None else nn.Parameter(full_tensor(call.bias.detach()).clone(), requires_grad=False)
+    new: FoldedLayer
     if product.kind == "Linear":
-        new = PlainLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        new = FoldedLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     else:
         groups, transposed = call.argument(6, "groups", 1), product.kind.startswith("ConvTranspose")
         width = (weight.shape[0], weight.shape[1] * groups)

@@ -1,4 +1,4 @@
-"""What create and restore find in a model and log or raise: layers that stay float, pruning without effect, exports."""
+"""Checks of create and restore, logged or raised: layers that stay float, pruning without effect, exports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from amct_ext.explain.reasons import layer_reasons
 from amct_ext.explain.report import model_coverage
 from amct_ext.export.capture import format_risks
 from amct_ext.export.write import try_capture
-from amct_ext.graph.export_risks import free_parts
+from amct_ext.graph.export_risks import exportable_submodules
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.attention import InProjection
@@ -34,14 +34,14 @@ _MAX_LISTED = 9  # layers named in a message
 _MAX_PARTS = 3
 # Methods by which networks of branches merge them for deployment (RepVGG; MobileOne, timm; RepViT, YOLO).
 _MERGING = ("switch_to_deploy", "reparameterize", "fuse", "fuse_convs")
-_MOST = 0.9  # of the weights; where less is quantised, create warns
+_MIN_QUANTISED_SHARE = 0.9  # of the weights; where less is quantised, create warns
 
 
-def warn_of_left_alone(graph: Graph) -> None:
+def warn_of_excluded(graph: Graph) -> None:
     """Log the layers that ran and are not to be compressed, with the reason."""
     for name in graph.calls:
-        if name in graph.left_alone:
-            logger.warning("layer '%s' is left as it is: %s", name, graph.left_alone[name])
+        if name in graph.excluded:
+            logger.warning("layer '%s' is left as it is: %s", name, graph.excluded[name])
 
 
 def warn_of_merging(model: nn.Module, plan: Plan) -> None:
@@ -82,8 +82,8 @@ def check_called_once(graph: Graph, inputs: Inputs) -> None:
 def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTraits]) -> dict[str, str]:
     """Layers whose parameters are used without calling the layer -> why nothing can be done to them.
 
-    Those of which the caller's own ran in the forward of the copy are also warned of: the model holds them in a way
-    that no copy can follow (a global variable, a class attribute, a closure over objects).
+    Also warns of layers of the caller's model that ran in the copy's forward: the model holds them in a way that no
+    copy can follow (a global variable, a class attribute, a closure over objects).
     """
     foreign = {id(parameter) for parameter in graph.foreign}
     read = {name.rpartition(".")[0] for name in graph.parameter_readers()}
@@ -102,7 +102,7 @@ def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTr
 
 
 def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Layers that the plan compresses and a checkpoint holds as float, where only their class tells them apart.
+    """Layers that the plan compresses and a checkpoint holds as float: subclasses that AMCT leaves float.
 
     AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
     """
@@ -135,11 +135,11 @@ def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: Prunin
 
 
 def log_coverage(model: nn.Module) -> None:
-    """Log how much of a compressed model is quantised, as a warning where it is little; nothing where none is asked."""
+    """Log how much of a compressed model is quantised, as a warning where it is little."""
     if not session_of(model).plan.quant_active:
         return
     coverage = model_coverage(model)
-    level = logging.INFO if coverage.quantised >= _MOST else logging.WARNING
+    level = logging.INFO if coverage.quantised >= _MIN_QUANTISED_SHARE else logging.WARNING
     more = "" if level == logging.INFO else " (amct_ext.explain(model) says why)"
     logger.log(level, "%s: %s%s", type(model).__name__, coverage, more)
 
@@ -154,7 +154,7 @@ def check_pruned(session: Session, source: str) -> None:
         if not any(node.prune_index for record in session.channel for node in record.producers):
             logger.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
         return
-    dropped = "the model fails without its channels (see the log)"
+    dropped = "the pruned model would fail or differ (see the log)"
     lines = [f"{name}: {layer_reasons(session, name).not_pruned or dropped}" for name in asked]
     if len(lines) > _MAX_LISTED:
         lines[_MAX_LISTED:] = [f"and {len(lines) - _MAX_LISTED} more (amct_ext.explain lists them)"]
@@ -167,13 +167,14 @@ def check_pruned(session: Session, source: str) -> None:
 def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
     """What there is to know of a save before the training, logged as a warning too; '' where nothing is.
 
-    The export is tried where the trace met something that exporters may not follow; a try takes longer than all else.
+    The export is tried only where the trace has a location that may break it: a try takes longer than the rest of
+    create.
     """
     if not graph.export_risks:
         return ""
     fixed = [risk for risk in graph.export_risks if risk.specializes]
     try:
-        # torch.export may be busy with reads and branches for a minute before it gives them up
+        # torch.export may take a minute to fail on data-dependent branches
         traced = try_capture(model, input_data, trace_first=bool(fixed))
         if not fixed and not traced:
             return ""
@@ -187,7 +188,7 @@ def export_note(model: nn.Module, graph: Graph, input_data: Any) -> str:
             f"{format_risks(graph.export_risks)}. Take it out of forward, or create, train in the model and save only "
             "a part without it"
         )
-        parts = free_parts(graph.export_risks, list(graph.calls))
+        parts = exportable_submodules(graph.export_risks, list(graph.calls))
         note += f", such as {', '.join(map(repr, parts[:_MAX_PARTS]))}" if parts else ""
     logger.warning("%s: %s", type(model).__name__, note)
     return note

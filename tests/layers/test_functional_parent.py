@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.checks.onnx_run import run_onnx
 from support.models import small
-from support.models.own_forwards import train
+from support.models.custom_forwards import train
 from torch import Tensor, nn
 
 import amct_ext

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def settle(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+def randomize_norms(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Draws factors and terms of the normalisations, and takes BatchNorm's statistics from one training forward.
 
     A model that cannot train on the inputs alone (detectors need targets) keeps its statistics.

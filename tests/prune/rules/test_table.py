@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.checks.pruning_proof import refusal
-from support.models.graph_nets import Net
-from support.models.pruning_nets import conv, image
+from support.checks.pruning_check import refusal
+from support.models.conv_blocks import conv, image
+from support.models.net_of_function import Net
 
 from amct_ext.graph.values import Node
 from amct_ext.prune.rules import elementwise, reduction

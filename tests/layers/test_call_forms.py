@@ -31,7 +31,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("forward", ["float", "integer"])
 @pytest.mark.parametrize("config", ["quant", "sparse_quant"])
 @pytest.mark.parametrize("case", SAMPLES)
-def test_calls(tmp_path: Path, case: str, config: str, forward: Any) -> None:
+def test_call_forms(tmp_path: Path, case: str, config: str, forward: Any) -> None:
     sample = SAMPLES[case]
     (tmp_path / "c.cfg").write_text(small.CONFIGS[config])
     x = torch.randn(sample.shape)

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from amct_ext.graph.run import tensors_in
+from benchmarks.coverage.amct_ext_pruner import describe, other_outputs, smaller
 from benchmarks.coverage.layers import Layers
-from benchmarks.coverage.ours import describe, other_outputs, smaller
 from benchmarks.coverage.results import Pruned
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")

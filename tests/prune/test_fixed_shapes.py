@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models.graph_nets import Net, conv, image
+from support.models.net_of_function import Net, conv, image
 from torch import nn
 
 from amct_ext.graph.trace import trace
-from amct_ext.prune.obstacles import obstacles, shared_parameters
+from amct_ext.prune.fixed_shapes import fixed_shape_reasons, shared_parameters
 
 
 def tied():
@@ -37,12 +37,12 @@ CASES = {
 def test_obstacles(name):
     build, layer, reason = CASES[name]
     net = build().eval()
-    assert reason in obstacles(trace(net, image()), net)[layer]
+    assert reason in fixed_shape_reasons(trace(net, image()), net)[layer]
 
 
 def test_plain_layers_have_none():
     net = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)).eval()
-    assert obstacles(trace(net, image()), net) == {}
+    assert fixed_shape_reasons(trace(net, image()), net) == {}
 
 
 def test_names_of_shared_parameters_and_buffers():

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from support.checks.onnx_run import run_onnx
 from support.models import small
-from support.models.own_forwards import IMAGES, KINDS, CastingLinear, Columns, Net, net_and_input
+from support.models.custom_forwards import IMAGES, KINDS, CastingLinear, Columns, Net, net_and_input
 from torch import Tensor, nn
 
 import amct_ext
 from amct_ext import ops
+from amct_ext.layers import classes
 
 LEARNED = small.QUANT.replace("arq_retrain { }", "ulq_retrain { }")
 
@@ -263,6 +264,16 @@ def test_what_cannot_be_quantised_stays_float_and_is_named(tmp_path: Path, layer
     assert reason in report.not_quantised and report.left_alone and type(model.layer) is type(layer)
     with torch.no_grad():
         train(model, x, 0)
+
+
+def test_a_layer_type_without_a_class_for_forwards_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new layer type is at first: its subclasses stay float, with the reason."""
+    monkeypatch.delitem(classes._CUSTOM, "Linear")
+    net, x = net_and_input("cast")
+    model = Job(tmp_path).create(net, x)
+    reason = amct_ext.explain(model)["layer"].not_quantised
+    assert reason == "a Linear with a forward of its own (CastingLinear) has no compressed form"
+    assert type(model.layer) is CastingLinear
 
 
 def test_an_instance_with_a_forward_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from support.checks.pruning_proof import plan_for
-from support.models.graph_nets import conv
+from support.checks.pruning_check import plan_for
+from support.models.net_of_function import conv
 from torch import nn
 
 from amct_ext.graph.trace import trace
@@ -23,6 +23,6 @@ def planned(model, data, **settings):
     return found, plan_channels(found, plan, model)
 
 
-def why_not(model, data):
+def unpruned_reasons(model, data):
     graph = trace(model, data)
-    return discover(graph, plan_for(graph, model), model).why_not()
+    return discover(graph, plan_for(graph, model), model).unpruned_reasons()
