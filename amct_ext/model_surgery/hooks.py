@@ -10,12 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-<<<<<<< HEAD
-from amct_ext.common.ranks import several_ranks
-from amct_ext.layers.chain_values import with_history
-=======
 from amct_ext.common.ranks import is_distributed
->>>>>>> main
+from amct_ext.layers.chain_values import with_history
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.model_surgery.apply_gptq import (
