@@ -36,9 +36,7 @@ def gradients(model: nn.Module, x: Tensor, step: Step = run) -> tuple[Tensor, di
     return y.detach(), {**found, "input": leaf.grad.clone()}
 
 
-def assert_same(
-    fused: nn.Module, separate: nn.Module, x: Tensor, step: Step = run, tolerance: float = 1e-6
-) -> None:
+def assert_same(fused: nn.Module, separate: nn.Module, x: Tensor, step: Step = run, tolerance: float = 1e-6) -> None:
     """Equal outputs, running statistics within rounding, all gradients together within the tolerance."""
     (y, found), (expected, wanted) = gradients(fused, x, step), gradients(separate, x, step)
     assert torch.equal(y, expected)

@@ -28,8 +28,8 @@ def test_forward_has_the_bits_of_the_reference(shape: tuple[int, ...], activatio
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_forward_has_the_bits_of_torch(activation: tuple[object, ...]) -> None:
-    x = torch.randn(4, 19, 13, 11)
-    for x in (x, x.to(memory_format=torch.channels_last)):  # torch takes another way where there are holes
+    dense = torch.randn(4, 19, 13, 11)  # torch takes another way where there are holes
+    for x in (dense, dense.to(memory_format=torch.channels_last)):
         sample = Sample.of(x, activation)
         normalized = functional.batch_norm(x, None, None, sample.weight, sample.bias, training=True, eps=1e-5)
         assert torch.equal(ops.batch_norm_activation(*sample.arguments), apply_activation(normalized, activation))
