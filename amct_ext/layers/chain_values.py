@@ -62,6 +62,13 @@ class ChainValues:
             origin._readers.add(self)
 
     @property
+    def kept(self) -> Tensor:
+        """The tensor that is in memory: the values, or what they are computed from."""
+        if self.value is None and self.chain is not None:
+            return self.chain.norm.x
+        return self.get()
+
+    @property
     def pending(self) -> bool:
         return self.value is None
 

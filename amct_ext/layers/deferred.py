@@ -13,10 +13,9 @@ are computed and lie channels last while the model expects planes (`HeldValues`)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, SupportsIndex, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 from amct_ext import ops
 from amct_ext.layers.deferred_conv import DeferredConv2d
 from amct_ext.layers.deferred_source import LAYOUT_FREE, Clips, Codes, DeferredSource, HeldValues, PaddedValues, Padding
+from amct_ext.layers.lazy_tensor import LazyTensor
 from amct_ext.layers.prepared_conv import PreparedConv2d
 from amct_ext.layers.prepared_ops import HARDSWISH, SILU, Activation
 
@@ -34,9 +34,10 @@ _CPU = torch.device("cpu")
 _T = TypeVar("_T")
 
 
-class DeferredTensor(Tensor):
+class DeferredTensor(LazyTensor):
     """A tensor whose values are those of ``source``, computed on the first read (module docstring)."""
 
+    # Autograd has no part in this: nothing is deferred where gradients are recorded.
     source: DeferredSource | None  # None once the values are there
     value: Tensor
 
@@ -49,9 +50,6 @@ class DeferredTensor(Tensor):
         new: Self = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device=_CPU)
         new.source = source
         return new
-
-    # Autograd has no part in this: nothing is deferred where gradients are recorded.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -98,34 +96,6 @@ class DeferredTensor(Tensor):
         if isinstance(self.source, DeferredConv2d):
             return self.source.compute_codes(clips, num_bits, fixed_min)
         return ops.ulq_quantize(self.channels_last_values(), *clips, num_bits, fixed_min)
-
-    # Reads of memory that do not go through the dispatcher.
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().numpy(*args, **kwargs)
-
-    def tolist(self) -> Any:
-        return self.materialize().tolist()
-
-    def data_ptr(self) -> int:
-        return self.materialize().data_ptr()
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self.materialize().untyped_storage()
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().__dlpack__(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.materialize(), memo)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        reduce: Callable[[SupportsIndex], Any] = self.materialize().__reduce_ex__
-        return reduce(protocol)
-
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
-        represent: Callable[..., str] = self.materialize().__repr__
-        return represent(*args, **kwargs)
 
 
 def materialize(value: _T) -> _T:

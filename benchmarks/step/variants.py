@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
+from amct_ext.layers.chain_values import TensorOfValues
 from benchmarks.step.eager_quant import quantize_eagerly, quantize_with_torch_ops
 from benchmarks.step.models import Job
 
@@ -74,7 +75,9 @@ def bytes_kept(model: nn.Module, x: Tensor) -> int:
     storages: dict[int, Tensor] = {}
 
     def pack(value: Tensor) -> Tensor:
-        return storages.setdefault(value.untyped_storage().data_ptr(), value)
+        kept = value.lazy.kept if isinstance(value, TensorOfValues) else value
+        storages.setdefault(kept.untyped_storage().data_ptr(), kept)
+        return value
 
     with saved_tensors_hooks(pack, lambda value: value):
         model(x)

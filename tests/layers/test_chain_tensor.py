@@ -83,7 +83,7 @@ def test_only_the_convolutions_outputs_are_kept(pair: tuple[nn.Module, nn.Module
         storages: dict[int, int] = {}
 
         def pack(value: Tensor, storages: dict[int, int] = storages) -> Tensor:
-            whole = value.lazy.origin.value if isinstance(value, TensorOfValues) and value.lazy.origin else value
+            whole = value.lazy.kept if isinstance(value, TensorOfValues) else value
             storages[whole.untyped_storage().data_ptr()] = whole.untyped_storage().nbytes()
             return value
 

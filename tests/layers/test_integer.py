@@ -69,7 +69,7 @@ def test_a_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.Mo
     y = model(small.batch(1)[0])
     layers = [layer for _, layer in compressed_layers(model)]
     assert len(made) == sum(layer.act_quant is not None for layer in layers) < len(layers)
-    assert all(w.gone for w in made)  # nothing in the graph holds the codes
+    assert all(w.freed for w in made)  # nothing in the graph holds the codes
     y.sum().backward()
 
 

@@ -91,10 +91,10 @@ def test_the_quantised_input_is_freed(tmp_path: Path, monkeypatch: pytest.Monkey
         amct_ext.configure(model, stash=stash)
         made.clear()
         y = model(small.batch(1)[0])
-        assert len(made) == 4 and all(w.gone is expected for w in made)
+        assert len(made) == 4 and all(w.freed is expected for w in made)
         y.sum().backward()
         del y
-        assert all(w.gone for w in made)
+        assert all(w.freed for w in made)
 
 
 def test_saved_bytes(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def pruned(net, data, ratio):
         return again, plan_channels(again, plan, net)
 
     kept = apply_channels(net, found, plan_channels(found, plan, net), data, choose=choose)
-    gone = found.removed_mask(kept, whole)
+    removed_mask = found.removed_mask(kept, whole)
     inputs = parse_inputs(net, data)
-    assert largest_error(inputs.evaluate(net), run_masked(whole, inputs, found, gone)[1]) < 1e-5
+    assert largest_error(inputs.evaluate(net), run_masked(whole, inputs, found, removed_mask)[1]) < 1e-5
     return {node.name for record in kept for node in record.producers if node.prune_index}, asked
 
 

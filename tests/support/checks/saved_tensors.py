@@ -50,5 +50,5 @@ class Watch:
         self.ref = torch.multiprocessing.reductions.StorageWeakRef(x.untyped_storage())
 
     @property
-    def removed_mask(self) -> bool:
+    def freed(self) -> bool:
         return self.ref.expired()
