@@ -2,10 +2,11 @@
 
     python -m benchmarks.step.bench_retrain_step [--models ResNet-50 BERT-small] [--threads 2] [--rounds 6] [--quick]
 
-The models of a network take turns in one process, so a busy moment of the machine hits them all. Printed: medians,
-their ratios to the float model's, the first step (which searches the clip ranges), what the graph holds for backward,
-peak memory of a process of its own, and the time of create, restore, record and save. ``--quick``: fewer rounds, no
-peak memory, no times of create to save. ``--write`` puts the tables into docs/performance.md.
+Each variant takes turns with the float model in one process, so a busy moment of the machine hits both. Printed,
+network by network: medians, medians of the ratios to the float model's, the first step (which searches the clip
+ranges), what the graph holds for backward, peak memory of a process of its own, and the time of create, restore,
+record and save. ``--quick``: two rounds, no peak memory, no times of create to save. ``--write`` puts the tables into
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from amct_ext import build_info
 from benchmarks.document import write_part
 from benchmarks.step import flow_functions, memory
 from benchmarks.step.models import JOBS, Job
@@ -50,26 +52,28 @@ def milliseconds(call: Callable[[], None]) -> float:
 
 
 def measure(job: Job, args: argparse.Namespace) -> dict[str, Figures]:
+    """Each variant in turns with the float model: two models at a time are in memory."""
     torch.manual_seed(0)
     device = torch.device(args.device)
     x, labels = (value.to(device) for value in job.batch(args.batch or job.samples))
-    models = {v: make(v, job, x[:1].cpu(), args.compile).to(device) for v in VARIANTS}
-    steps = {v: stepper(model, x, labels) for v, model in models.items()}
-    found = {v: Figures(first=milliseconds(step)) for v, step in steps.items()}
-    for v, model in models.items():
-        found[v].kept = bytes_kept(model, x) / 2**20
-    times: dict[str, list[float]] = {v: [] for v in VARIANTS}
-    for turn in range(args.rounds + 1):  # the first one warms up
-        for v, step in steps.items():
-            taken = milliseconds(step)
-            if turn:
-                times[v].append(taken)
-    for v, figures in found.items():
-        figures.step = statistics.median(times[v])
-        figures.ratio, figures.eager = (
-            statistics.median(own / other for own, other in zip(times[v], times[baseline], strict=True))
-            for baseline in (FLOAT, EAGER)
-        )
+    base, times = Figures(ratio=1.0), []
+    base_model = make(FLOAT, job, x[:1].cpu(), args.compile).to(device)
+    base_step = stepper(base_model, x, labels)
+    base.first, base.kept = milliseconds(base_step), bytes_kept(base_model, x) / 2**20
+    found = {FLOAT: base}
+    for variant in args.variants:
+        model = make(variant, job, x[:1].cpu(), args.compile).to(device)
+        step = stepper(model, x, labels)
+        figures = found[variant] = Figures(first=milliseconds(step), kept=bytes_kept(model, x) / 2**20)
+        pairs = [(milliseconds(base_step), milliseconds(step)) for _ in range(args.rounds + 1)][
+            1:
+        ]  # the first warms up
+        times += [of_base for of_base, _ in pairs]
+        figures.step = statistics.median(own for _, own in pairs)
+        figures.ratio = statistics.median(own / of_base for of_base, own in pairs)
+    base.step = statistics.median(times)
+    for figures in found.values():
+        figures.eager = figures.ratio / found[EAGER].ratio if EAGER in found else float("nan")
     return found
 
 
@@ -101,6 +105,8 @@ def cells(variant: str, figures: Figures, base: Figures) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(JOBS), default=[name for name in JOBS if name[0].isupper()])
+    others = [variant for variant in VARIANTS if variant != FLOAT]
+    parser.add_argument("--variants", nargs="+", choices=others, default=others, help="default: all")
     parser.add_argument("--batch", type=int, help="samples (default: 8, 32 for the small ResNet)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
@@ -112,11 +118,12 @@ def main() -> None:
     args.rounds = 2 if args.quick else args.rounds
     torch.set_num_threads(args.threads)
 
-    table = Table(title=f"One training step, {args.device}, {args.threads} threads, medians of {args.rounds} rounds")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading else "left")
+    if args.write and args.variants != others:
+        parser.error("--write takes all variants")
     how = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     how += ", compiled" if args.compile else ""
+    if args.device == "cpu":
+        how += f", instruction set {build_info()['simd']}"
     lines = [f"{date.today()}, {processor()}, torch {torch.__version__}, {how}; medians of {args.rounds} rounds."]
     for name in args.models:
         found = measure(JOBS[name], args)
@@ -126,14 +133,15 @@ def main() -> None:
         if not args.quick:
             taken = flow_functions.times(JOBS[name])
             title += ", 2:4 + INT8: " + ", ".join(f"{name} {taken[name]:.1f} s" for name in flow_functions.NAMES)
-        table.add_row(f"[bold]{title}[/bold]", end_section=False)
+        table = Table(title=f"{title}; {lines[0]}")
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right" if heading else "left")
         rows = [cells(v, figures, found[FLOAT]) for v, figures in found.items()]
         for row in rows:
             table.add_row(*row)
-        table.add_section()
+        Console(width=130).print(table)
         lines += ["", f"**{title}**", "", "| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
-    Console(width=130).print(table)
     if args.write:
         write_part(BEGIN, END, lines)
 

@@ -25,6 +25,7 @@ BOTH = _SPARSE + INT8
 FLOAT, EAGER = "float32", "INT8, eager torch"
 OURS = {
     "INT8": INT8,
+    "INT8, not fused": INT8,
     "INT8, inputs kept": INT8,
     "INT8, forward auto": INT8,
     "INT8, learned scales": LEARNED,
@@ -48,6 +49,8 @@ def make(variant: str, job: Job, sample: Tensor, compiled: bool = False) -> nn.M
             model = amct.create_compressed_retrain_model(model, sample, str(config), str(Path(folder) / "record.txt"))
         if variant.endswith("inputs kept"):
             amct.configure(model, stash="off")
+        if variant.endswith("not fused"):
+            amct.configure(model, fuse="off")
         if variant.endswith("forward auto"):
             amct.configure(model, forward="auto")
     elif variant in BASELINES:
