@@ -9,6 +9,7 @@ checkpoints and control flow work as ever. Any other reader gets plain values th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -69,8 +70,18 @@ class ChainStart(TorchDispatchMode):
         return ChainTensor(ChainValues(value=result), result)
 
 
-def may_start(x: Tensor) -> bool:
-    """Whether a convolution on ``x`` can begin a chain: on the CPU, in a plain eager forward."""
+def chain_start(x: Tensor, wanted: bool) -> AbstractContextManager[Any]:
+    """`ChainStart` for a convolution on ``x``, where it is wanted and possible."""
+    return ChainStart() if wanted and _can_start(x) else nullcontext()
+
+
+def start_chain(y: Tensor, wanted: bool) -> Tensor:
+    """A chain tensor of the values of ``y``, which nothing else holds, where it is wanted and possible; else ``y``."""
+    return ChainTensor(ChainValues(value=y), y) if wanted and _can_start(y) else y
+
+
+def _can_start(x: Tensor) -> bool:
+    """Whether this is a plain eager forward on the CPU."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()

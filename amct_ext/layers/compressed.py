@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, Self, SupportsIndex
 
 import torch
@@ -17,7 +18,7 @@ from amct_ext.layers.accumulators import device_accumulators
 from amct_ext.layers.activation_quantizer import ActivationQuantizer
 from amct_ext.layers.activation_types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
-from amct_ext.layers.chain_tensor import ChainStart, may_start
+from amct_ext.layers.chain_tensor import chain_start
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.layer_refs import UnregisteredRefs
@@ -90,22 +91,13 @@ class CompressedLayer(nn.Module):
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         """The float computation on fake-quantised input and weight."""
-        quantizer = self.activation
-        results: list[FakeQuantized] = []
-        quantised = self.quantized_input(x, results)
-        weight = self._compressed(self.source_weight(*args))
+        quantizer, results = self.activation, []  # type: ignore[var-annotated]
+        quantised, weight = self.quantized_input(x, results), self._compressed(self.source_weight(*args))
         # Only the gradient of the weight reads the input again.
-        if quantizer is not None and quantizer.stash and weight.requires_grad:
-            with stashed(quantizer.num_bits, *results[0]):
-                return self._compute_chained(quantised, weight, *args)
-        return self._compute_chained(quantised, weight, *args)
-
-    def _compute_chained(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        """As `compute_with_weight`; a convolution's output is one that the BatchNorm behind it can wait on."""
-        if not (self.refs.fuse and self.refs.batch_norm is not None and may_start(x)):
-            return self.compute_with_weight(x, weight, *args)
-        with ChainStart():
-            return self.compute_with_weight(x, weight, *args)
+        stashes = quantizer is not None and quantizer.stash and weight.requires_grad
+        memory = stashed(quantizer.num_bits, *results[0]) if stashes else nullcontext()  # type: ignore[union-attr]
+        with memory, chain_start(quantised, self.refs.fuses):
+            return self.compute_with_weight(quantised, weight, *args)
 
     def quantized_input(self, x: Tensor, results: list[FakeQuantized]) -> Tensor:
         """``x`` fake-quantised, where the plan asks for it; ``results`` takes what the quantiser computed."""

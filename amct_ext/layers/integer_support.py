@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from amct_ext.layers.chain_tensor import ChainTensor
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.deferred import DeferredTensor
 from amct_ext.layers.integer_ops import conv_padding
@@ -36,7 +37,10 @@ def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
     """Whether input and weight are plain float32 on the CPU, outside of compilers and autocast, with values."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(x) not in (Tensor, nn.Parameter, DeferredTensor) or type(layer.weight) not in (Tensor, nn.Parameter):
+    if type(x) not in (Tensor, nn.Parameter, DeferredTensor, ChainTensor) or type(layer.weight) not in (
+        Tensor,
+        nn.Parameter,
+    ):
         return False
     if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
         return False

@@ -18,3 +18,8 @@ class UnregisteredRefs:
     batch_norm: _BatchNorm | None = None  # that follows, and has fixed statistics in evaluations
     fuse: bool = True  # the BatchNorm with what follows it
     product: Product | None = None  # in the forward of its class, where that is not torch's
+
+    @property
+    def fuses(self) -> bool:
+        """Whether what follows the layer's product may be computed with it."""
+        return self.fuse and self.batch_norm is not None

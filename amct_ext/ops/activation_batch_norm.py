@@ -99,7 +99,9 @@ def batch_norm_activation_backward(
         grad: gradient of the result, float32, shape of x.
         training, and all others: as `batch_norm_ulq_backward`.
 
-    Returns, errors: as `batch_norm_ulq_backward`, without the clips.
+    Returns: as `batch_norm_ulq_backward`, without the clips.
+
+    Errors: as `batch_norm_activation`; ValueError where grad and x differ in shape.
 
     Source: activated BatchNorm in place (Rota Bulo et al., 2018).
 

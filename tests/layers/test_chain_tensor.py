@@ -74,7 +74,8 @@ def test_random_chains(tmp_path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     x = torch.randn(3, 5, 9, 9)
     fused, separate = compressed_pair(random_net(5, seed), x, tmp_path / str(seed))
-    assert_same(fused, separate, x)
+    # Channels that hardly vary multiply rounding: some networks differ as much from float64, fused or not.
+    assert_same(fused, separate, x, tolerance=1e-4)
 
 
 def test_only_the_convolutions_outputs_are_kept(pair: tuple[nn.Module, nn.Module]) -> None:

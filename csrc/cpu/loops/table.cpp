@@ -3,6 +3,7 @@
 // the whole library, perhaps one that was compiled for a newer processor.
 #include "cpu/loop_table.h"
 #include "cpu/loops/activation_batch_norm.h"
+#include "cpu/loops/activation_batch_norm_backward.h"
 #include "cpu/loops/activation_ulq.h"
 #include "cpu/loops/calibration_search.h"
 #include "cpu/loops/calibration_shift.h"
