@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.layers.activation_types import QuantizedActivation
 from amct_ext.layers.bn_fold import apply_batch_norm
+from amct_ext.layers.chain_tensor import ChainTensor
+from amct_ext.layers.chain_values import plain
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.deferred import materialize
 from amct_ext.layers.integer_ops import PackedWeight, conv_geometry, integer_product
@@ -61,7 +63,9 @@ class _Trial:
         self.weight = ops.lsq_fake_quantize(layer.masked_weight(), self.scale, self.weight_bits, per_channel)
         self.packed: tuple[Tensor, Tensor] | None = None
         self.prepared: Tensor | None = None
-        self.x = materialize(x).detach()
+        # On floats the quantiser takes such an input from the convolution before, with BatchNorm in the same pass.
+        self.input_is_chain = with_gradients and isinstance(x, ChainTensor) and x.lazy.chain is not None
+        self.x = plain(materialize(x)).detach()
         self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 
     def on_floats(self) -> None:
@@ -73,6 +77,8 @@ class _Trial:
 
     def on_integers(self) -> None:
         layer, x = self.layer, self.x
+        if self.input_is_chain:
+            x = torch.relu(x)  # for the pass that computes it
         codes, x_scale, x_offset, clip_max, clip_min, _ = ops.ulq_quantize(
             x, *self.clips, self.num_bits, self.fixed_min
         )
