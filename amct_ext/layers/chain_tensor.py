@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -49,7 +48,6 @@ class ChainTensor(TensorOfValues):
         return func(*plain(args), **plain(kwargs or {}))
 
 
-@cache
 def _may_alias(func: OpOverload) -> bool:
     """Whether the op writes to an argument or returns a view of one."""
     return any(argument.alias_info is not None for argument in func._schema.arguments)

@@ -106,6 +106,10 @@ class TensorOfValues(LazyTensor):
     def materialize(self) -> Tensor:
         return self.lazy.get()
 
+    def memory(self) -> Tensor:
+        self.lazy.fix()
+        return self.lazy.get()
+
     def with_values(self, values: ChainValues, like: Tensor | None = None) -> Self:
         """A tensor of other values, with the shape and layout of ``like``, or of this one."""
         return type(self)(values, self if like is None else like)

@@ -23,20 +23,24 @@ class LazyTensor(Tensor):
         """The plain tensor of the values, without their history."""
         raise NotImplementedError
 
+    def memory(self) -> Tensor:
+        """The plain tensor of the values for one who may also write to them."""
+        return self.materialize()
+
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().numpy(*args, **kwargs)
+        return self.memory().numpy(*args, **kwargs)
 
     def tolist(self) -> Any:
         return self.materialize().tolist()
 
     def data_ptr(self) -> int:
-        return self.materialize().data_ptr()
+        return self.memory().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.materialize().untyped_storage()
+        return self.memory().untyped_storage()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().__dlpack__(*args, **kwargs)
+        return self.memory().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.materialize(), memo)

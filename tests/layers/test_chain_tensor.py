@@ -133,6 +133,7 @@ def test_values_kept_by_a_hook_stay(pair: tuple[nn.Module, nn.Module]) -> None:
         assert torch.equal(a + 0, b + 0)
 
 
+COMPILED = torch.compile(lambda z: z * 2 + 1, backend="eager")
 WAYS: dict[str, Callable[[ChainNet, Tensor], Tensor]] = {
     "in place on BatchNorm's output": lambda m, y: m.norm(y).mul_(2),
     "in place on the convolution's output before": lambda m, y: m.norm(y.mul(1).add_(1)),
@@ -154,6 +155,10 @@ WAYS: dict[str, Callable[[ChainNet, Tensor], Tensor]] = {
     "added in place to another": lambda m, y: (y * 2).add_(m.norm(y)),
     "weighted addition": lambda m, y: torch.add(m.norm(y), y, alpha=2),
     "a result changed behind an addition": lambda m, y: (lambda r: (m.norm(y) + r, r.mul_(0))[0])(y * 2),
+    "memory written through numpy": lambda m, y: (y.detach().numpy().fill(2.0), m.norm(y))[1],
+    "memory written later": lambda m, y: (lambda z: (y.detach().numpy().fill(2.0), z)[1])(m.norm(y)),
+    "data": lambda m, y: (y.data.mul_(2), m.norm(y))[1],
+    "a compiled function": lambda m, y: COMPILED(m.norm(y)),
     "numpy": lambda m, y: m.norm(y) * float(m.norm(y).detach().numpy().max() > -1e9),
     "float64": lambda m, y: m.norm(y).double().relu().float(),
 }
