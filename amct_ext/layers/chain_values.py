@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_any, tree_map_only
 from amct_ext.layers.batch_norm_chain import BatchNormChain
 from amct_ext.layers.lazy_tensor import LazyTensor
 
-_CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class ChainGradient:
@@ -99,7 +97,7 @@ class TensorOfValues(LazyTensor):
 
     @staticmethod
     def __new__(cls, values: ChainValues, like: Tensor) -> Self:
-        new: Self = Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device=_CPU)
+        new = cls.without_memory(like.shape, like.stride(), like.dtype)
         new.lazy = values
         return new
 

@@ -30,7 +30,6 @@ from amct_ext.layers.prepared_conv import PreparedConv2d
 from amct_ext.layers.prepared_ops import HARDSWISH, SILU, Activation
 
 _aten = torch.ops.aten
-_CPU = torch.device("cpu")
 _T = TypeVar("_T")
 
 
@@ -47,7 +46,7 @@ class DeferredTensor(LazyTensor):
         strides = (channels * height * width, height * width, width, 1)
         if source.channels_last:
             strides = (channels * height * width, 1, width * channels, channels)
-        new: Self = Tensor._make_wrapper_subclass(cls, shape, strides, dtype=torch.float32, device=_CPU)
+        new = cls.without_memory(shape, strides, torch.float32)
         new.source = source
         return new
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Sequence
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ class LazyTensor(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def without_memory(cls, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Self:
+        """A new one on the CPU. C++ code that takes its address without the dispatcher raises RuntimeError."""
+        new: Self = Tensor._make_wrapper_subclass(cls, shape, stride, dtype=dtype, device=torch.device("cpu"))
+        torch._C._set_throw_on_mutable_data_ptr(new)
+        return new
 
     def materialize(self) -> Tensor:
         """The plain tensor of the values, without their history."""

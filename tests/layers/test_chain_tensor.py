@@ -248,6 +248,18 @@ def test_outputs_of_the_model_are_plain(tmp_path: Path) -> None:
     assert type(fused(x)) is Tensor
 
 
+def test_addresses_taken_without_the_dispatcher_raise(pair: tuple[nn.Module, nn.Module]) -> None:
+    addresses: list[object] = []
+
+    def take(module: nn.Module, inputs: object, output: Tensor) -> None:
+        with pytest.raises(RuntimeError, match="data pointer"):
+            addresses.append(Tensor.data_ptr(output))  # what a function of C++ does that is no operator
+
+    pair[0].get_submodule("stem.bn").register_forward_hook(take)
+    pair[0](torch.randn(2, 3, 16, 16))
+    assert addresses == []
+
+
 def test_configure(pair: tuple[nn.Module, nn.Module]) -> None:
     x, kinds = torch.randn(2, 3, 16, 16), []
     pair[0].get_submodule("stem.bn").register_forward_hook(lambda m, i, o: kinds.append(type(o)))
