@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.layers.batch_norm_chain import BatchNorm, BatchNormChain, OpOverload, activation_of, batch_norm
-from amct_ext.layers.chain_values import ChainGradient, ChainValues, TensorOfValues, plain
+from amct_ext.layers.chain_values import ChainGradient, ChainValues, TensorOfValues, plain, unchanged
 
 _aten = torch.ops.aten
 _amct = torch.ops.amct_ext
@@ -59,16 +59,16 @@ def _batch_norm(
         return NotImplemented
     norm = batch_norm(x.lazy.value, weight, bias, running_mean, running_var, training, momentum, eps)
     values = ChainValues(chain=BatchNormChain(norm), origin=x.lazy)
-    empty = norm.mean.new_empty
-    saved = (norm.mean, norm.invstd) if training else (empty(0), empty(0))  # as torch's op returns
-    return x.with_values(values), *saved
+    return x.with_values(values), norm.mean, norm.invstd  # by which backward knows the BatchNorm
 
 
 def _activation(op: OpOverload, in_place: bool) -> Callable[..., Any]:
     def rule(func: OpOverload, x: TensorOfValues, *arguments: float) -> Any:
         chain = _pending_chain(x)
-        activation = None if chain is None or chain.activation is not None else activation_of(op, arguments)
-        if chain is None or activation is None:
+        if chain is None or chain.activation is not None or chain.padding is not None:
+            return NotImplemented
+        activation = activation_of(op, arguments)
+        if activation is None:
             return NotImplemented
         if in_place:
             x.lazy.chain = chain.then(activation)
@@ -102,13 +102,13 @@ def _add(in_place: bool) -> Callable[..., Any]:
 def _pad(func: OpOverload, x: TensorOfValues, padding: list[int], value: float = 0.0) -> Any:
     """Zeros around an activation; with the negative padding, the gradient of that."""
     if x.lazy.gradient is not None:
-        return _pad_backward(func, x, padding) if any(padding) else _alias(func, x)
+        return _pad_backward(func, x, padding) if any(padding) else _copy_of_gradient(x)
     chain = _pending_chain(x)
     if chain is None or chain.padding is not None or value != 0 or min(padding, default=0) < 0:
         return NotImplemented
     if not any(padding):
         return _clone(func, x)
-    like = func(torch.empty_strided(x.shape, x.stride(), device="meta"), padding)
+    like = func(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), padding)
     values = ChainValues(chain=chain.padded(tuple(padding)), origin=x.lazy.origin)
     return x.with_values(values, like)
 
@@ -160,28 +160,38 @@ def _fake_quantize_with_state(
 def _fake_quantize_backward(
     func: OpOverload, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int = 8
 ) -> Any:
-    # Values that others have read have more gradients, which are added to this one before the next node.
-    # A gradient that is differentiated again has torch's graph; its values must be those of its node.
+    # Values that something has read have other gradients, too; those are summed before the next node, so computing
+    # further here would be wasted. With create_graph the values must be those that torch's graph differentiates.
     chain = _pending_chain(x)
     if chain is None or not isinstance(x, TensorOfValues) or torch.is_grad_enabled():
         return NotImplemented
     upstream, values = plain(grad), x.lazy
     if upstream.dtype != torch.float32:
         return NotImplemented
+    read_upstream = unchanged(upstream)
     dx, d_weight, d_bias, d_max, d_min = chain.quantized_backward(upstream, clip_max, clip_min, num_bits)
 
     def compute() -> Tensor:
-        return ops.ulq_fake_quantize_backward(upstream, values.get(), clip_max, clip_min, num_bits)[0]
+        return ops.ulq_fake_quantize_backward(read_upstream(), values.get(), clip_max, clip_min, num_bits)[0]
 
     gradient = ChainGradient(chain, (dx, d_weight, d_bias))
-    return x.with_values(ChainValues(gradient=gradient, compute=compute)), d_max, d_min
+    return x.with_values(ChainValues(gradient=gradient, compute=compute, reads=(values,))), d_max, d_min
 
 
-def _passed(grad: TensorOfValues, compute: Callable[[], Tensor], like: Tensor | None = None) -> TensorOfValues:
+def _passed(
+    grad: TensorOfValues, compute: Callable[[], Tensor], reads: tuple[ChainValues, ...] = (), like: Tensor | None = None
+) -> TensorOfValues:
     """The gradient of the input of the link that ``grad`` has reached."""
     assert grad.lazy.gradient is not None
-    values = ChainValues(gradient=grad.lazy.gradient.next(), compute=compute)
+    values = ChainValues(gradient=grad.lazy.gradient.next(), compute=compute, reads=(grad.lazy, *reads))
     return grad.with_values(values, like)
+
+
+def _copy_of_gradient(grad: TensorOfValues) -> TensorOfValues:
+    values = grad.lazy
+    return grad.with_values(
+        ChainValues(gradient=values.gradient, compute=lambda: values.get().clone(), reads=(values,))
+    )
 
 
 def _pad_backward(func: OpOverload, grad: TensorOfValues, padding: list[int]) -> Any:
@@ -191,7 +201,7 @@ def _pad_backward(func: OpOverload, grad: TensorOfValues, padding: list[int]) ->
     if gradient.chain.padding != tuple(-size for size in padding):
         return NotImplemented
     values = grad.lazy
-    return _passed(grad, lambda: func(values.get(), padding), gradient.results[0])
+    return _passed(grad, lambda: func(values.get(), padding), like=gradient.results[0])
 
 
 def _activation_backward(op: OpOverload) -> Callable[..., Any]:
@@ -206,16 +216,21 @@ def _activation_backward(op: OpOverload) -> Callable[..., Any]:
             same = of_saved.norm is chain.norm and chain.activation is not None and chain.activation.op is op
             if gradient.link != "activation" or not same:
                 return NotImplemented
-            return _passed(grad, lambda: func(values.get(), values_saved.get(), *arguments))
+            return _passed(grad, lambda: func(values.get(), values_saved.get(), *arguments), (values_saved,))
         activation = activation_of(op, arguments)
         upstream = plain(grad)
-        if activation is None or of_saved.padding is not None or upstream.dtype != torch.float32:
+        if of_saved.padding is not None or upstream.dtype != torch.float32:
             return NotImplemented
+        # The op has saved its input, or its result; another activation function's result is neither.
+        if activation is None or of_saved.activation not in (None, activation):
+            return NotImplemented
+        read_upstream = unchanged(upstream)
         chain = BatchNormChain(of_saved.norm, activation)
         results = chain.backward(upstream)
         values = ChainValues(
             gradient=ChainGradient(chain, results, passed=1),
-            compute=lambda: func(upstream, values_saved.get(), *arguments),
+            compute=lambda: func(read_upstream(), values_saved.get(), *arguments),
+            reads=(values_saved,),
         )
         return saved.with_values(values)
 
@@ -242,6 +257,8 @@ def _batch_norm_backward(
         norm = gradient.chain.norm
         if gradient.link != "norm" or x.lazy.value is not norm.x or training is not norm.training:
             return NotImplemented
+        if save_mean is None or save_mean.data_ptr() != norm.mean.data_ptr():
+            return NotImplemented  # another BatchNorm on the same input
         results = gradient.results
     elif training and save_mean is not None and save_invstd is not None and grad.dtype == torch.float32:
         results = BatchNormChain(BatchNorm(x.lazy.value, save_mean, save_invstd, weight, None, training)).backward(

@@ -3,7 +3,7 @@
 In a training step each of them reads and writes a whole activation, forward and backward. A `ChainTensor` stands for
 the output of BatchNorm or of the activation function; the quantiser that reads it computes everything in one pass over
 the convolution's output, and so does backward. This happens below autograd: the graph has torch's nodes, so hooks,
-checkpoints and control flow work as ever. Any other reader gets plain values that torch's ops compute.
+checkpoints and control flow work as ever. Any other op gets plain values that torch's ops compute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from amct_ext.layers.batch_norm_chain import OpOverload
 from amct_ext.layers.chain_rules import RULES
@@ -40,17 +40,23 @@ class ChainTensor(TensorOfValues):
         result = NotImplemented if rule is None else rule(func, *args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
-        if _may_alias(func):
-            tree_map_only(TensorOfValues, lambda x: x.lazy.fix(), (args, kwargs))
-            if torch.Tag.inplace_view in func.tags:
-                with no_dispatch():
-                    func(*args, **(kwargs or {}))  # changes the sizes and strides that the wrapper reports
+        for leaf in tree_leaves(_aliased(func, args, kwargs or {})):
+            if isinstance(leaf, TensorOfValues):
+                leaf.lazy.fix()
+        if torch.Tag.inplace_view in func.tags:
+            with no_dispatch():
+                func(*args, **(kwargs or {}))  # changes the sizes and strides that the wrapper reports
+            args[0].replace(_aten.alias.default(args[0].lazy.get()))  # aliases keep theirs
         return func(*plain(args), **plain(kwargs or {}))
 
 
-def _may_alias(func: OpOverload) -> bool:
-    """Whether the op writes to an argument or returns a view of one."""
-    return any(argument.alias_info is not None for argument in func._schema.arguments)
+def _aliased(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that the op writes to or returns a view of."""
+    aliased: list[Any] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None:
+            aliased.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return aliased
 
 
 class ChainStart(TorchDispatchMode):

@@ -39,7 +39,8 @@ class ChainValues:
     """The values of a tensor and of its aliases.
 
     ``chain`` computes the values of a forward, ``compute`` those of a gradient; either stays where the values have been
-    computed, unless they were changed. ``origin``: the convolution's output that a chain reads.
+    computed, unless they were changed. ``origin``: the convolution's output that a chain reads; ``reads``: other values
+    that ``compute`` reads.
     """
 
     def __init__(
@@ -50,14 +51,15 @@ class ChainValues:
         origin: ChainValues | None = None,
         gradient: ChainGradient | None = None,
         compute: Callable[[], Tensor] | None = None,
+        reads: tuple[ChainValues, ...] = (),
     ) -> None:
         self.value = value
         self.chain, self.origin = chain, origin
         self.gradient, self._compute = gradient, compute
         self.fixed = False  # an alias of the value may be out
         self._readers: weakref.WeakSet[ChainValues] = weakref.WeakSet()
-        if origin is not None:
-            origin._readers.add(self)
+        for other in (*reads, *((origin,) if origin is not None else ())):
+            other._readers.add(self)
 
     @property
     def kept(self) -> Tensor:
@@ -86,7 +88,7 @@ class ChainValues:
         """Before the value is changed, or an alias of it given out: compute what is computed from it."""
         self.fixed = True
         for reader in list(self._readers):
-            reader.get()
+            reader.set(reader.get())
         self.set(self.get())
 
 
@@ -108,6 +110,9 @@ class TensorOfValues(LazyTensor):
         self.lazy.fix()
         return self.lazy.get()
 
+    def replace(self, value: Tensor) -> None:
+        self.lazy = ChainValues(value=value)
+
     def with_values(self, values: ChainValues, like: Tensor | None = None) -> Self:
         """A tensor of other values, with the shape and layout of ``like``, or of this one."""
         return type(self)(values, self if like is None else like)
@@ -125,3 +130,18 @@ def with_history(value: Any) -> Any:
     if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, TensorOfValues), value):
         return value
     return tree_map_only(TensorOfValues, torch.ops.aten.alias.default, value)
+
+
+def unchanged(x: Tensor) -> Callable[[], Tensor]:
+    """A function that gives ``x`` later. It raises RuntimeError where ``x`` was modified in place since."""
+    version = x._version
+
+    def read() -> Tensor:
+        if x._version != version:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(x.shape)} was modified in place after a backward had read it, and one "
+                "that depends on it was read only now; read that one first, or modify a copy"
+            )
+        return x
+
+    return read

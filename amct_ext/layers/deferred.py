@@ -76,6 +76,9 @@ class DeferredTensor(LazyTensor):
             self.value, self.source = self.source.compute(), None
         return self.value
 
+    def replace(self, value: Tensor) -> None:
+        self.value, self.source = value, None
+
     def channels_last_values(self) -> Tensor:
         """The values channels last, not to be modified; computed once for all who ask so."""
         if self.source is None:

@@ -34,6 +34,25 @@ class LazyTensor(Tensor):
         """The plain tensor of the values for one who may also write to them."""
         return self.materialize()
 
+    def replace(self, value: Tensor) -> None:
+        """Take the memory of ``value``, a plain tensor; earlier aliases keep theirs."""
+        raise NotImplementedError
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        same = value.shape == self.shape and value.dtype == self.dtype and value.device == self.device
+        if not same:
+            raise RuntimeError(
+                f"data of shape {tuple(value.shape)}, {value.dtype}, cannot take the place of a result of shape "
+                f"{tuple(self.shape)}, {self.dtype}, whose values are not computed yet"
+            )
+        own = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype)
+        self.replace(own.copy_(value.detach()))
+
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         return self.memory().numpy(*args, **kwargs)
 

@@ -103,7 +103,7 @@ def batch_norm_activation_backward(
 
     Errors: as `batch_norm_activation`; ValueError where grad and x differ in shape.
 
-    Source: activated BatchNorm in place (Rota Bulo et al., 2018).
+    Source: activated BatchNorm in place (Rota Bulò et al., 2018).
 
         >>> x, one = torch.tensor([[1.0], [3.0]]), torch.ones(1)
         >>> dx, d_weight, d_bias = batch_norm_activation_backward(

@@ -47,7 +47,7 @@ def batch_norm_ulq(
 
     Errors: TypeError for a dtype other than float32, ValueError for shapes, bounds or num_bits that do not fit.
 
-    Source: activated BatchNorm in place (Rota Bulo et al., 2018) followed by AMCT's ULQ.
+    Source: activated BatchNorm in place (Rota Bulò et al., 2018) followed by AMCT's ULQ.
 
         >>> x, one, none = torch.tensor([[1.0, -4.0], [3.0, 8.0]]), torch.tensor(1.0), torch.tensor(float("nan"))
         >>> y, *_ = batch_norm_ulq(
@@ -103,7 +103,7 @@ def batch_norm_ulq_backward(
 
     Errors: as the forward; ValueError where grad and x differ in shape.
 
-    Source: activated BatchNorm in place (Rota Bulo et al., 2018) followed by AMCT's ULQ.
+    Source: activated BatchNorm in place (Rota Bulò et al., 2018) followed by AMCT's ULQ.
 
         >>> x, one = torch.tensor([[1.0], [3.0]]), torch.ones(1)
         >>> dx, d_weight, d_bias, *_ = batch_norm_ulq_backward(

@@ -133,6 +133,12 @@ def test_values_kept_by_a_hook_stay(pair: tuple[nn.Module, nn.Module]) -> None:
         assert torch.equal(a + 0, b + 0)
 
 
+def assigned(z: Tensor) -> Tensor:
+    """With other values in its place, as hooks of experiments do."""
+    z.data = z.data.clamp(-1, 1)
+    return z.relu()
+
+
 COMPILED = torch.compile(lambda z: z * 2 + 1, backend="eager")
 WAYS: dict[str, Callable[[ChainNet, Tensor], Tensor]] = {
     "in place on BatchNorm's output": lambda m, y: m.norm(y).mul_(2),
@@ -147,6 +153,10 @@ WAYS: dict[str, Callable[[ChainNet, Tensor], Tensor]] = {
     "a clone changed": lambda m, y: m.norm(y).clone().add_(1),
     "padding": lambda m, y: nn.functional.pad(m.norm(y).relu(), (1, 0, 2, 1)),
     "no padding": lambda m, y: nn.functional.pad(m.norm(y).relu(), (0, 0, 0, 0)),
+    "bounds behind padding": lambda m, y: nn.functional.hardtanh(nn.functional.pad(m.norm(y), (1, 1, 1, 1)), 0.5, 2.0),
+    "two activation functions": lambda m, y: nn.functional.hardswish(nn.functional.hardtanh(m.norm(y), -1.0, 1.5)),
+    "data assigned": lambda m, y: assigned(m.norm(y)),
+    "an alias of other sizes": lambda m, y: (lambda z: (z.detach().unsqueeze_(0), z)[1])(m.norm(y)),
     "padding with ones": lambda m, y: nn.functional.pad(m.norm(y), (1, 1, 1, 1), value=1.0),
     "cropping": lambda m, y: nn.functional.pad(m.norm(y).relu(), (-1, -1, -1, -1)),
     "added to itself": lambda m, y: (lambda z: z + z)(m.norm(y)),
@@ -239,6 +249,52 @@ def test_intermediate_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
         found.append(torch.autograd.grad(y.square().sum(), outputs))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a + 0, b + 0, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_are_changed(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Gradients of two tensors of one chain: a change of one, made before the other is read, does not reach it."""
+    found = []
+    for model in pair:
+        outputs: list[Tensor] = []
+        for name in ("stem.bn", "stem.act"):
+            model.get_submodule(name).register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
+        y = model(torch.ones(4, 3, 16, 16).cumsum(2))
+        of_bn, of_act = torch.autograd.grad(y.square().sum(), outputs)
+        of_act.mul_(2)
+        found.append((of_bn + 0, of_act + 0))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class _Routed(torch.autograd.Function):
+    """The first of two values, with the gradient given to the second as it is."""
+
+    @staticmethod
+    def forward(ctx: object, first: Tensor, second: Tensor) -> Tensor:
+        return first * 1
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def test_a_gradient_given_to_another_batch_norm(pair: tuple[nn.Module, nn.Module]) -> None:
+    for model in pair:
+        model.between = lambda m, y: _Routed.apply(m.norm(y), m.other(y)).relu()
+    assert_same(*pair, torch.randn(4, 3, 16, 16))
+
+
+def test_written_memory_behind_a_frozen_batch_norm(pair: tuple[nn.Module, nn.Module]) -> None:
+    def between(m: ChainNet, y: Tensor) -> Tensor:
+        z = torch.relu(m.norm(y))
+        y.detach().numpy()[...] *= -1
+        return z
+
+    for model in pair:
+        model.get_submodule("norm").eval()
+        model.between = between
+    (_, fused), (_, separate) = (gradients(model, torch.ones(4, 3, 16, 16).cumsum(3)) for model in pair)
+    torch.testing.assert_close(fused["stem.conv.weight"], separate["stem.conv.weight"], rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_of_the_model_are_plain(tmp_path: Path) -> None:
