@@ -107,7 +107,7 @@ class MaskedRun(_ComparedRun):
         old = self.expected()
         if old is None or old.op != op_name(func):
             return super().evaluate(func, args, kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws_random_numbers(func, args, kwargs):
             self._random = self._random or any(self._maps(value) for value in old.outputs)
         if old.op in PRODUCTS:
             given = iter(old.inputs)
@@ -199,3 +199,14 @@ def _mapped(args: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(args, (list, tuple)):
         return type(args)(_mapped(item, change) for item in args)
     return args
+
+
+def _draws_random_numbers(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call draws random numbers; attention does only with a dropout."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[i] if i < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(given != 0)
+    return True
