@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, const Optiona
       for (int64_t o = 0; o < view.outer; ++o) total += sum(in + (o * size + c) * view.inner);
       return total;
     };
-    const float mean = static_cast<float>(
-        over_planes([&](const float* plane) { return loops().sum_values(plane, view.inner); }) / count);
+    const float mean =
+        static_cast<float>(over_planes([&](const float* plane) { return loops().sum_values(plane, view.inner); }) /
+                           static_cast<double>(count));
     const float squares = static_cast<float>(
         over_planes([&](const float* plane) { return loops().sum_squared_distances(plane, view.inner, mean); }));
     set_value(means, c, mean);
