@@ -68,7 +68,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "activation_quantizer": "layers/test_shared_input.py",
         "activation_types": "layers/test_shared_input.py",
         "batch_norm_chain": "layers/test_chain_tensor.py",
-        "chain_rules": "layers/test_chain_tensor.py",
         "chain_values": "layers/test_chain_tensor.py",
         "classes": "layers/test_derive.py",
         "conv_linear": "layers/test_compressed.py",

@@ -10,41 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.checks.chains import assert_same, run
 from support.models.chain_nets import Block, ChainNet, compressed_pair, random_net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
 from amct_ext.layers.chain_values import TensorOfValues
-
-Step = Callable[[nn.Module, Tensor], Tensor]
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = model(x)
-    return output
-
-
-def gradients(model: nn.Module, x: Tensor, step: Step = run) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output of a step, and all gradients, that of the input too."""
-    leaf = x.clone().requires_grad_()
-    model.zero_grad()
-    y = step(model, leaf)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert leaf.grad is not None
-    return y.detach(), {**found, "input": leaf.grad.clone()}
-
-
-def assert_same(fused: nn.Module, separate: nn.Module, x: Tensor, step: Step = run, tolerance: float = 1e-6) -> None:
-    """Equal outputs, running statistics within rounding, all gradients together within the tolerance."""
-    (y, found), (expected, wanted) = gradients(fused, x, step), gradients(separate, x, step)
-    assert torch.equal(y, expected)
-    assert found.keys() == wanted.keys()
-    ours, theirs = (torch.cat([g[name].flatten() for name in sorted(g)]).double() for g in (found, wanted))
-    assert (ours - theirs).norm() <= tolerance * theirs.norm()
-    for a, b in zip(fused.buffers(), separate.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.fixture
@@ -226,75 +198,6 @@ def test_copies_and_functional_calls(pair: tuple[nn.Module, nn.Module]) -> None:
         return output
 
     assert_same(*pair, x, step)
-
-
-def test_gradients_of_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
-    x = torch.randn(2, 3, 8, 8)
-    found = []
-    for model in pair:
-        leaf = x.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), [p for p in model.parameters() if p.dim() == 4]))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-
-
-def test_intermediate_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
-    found = []
-    for model in pair:
-        outputs: list[Tensor] = []
-        for name in ("stem.bn", "first.act"):
-            model.get_submodule(name).register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
-        y = model(torch.ones(4, 3, 16, 16).cumsum(2))
-        found.append(torch.autograd.grad(y.square().sum(), outputs))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a + 0, b + 0, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_that_are_changed(pair: tuple[nn.Module, nn.Module]) -> None:
-    """Gradients of two tensors of one chain: a change of one, made before the other is read, does not reach it."""
-    found = []
-    for model in pair:
-        outputs: list[Tensor] = []
-        for name in ("stem.bn", "stem.act"):
-            model.get_submodule(name).register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
-        y = model(torch.ones(4, 3, 16, 16).cumsum(2))
-        of_bn, of_act = torch.autograd.grad(y.square().sum(), outputs)
-        of_act.mul_(2)
-        found.append((of_bn + 0, of_act + 0))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-class _Routed(torch.autograd.Function):
-    """The first of two values, with the gradient given to the second as it is."""
-
-    @staticmethod
-    def forward(ctx: object, first: Tensor, second: Tensor) -> Tensor:
-        return first * 1
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
-
-
-def test_a_gradient_given_to_another_batch_norm(pair: tuple[nn.Module, nn.Module]) -> None:
-    for model in pair:
-        model.between = lambda m, y: _Routed.apply(m.norm(y), m.other(y)).relu()
-    assert_same(*pair, torch.randn(4, 3, 16, 16))
-
-
-def test_written_memory_behind_a_frozen_batch_norm(pair: tuple[nn.Module, nn.Module]) -> None:
-    def between(m: ChainNet, y: Tensor) -> Tensor:
-        z = torch.relu(m.norm(y))
-        y.detach().numpy()[...] *= -1
-        return z
-
-    for model in pair:
-        model.get_submodule("norm").eval()
-        model.between = between
-    (_, fused), (_, separate) = (gradients(model, torch.ones(4, 3, 16, 16).cumsum(3)) for model in pair)
-    torch.testing.assert_close(fused["stem.conv.weight"], separate["stem.conv.weight"], rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_of_the_model_are_plain(tmp_path: Path) -> None:
