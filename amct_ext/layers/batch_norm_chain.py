@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +53,9 @@ class BatchNormChain:
     activation: Activation | None = None
     padding: tuple[int, ...] | None = None  # with zeros, as `torch.ops.aten.constant_pad_nd` takes it
 
-    def then(self, activation: Activation) -> BatchNormChain:
-        return replace(self, activation=activation)
-
-    def padded(self, padding: tuple[int, ...]) -> BatchNormChain:
-        return replace(self, padding=padding)
+    @property
+    def is_norm_alone(self) -> bool:
+        return self.activation is None and self.padding is None
 
     def compute(self) -> Tensor:
         """The values, with the bits of torch's ops."""
@@ -69,9 +67,9 @@ class BatchNormChain:
         y: Tensor = _amct.batch_norm_activation.default(*self._arguments, addend)
         return y
 
-    def quantize(self, clips: tuple[Tensor, ...], num_bits: int, fixed_min: bool) -> tuple[Tensor, ...]:
-        """The values fake-quantised; the results of `ops.ulq_fake_quantize`."""
-        y, *others = _amct.batch_norm_ulq.default(*self._arguments, *clips, num_bits, fixed_min)
+    def quantize(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The values fake-quantised; arguments behind the data, and results, are those of `ops.ulq_fake_quantize`."""
+        y, *others = _amct.batch_norm_ulq.default(*self._arguments, *arguments)
         # Zero has a code of its own: padding before and after are the same.
         return y if self.padding is None else _pad(y, self.padding), *others
 

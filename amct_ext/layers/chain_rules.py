@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from amct_ext import ops
 from amct_ext.layers.batch_norm_chain import BatchNorm, BatchNormChain, OpOverload, activation_of, batch_norm
 from amct_ext.layers.chain_values import ChainGradient, ChainValues, TensorOfValues, plain, unchanged
+from amct_ext.ops.activation_ulq import write_used
 
 _aten = torch.ops.aten
 _amct = torch.ops.amct_ext
@@ -37,19 +39,10 @@ def _clone(func: OpOverload, x: TensorOfValues, *, memory_format: torch.memory_f
 # -- forward
 
 
-def _batch_norm(
-    func: OpOverload,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
+def _batch_norm(func: OpOverload, x: Tensor, *arguments: Any) -> Any:
     if not isinstance(x, TensorOfValues) or x.lazy.fixed or x.lazy.value is None or x.lazy.gradient is not None:
         return NotImplemented
+    weight, bias, running_mean, running_var, training, *_ = arguments
     others = [t for t in (weight, bias, running_mean, running_var) if t is not None]
     if any(isinstance(t, TensorOfValues) or t.dtype != torch.float32 or not t.is_contiguous() for t in others):
         return NotImplemented
@@ -57,7 +50,7 @@ def _batch_norm(
         return NotImplemented  # torch computes these in another way
     if x.numel() <= x.shape[1] or (not training and (running_mean is None or running_var is None)):
         return NotImplemented
-    norm = batch_norm(x.lazy.value, weight, bias, running_mean, running_var, training, momentum, eps)
+    norm = batch_norm(x.lazy.value, *arguments)
     values = ChainValues(chain=BatchNormChain(norm), origin=x.lazy)
     return x.with_values(values), norm.mean, norm.invstd  # by which backward knows the BatchNorm
 
@@ -65,15 +58,15 @@ def _batch_norm(
 def _activation(op: OpOverload, in_place: bool) -> Callable[..., Any]:
     def rule(func: OpOverload, x: TensorOfValues, *arguments: float) -> Any:
         chain = _pending_chain(x)
-        if chain is None or chain.activation is not None or chain.padding is not None:
+        if chain is None or not chain.is_norm_alone:
             return NotImplemented
         activation = activation_of(op, arguments)
         if activation is None:
             return NotImplemented
         if in_place:
-            x.lazy.chain = chain.then(activation)
+            x.lazy.chain = replace(chain, activation=activation)
             return x
-        return x.with_values(ChainValues(chain=chain.then(activation), origin=x.lazy.origin))
+        return x.with_values(ChainValues(chain=replace(chain, activation=activation), origin=x.lazy.origin))
 
     return rule
 
@@ -83,7 +76,7 @@ def _add(in_place: bool) -> Callable[..., Any]:
         if not in_place and _pending_chain(x) is None:
             x, other = other, x
         chain = _pending_chain(x)
-        if chain is None or chain.activation is not None or chain.padding is not None or alpha != 1 or other is x:
+        if chain is None or not chain.is_norm_alone or alpha != 1 or other is x:
             return NotImplemented
         addend = plain(other)
         if type(addend) is not Tensor or addend.dtype != torch.float32 or addend.device.type != "cpu":
@@ -109,49 +102,21 @@ def _pad(func: OpOverload, x: TensorOfValues, padding: list[int], value: float =
     if not any(padding):
         return _clone(func, x)
     like = func(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), padding)
-    values = ChainValues(chain=chain.padded(tuple(padding)), origin=x.lazy.origin)
+    values = ChainValues(chain=replace(chain, padding=tuple(padding)), origin=x.lazy.origin)
     return x.with_values(values, like)
 
 
-def _fake_quantize(
-    func: OpOverload,
-    x: Tensor,
-    clip_max: Tensor,
-    clip_min: Tensor,
-    prev_clip_max: Tensor,
-    prev_clip_min: Tensor,
-    num_bits: int = 8,
-    fixed_min: bool = False,
-) -> Any:
+def _fake_quantize(func: OpOverload, x: Tensor, *arguments: Any) -> Any:
+    chain = _pending_chain(x)
+    return NotImplemented if chain is None else chain.quantize(*arguments)
+
+
+def _fake_quantize_with_state(func: OpOverload, x: Tensor, *arguments: Any) -> Any:
     chain = _pending_chain(x)
     if chain is None:
         return NotImplemented
-    return chain.quantize((clip_max, clip_min, prev_clip_max, prev_clip_min), num_bits, fixed_min)
-
-
-def _fake_quantize_with_state(
-    func: OpOverload,
-    x: Tensor,
-    clip_max: Tensor,
-    clip_min: Tensor,
-    prev_clip_max: Tensor,
-    prev_clip_min: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    invalid: Tensor,
-    num_bits: int = 8,
-    fixed_min: bool = False,
-) -> Any:
-    results = _fake_quantize(func, x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min)
-    if results is NotImplemented:
-        return NotImplemented
-    y, used_scale, used_offset, used_max, used_min, bad = results
-    torch._foreach_copy_(
-        [clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset],
-        [used_max, used_min, used_max, used_min, used_scale, used_offset],
-    )
-    invalid.logical_or_(bad)
-    return y, used_max, used_min
+    clips, (scale, offset, invalid), settings = arguments[:4], arguments[4:7], arguments[7:]
+    return write_used((*clips, scale, offset), invalid, chain.quantize(*clips, *settings))
 
 
 # -- backward: the quantiser's gradient computes all of the chain's, which then wait for their nodes
@@ -179,12 +144,14 @@ def _fake_quantize_backward(
 
 
 def _passed(
-    grad: TensorOfValues, compute: Callable[[], Tensor], reads: tuple[ChainValues, ...] = (), like: Tensor | None = None
+    grad: TensorOfValues,
+    left: ChainGradient,
+    compute: Callable[[], Tensor],
+    reads: tuple[ChainValues, ...] = (),
+    like: Tensor | None = None,
 ) -> TensorOfValues:
-    """The gradient of the input of the link that ``grad`` has reached."""
-    assert grad.lazy.gradient is not None
-    values = ChainValues(gradient=grad.lazy.gradient.next(), compute=compute, reads=(grad.lazy, *reads))
-    return grad.with_values(values, like)
+    """The gradient behind the node that took ``grad``."""
+    return grad.with_values(ChainValues(gradient=left, compute=compute, reads=(grad.lazy, *reads)), like)
 
 
 def _copy_of_gradient(grad: TensorOfValues) -> TensorOfValues:
@@ -196,12 +163,10 @@ def _copy_of_gradient(grad: TensorOfValues) -> TensorOfValues:
 
 def _pad_backward(func: OpOverload, grad: TensorOfValues, padding: list[int]) -> Any:
     gradient = grad.lazy.gradient
-    if gradient is None or gradient.link != "padding" or torch.is_grad_enabled():
+    if gradient is None or torch.is_grad_enabled() or gradient.chain.padding != tuple(-size for size in padding):
         return NotImplemented
-    if gradient.chain.padding != tuple(-size for size in padding):
-        return NotImplemented
-    values = grad.lazy
-    return _passed(grad, lambda: func(values.get(), padding), like=gradient.results[0])
+    values, left = grad.lazy, replace(gradient, chain=replace(gradient.chain, padding=None))
+    return _passed(grad, left, lambda: func(values.get(), padding), like=gradient.results[0])
 
 
 def _activation_backward(op: OpOverload) -> Callable[..., Any]:
@@ -214,9 +179,10 @@ def _activation_backward(op: OpOverload) -> Callable[..., Any]:
         if gradient is not None and isinstance(grad, TensorOfValues):
             chain, values = gradient.chain, grad.lazy
             same = of_saved.norm is chain.norm and chain.activation is not None and chain.activation.op is op
-            if gradient.link != "activation" or not same:
+            if chain.padding is not None or not same:
                 return NotImplemented
-            return _passed(grad, lambda: func(values.get(), values_saved.get(), *arguments), (values_saved,))
+            left = replace(gradient, chain=replace(chain, activation=None))
+            return _passed(grad, left, lambda: func(values.get(), values_saved.get(), *arguments), (values_saved,))
         activation = activation_of(op, arguments)
         upstream = plain(grad)
         if of_saved.padding is not None or upstream.dtype != torch.float32:
@@ -225,10 +191,9 @@ def _activation_backward(op: OpOverload) -> Callable[..., Any]:
         if activation is None or of_saved.activation not in (None, activation):
             return NotImplemented
         read_upstream = unchanged(upstream)
-        chain = BatchNormChain(of_saved.norm, activation)
-        results = chain.backward(upstream)
+        results = BatchNormChain(of_saved.norm, activation).backward(upstream)
         values = ChainValues(
-            gradient=ChainGradient(chain, results, passed=1),
+            gradient=ChainGradient(BatchNormChain(of_saved.norm), results),
             compute=lambda: func(read_upstream(), values_saved.get(), *arguments),
             reads=(values_saved,),
         )
@@ -255,7 +220,7 @@ def _batch_norm_backward(
     gradient = grad.lazy.gradient if isinstance(grad, TensorOfValues) else None
     if gradient is not None:
         norm = gradient.chain.norm
-        if gradient.link != "norm" or x.lazy.value is not norm.x or training is not norm.training:
+        if not gradient.chain.is_norm_alone or x.lazy.value is not norm.x or training is not norm.training:
             return NotImplemented
         if save_mean is None or save_mean.data_ptr() != norm.mean.data_ptr():
             return NotImplemented  # another BatchNorm on the same input

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -17,22 +17,10 @@ from amct_ext.layers.lazy_tensor import LazyTensor
 
 @dataclass(frozen=True)
 class ChainGradient:
-    """The gradient of a chain's output, computed together with that of the chain's input."""
+    """A gradient within a chain, and that of the chain's input, which was computed together with it."""
 
-    chain: BatchNormChain
+    chain: BatchNormChain  # what is left: the gradient is that of its values
     results: tuple[Tensor, Tensor, Tensor]  # gradients of BatchNorm's input, weight and bias
-    passed: int = 0  # links of the chain, from its end, that the gradient has passed
-
-    @property
-    def link(self) -> str:
-        """The link of the chain whose output this is the gradient of: "padding", "activation" or "norm"."""
-        chain = self.chain
-        behind = [("padding", chain.padding), ("activation", chain.activation)]
-        return ([name for name, link in behind if link is not None] + ["norm"])[self.passed]
-
-    def next(self) -> ChainGradient:
-        """The gradient of that link's input."""
-        return replace(self, passed=self.passed + 1)
 
 
 class ChainValues:

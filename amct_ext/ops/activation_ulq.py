@@ -190,13 +190,19 @@ def ulq_fake_quantize_with_state_reference(
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_state("ulq_fake_quantize_", scale, offset, invalid)
-    y, used_scale, used_offset, used_max, used_min, bad = torch.ops.amct_ext.ulq_fake_quantize(
+    results = torch.ops.amct_ext.ulq_fake_quantize(
         x, clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min
     )
-    state = (clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset)
-    for tensor, value in zip(state, (used_max, used_min, used_max, used_min, used_scale, used_offset), strict=True):
-        tensor.copy_(value.view_as(tensor))
-    invalid.logical_or_(bad.view_as(invalid))
+    return write_used((clip_max, clip_min, prev_clip_max, prev_clip_min, scale, offset), invalid, results)
+
+
+def write_used(
+    state: tuple[Tensor, ...], invalid: Tensor, results: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write results of `ulq_fake_quantize` to clips, previous clips, scale, offset; returns y and the used clips."""
+    y, used_scale, used_offset, used_max, used_min, bad = results
+    torch._foreach_copy_(state, (used_max, used_min, used_max, used_min, used_scale, used_offset))
+    invalid.logical_or_(bad)
     return y, used_max, used_min
 
 
