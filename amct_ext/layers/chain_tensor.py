@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from amct_ext.layers.batch_norm_chain import OpOverload
 from amct_ext.layers.chain_rules import RULES
 from amct_ext.layers.chain_values import ChainValues, TensorOfValues, plain
+from amct_ext.layers.forward_context import transformed
 
 _aten = torch.ops.aten
 
@@ -86,10 +87,4 @@ def start_chain(y: Tensor, wanted: bool) -> Tensor:
 
 def _can_start(x: Tensor) -> bool:
     """Whether this is a plain eager forward on the CPU."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-    )
+    return not transformed() and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map_only
 
 from amct_ext.layers.batch_norm_chain import BatchNormChain
-from amct_ext.layers.lazy_tensor import LazyTensor
+from amct_ext.layers.lazy_tensor import LazyTensor, map_lazy
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -106,18 +107,14 @@ class TensorOfValues(LazyTensor):
         return type(self)(values, self if like is None else like)
 
 
-def plain(value: Any) -> Any:
+def plain(value: _T) -> _T:
     """``value`` with plain tensors, which have no history, in place of chain tensors."""
-    if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, TensorOfValues), value):
-        return value
-    return tree_map_only(TensorOfValues, TensorOfValues.materialize, value)
+    return map_lazy(value, TensorOfValues, TensorOfValues.materialize)
 
 
-def with_history(value: Any) -> Any:
+def with_history(value: _T) -> _T:
     """``value`` with plain tensors that have the place in the graph that the chain tensors have."""
-    if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, TensorOfValues), value):
-        return value
-    return tree_map_only(TensorOfValues, torch.ops.aten.alias.default, value)
+    return map_lazy(value, TensorOfValues, torch.ops.aten.alias.default)
 
 
 def unchanged(x: Tensor) -> Callable[[], Tensor]:

@@ -20,12 +20,12 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amct_ext import ops
 from amct_ext.layers.deferred_conv import DeferredConv2d
 from amct_ext.layers.deferred_source import LAYOUT_FREE, Clips, Codes, DeferredSource, HeldValues, PaddedValues, Padding
-from amct_ext.layers.lazy_tensor import LazyTensor
+from amct_ext.layers.lazy_tensor import LazyTensor, map_lazy
 from amct_ext.layers.prepared_conv import PreparedConv2d
 from amct_ext.layers.prepared_ops import HARDSWISH, SILU, Activation
 
@@ -102,10 +102,7 @@ class DeferredTensor(LazyTensor):
 
 def materialize(value: _T) -> _T:
     """``value`` with every deferred tensor computed, in all containers that torch's pytrees know."""
-    if type(value) is Tensor or not tree_any(lambda leaf: type(leaf) is DeferredTensor, value):
-        return value
-    computed: _T = tree_map_only(DeferredTensor, DeferredTensor.materialize, value)
-    return computed
+    return map_lazy(value, DeferredTensor, DeferredTensor.materialize)
 
 
 # -- ops that are folded into a deferred convolution; NotImplemented where one cannot be

@@ -35,12 +35,15 @@ def state_updates_disabled() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
+    return getattr(_thread, "frozen", False) or in_backward() or transformed() or _in_tracer()
+
+
+def transformed() -> bool:
+    """Whether a compiler, torch's tracer or a transform of torch.func runs the forward."""
     return (
-        getattr(_thread, "frozen", False)
-        or in_backward()
-        or torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or _in_tracer()
+        or torch._C._are_functorch_transforms_active()
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amct_ext.layers.chain_tensor import ChainTensor
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.deferred import DeferredTensor
+from amct_ext.layers.forward_context import transformed
 from amct_ext.layers.integer_ops import conv_padding
+from amct_ext.layers.lazy_tensor import LazyTensor
 
 _MAX_REDUCTION = 65793  # weights per output channel: 255 * 128 * 65793 fits a 32-bit sum
 
@@ -35,16 +35,13 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
 
 def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
     """Whether input and weight are plain float32 on the CPU, outside of compilers and autocast, with values."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if transformed() or torch.is_autocast_enabled("cpu"):
         return False
-    if type(x) not in (Tensor, nn.Parameter, DeferredTensor, ChainTensor) or type(layer.weight) not in (
-        Tensor,
-        nn.Parameter,
-    ):
+    if not (type(x) in (Tensor, nn.Parameter) or isinstance(x, LazyTensor)):
+        return False
+    if type(layer.weight) not in (Tensor, nn.Parameter):
         return False
     if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
-        return False
-    if torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
         return False
     return x.numel() > 0 and (x.dim() == 4 or not isinstance(layer, nn.Conv2d))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map_only
+
+_T = TypeVar("_T")
 
 
 class LazyTensor(Tensor):
@@ -78,3 +81,11 @@ class LazyTensor(Tensor):
     def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
         represent: Callable[..., str] = self.materialize().__repr__
         return represent(*args, **kwargs)
+
+
+def map_lazy(value: _T, kind: type[LazyTensor], function: Callable[..., Tensor]) -> _T:
+    """``value`` with ``function`` of each lazy tensor of this kind, in all containers that torch's pytrees know."""
+    if type(value) is Tensor or not tree_any(lambda leaf: isinstance(leaf, kind), value):
+        return value
+    mapped: _T = tree_map_only(kind, function, value)
+    return mapped

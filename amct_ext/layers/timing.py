@@ -12,10 +12,9 @@ from amct_ext import ops
 from amct_ext.layers.activation_types import QuantizedActivation
 from amct_ext.layers.bn_fold import apply_batch_norm
 from amct_ext.layers.chain_tensor import ChainTensor
-from amct_ext.layers.chain_values import plain
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.deferred import materialize
 from amct_ext.layers.integer_ops import PackedWeight, conv_geometry, integer_product
+from amct_ext.layers.lazy_tensor import LazyTensor
 from amct_ext.layers.prepared_ops import IDENTITY, conv2d, linear, pack_conv_weight, pack_linear_weight
 from amct_ext.layers.ways import Way
 
@@ -65,7 +64,7 @@ class _Trial:
         self.prepared: Tensor | None = None
         # On floats the quantiser takes such an input from the convolution before, with BatchNorm in the same pass.
         self.input_is_chain = with_gradients and isinstance(x, ChainTensor) and x.lazy.chain is not None
-        self.x = plain(materialize(x)).detach()
+        self.x = (x.materialize() if isinstance(x, LazyTensor) else x).detach()
         self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 
     def on_floats(self) -> None:

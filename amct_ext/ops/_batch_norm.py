@@ -24,7 +24,9 @@ def check_batch_norm(
     activation: str,
     lowest: float | None,
     highest: float | None,
+    **_: object,
 ) -> None:
+    """The arguments that all ops have; others are for the caller to check."""
     check_input(op, x)
     for name, values in (("mean", mean), ("invstd", invstd), ("weight", weight), ("bias", bias)):
         if values is not None:

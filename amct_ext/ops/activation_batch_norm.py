@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -126,21 +128,8 @@ def _check_statistics(op: str, x: Tensor, running_mean: Tensor | None, running_v
             check_channels(op, name, values, x)
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    lowest: float | None,
-    highest: float | None,
-    grad: Tensor | None = None,
-    addend: Tensor | None = None,
-    **_: object,
-) -> None:
-    check_batch_norm(op, x, mean, invstd, weight, bias, activation, lowest, highest)
+def _check(op: str, x: Tensor, grad: Tensor | None = None, addend: Tensor | None = None, **others: Any) -> None:
+    check_batch_norm(op, x, **others)
     if grad is not None:
         check_gradient(op, grad, x)
     if addend is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -117,39 +119,15 @@ def batch_norm_ulq_backward(
     )
 
 
-def _check_forward(
-    op: str,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    lowest: float | None,
-    highest: float | None,
-    **clips: object,
-) -> None:
-    check_batch_norm(op, x, mean, invstd, weight, bias, activation, lowest, highest)
-    check_activation(op, x, **clips)  # type: ignore[arg-type]
+def _check_forward(op: str, x: Tensor, **others: Any) -> None:
+    check_batch_norm(op, x, **others)
+    check_activation(op, x, **others)
 
 
 def _check_backward(
-    op: str,
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str,
-    lowest: float | None,
-    highest: float | None,
-    clip_max: Tensor,
-    clip_min: Tensor,
-    num_bits: int,
-    **_: object,
+    op: str, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int, **others: Any
 ) -> None:
-    check_batch_norm(op, x, mean, invstd, weight, bias, activation, lowest, highest)
+    check_batch_norm(op, x, **others)
     check_gradient(op, grad, x)
     check_bits(op, num_bits)
     check_scalar(op, "clip_max", clip_max)
