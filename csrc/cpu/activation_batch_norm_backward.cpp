@@ -2,11 +2,12 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "common/layout.h"
-#include "common/quant_math.h"
+#include "cpu/activation_clips.h"
 #include "cpu/batch_norm_channels.h"
 #include "cpu/parallel.h"
 #include "cpu/result_pool.h"
@@ -19,14 +20,6 @@ using at::Tensor;
 
 constexpr int64_t kSmallPlane = 1024;
 
-UlqBackwardParams quantizer_gradient(const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits) {
-  const float high = static_cast<float>(value_at(clip_max, 0)), low = static_cast<float>(value_at(clip_min, 0));
-  const auto affine = math::affine(high, low, static_cast<int>(num_bits));
-  const math::CodeRange range = math::code_range(static_cast<int>(num_bits));
-  return {affine.scale, high, low, affine.scale * (static_cast<float>(range.highest) - affine.offset),
-          affine.scale * (static_cast<float>(range.lowest) - affine.offset)};
-}
-
 // One backward: its data, and the results of all channels.
 struct Backward {
   const float *grad, *x;
@@ -36,8 +29,8 @@ struct Backward {
   ActivationParams function;
   std::optional<UlqBackwardParams> quantizer;
   bool training;
-  std::vector<BatchNormSums> sums;  // of a channel
-  UlqSums clips;
+  std::vector<BatchNormSums> sums;  // of each channel
+  std::vector<UlqSums> clips;       // of each part of the data
 
   const UlqBackwardParams* quantizer_ptr() const { return quantizer ? &*quantizer : nullptr; }
 
@@ -49,46 +42,37 @@ struct Backward {
     channels.slope[c] = static_cast<float>(sums[c].product * invstd * invstd / count);
   }
 
-  void add_clips(const std::vector<UlqSums>& parts) {
-    for (const UlqSums& part : parts) {
-      clips.rounding_error += part.rounding_error;
-      clips.above += part.above;
-      clips.below += part.below;
-    }
-  }
-
   // A channel at a time: what the sums have read is still in the cache when dx is computed.
   void run_planes() {
-    std::vector<UlqSums> parts(view.size);
+    clips.resize(view.size);
     const bool gather = view.outer > 1 && view.inner < kSmallPlane;
     for_rows(view.size, view.outer * view.inner, [&](int64_t c) {
       if (gather) {
-        run_gathered(c, parts[c]);
+        run_gathered(c);
         return;
       }
       const auto plane = [&](int64_t o) { return (o * view.size + c) * view.inner; };
       for (int64_t o = 0; o < view.outer; ++o) {
-        add_sums(c, grad + plane(o), x + plane(o), view.inner, parts[c]);
+        add_sums(c, grad + plane(o), x + plane(o), view.inner);
       }
       finish_channel(c);
       for (int64_t o = view.outer; o-- > 0;) {
         write_dx(c, grad + plane(o), x + plane(o), dx + plane(o), view.inner);
       }
     });
-    add_clips(parts);
   }
 
   // Planes of a few vectors cost more at their ends than a copy of all of a channel's planes, one behind the other.
-  void run_gathered(int64_t c, UlqSums& part) {
+  void run_gathered(int64_t c) {
     const int64_t inner = view.inner, count = view.outer * inner;
     const size_t bytes = static_cast<size_t>(inner) * sizeof(float);
-    std::vector<float> buffer(3 * count);
-    float *gs = buffer.data(), *xs = gs + count, *results = xs + count;
+    const auto buffer = std::make_unique_for_overwrite<float[]>(3 * count);
+    float *gs = buffer.get(), *xs = gs + count, *results = xs + count;
     for (int64_t o = 0; o < view.outer; ++o) {
       std::memcpy(gs + o * inner, grad + (o * view.size + c) * inner, bytes);
       std::memcpy(xs + o * inner, x + (o * view.size + c) * inner, bytes);
     }
-    add_sums(c, gs, xs, count, part);
+    add_sums(c, gs, xs, count);
     finish_channel(c);
     write_dx(c, gs, xs, results, count);
     for (int64_t o = 0; o < view.outer; ++o) {
@@ -96,8 +80,8 @@ struct Backward {
     }
   }
 
-  void add_sums(int64_t c, const float* gs, const float* xs, int64_t n, UlqSums& part) {
-    loops().batch_norm_sums_plane(gs, xs, n, channels.channel(c), function, quantizer_ptr(), sums[c], part);
+  void add_sums(int64_t c, const float* gs, const float* xs, int64_t n) {
+    loops().batch_norm_sums_plane(gs, xs, n, channels.channel(c), function, quantizer_ptr(), sums[c], clips[c]);
   }
   void write_dx(int64_t c, const float* gs, const float* xs, float* results, int64_t n) const {
     loops().batch_norm_dx_plane(gs, xs, results, n, channels.channel(c), function, quantizer_ptr());
@@ -105,12 +89,12 @@ struct Backward {
 
   void run_rows() {
     const int64_t blocks = row_blocks(view);
-    std::vector<UlqSums> parts(blocks);
+    clips.resize(blocks);
     std::vector<double> gradient(blocks * view.size), product(blocks * view.size);
     for_row_blocks(view, [&](int64_t block, int64_t row, int64_t rows) {
       const int64_t at = row * view.size, first = block * view.size;
       loops().batch_norm_sums_rows(grad + at, x + at, rows, view.size, channels.rows(), function, quantizer_ptr(),
-                                   gradient.data() + first, product.data() + first, parts[block]);
+                                   gradient.data() + first, product.data() + first, clips[block]);
     });
     for (int64_t i = 0; i < blocks * view.size; ++i) {
       sums[i % view.size].gradient += gradient[i];
@@ -122,14 +106,15 @@ struct Backward {
       loops().batch_norm_dx_rows(grad + at, x + at, dx + at, rows, view.size, channels.rows(), function,
                                  quantizer_ptr());
     });
-    add_clips(parts);
   }
 };
 
-// {dx, d_weight, d_bias} and the sums of the clips.
-std::tuple<Tensor, Tensor, Tensor, UlqSums> run_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                                                         Channels channels, const ActivationParams& function,
-                                                         std::optional<UlqBackwardParams> quantizer, bool training) {
+// {dx, d_weight, d_bias} and the clips' sums.
+std::tuple<Tensor, Tensor, Tensor, std::vector<UlqSums>> run_backward(const Tensor& grad, const Tensor& x,
+                                                                      const Tensor& mean, Channels channels,
+                                                                      const ActivationParams& function,
+                                                                      std::optional<UlqBackwardParams> quantizer,
+                                                                      bool training) {
   const Tensor source = dense(x);
   const Tensor upstream = match_layout(grad, source);
   Tensor dx = pooled_like(source, Lifetime::kLayer);
@@ -150,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, UlqSums> run_backward(const Tensor& grad, con
     set_value(d_weight, c, backward.sums[c].product * backward.channels.invstd[c]);
     set_value(d_bias, c, backward.sums[c].gradient);
   }
-  return {std::move(dx), std::move(d_weight), std::move(d_bias), backward.clips};
+  return {std::move(dx), std::move(d_weight), std::move(d_bias), std::move(backward.clips)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_backward(
@@ -176,10 +161,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq_backward(
   check_ulq_backward(op, grad, x, clip_max, clip_min, num_bits);
   auto [dx, d_weight, d_bias, clips] =
       run_backward(grad, x, mean, Channels(mean, invstd, weight, bias), activation_params(activation, lowest, highest),
-                   quantizer_gradient(clip_max, clip_min, num_bits), training);
-  const double error = clips.rounding_error / static_cast<double>((1LL << num_bits) - 1);
-  return {std::move(dx), std::move(d_weight), std::move(d_bias), scalar_like(clip_max, error + clips.above),
-          scalar_like(clip_min, clips.below - error)};
+                   backward_params<float>(clip_max, clip_min, num_bits), training);
+  auto [d_max, d_min] = clip_gradients(clips, clip_max, clip_min, num_bits);
+  return {std::move(dx), std::move(d_weight), std::move(d_bias), std::move(d_max), std::move(d_min)};
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
-// Learned clips of activations: scale and offset before the data is read, 0-dim results after it.
+// Learned clips of activations: scale and offset before the data is read, 0-dim results after it; their gradients.
 #pragma once
 
 #include <array>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "common/layout.h"
 #include "common/quant_math.h"
@@ -53,6 +54,29 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
           scalar_like(clip_max, clips.high),
           scalar_like(clip_max, clips.low),
           std::move(invalid)};
+}
+
+// What the loops of a backward need of the effective clips, in the arithmetic of the data.
+template <typename Acc>
+UlqBackwardParams backward_params(const at::Tensor& clip_max, const at::Tensor& clip_min, int64_t num_bits) {
+  const Acc high = static_cast<Acc>(value_at(clip_max, 0)), low = static_cast<Acc>(value_at(clip_min, 0));
+  const auto affine = math::affine(high, low, static_cast<int>(num_bits));
+  const math::CodeRange range = math::code_range(static_cast<int>(num_bits));
+  return {affine.scale, high, low, affine.scale * (static_cast<Acc>(range.highest) - affine.offset),
+          affine.scale * (static_cast<Acc>(range.lowest) - affine.offset)};
+}
+
+// The gradients of clip_max and clip_min, 0-dim in their dtypes, from the sums of all blocks in their order.
+inline std::tuple<at::Tensor, at::Tensor> clip_gradients(const std::vector<UlqSums>& parts, const at::Tensor& clip_max,
+                                                         const at::Tensor& clip_min, int64_t num_bits) {
+  UlqSums sums;
+  for (const UlqSums& part : parts) {
+    sums.rounding_error += part.rounding_error;
+    sums.above += part.above;
+    sums.below += part.below;
+  }
+  const double error = sums.rounding_error / static_cast<double>((1LL << num_bits) - 1);
+  return {scalar_like(clip_max, error + sums.above), scalar_like(clip_min, sums.below - error)};
 }
 
 }  // namespace amct_ext::cpu

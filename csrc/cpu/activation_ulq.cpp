@@ -48,23 +48,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize(con
   return ulq_outputs(std::move(y), clips, clip_max, bad.load());
 }
 
-template <typename Acc>
-UlqBackwardParams backward_params(double clip_max, double clip_min, int num_bits) {
-  const Acc high = static_cast<Acc>(clip_max), low = static_cast<Acc>(clip_min);
-  const auto affine = math::affine(high, low, num_bits);
-  const math::CodeRange range = math::code_range(num_bits);
-  return {affine.scale, high, low, affine.scale * (static_cast<Acc>(range.highest) - affine.offset),
-          affine.scale * (static_cast<Acc>(range.lowest) - affine.offset)};
-}
-
 std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad, const Tensor& x,
                                                               const Tensor& clip_max, const Tensor& clip_min,
                                                               int64_t num_bits) {
   check_ulq_backward("ulq_fake_quantize_backward", grad, x, clip_max, clip_min, num_bits);
-  const int bits = static_cast<int>(num_bits);
-  const double high = value_at(clip_max, 0), low = value_at(clip_min, 0);
-  const UlqBackwardParams params =
-      is_double(x) ? backward_params<double>(high, low, bits) : backward_params<float>(high, low, bits);
+  const UlqBackwardParams params = is_double(x) ? backward_params<double>(clip_max, clip_min, num_bits)
+                                                : backward_params<float>(clip_max, clip_min, num_bits);
 
   const Tensor source = coalesced(to_type(x, common_type(grad, x)));
   Tensor dx = pooled_like(source, Lifetime::kLayer);
@@ -78,13 +67,6 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad
   for_strided_runs(runs, [&](int64_t block, int64_t from, int64_t to, int64_t n) {
     loop(element_ptr(up, to, size), element_ptr(in, from, size), element_ptr(out, to, size), n, params, parts[block]);
   });
-  UlqSums sums;
-  for (const UlqSums& part : parts) {
-    sums.rounding_error += part.rounding_error;
-    sums.above += part.above;
-    sums.below += part.below;
-  }
-  const double error = sums.rounding_error / static_cast<double>((1LL << num_bits) - 1);
   if (is_double(grad) && !is_double(x)) {  // the loop has rounded the gradient
     const c10::NoGradGuard no_graph;
     dx = at::empty_like(dx, at::kDouble).copy_(grad);
@@ -92,7 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad
   } else {
     dx = to_type(dx, grad.scalar_type());
   }
-  return {std::move(dx), scalar_like(clip_max, error + sums.above), scalar_like(clip_min, sums.below - error)};
+  auto [d_max, d_min] = clip_gradients(parts, clip_max, clip_min, num_bits);
+  return {std::move(dx), std::move(d_max), std::move(d_min)};
 }
 
 }  // namespace

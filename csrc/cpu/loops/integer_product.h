@@ -113,6 +113,23 @@ AMCT_INLINE float add_and_clamp(const Epilogue& o, float v, const float* addend)
   return v > o.highest ? o.highest : v;
 }
 
+#if !defined(AMCT_OWN_WRITE_ROWS)
+// write_rows for the channels that fill vectors; returns the first that is left.
+AMCT_INLINE int write_rows_vec(const Epilogue& o, const int32_t* sums, int64_t rows, float* y, int64_t stride) {
+  int first = 0;
+  const AddAndClamp finish(o);
+  for (; first + kLanes <= o.columns; first += kLanes) {
+    const Dequantizer dequantize_vec(o, first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * stride + first;
+      const auto v = dequantize_vec(sums + r * kTileChannels + first);
+      store_floats(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
+    }
+  }
+  return first;
+}
+#endif
+
 void write_rows(const Epilogue& o, const int32_t* __restrict sums, int64_t rows, float* __restrict y, int64_t stride) {
   const int first = write_rows_vec(o, sums, rows, y, stride);
   for (int64_t r = 0; r < rows; ++r) {

@@ -88,20 +88,7 @@ struct AddAndClamp {
   }
 };
 
-// write_rows for the channels that fill vectors; returns the first that is left.
-AMCT_INLINE int write_rows_vec(const Epilogue& o, const int32_t* sums, int64_t rows, float* y, int64_t stride) {
-  int first = 0;
-  const AddAndClamp finish(o);
-  for (; first + kLanes <= o.columns; first += kLanes) {
-    const Dequantizer dequantize8(o, first);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * stride + first;
-      const __m256 v = dequantize8(sums + r * kTileChannels + first);
-      _mm256_storeu_ps(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
-    }
-  }
-  return first;
-}
+AMCT_INLINE void store_floats(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
 
 // Two of the three steps of a transpose: afterwards channels i and i + 4 lie in b[i] and b[i + 4], half of each in
 // both.
@@ -130,7 +117,7 @@ AMCT_INLINE int64_t write_columns_vec(const Epilogue& o, const int32_t* sums, in
       transpose_two_steps(a, b);
       const auto put = [&](int channel, __m256 v) __attribute__((always_inline)) {
         const int64_t at = (from + channel) * stride + r;
-        _mm256_storeu_ps(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
+        store_floats(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
       };
       for (int i = 0; i < 4; ++i) {
         put(i, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));

@@ -83,20 +83,7 @@ struct AddAndClamp {
   }
 };
 
-// write_rows for the channels that fill vectors; returns the first that is left.
-AMCT_INLINE int write_rows_vec(const Epilogue& o, const int32_t* sums, int64_t rows, float* y, int64_t stride) {
-  int first = 0;
-  const AddAndClamp finish(o);
-  for (; first + kBlockChannels <= o.columns; first += kBlockChannels) {
-    const Dequantizer dequantize16(o, first);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * stride + first;
-      const __m512 v = dequantize16(sums + r * kTileChannels + first);
-      _mm512_storeu_ps(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
-    }
-  }
-  return first;
-}
+AMCT_INLINE void store_floats(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 
 // Three of the four steps of a transpose: afterwards channels i and i + 8 lie in b[i] and b[i + 8], half of each in
 // both.
@@ -132,7 +119,7 @@ AMCT_INLINE int64_t write_columns_vec(const Epilogue& o, const int32_t* sums, in
     transpose_three_steps(a, b);
     const auto store = [&](int channel, __m512 v) __attribute__((always_inline)) {
       const int64_t at = (first + channel) * stride + r;
-      _mm512_storeu_ps(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
+      store_floats(y + at, finish(v, o.addend == nullptr ? nullptr : o.addend + at));
     };
     for (int i = 0; i < 8; ++i) {
       store(i, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));

@@ -32,6 +32,7 @@ AMCT_INLINE Sums add_dot4(Sums sums, Inputs4 x, Quads w) {
 }
 
 // All rows and columns are left to the caller.
+#define AMCT_OWN_WRITE_ROWS
 AMCT_INLINE int write_rows_vec(const Epilogue&, const int32_t*, int64_t, float*, int64_t) { return 0; }
 AMCT_INLINE int64_t write_columns_vec(const Epilogue&, const int32_t*, int, int64_t, float*, int64_t) { return 0; }
 

@@ -147,31 +147,26 @@ struct Dequantizer {
 };
 
 // add_and_clamp() for four values.
-AMCT_INLINE float32x4_t finish(const Epilogue& o, float32x4_t v, const float* addend) {
-  if (addend != nullptr) v = vaddq_f32(v, vld1q_f32(addend));
-  const float32x4_t lowest = vdupq_n_f32(o.lowest), highest = vdupq_n_f32(o.highest);
-  v = vbslq_f32(vcltq_f32(v, lowest), lowest, v);
-  return vbslq_f32(vcgtq_f32(v, highest), highest, v);
-}
+struct AddAndClamp {
+  float32x4_t lowest, highest;
 
-// write_rows for the channels that fill vectors; returns the first that is left.
-AMCT_INLINE int write_rows_vec(const Epilogue& o, const int32_t* sums, int64_t rows, float* y, int64_t stride) {
-  int first = 0;
-  for (; first + kLanes <= o.columns; first += kLanes) {
-    const Dequantizer dequantize4(o, first);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * stride + first;
-      const float32x4_t v = dequantize4(sums + r * kTileChannels + first);
-      vst1q_f32(y + at, finish(o, v, o.addend == nullptr ? nullptr : o.addend + at));
-    }
+  AMCT_INLINE explicit AddAndClamp(const Epilogue& o)
+      : lowest(vdupq_n_f32(o.lowest)), highest(vdupq_n_f32(o.highest)) {}
+
+  AMCT_INLINE float32x4_t operator()(float32x4_t v, const float* addend) const {
+    if (addend != nullptr) v = vaddq_f32(v, vld1q_f32(addend));
+    v = vbslq_f32(vcltq_f32(v, lowest), lowest, v);
+    return vbslq_f32(vcgtq_f32(v, highest), highest, v);
   }
-  return first;
-}
+};
+
+AMCT_INLINE void store_floats(float* p, float32x4_t v) { vst1q_f32(p, v); }
 
 // write_columns for sixteen channels from `first` on, in blocks of 4 x 4 transposed in registers; returns the first row
 // that is left.
 AMCT_INLINE int64_t write_columns_vec(const Epilogue& o, const int32_t* sums, int first, int64_t rows, float* y,
                                       int64_t stride) {
+  const AddAndClamp finish(o);
   const int64_t whole = rows / 4 * 4;
   for (int from = first; from < first + kBlockChannels; from += kLanes) {
     const Dequantizer dequantize4(o, from);
@@ -187,7 +182,7 @@ AMCT_INLINE int64_t write_columns_vec(const Epilogue& o, const int32_t* sums, in
           vreinterpretq_f32_f64(vzip2q_f64(even[0], even[1])), vreinterpretq_f32_f64(vzip2q_f64(odd[0], odd[1]))};
       for (int i = 0; i < 4; ++i) {
         const int64_t at = (from + i) * stride + r;
-        vst1q_f32(y + at, finish(o, b[i], o.addend == nullptr ? nullptr : o.addend + at));
+        store_floats(y + at, finish(b[i], o.addend == nullptr ? nullptr : o.addend + at));
       }
     }
   }
