@@ -17,7 +17,15 @@ from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state,
 from amct_ext.graph.values import Node
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discovery import Demand, Discovery
-from amct_ext.prune.equivalence import Fitted, first_divergence, largest_error, run_fitted, run_masked, run_pruned
+from amct_ext.prune.equivalence import (
+    Fitted,
+    first_divergence,
+    largest_error,
+    run_fitted,
+    run_masked,
+    run_pruned,
+    selects_by_value,
+)
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.reconcile import demands_of, size_attributes
@@ -177,11 +185,16 @@ class _RemovalCheck:
         if not failed:
             fitted = run_fitted(self._model, self.inputs, self.discovery, removed_mask, removal)
         difference = fitted.difference or self._compare(removed_mask, removal, fitted.outputs)
-        if difference is _OUTPUTS_DIFFER and stays:
+        if difference is _OUTPUTS_DIFFER and (stays or any(map(selects_by_value, self.discovery.graph.nodes))):
             pruned = run_pruned(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
             removal.undo()
             masked = run_masked(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
-            return first_divergence(pruned, masked, fitted.scaled)
+            difference = first_divergence(pruned, masked, fitted.scaled)
+            if difference.node is not None and selects_by_value(difference.node):
+                difference = None  # rounding moved a value across a threshold (of a detector); up to there all is equal
+            if difference is None and stays:
+                removal.apply()
+            return difference
         if difference is not None or not stays:
             removal.undo()
         return difference
