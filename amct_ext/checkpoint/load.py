@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from amct_ext.checkpoint import amct_names
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
-from amct_ext.layers.calibration_data import is_resumable
+from amct_ext.layers.activation.calibration_data import is_resumable
 
 _GATHERED = ".act_quant.calibration_data", ".hidden_quant.calibration_data"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile

@@ -13,7 +13,7 @@ from amct_ext.checkpoint.amct_names import to_amct_state_dict
 from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import CheckpointError
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
-from amct_ext.layers import integer_support, prepared
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
+from amct_ext.layers.activation.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.integer import IntegerForward
+from amct_ext.layers.products import integer_support, prepared_forward
+from amct_ext.layers.products.integer_forward import IntegerForward
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.recording import write_record
@@ -121,7 +121,7 @@ def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:
 def _has_way(layer: CompressedLayer, way: Forward) -> bool:
     """Whether ``way``, or one that "auto" may choose, is another one than floats for some inputs of ``layer``."""
     return (way in ("auto", "integer") and integer_support.unsupported_reason(layer) is None) or (
-        way in ("auto", "prepared") and prepared.unsupported_reason(layer) is None
+        way in ("auto", "prepared") and prepared_forward.unsupported_reason(layer) is None
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.common.layer_kinds import kind_of
-from amct_ext.layers import conv_linear, custom_forward, rnn
+from amct_ext.layers import conv_linear, custom_forward
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.derive import derived_class, take_attributes
 from amct_ext.layers.product_call import Product
+from amct_ext.layers.recurrent import rnn
 
 # By name of the kind in common/layer_kinds.py; the kinds that are quantizable are here.
 _COMPRESSED: dict[str, type[CompressedLayer]] = {

@@ -15,19 +15,19 @@ from amct_ext.common.ranks import full_tensor
 from amct_ext.config.plan import LayerPlan
 from amct_ext.config.text import SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.activation_types import FakeQuantized
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
+from amct_ext.layers.activation.stash import stashed
+from amct_ext.layers.activation.types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
-from amct_ext.layers.chain_tensor import chain_start
+from amct_ext.layers.chains.chain_tensor import chain_start
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.layer_refs import UnregisteredRefs
 from amct_ext.layers.product_call import Product
+from amct_ext.layers.product_path import Way
 from amct_ext.layers.shift_search import ShiftSearch
-from amct_ext.layers.sparsity import Sparsity, masked
-from amct_ext.layers.stash import stashed
-from amct_ext.layers.ways import Way
-from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
+from amct_ext.layers.weight.quantizer import WeightQuantizer, gradient_factor
+from amct_ext.layers.weight.sparsity import Sparsity, masked
 
 _EPS = torch.finfo(torch.float32).eps
 

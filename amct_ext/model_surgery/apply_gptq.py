@@ -11,7 +11,7 @@ from torch import nn
 
 from amct_ext.common.ranks import all_reduce_mean_, all_reduce_sum_
 from amct_ext.layers.conv_linear import ProductLayer
-from amct_ext.layers.gptq import GptqState, gptq_weight
+from amct_ext.layers.weight.gptq import GptqState, gptq_weight
 from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session
 

@@ -16,7 +16,7 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.weight_use import WeightUses
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
 from amct_ext.model_surgery.lookup import compressed_layers, compressed_modules

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
-from amct_ext.layers.chain_values import TensorOfValues
+from amct_ext.layers.chains.chain_values import TensorOfValues
 from benchmarks.step.eager_quant import quantize_eagerly, quantize_with_torch_ops
 from benchmarks.step.models import Job
 

@@ -1,0 +1,132 @@
+"""What stands behind a chain tensor: values, or how to compute them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from amct_ext.layers.chains.batch_norm_chain import BatchNormChain
+from amct_ext.layers.lazy_tensor import LazyTensor, map_lazy
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ChainGradient:
+    """A gradient within a chain, and that of the chain's input, which was computed together with it."""
+
+    chain: BatchNormChain  # what is left: the gradient is that of its values
+    results: tuple[Tensor, Tensor, Tensor]  # gradients of BatchNorm's input, weight and bias
+
+
+class ChainValues:
+    """The values of a tensor and of its aliases.
+
+    ``chain`` computes the values of a forward, ``compute`` those of a gradient; either stays where the values have been
+    computed, unless they were changed. ``origin``: the convolution's output that a chain reads; ``reads``: other values
+    that ``compute`` reads.
+    """
+
+    def __init__(
+        self,
+        *,
+        value: Tensor | None = None,
+        chain: BatchNormChain | None = None,
+        origin: ChainValues | None = None,
+        gradient: ChainGradient | None = None,
+        compute: Callable[[], Tensor] | None = None,
+        reads: tuple[ChainValues, ...] = (),
+    ) -> None:
+        self.value = value
+        self.chain, self.origin = chain, origin
+        self.gradient, self._compute = gradient, compute
+        self.fixed = False  # an alias of the value may be out
+        self._readers: weakref.WeakSet[ChainValues] = weakref.WeakSet()
+        for other in (*reads, *((origin,) if origin is not None else ())):
+            other._readers.add(self)
+
+    @property
+    def kept(self) -> Tensor:
+        """The tensor that is in memory: the values, or what they are computed from."""
+        if self.value is None and self.chain is not None:
+            return self.chain.norm.x
+        return self.get()
+
+    @property
+    def pending(self) -> bool:
+        return self.value is None
+
+    def get(self) -> Tensor:
+        """The values; computed where nothing has read them yet."""
+        if self.value is None:
+            compute = self._compute if self.chain is None else self.chain.compute
+            assert compute is not None
+            self.value = compute()
+        return self.value
+
+    def set(self, value: Tensor) -> None:
+        """Other values in their place."""
+        self.value, self.chain, self.gradient = value, None, None
+
+    def fix(self) -> None:
+        """Before the value is changed, or an alias of it given out: compute what is computed from it."""
+        self.fixed = True
+        for reader in list(self._readers):
+            reader.set(reader.get())
+        self.set(self.get())
+
+
+class TensorOfValues(LazyTensor):
+    """A tensor whose values are those of ``lazy``, with the metadata of ``like``."""
+
+    lazy: ChainValues
+
+    @staticmethod
+    def __new__(cls, values: ChainValues, like: Tensor) -> Self:
+        new = cls.without_memory(like.shape, like.stride(), like.dtype)
+        new.lazy = values
+        return new
+
+    def materialize(self) -> Tensor:
+        return self.lazy.get()
+
+    def memory(self) -> Tensor:
+        self.lazy.fix()
+        return self.lazy.get()
+
+    def replace(self, value: Tensor) -> None:
+        self.lazy = ChainValues(value=value)
+
+    def with_values(self, values: ChainValues, like: Tensor | None = None) -> Self:
+        """A tensor of other values, with the shape and layout of ``like``, or of this one."""
+        return type(self)(values, self if like is None else like)
+
+
+def plain(value: _T) -> _T:
+    """``value`` with plain tensors, which have no history, in place of chain tensors."""
+    return map_lazy(value, TensorOfValues, TensorOfValues.materialize)
+
+
+def with_history(value: _T) -> _T:
+    """``value`` with plain tensors that have the place in the graph that the chain tensors have."""
+    return map_lazy(value, TensorOfValues, torch.ops.aten.alias.default)
+
+
+def unchanged(x: Tensor) -> Callable[[], Tensor]:
+    """A function that gives ``x`` later. It raises RuntimeError where ``x`` was modified in place since."""
+    version = x._version
+
+    def read() -> Tensor:
+        if x._version != version:
+            raise RuntimeError(
+                f"a gradient of shape {tuple(x.shape)} was modified in place after a backward had read it, and one "
+                "that depends on it was read only now; read that one first, or modify a copy"
+            )
+        return x
+
+    return read
