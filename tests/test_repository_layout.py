@@ -79,9 +79,11 @@ COVERED_BY: dict[str, dict[str, str]] = {
     "layers/chains": {
         "batch_norm_chain": "layers/chains/test_chain_tensor.py",
         "chain_values": "layers/chains/test_chain_tensor.py",
+        "forward_rules": "layers/chains/test_chain_tensor.py",
     },
     "layers/products": {
         "deferred_conv": "layers/products/test_deferred_tensor.py",
+        "path_choice": "layers/products/test_timing.py",
         "prepared_conv": "layers/products/test_prepared_forward.py",
         "prepared_weight": "layers/products/test_prepared_forward.py",
         "weight_sources": "layers/products/test_fingerprint.py",

@@ -59,7 +59,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
     layers = {name: layer for name, layer in compressed_layers(network) if layer.weight_quantizers}
     _check_ready(layers)
     for layer in layers.values():
-        layer.search_n, layer.integer = None, None
+        layer.search_n, layer.product_choice = None, None
     measure = _Measurement(network, layers, loss)
     for batch in loader:
         measure.add(batch)

@@ -114,8 +114,8 @@ def _apply(layer: ProductLayer, gptq: GptqState) -> str:
     changed = changed.contiguous()
     all_reduce_mean_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
-    if layer.integer is not None:
-        layer.integer.drop_packed_weight()
+    if layer.product_choice is not None:
+        layer.product_choice.drop_packed_weight()
     return ""
 
 

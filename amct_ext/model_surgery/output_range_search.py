@@ -138,15 +138,15 @@ class _Evaluator:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """Within it all layers multiply floats; afterwards no quantiser keeps a result of these evaluations."""
-        layers = [(layer, layer.integer) for layer in compressed_modules(self.model)]
+        layers = [(layer, layer.product_choice) for layer in compressed_modules(self.model)]
         every = activation_quantizers(self.model)
         try:
             for layer, _ in layers:
-                layer.integer = None
+                layer.product_choice = None
             yield
         finally:
-            for layer, integer in layers:
-                layer.integer = integer
+            for layer, choice in layers:
+                layer.product_choice = choice
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 

@@ -60,7 +60,7 @@ def arq_fake_quantize_many(
         num_bits: 2 to 16.
         channel_axes: one for each weight, None for one scale; left out: axis 0 everywhere.
 
-    Returns, gradients: as `arq_fake_quantize`.
+    Returns: as `arq_fake_quantize`. Gradients: straight through.
 
     Errors: as `arq_fake_quantize`; ValueError where the number of axes is not that of the weights.
 

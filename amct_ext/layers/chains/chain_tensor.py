@@ -18,15 +18,17 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from amct_ext.layers.chains.backward_rules import BACKWARD_RULES
 from amct_ext.layers.chains.batch_norm_chain import OpOverload
-from amct_ext.layers.chains.chain_rules import RULES
-from amct_ext.layers.chains.chain_values import ChainValues, TensorOfValues, plain
+from amct_ext.layers.chains.chain_values import ChainTensorBase, ChainValues, materialize
+from amct_ext.layers.chains.forward_rules import FORWARD_RULES
 from amct_ext.layers.forward_context import transformed
 
 _aten = torch.ops.aten
+_RULES = FORWARD_RULES | BACKWARD_RULES
 
 
-class ChainTensor(TensorOfValues):
+class ChainTensor(ChainTensorBase):
     """A tensor whose values are pending or known (module docstring)."""
 
     @classmethod
@@ -37,18 +39,18 @@ class ChainTensor(TensorOfValues):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        rule = RULES.get(func)
+        rule = _RULES.get(func)
         result = NotImplemented if rule is None else rule(func, *args, **(kwargs or {}))
         if result is not NotImplemented:
             return result
         for leaf in tree_leaves(_aliased(func, args, kwargs or {})):
-            if isinstance(leaf, TensorOfValues):
-                leaf.lazy.fix()
+            if isinstance(leaf, ChainTensorBase):
+                leaf.chain_values.materialize_for_write()
         if torch.Tag.inplace_view in func.tags:
             with no_dispatch():
                 func(*args, **(kwargs or {}))  # changes the sizes and strides that the wrapper reports
-            args[0].replace(_aten.alias.default(args[0].lazy.get()))  # aliases keep theirs
-        return func(*plain(args), **plain(kwargs or {}))
+            args[0].replace(_aten.alias.default(args[0].chain_values.get()))  # aliases keep theirs
+        return func(*materialize(args), **materialize(kwargs or {}))
 
 
 def _aliased(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -60,7 +62,7 @@ def _aliased(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return aliased
 
 
-class ChainStart(TorchDispatchMode):
+class ChainConvolutions(TorchDispatchMode):
     """While active, the outputs of convolutions become chain tensors."""
 
     def __init__(self) -> None:
@@ -75,16 +77,16 @@ class ChainStart(TorchDispatchMode):
         return ChainTensor(ChainValues(value=result), result)
 
 
-def chain_start(x: Tensor, wanted: bool) -> AbstractContextManager[Any]:
-    """`ChainStart` for a convolution on ``x``, where it is wanted and possible."""
-    return ChainStart() if wanted and _can_start(x) else nullcontext()
+def chain_convolutions(x: Tensor, enabled: bool) -> AbstractContextManager[Any]:
+    """`ChainConvolutions` for a convolution on ``x``, where that is enabled and possible."""
+    return ChainConvolutions() if enabled and _can_chain(x) else nullcontext()
 
 
-def start_chain(y: Tensor, wanted: bool) -> Tensor:
-    """A chain tensor of the values of ``y``, which nothing else holds, where it is wanted and possible; else ``y``."""
-    return ChainTensor(ChainValues(value=y), y) if wanted and _can_start(y) else y
+def as_chain(y: Tensor, enabled: bool) -> Tensor:
+    """A chain tensor of the values of ``y``, which nothing else holds, where enabled and possible; else ``y``."""
+    return ChainTensor(ChainValues(value=y), y) if enabled and _can_chain(y) else y
 
 
-def _can_start(x: Tensor) -> bool:
+def _can_chain(x: Tensor) -> bool:
     """Whether this is a plain eager forward on the CPU."""
     return not transformed() and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 class ChainGradient:
     """A gradient within a chain, and that of the chain's input, which was computed together with it."""
 
-    chain: BatchNormChain  # what is left: the gradient is that of its values
+    chain: BatchNormChain  # the gradient is that of its values
     results: tuple[Tensor, Tensor, Tensor]  # gradients of BatchNorm's input, weight and bias
 
 
@@ -45,13 +45,13 @@ class ChainValues:
         self.value = value
         self.chain, self.origin = chain, origin
         self.gradient, self._compute = gradient, compute
-        self.fixed = False  # an alias of the value may be out
+        self.may_be_written = False  # an alias of the value may be out
         self._readers: weakref.WeakSet[ChainValues] = weakref.WeakSet()
         for other in (*reads, *((origin,) if origin is not None else ())):
             other._readers.add(self)
 
     @property
-    def kept(self) -> Tensor:
+    def stored(self) -> Tensor:
         """The tensor that is in memory: the values, or what they are computed from."""
         if self.value is None and self.chain is not None:
             return self.chain.norm.x
@@ -73,51 +73,51 @@ class ChainValues:
         """Other values in their place."""
         self.value, self.chain, self.gradient = value, None, None
 
-    def fix(self) -> None:
+    def materialize_for_write(self) -> None:
         """Before the value is changed, or an alias of it given out: compute what is computed from it."""
-        self.fixed = True
+        self.may_be_written = True
         for reader in list(self._readers):
             reader.set(reader.get())
         self.set(self.get())
 
 
-class TensorOfValues(LazyTensor):
+class ChainTensorBase(LazyTensor):
     """A tensor whose values are those of ``lazy``, with the metadata of ``like``."""
 
-    lazy: ChainValues
+    chain_values: ChainValues
 
     @staticmethod
     def __new__(cls, values: ChainValues, like: Tensor) -> Self:
         new = cls.without_memory(like.shape, like.stride(), like.dtype)
-        new.lazy = values
+        new.chain_values = values
         return new
 
     def materialize(self) -> Tensor:
-        return self.lazy.get()
+        return self.chain_values.get()
 
-    def memory(self) -> Tensor:
-        self.lazy.fix()
-        return self.lazy.get()
+    def writable_values(self) -> Tensor:
+        self.chain_values.materialize_for_write()
+        return self.chain_values.get()
 
     def replace(self, value: Tensor) -> None:
-        self.lazy = ChainValues(value=value)
+        self.chain_values = ChainValues(value=value)
 
     def with_values(self, values: ChainValues, like: Tensor | None = None) -> Self:
         """A tensor of other values, with the shape and layout of ``like``, or of this one."""
         return type(self)(values, self if like is None else like)
 
 
-def plain(value: _T) -> _T:
+def materialize(value: _T) -> _T:
     """``value`` with plain tensors, which have no history, in place of chain tensors."""
-    return map_lazy(value, TensorOfValues, TensorOfValues.materialize)
+    return map_lazy(value, ChainTensorBase, ChainTensorBase.materialize)
 
 
 def with_history(value: _T) -> _T:
     """``value`` with plain tensors that have the place in the graph that the chain tensors have."""
-    return map_lazy(value, TensorOfValues, torch.ops.aten.alias.default)
+    return map_lazy(value, ChainTensorBase, torch.ops.aten.alias.default)
 
 
-def unchanged(x: Tensor) -> Callable[[], Tensor]:
+def read_later(x: Tensor) -> Callable[[], Tensor]:
     """A function that gives ``x`` later. It raises RuntimeError where ``x`` was modified in place since."""
     version = x._version
 
@@ -130,3 +130,8 @@ def unchanged(x: Tensor) -> Callable[[], Tensor]:
         return x
 
     return read
+
+
+def pending_chain(x: object) -> BatchNormChain | None:
+    """The chain of a tensor whose values nothing has computed yet; None: it is another tensor."""
+    return x.chain_values.chain if isinstance(x, ChainTensorBase) and x.chain_values.pending else None

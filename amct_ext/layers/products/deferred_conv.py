@@ -10,7 +10,7 @@ from amct_ext import ops
 from amct_ext.layers.bn_fold import fold_batch_norm
 from amct_ext.layers.products.deferred_source import Clips, Codes, EvaluationCount
 from amct_ext.layers.products.integer_ops import ConvGeometry
-from amct_ext.layers.products.prepared_ops import Activation
+from amct_ext.layers.products.prepared_ops import OneDnnActivation
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DeferredConv2d:
         low = low if self.clamp_min is None else max(low, self.clamp_min)
         return replace(self, clamp_min=low, clamp_max=high)
 
-    def activated(self, activation: Activation) -> None:
+    def activated(self, activation: OneDnnActivation) -> None:
         """None: the integer product has bounds only."""
 
     @property

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from amct_ext.layers.products.prepared_ops import Activation
+from amct_ext.layers.products.prepared_ops import OneDnnActivation
 
 _aten = torch.ops.aten
 Clips = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -62,7 +62,7 @@ class DeferredSource(Protocol):
     def clamped(self, low: float, high: float | None) -> DeferredSource | None:
         """Clamped to these bounds."""
 
-    def activated(self, activation: Activation) -> DeferredSource | None:
+    def activated(self, activation: OneDnnActivation) -> DeferredSource | None:
         """With an activation function behind it."""
 
 
@@ -85,7 +85,7 @@ class HeldValues:
     def clamped(self, low: float, high: float | None) -> None:
         return None
 
-    def activated(self, activation: Activation) -> None:
+    def activated(self, activation: OneDnnActivation) -> None:
         return None
 
 

@@ -35,7 +35,7 @@ from amct_ext.layers.products.deferred_source import (
     Padding,
 )
 from amct_ext.layers.products.prepared_conv import PreparedConv2d
-from amct_ext.layers.products.prepared_ops import HARDSWISH, SILU, Activation
+from amct_ext.layers.products.prepared_ops import HARDSWISH, SILU, OneDnnActivation
 
 _aten = torch.ops.aten
 _T = TypeVar("_T")
@@ -67,8 +67,8 @@ class DeferredTensor(LazyTensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if not torch.is_grad_enabled():
-            fold = _FOLDS.get(func)
-            result = NotImplemented if fold is None else fold(*args, **(kwargs or {}))
+            rule = _RULES.get(func)
+            result = NotImplemented if rule is None else rule(*args, **(kwargs or {}))
             if result is NotImplemented and func in LAYOUT_FREE:
                 result = _run_channels_last(func, args, kwargs or {})
             if result is not NotImplemented:
@@ -113,14 +113,14 @@ def materialize(value: _T) -> _T:
     return map_lazy(value, DeferredTensor, DeferredTensor.materialize)
 
 
-# -- ops that are folded into a deferred convolution; NotImplemented where one cannot be
+# -- ops that run in the pass of a deferred convolution; NotImplemented where one cannot
 
 
 def _source_of(x: object) -> DeferredSource | None:
     return x.source if type(x) is DeferredTensor else None
 
 
-def _following(x: Tensor, source: DeferredSource | None, in_place: bool = False) -> Any:
+def _result_of(x: Tensor, source: DeferredSource | None, in_place: bool = False) -> Any:
     """The result whose values are those of ``source``: ``x`` itself, or a new tensor of its shape."""
     if source is None:
         return NotImplemented
@@ -145,31 +145,31 @@ def _batch_norm(
         return NotImplemented
     if any(type(t) is DeferredTensor for t in (gamma, beta, mean, variance)):
         return NotImplemented
-    result = _following(x, source.with_batch_norm(gamma, beta, mean, variance, eps))
+    result = _result_of(x, source.with_batch_norm(gamma, beta, mean, variance, eps))
     none = torch.empty(0)
     return result if result is NotImplemented else (result, none, none.clone())
 
 
 def _clamp(in_place: bool, clamp_min: float = 0.0, clamp_max: float | None = None) -> Callable[..., Any]:
-    def fold(x: Tensor, low: float = clamp_min, high: float | None = clamp_max) -> Any:
+    def rule(x: Tensor, low: float = clamp_min, high: float | None = clamp_max) -> Any:
         source = _source_of(x)
         if source is None or (high is not None and low > high):  # an error that the op raises
             return NotImplemented
-        return _following(x, source.clamped(low, high), in_place)
+        return _result_of(x, source.clamped(low, high), in_place)
 
-    return fold
+    return rule
 
 
-def _activation(in_place: bool, activation: Activation) -> Callable[..., Any]:
-    def fold(x: Tensor) -> Any:
+def _activation(in_place: bool, activation: OneDnnActivation) -> Callable[..., Any]:
+    def rule(x: Tensor) -> Any:
         source = _source_of(x)
-        return NotImplemented if source is None else _following(x, source.activated(activation), in_place)
+        return NotImplemented if source is None else _result_of(x, source.activated(activation), in_place)
 
-    return fold
+    return rule
 
 
 def _add(in_place: bool) -> Callable[..., Any]:
-    def fold(x: Tensor, other: Tensor, *, alpha: float = 1) -> Any:
+    def rule(x: Tensor, other: Tensor, *, alpha: float = 1) -> Any:
         if not in_place and _source_of(x) is None:
             x, other = other, x
         source = _source_of(x)
@@ -189,7 +189,7 @@ def _add(in_place: bool) -> Callable[..., Any]:
             return x
         return y
 
-    return fold
+    return rule
 
 
 def _add_prepared(in_place: bool, x: Tensor, other: Tensor, alpha: float) -> Any:
@@ -203,7 +203,7 @@ def _add_prepared(in_place: bool, x: Tensor, other: Tensor, alpha: float) -> Any
     if other.stride() != x.stride():
         return NotImplemented
     if type(other) is DeferredTensor and other.source is not None:
-        return _following(x, source.plus(other.channels_last_values()), in_place)
+        return _result_of(x, source.plus(other.channels_last_values()), in_place)
     addend = materialize(other)
     if type(addend) is not Tensor:
         return NotImplemented
@@ -211,7 +211,7 @@ def _add_prepared(in_place: bool, x: Tensor, other: Tensor, alpha: float) -> Any
     summed: DeferredSource = source.plus(addend)
     if addend.is_contiguous(memory_format=torch.channels_last):
         summed = HeldValues(summed.compute_channels_last(), source.channels_last)
-    return _following(x, summed, in_place)
+    return _result_of(x, summed, in_place)
 
 
 def _pad(x: Tensor, padding: Sequence[int], value: float = 0.0) -> Any:
@@ -259,7 +259,7 @@ def _reporting_planes(y: Tensor) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-_FOLDS: dict[torch._ops.OpOverload[..., Any], Callable[..., Any]] = {
+_RULES: dict[torch._ops.OpOverload[..., Any], Callable[..., Any]] = {
     _aten.native_batch_norm.default: _batch_norm,
     _aten.relu.default: _clamp(False),
     _aten.relu_.default: _clamp(True),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.layers.activation.stash import recompute_fake_quantized
 from amct_ext.layers.activation.types import QuantizedActivation
-from amct_ext.layers.chains.chain_tensor import start_chain
+from amct_ext.layers.chains.chain_tensor import as_chain
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.products.integer_ops import PackedWeight, conv_padding, integer_product
 
@@ -56,7 +56,7 @@ class IntegerProduct(torch.autograd.Function):
         ctx.conv = None
         if isinstance(layer, nn.Conv2d):
             ctx.conv = (layer.stride, conv_padding(layer), layer.dilation)
-        return start_chain(y, layer.refs.fuses)
+        return as_chain(y, layer.refs.fuses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:

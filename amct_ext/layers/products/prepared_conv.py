@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amct_ext.layers.products.deferred_source import EvaluationCount
 from amct_ext.layers.products.integer_ops import ConvGeometry
-from amct_ext.layers.products.prepared_ops import IDENTITY, RELU, Activation, bounds, conv2d
+from amct_ext.layers.products.prepared_ops import IDENTITY, RELU, OneDnnActivation, bounds, conv2d
 from amct_ext.layers.products.prepared_weight import PackedConv, PreparedConvWeight, is_plain
 
 
@@ -23,7 +23,7 @@ class PreparedConv2d:
     channels_last: bool  # the layout that the deferred tensor reports
     folded: PackedConv | None = None  # with the BatchNorm behind it
     addend: Tensor | None = None  # channels last
-    activation: Activation = IDENTITY
+    activation: OneDnnActivation = IDENTITY
     evaluations: EvaluationCount = field(default_factory=EvaluationCount)  # shared by all that derive from one conv
 
     def compute(self) -> Tensor:
@@ -53,7 +53,7 @@ class PreparedConv2d:
         activation = bounds(low, high)
         return None if activation is None else self._with(activation)
 
-    def activated(self, activation: Activation) -> PreparedConv2d | None:
+    def activated(self, activation: OneDnnActivation) -> PreparedConv2d | None:
         """With an activation function behind it, where there is none yet."""
         return self._with(activation) if self.activation == IDENTITY else None
 
@@ -66,7 +66,7 @@ class PreparedConv2d:
         """Whether an addition can still be folded in."""
         return self.addend is None and self.activation == IDENTITY
 
-    def _with(self, activation: Activation) -> PreparedConv2d | None:
+    def _with(self, activation: OneDnnActivation) -> PreparedConv2d | None:
         finite = self.folded is not None or self.weight.is_finite
         return replace(self, activation=activation) if finite else None
 

@@ -24,24 +24,24 @@ _NUM_ARGUMENTS = {
 }
 
 
-class Activation(NamedTuple):
+class OneDnnActivation(NamedTuple):
     """An activation function in oneDNN's terms."""
 
     name: str
     scalars: Sequence[float] = ()
 
 
-IDENTITY, RELU = Activation("none"), Activation("relu")
-HARDSWISH, SILU = Activation("hardswish"), Activation("swish")
+IDENTITY, RELU = OneDnnActivation("none"), OneDnnActivation("relu")
+HARDSWISH, SILU = OneDnnActivation("hardswish"), OneDnnActivation("swish")
 
 
-def bounds(low: float, high: float | None) -> Activation | None:
+def bounds(low: float, high: float | None) -> OneDnnActivation | None:
     """The clamp to these bounds; None where oneDNN has none such."""
     if high is None:
         return RELU if low == 0 else None
     if not low <= high:
         return None
-    return Activation("hardtanh", (low, high))
+    return OneDnnActivation("hardtanh", (low, high))
 
 
 def is_available() -> bool:
@@ -75,7 +75,7 @@ def conv2d(
     geometry: ConvGeometry,
     groups: int,
     addend: Tensor | None,
-    activation: Activation,
+    activation: OneDnnActivation,
 ) -> Tensor:
     """activation(convolution + addend), channels last where ``x`` is."""
     _, stride, padding, dilation = geometry

@@ -14,7 +14,7 @@ from amct_ext.layers.bn_fold import apply_batch_norm
 from amct_ext.layers.chains.chain_tensor import ChainTensor
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.lazy_tensor import LazyTensor
-from amct_ext.layers.product_path import Way
+from amct_ext.layers.product_path import ProductPath
 from amct_ext.layers.products.integer_ops import PackedWeight, conv_geometry, integer_product
 from amct_ext.layers.products.prepared_ops import IDENTITY, conv2d, linear, pack_conv_weight, pack_linear_weight
 
@@ -22,31 +22,33 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 12
 _MARGIN = 0.9  # a layer on floats among others must gain more than this: its input and its output change their layout
 
 
-def fastest(layer: CompressedLayer, x: Tensor, ways: Sequence[Way], with_gradients: bool, deferred: bool) -> Way:
-    """The fastest of ``ways`` ("integer", "prepared") and "float".
+def fastest(
+    layer: CompressedLayer, x: Tensor, paths: Sequence[ProductPath], with_gradients: bool, deferred: bool
+) -> ProductPath:
+    """The fastest of ``paths`` ("integer", "prepared") and "float".
 
     They are run on ``x``, in turns; the layer's state does not change. ``deferred``: on floats the BatchNorm and the
-    activation function that follow count; on the others they are fused. Each way has ``x`` in the layout that a layer
-    before it would have written on the same way: a change of layout between two ways would keep layers from changing.
+    activation function that follow count; on the others they are fused. Each path has ``x`` in the layout that a layer
+    before it would have written on the same path: a change of layout between two paths would keep layers from changing.
     """
     with torch.no_grad():
         trial = _Trial(layer, x, with_gradients, deferred)
         runs = {"float": trial.on_floats, "integer": trial.on_integers, "prepared": trial.on_prepared_floats}
-        all_ways: tuple[Way, ...] = ("float", *ways)
-        times: dict[Way, list[float]] = {way: [] for way in all_ways}
+        all_paths: tuple[ProductPath, ...] = ("float", *paths)
+        times: dict[ProductPath, list[float]] = {path: [] for path in all_paths}
         for turn in range(_MAX_ROUNDS):
-            for way, measured in times.items():
-                measured.append(_seconds(runs[way]))
+            for path, measured in times.items():
+                measured.append(_seconds(runs[path]))
             if turn + 1 >= _MIN_ROUNDS and all(map(_is_stable, times.values())):
                 break
-    shortest = {way: min(measured) for way, measured in times.items()}
+    shortest = {path: min(measured) for path, measured in times.items()}
     if deferred:
         shortest["float"] /= _MARGIN
     return min(shortest, key=shortest.__getitem__)
 
 
 class _Trial:
-    """One layer's product, input quantisation included, in every way."""
+    """One layer's product, input quantisation included, on every path."""
 
     def __init__(self, layer: CompressedLayer, x: Tensor, with_gradients: bool, deferred: bool) -> None:
         quantizer, weight_quant = layer.activation, layer.weight_quant
@@ -63,7 +65,7 @@ class _Trial:
         self.packed: tuple[Tensor, Tensor] | None = None
         self.prepared: Tensor | None = None
         # On floats the quantiser takes such an input from the convolution before, with BatchNorm in the same pass.
-        self.input_is_chain = with_gradients and isinstance(x, ChainTensor) and x.lazy.chain is not None
+        self.input_is_chain = with_gradients and isinstance(x, ChainTensor) and x.chain_values.chain is not None
         self.x = (x.materialize() if isinstance(x, LazyTensor) else x).detach()
         self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
-from amct_ext.layers.chains.chain_values import TensorOfValues
+from amct_ext.layers.chains.chain_values import ChainTensorBase
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_only_the_convolutions_outputs_are_kept(pair: tuple[nn.Module, nn.Module
         storages: dict[int, int] = {}
 
         def pack(value: Tensor, storages: dict[int, int] = storages) -> Tensor:
-            whole = value.lazy.kept if isinstance(value, TensorOfValues) else value
+            whole = value.chain_values.stored if isinstance(value, ChainTensorBase) else value
             storages[whole.untyped_storage().data_ptr()] = whole.untyped_storage().nbytes()
             return value
 
@@ -227,6 +227,6 @@ def test_configure(pair: tuple[nn.Module, nn.Module]) -> None:
     pair[0](x)
     amct_ext.configure(pair[0], fuse="auto")
     pair[0](x)
-    assert [issubclass(kind, TensorOfValues) for kind in kinds] == [True, False, True]
+    assert [issubclass(kind, ChainTensorBase) for kind in kinds] == [True, False, True]
     with pytest.raises(ValueError, match="fuse must be"):
         amct_ext.configure(pair[0], fuse="on")  # type: ignore[arg-type]

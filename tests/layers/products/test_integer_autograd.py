@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
-from amct_ext.layers.products.integer_forward import IntegerForward
+from amct_ext.layers.products.path_choice import PathChoice
 from amct_ext.model_surgery.lookup import compressed_layers
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -119,7 +119,7 @@ def test_graph_holds_no_more_than_that_of_the_float_model(tmp_path: Path) -> Non
 
 def test_a_changed_input_is_an_error(tmp_path: Path) -> None:
     model = compressed(Chain(nn.Linear(8, 4)), torch.randn(3, 8), tmp_path).layer
-    model.integer = IntegerForward("integer")
+    model.product_choice = PathChoice("integer")
     x = torch.randn(3, 8)
     y = model(x)
     x.zero_()

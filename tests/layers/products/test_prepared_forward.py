@@ -178,7 +178,7 @@ def test_packed_weights_follow_what_they_were_made_of(
     close(changed, expected)
     copied = pickle.loads(pickle.dumps(model))
     for each in (copied, copy.deepcopy(model)):
-        assert each.one.integer.prepared._cached is None
+        assert each.one.product_choice.prepared._cached is None
         with torch.no_grad():
             assert torch.equal(each(x), changed)
 
@@ -222,7 +222,7 @@ def test_hooks_see_values(tmp_path: Path) -> None:
         each.two.register_forward_pre_hook(lambda m, args: seen.append(kept[-1] + 0))
     with torch.no_grad():
         y, expected = model(x), plain(x)
-        assert not model.one.integer.prepared.policy.allowed  # the convolution was computed twice; never again
+        assert not model.one.product_choice.prepared.policy.allowed  # the convolution was computed twice; never again
         close(y, expected)
         close(model(x), expected)
     for each in (0, 2):
