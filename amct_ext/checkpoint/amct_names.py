@@ -17,7 +17,7 @@ from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, read_rnn, sub
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import present_pairs, session_of
 

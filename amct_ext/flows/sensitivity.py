@@ -23,7 +23,7 @@ from amct_ext.layers.classes import to_float
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.folded_layer import folded_layer
 from amct_ext.layers.product_call import ProductCall
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
 
@@ -59,7 +59,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
     layers = {name: layer for name, layer in compressed_layers(network) if layer.weight_quantizers}
     _check_ready(layers)
     for layer in layers.values():
-        layer.search_n, layer.integer = None, None
+        layer.search_n, layer.product_choice = None, None
     measure = _Measurement(network, layers, loss)
     for batch in loader:
         measure.add(batch)

@@ -15,27 +15,27 @@ from amct_ext.common.ranks import full_tensor
 from amct_ext.config.plan import LayerPlan
 from amct_ext.config.text import SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.activation_types import FakeQuantized
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
+from amct_ext.layers.activation.stash import stashed
+from amct_ext.layers.activation.types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
-from amct_ext.layers.chain_tensor import chain_start
+from amct_ext.layers.chains.chain_tensor import chain_convolutions
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.layer_refs import UnregisteredRefs
 from amct_ext.layers.product_call import Product
+from amct_ext.layers.product_path import ProductPath
 from amct_ext.layers.shift_search import ShiftSearch
-from amct_ext.layers.sparsity import Sparsity, masked
-from amct_ext.layers.stash import stashed
-from amct_ext.layers.ways import Way
-from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
+from amct_ext.layers.weight.quantizer import WeightQuantizer, gradient_factor
+from amct_ext.layers.weight.sparsity import Sparsity, masked
 
 _EPS = torch.finfo(torch.float32).eps
 
 
-class ProductOnCodes(Protocol):
-    """Another way to compute a layer's product; `integer.IntegerForward` is the one there is."""
+class ProductChoice(Protocol):
+    """Another path for a layer's product than floats, where one is faster; see `products.path_choice.PathChoice`."""
 
-    used: Way  # by the last forward
+    used: ProductPath  # by the last forward
 
     def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor | None:
         """The output of the layer, or None where ``x`` is for the float path."""
@@ -67,7 +67,7 @@ class CompressedLayer(nn.Module):
     weight_quant: WeightQuantizer | None
     act_quant: ActivationQuantizer | None
     search_n: ShiftSearch | None
-    integer: ProductOnCodes | None  # None: the product is computed on floats
+    product_choice: ProductChoice | None  # None: the product is computed on floats
 
     # -- the forward
 
@@ -77,7 +77,7 @@ class CompressedLayer(nn.Module):
 
     def _forward(self, x: Tensor, *args: Any) -> Tensor:
         """The output of the layer; ``args``: further arguments of the float class's forward."""
-        y = None if self.integer is None else self.integer(self, x)
+        y = None if self.product_choice is None else self.product_choice(self, x)
         if y is None:
             y = self._float_forward(x, *args)
         if self.search_n is not None:
@@ -85,7 +85,7 @@ class CompressedLayer(nn.Module):
                 if not state_updates_disabled():
                     self.search_n.reset()
             elif y.numel() and self.feeds_shift_search:
-                accumulators = None if self.integer is None else self.integer.pop_accumulators()
+                accumulators = None if self.product_choice is None else self.product_choice.pop_accumulators()
                 self._search_shift(self.search_n, y.detach(), accumulators)
         return y
 
@@ -96,7 +96,7 @@ class CompressedLayer(nn.Module):
         # Only the gradient of the weight reads the input again.
         stashes = quantizer is not None and quantizer.stash and weight.requires_grad
         memory = stashed(quantizer.num_bits, *results[0]) if stashes else nullcontext()  # type: ignore[union-attr]
-        with memory, chain_start(quantised, self.refs.fuses):
+        with memory, chain_convolutions(quantised, self.refs.fuses):
             return self.compute_with_weight(quantised, weight, *args)
 
     def quantized_input(self, x: Tensor, results: list[FakeQuantized]) -> Tensor:
@@ -215,7 +215,7 @@ class CompressedLayer(nn.Module):
         take_attributes(new, layer)
         new.layer_name = plan.name
         new.refs = UnregisteredRefs(product=product)
-        new.integer = None
+        new.product_choice = None
         vars(new).update(dict.fromkeys(cls.own_children))
         new._add_children(plan, batch_num, fixed_min)
         return new.train(layer.training)
@@ -277,8 +277,8 @@ class CompressedLayer(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module; a change of mode is also where weights may have been swapped through ``weight.data``."""
-        if self.integer is not None:
-            self.integer.drop_packed_weight()
+        if self.product_choice is not None:
+            self.product_choice.drop_packed_weight()
         return super().train(mode)
 
     def __init_subclass__(cls, **arguments: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amct_ext.config.plan import LayerPlan
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.gptq import GptqState, im2col
+from amct_ext.layers.weight.gptq import GptqState, im2col
 
 
 class ProductLayer(CompressedLayer):

@@ -11,7 +11,7 @@ from torch import nn
 
 from amct_ext.common.ranks import all_reduce_mean_, all_reduce_sum_
 from amct_ext.layers.conv_linear import ProductLayer
-from amct_ext.layers.gptq import GptqState, gptq_weight
+from amct_ext.layers.weight.gptq import GptqState, gptq_weight
 from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session
 
@@ -114,8 +114,8 @@ def _apply(layer: ProductLayer, gptq: GptqState) -> str:
     changed = changed.contiguous()
     all_reduce_mean_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
-    if layer.integer is not None:
-        layer.integer.drop_packed_weight()
+    if layer.product_choice is not None:
+        layer.product_choice.drop_packed_weight()
     return ""
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_ext.common.ranks import is_distributed
-from amct_ext.layers.chain_values import with_history
-from amct_ext.layers.deferred import materialize
+from amct_ext.layers.chains.chain_values import with_history
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.layers.products.deferred_tensor import materialize
 from amct_ext.model_surgery.apply_gptq import (
     apply_gptq,
     has_pending_gptq,

@@ -16,10 +16,10 @@ from amct_ext.common.ranks import all_reduce_sum_
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_model_state, tensors_in
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
+from amct_ext.layers.activation.range_search import Clips
+from amct_ext.layers.activation.shared_input import SharedInputCache
 from amct_ext.layers.forward_context import no_state_updates, state_updates_disabled
-from amct_ext.layers.range_search import Clips
-from amct_ext.layers.shared_input import SharedInputCache
 from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, activation_quantizers
 
@@ -138,15 +138,15 @@ class _Evaluator:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """Within it all layers multiply floats; afterwards no quantiser keeps a result of these evaluations."""
-        layers = [(layer, layer.integer) for layer in compressed_modules(self.model)]
+        layers = [(layer, layer.product_choice) for layer in compressed_modules(self.model)]
         every = activation_quantizers(self.model)
         try:
             for layer, _ in layers:
-                layer.integer = None
+                layer.product_choice = None
             yield
         finally:
-            for layer, integer in layers:
-                layer.integer = integer
+            for layer, choice in layers:
+                layer.product_choice = choice
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 

@@ -17,11 +17,11 @@ from amct_ext.common.files import back_up, write_if_changed
 from amct_ext.common.ranks import is_rank_zero
 from amct_ext.config.plan import Plan
 from amct_ext.errors import ModelError, RecordError, StaleStateError
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rnn import CompressedRNN
-from amct_ext.layers.sparsity import Sparsity
-from amct_ext.layers.weight_quantizer import WeightQuantizer
+from amct_ext.layers.recurrent.rnn import CompressedRNN
+from amct_ext.layers.weight.quantizer import WeightQuantizer
+from amct_ext.layers.weight.sparsity import Sparsity
 from amct_ext.model_surgery.lookup import compressed_layers, compressed_modules, layers_by_created_name
 from amct_ext.model_surgery.session import Session, StateVersions, present_pairs, raise_if_invalid, session_of
 from amct_ext.record.text import format_record

@@ -21,7 +21,7 @@ from amct_ext.layers.derive import take_attributes
 from amct_ext.layers.folded_layer import folded_layer
 from amct_ext.layers.functional_parent import FunctionalParent, as_functional_parent, unwrap_functional_parent
 from amct_ext.layers.product_call import Product
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.batchnorm_links import foldable
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 

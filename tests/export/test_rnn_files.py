@@ -16,7 +16,7 @@ from support.jobs.rnn_job import Job, batch, evaluate, every_kind, optimizer_of,
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.activation_types import ClipRange
+from amct_ext.layers.activation.types import ClipRange
 from amct_ext.record.text import parse_record, read_record
 
 
