@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# A masked run zeroes removed channels in inputs of PRODUCTS, and drops them in NORMS, STATISTICS and, between channels, SOFTMAXES.
+# A masked run zeroes removed channels in inputs of PRODUCTS, and drops them in NORMS, STATISTICS and SOFTMAXES between
+# channels.
 MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ATTENTIONS = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",

@@ -28,9 +28,7 @@ _ROUNDING, _DRAWS = 3e-6, 4  # relative error of a layer's sums; evaluations wit
 _NOT_WEIGHTS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
 
 
-def job(
-    model: nn.Module, inputs: tuple[Any, ...], layers: Layers, ratio: float, profile: str = "AMCT"
-) -> Quantised:
+def job(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, ratio: float, profile: str = "AMCT") -> Quantised:
     """Exceptions end the job and are its error."""
     run = _Job(model, inputs, ratio, profile)
     steps: dict[str, Callable[[], None]] = {

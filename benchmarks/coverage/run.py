@@ -97,8 +97,7 @@ def summary(result: Result) -> str:
         if part is not None:
             done = f"{part.pruned} of {result.asked}, {part.parameters_left:.2f} / {part.macs_left:.2f} left"
             parts.append(f"{label}: {part.error or done}")
-    job = result.quantised
-    if job is not None:
+    for job in filter(None, (result.quantised, result.best)):
         figures = f"INT8 {job.weights}, restored {job.equal}, ONNX {job.onnx} ({job.noise})"
         parts.append(f"{job.stage}: {job.error}" if job.error else figures)
     return "; ".join(parts)
