@@ -104,9 +104,9 @@ class _Measurement:
         total = max(sum(self._macs.values()), 1)
         rows = []
         for name, layer in self.layers.items():
-            activation = layer.activation
-            assert activation is not None
-            bits = activation.num_bits, layer.weight_quantizers[0].num_bits
+            quantizer = layer.input_quantizer
+            assert quantizer is not None
+            bits = quantizer.num_bits, layer.weight_quantizers[0].num_bits
             own, weights = self._own[name] / self.batches, self._weights[name] / self.batches
             rows.append(LayerSensitivity(layer.layer_name, _type(layer), *bits, own, weights, self._macs[name] / total))
         return Sensitivity(rows, self._whole / self.batches, "error" if self.loss is None else "loss")

@@ -61,7 +61,7 @@ def reset_gptq_after_load(model: nn.Module) -> None:
     """After a load: layers whose calibration is finished hold the changed weights already."""
     for layer, gptq in _states(model):
         if not layer.weight.is_meta:
-            gptq.reset(done=layer.activation is None or layer.activation.calibrated)
+            gptq.reset(done=layer.input_quantizer is None or layer.input_quantizer.calibrated)
 
 
 def _states(model: nn.Module) -> Iterator[tuple[ProductLayer, GptqState]]:
@@ -75,7 +75,9 @@ def _pending(model: nn.Module) -> list[tuple[ProductLayer, GptqState]]:
     return [
         (layer, gptq)
         for layer, gptq in _states(model)
-        if not (gptq.done or layer.weight.is_meta) and layer.activation is not None and layer.activation.calibrated
+        if not (gptq.done or layer.weight.is_meta)
+        and layer.input_quantizer is not None
+        and layer.input_quantizer.calibrated
     ]
 
 

@@ -17,7 +17,7 @@ from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_model_state, tensors_in
 from amct_ext.layers.activation.quantizer import ActivationQuantizer
-from amct_ext.layers.activation.range_search import Clips
+from amct_ext.layers.activation.range_search import ClipPair
 from amct_ext.layers.activation.shared_input import SharedInputCache
 from amct_ext.layers.forward_context import no_state_updates, state_updates_disabled
 from amct_ext.model_surgery.lookup import compressed_modules
@@ -86,7 +86,7 @@ def search_output_ranges(model: nn.Module) -> None:
 
 def _candidates_of_all_ranks(
     pending: Sequence[ActivationQuantizer],
-) -> tuple[list[ActivationQuantizer], list[list[Clips]]]:
+) -> tuple[list[ActivationQuantizer], list[list[ClipPair]]]:
     """The quantisers that have candidates on any rank, and their candidates: the means over the ranks."""
     most = max(len(quantizer.candidates) for quantizer in pending)
     count = torch.tensor([float(most)], device=pending[0].clip_max.device)
@@ -101,10 +101,10 @@ def _candidates_of_all_ranks(
     all_reduce_sum_(table)
     found = [i for i, row in enumerate(table[:, 0, 0].tolist()) if row]
     means = table[..., 1:] / table[..., :1].clamp_min(1)
-    return [pending[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
+    return [pending[i] for i in found], [[ClipPair(*clips.unbind()) for clips in means[i]] for i in found]
 
 
-def _search(evaluator: _Evaluator, candidates: list[list[Clips]]) -> list[Clips]:
+def _search(evaluator: _Evaluator, candidates: list[list[ClipPair]]) -> list[ClipPair]:
     """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
     reference = evaluator.output(None)
     kinds = len(candidates[0])
@@ -150,7 +150,7 @@ class _Evaluator:
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 
-    def output(self, clips: Sequence[Clips] | None) -> list[Tensor]:
+    def output(self, clips: Sequence[ClipPair] | None) -> list[Tensor]:
         """The floating-point tensors that the model returns; without clips those of float activations."""
         found: list[Tensor] = []
         problem = ""
@@ -181,7 +181,7 @@ class _Evaluator:
         self._raise_on_any_rank(problem)
         return found
 
-    def error(self, clips: Sequence[Clips], reference: Sequence[Tensor]) -> float:
+    def error(self, clips: Sequence[ClipPair], reference: Sequence[Tensor]) -> float:
         """How far the output is from the reference; infinite where it is not finite."""
         output = self.output(clips)
         same = [x.shape for x in output] == [x.shape for x in reference]

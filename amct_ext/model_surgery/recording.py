@@ -193,9 +193,9 @@ def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:
 
 
 def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
-    activation, weight = layer.activation, layer.weight_quant
-    assert activation is not None and weight is not None
-    scale_d, offset_d = activation.factors()
+    quantizer, weight = layer.input_quantizer, layer.weight_quant
+    assert quantizer is not None and weight is not None
+    scale_d, offset_d = quantizer.factors()
     scale_w = tuple(layer.recorded_scale_w().float().tolist())
     entry = QuantRecord(
         key=name,
@@ -203,7 +203,7 @@ def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
         offset_d=offset_d,
         scale_w=scale_w,
         offset_w=(0,) * len(scale_w),
-        act_type=f"INT{activation.num_bits}",
+        act_type=f"INT{quantizer.num_bits}",
         wts_type=f"INT{weight.num_bits}",
         fakequant_precision_mode="FORCE_FP16_QUANT" if plan.fp16 else None,
     )

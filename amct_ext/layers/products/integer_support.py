@@ -19,9 +19,9 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
         return "no integer kernel for this type"
     if layer.refs.product is not None:
         return "a forward of its class's own"
-    if layer.weight_quant is None or layer.activation is None:
+    if layer.weight_quant is None or layer.input_quantizer is None:
         return "not quantised"
-    if max(layer.weight_quant.num_bits, layer.activation.num_bits) > 8:
+    if max(layer.weight_quant.num_bits, layer.input_quantizer.num_bits) > 8:
         return "more than 8 bits"
     if layer.weight[0].numel() > _MAX_REDUCTION:
         return "sums may exceed 32 bits"

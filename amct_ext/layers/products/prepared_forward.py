@@ -32,7 +32,7 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
         return "no packed product for this type"
     if layer.refs.product is not None:
         return "a forward of its class's own"
-    if layer.weight_quant is None or layer.activation is None:
+    if layer.weight_quant is None or layer.input_quantizer is None:
         return "not quantised"
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or conv_padding(layer) is None):
         return "padding"

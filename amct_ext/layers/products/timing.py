@@ -51,7 +51,7 @@ class _Trial:
     """One layer's product, input quantisation included, on every path."""
 
     def __init__(self, layer: CompressedLayer, x: Tensor, with_gradients: bool, deferred: bool) -> None:
-        quantizer, weight_quant = layer.activation, layer.weight_quant
+        quantizer, weight_quant = layer.input_quantizer, layer.weight_quant
         assert quantizer is not None and weight_quant is not None
         self.layer = layer
         self.with_gradients = with_gradients

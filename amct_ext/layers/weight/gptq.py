@@ -23,7 +23,7 @@ class ObservedLayer(Protocol):
     """What GPTQ reads of a layer."""
 
     @property
-    def activation(self) -> ActivationQuantizer | None:
+    def input_quantizer(self) -> ActivationQuantizer | None:
         """The quantiser whose calibration is waited for."""
 
     def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
@@ -48,7 +48,7 @@ class GptqState:
         """Add the input of a forward that has just given the calibration a batch; of any other nothing."""
         if self.done or torch.compiler.is_compiling() or state_updates_disabled() or x.numel() == 0:
             return
-        quantizer = layer.activation
+        quantizer = layer.input_quantizer
         if quantizer is None or not quantizer.took_batch:
             return
         with torch.autocast(x.device.type, enabled=False):
