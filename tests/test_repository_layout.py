@@ -53,6 +53,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "explain": "explain/test_report.py",
         "prune": "flows/test_prune_flow.py",
         "quant": "flows/test_quant_flow.py",
+        "record": "model_surgery/test_record_factors.py",
         "saving": "flows/test_save.py",
     },
     "graph": {

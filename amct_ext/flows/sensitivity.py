@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, kind_named, kind_of
+from amct_ext.common.layer_kinds import LayerFamily, kind_named, kind_of
 from amct_ext.common.references import copy_model
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
@@ -230,7 +230,7 @@ def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
     assert kind is not None
     if isinstance(layer, CompressedRNN):
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
-    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each position of its input
+    of_input = kind.family is LayerFamily.TRANSPOSED_CONV  # which applies its kernel at each position of its input
     if product is not None and kind_of(layer) is None:
         return int(output.numel()) // max(layer.weight.shape[int(product.weight_is_in_out)], 1) * layer.weight.numel()
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))

@@ -47,7 +47,7 @@ def compressed_class(layer: nn.Module, product: Product | None = None) -> tuple[
     base: type[CompressedLayer]
     if product is not None and parent is None:
         linear = product.kind == "Linear"
-        base = custom_forward.CustomForwardProduct if linear else custom_forward.CustomForwardConvolution
+        base = custom_forward.ModuleWithLinear if linear else custom_forward.ModuleWithConv
         parent = nn.Module
 
     elif product is not None and parent is not None:

@@ -92,12 +92,12 @@ class CompressedLayer(nn.Module):
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         """The float computation on fake-quantised input and weight."""
         quantizer, results = self.input_quantizer, []  # type: ignore[var-annotated]
-        quantised, weight = self.quantized_input(x, results), self._compressed(self.source_weight(*args))
+        quantized, weight = self.quantized_input(x, results), self._compressed(self.source_weight(*args))
         # Only the gradient of the weight reads the input again.
         stashes = quantizer is not None and quantizer.stash and weight.requires_grad
         memory = stashed(quantizer.num_bits, *results[0]) if stashes else nullcontext()  # type: ignore[union-attr]
-        with memory, chain_convolutions(quantised, self.refs.fuses):
-            return self.compute_with_weight(quantised, weight, *args)
+        with memory, chain_convolutions(quantized, self.refs.fuses):
+            return self.compute_with_weight(quantized, weight, *args)
 
     def quantized_input(self, x: Tensor, results: list[FakeQuantized]) -> Tensor:
         """``x`` fake-quantised, where the plan asks for it; ``results`` takes what the quantiser computed."""
@@ -264,12 +264,12 @@ class CompressedLayer(nn.Module):
         """
         if not any(quantizer.learned for quantizer in self.weight_quantizers):
             return
-        for quantizer, weight in zip(self.weight_quantizers, self._quantized_weights(), strict=True):
+        for quantizer, weight in zip(self.weight_quantizers, self._weights_to_quantize(), strict=True):
             if quantizer.learned and not weight.is_meta and not hasattr(weight, "full_tensor"):
                 mask = None if self.sparsity is None else self.sparsity.mask
                 quantizer.repair_for_state(self._to_rows(masked(weight, mask)))
 
-    def _quantized_weights(self) -> tuple[Tensor, ...]:
+    def _weights_to_quantize(self) -> tuple[Tensor, ...]:
         """The weights of `weight_quantizers`."""
         return () if self.weight_quant is None else (self.source_weight(),)
 

@@ -67,7 +67,7 @@ def insert_layers(
 
 
 def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
-    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to excluded them.
+    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to exclude them.
 
     An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
     copies in the place of the layers. State changed: none, all is put back.

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import amct_ext
 from amct_ext.model_surgery.lookup import compressed_layers
-from amct_ext.model_surgery.recording import check_record
+from amct_ext.model_surgery.record_factors import check_record
 from amct_ext.record.text import parse_record
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]

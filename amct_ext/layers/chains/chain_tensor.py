@@ -22,7 +22,7 @@ from amct_ext.layers.chains.backward_rules import BACKWARD_RULES
 from amct_ext.layers.chains.batch_norm_chain import OpOverload
 from amct_ext.layers.chains.chain_values import ChainTensorBase, ChainValues, materialize
 from amct_ext.layers.chains.forward_rules import FORWARD_RULES
-from amct_ext.layers.forward_context import transformed
+from amct_ext.layers.forward_context import traced_or_transformed
 
 _aten = torch.ops.aten
 _RULES = FORWARD_RULES | BACKWARD_RULES
@@ -89,4 +89,4 @@ def as_chain(y: Tensor, enabled: bool) -> Tensor:
 
 def _can_chain(x: Tensor) -> bool:
     """Whether this is a plain eager forward on the CPU."""
-    return not transformed() and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
+    return not traced_or_transformed() and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.forward_context import transformed
+from amct_ext.layers.forward_context import traced_or_transformed
 from amct_ext.layers.lazy_tensor import LazyTensor
 from amct_ext.layers.products.integer_ops import conv_padding
 
@@ -35,7 +35,7 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
 
 def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
     """Whether input and weight are plain float32 on the CPU, outside of compilers and autocast, with values."""
-    if transformed() or torch.is_autocast_enabled("cpu"):
+    if traced_or_transformed() or torch.is_autocast_enabled("cpu"):
         return False
     if not (type(x) in (Tensor, nn.Parameter) or isinstance(x, LazyTensor)):
         return False

@@ -61,13 +61,13 @@ class PreparedForward:
         channels_last = isinstance(layer, nn.Conv2d) and output_is_channels_last(layer, x)
         results: list[FakeQuantized] = []
         values, padding = _stored(layer, x)
-        quantised = layer.quantized_input(values, results)
+        quantized = layer.quantized_input(values, results)
         if isinstance(layer, nn.Conv2d):
-            private = quantised is results[0].y and quantised is not results[0].x
-            return self._convolve(layer, x.shape, quantised, padding, channels_last, private)
+            private = quantized is results[0].y and quantized is not results[0].x
+            return self._convolve(layer, x.shape, quantized, padding, channels_last, private)
         weight = self._weight(layer, x)
         assert isinstance(weight, Tensor)
-        return linear(quantised, weight, layer.bias)
+        return linear(quantized, weight, layer.bias)
 
     def defers(self, layer: CompressedLayer) -> bool:
         """Whether what follows a convolution is computed with it."""

@@ -26,7 +26,7 @@ class ObservedLayer(Protocol):
     def input_quantizer(self) -> ActivationQuantizer | None:
         """The quantiser whose calibration is waited for."""
 
-    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+    def input_matrices(self, x: Tensor) -> Iterator[Tensor]:
         """The input as matrices (positions, columns of the weight)."""
 
 
@@ -52,7 +52,7 @@ class GptqState:
         if quantizer is None or not quantizer.took_batch:
             return
         with torch.autocast(x.device.type, enabled=False):
-            for rows in layer.weight_inputs(x.detach()):
+            for rows in layer.input_matrices(x.detach()):
                 rows = rows if rows.dtype == torch.float64 else rows.float()
                 added = rows.t() @ rows
                 self.hessian = added if self.hessian is None else self.hessian.to(added).add_(added)

@@ -36,7 +36,7 @@ def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     """The record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
     layers = layers_by_created_name(model).items()
     sparse = tuple(_sparse_record(name, layer) for name, (_, layer) in layers if layer.sparsity is not None)
-    return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
+    return Record(_factors(model) if with_factors else (), session_of(model).channel_records, sparse)
 
 
 def start_record(model: nn.Module) -> None:
@@ -56,7 +56,7 @@ def start_record(model: nn.Module) -> None:
                 kept,
             )
         write_if_changed(session.record_file, content)
-        session.written = content
+        session.written_content = content
 
 
 def write_record(model: nn.Module, record_file: str | None = None) -> None:
@@ -79,23 +79,23 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
         if path == session.record_file:
             _warn_of_other_writers(session, content)
         write_if_changed(path, content)
-        session.written = content
+        session.written_content = content
     session.record_file = session.record_file or path
     if path == session.record_file:
         own = all(layer.ready for layer in compressed_modules(model))  # else the next evaluation has other factors
         complete = record.quant and own and _shifts_complete(model, session.plan)
-        session.recorded = state_versions(model) if complete or not session.plan.quant_active else None
+        session.recorded_state = state_versions(model) if complete or not session.plan.quant_active else None
 
 
 def _warn_of_other_writers(session: Session, content: bytes) -> None:
     """Say so where the record file is about to lose what somebody else wrote since this model's last write."""
-    if session.written is None or session.record_file is None:
+    if session.written_content is None or session.record_file is None:
         return
     try:
         found = Path(session.record_file).read_bytes()
     except OSError:
         return
-    if found not in (session.written, content):
+    if found not in (session.written_content, content):
         logger.warning(
             "%s: another model or process wrote to this record file; it is replaced by the factors of the model "
             "evaluated now. Give each model a record file of its own",
