@@ -21,7 +21,7 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in
 from amct_ext.layers.classes import to_float
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.folded_layer import folded_layer
+from amct_ext.layers.custom.folded_layer import folded_layer
 from amct_ext.layers.product_call import ProductCall
 from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers

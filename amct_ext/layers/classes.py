@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.common.layer_kinds import kind_of
-from amct_ext.layers import conv_linear, custom_forward
+from amct_ext.layers import conv_linear
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.custom import custom_forward
 from amct_ext.layers.derive import derived_class, take_attributes
 from amct_ext.layers.product_call import Product
 from amct_ext.layers.recurrent import rnn

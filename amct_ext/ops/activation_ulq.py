@@ -43,7 +43,7 @@ def ulq_fake_quantize(
     Errors: TypeError for a dtype that is not floating, ValueError for num_bits out of range or clips of more than one
     value.
 
-    Source: the ULQ retraining rule of AMCT (LSQ+, Bhalgat et al. 2020, with clips as parameters instead of scale and offset).
+    Source: the ULQ retraining rule of AMCT (LSQ+, Bhalgat et al. 2020, with clips in place of scale and offset).
 
         >>> x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
