@@ -139,7 +139,7 @@ def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str
     positions = [position for group in groups for position in group["params"]]
     kept = [name for group in groups for name in group.get("param_names", ())]
     if names is None and len(kept) == len(positions):
-        names = [name.removeprefix("module.") for name in kept]
+        names = [name if name in order else name.removeprefix("module.") for name in kept]
     if names is None:
         if len(groups) > 1:
             raise ValueError(

@@ -135,7 +135,7 @@ def restore(
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
     analysis = _analyse(model, input_data, planner)
-    state = read_state_dict(pth_file, state_dict_name)
+    state = read_state_dict(pth_file, state_dict_name, analysis.model.state_dict())
     excluded = _float_in_checkpoint(analysis.model, analysis.plan, state)
     try:
         channel = apply_channels(analysis.model, analysis.discovery, record.channel, analysis.inputs, strict=True)

@@ -33,7 +33,7 @@ _CUSTOM: dict[str, type[CompressedLayer]] = {
     "ConvTranspose2d": custom_forward.CustomForwardConvTranspose2d,
 }
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
-_INSTANCE_NAMES = {"layer_name", "refs", "integer"}
+_INSTANCE_NAMES = {"layer_name", "refs", "product_choice"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
 _COPYING = {"__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__"}
 

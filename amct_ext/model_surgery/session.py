@@ -16,6 +16,7 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.weight_use import WeightUses
+from amct_ext.layers.activation import quantizer as activation_quantizer
 from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
@@ -112,7 +113,6 @@ def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
     quantizers = activation_quantizers(model)
     if quantizers and not quantizers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantizers]).any()):
-        for quantizer in quantizers:
-            quantizer.raise_if_invalid()
+        activation_quantizer.raise_if_invalid(quantizers)
     for quantizer in quantizers:
         quantizer.log_range()  # of a calibration in a compiled graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,12 +126,7 @@ class ActivationQuantizer(CalibratedClips):
 
     def raise_if_invalid(self) -> None:
         """Raise InvalidDataError, once, if a forward since the last check met NaN or Inf."""
-        if bool(self.invalid):
-            self.invalid.zero_()
-            raise InvalidDataError(
-                f"layer '{self.layer}': its input held NaN or Inf in a forward since the last check; "
-                "look at the data, the learning rate and loss scaling, and restore the last good checkpoint"
-            )
+        raise_if_invalid((self,))
 
     def _note_invalid(self, invalid: Tensor) -> None:
         self.invalid.logical_or_(invalid)
@@ -148,3 +144,16 @@ class ActivationQuantizer(CalibratedClips):
     def extra_repr(self) -> str:
         text = f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, batch_num={self.batch_num}"
         return text + (f", readers={self.num_readers}" if self.num_readers > 1 else "")
+
+
+def raise_if_invalid(quantizers: Sequence[ActivationQuantizer]) -> None:
+    """Raise InvalidDataError, once for all, if a forward since the last check met NaN or Inf."""
+    layers = [quantizer.layer for quantizer in quantizers if bool(quantizer.invalid)]
+    if layers:
+        for quantizer in quantizers:
+            quantizer.invalid.zero_()
+        others = f" (and {len(layers) - 1} more: {', '.join(layers[1:9])})" if len(layers) > 1 else ""
+        raise InvalidDataError(
+            f"layer '{layers[0]}'{others}: its input held NaN or Inf in a forward since the last check; "
+            "look at the data, the learning rate and loss scaling, and restore the last good checkpoint"
+        )

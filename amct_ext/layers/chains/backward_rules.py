@@ -19,8 +19,8 @@ from amct_ext.layers.chains.chain_values import (
     ChainGradient,
     ChainTensorBase,
     ChainValues,
+    ResidualGradient,
     materialize,
-    pending_chain,
     read_later,
 )
 
@@ -33,13 +33,19 @@ def _fake_quantize_backward(
 ) -> Any:
     # Values that something has read have other gradients, too; those are summed before the next node, so computing
     # further here would be wasted. With create_graph the values must be those that torch's graph differentiates.
-    chain = pending_chain(x)
-    if chain is None or not isinstance(x, ChainTensorBase) or torch.is_grad_enabled():
+    if not isinstance(x, ChainTensorBase) or torch.is_grad_enabled():
         return NotImplemented
-    upstream, values = materialize(grad), x.chain_values
-    if upstream.dtype != torch.float32:
+    values, chain, upstream = x.chain_values, x.chain_values.chain, materialize(grad)
+    if chain is None or upstream.dtype != torch.float32:
         return NotImplemented
     read_upstream = read_later(upstream)
+    if chain.is_sum_with_relu and upstream.shape == x.shape:
+        quantizer = (clip_max, clip_min, num_bits)
+        residual = ResidualGradient(values, read_upstream, quantizer)
+        clips = ops.ulq_clip_gradients(upstream, values.get(), *quantizer)
+        return x.with_values(ChainValues(residual=residual, compute=residual.compute, reads=(values,))), *clips
+    if not values.pending or chain.is_sum:
+        return NotImplemented
     dx, d_weight, d_bias, d_max, d_min = chain.quantized_backward(upstream, clip_max, clip_min, num_bits)
 
     def compute() -> Tensor:
@@ -78,11 +84,46 @@ def backward_of_pad(func: OpOverload, grad: ChainTensorBase, padding: list[int])
     return _propagated(grad, remaining, lambda: func(values.get(), padding), like=gradient.results[0])
 
 
+def add_gradients(x: Tensor, other: Tensor) -> Tensor | None:
+    """The sum of two gradients, of which one waits for its ReLU; None where none does."""
+    if torch.is_grad_enabled():
+        return None
+    for grad, added in ((x, other), (other, x)):
+        residual = grad.chain_values.residual if isinstance(grad, ChainTensorBase) else None
+        if residual is None or residual.addend is not None or not isinstance(grad, ChainTensorBase):
+            continue
+        addend = materialize(added)
+        if not grad.chain_values.pending or addend.dtype != torch.float32:
+            return None
+        if addend.shape != grad.shape or addend.stride() != grad.stride():
+            return None
+        residual = replace(residual, addend=read_later(addend))
+        reads = (grad.chain_values, *((added.chain_values,) if isinstance(added, ChainTensorBase) else ()))
+        return grad.with_values(ChainValues(residual=residual, compute=residual.compute, reads=reads))
+    return None
+
+
+def _relu_of_sum_backward(
+    func: OpOverload, grad: Tensor, result: ChainTensorBase, arguments: tuple[float, ...]
+) -> ChainTensorBase:
+    """Computed at once; as a chain tensor, so that autograd adds it to what waits by a rule and not in place."""
+    waits = isinstance(grad, ChainTensorBase) and grad.chain_values.pending
+    residual = grad.chain_values.residual if waits and isinstance(grad, ChainTensorBase) else None
+    if residual is not None and residual.result is result.chain_values:
+        return result.with_values(ChainValues(value=residual.through_relu()))
+    value = func(materialize(grad), result.chain_values.get(), *arguments)
+    return result.with_values(ChainValues(value=value), value)
+
+
 def _activation_backward(op: OpOverload) -> Callable[..., Any]:
     def rule(func: OpOverload, grad: Tensor, saved: Tensor, *arguments: float) -> Any:
         of_saved = saved.chain_values.chain if isinstance(saved, ChainTensorBase) else None
         if of_saved is None or not isinstance(saved, ChainTensorBase) or torch.is_grad_enabled():
             return NotImplemented
+        if op is _aten.relu.default and any(arguments):
+            return NotImplemented  # torch.nn.Threshold's backward is the same op
+        if of_saved.is_sum:
+            return _relu_of_sum_backward(func, grad, saved, arguments) if of_saved.is_sum_with_relu else NotImplemented
         values_saved = saved.chain_values
         gradient = grad.chain_values.gradient if isinstance(grad, ChainTensorBase) else None
         if gradient is not None and isinstance(grad, ChainTensorBase):
@@ -102,7 +143,7 @@ def _activation_backward(op: OpOverload) -> Callable[..., Any]:
         if activation is None or of_saved.activation not in (None, activation):
             return NotImplemented
         read_upstream = read_later(upstream)
-        results = BatchNormChain(of_saved.norm, activation).backward(upstream)
+        results = BatchNormChain(of_saved.norm, activation=activation).backward(upstream)
         values = ChainValues(
             gradient=ChainGradient(BatchNormChain(of_saved.norm), results),
             compute=lambda: func(read_upstream(), values_saved.get(), *arguments),

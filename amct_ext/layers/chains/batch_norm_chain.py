@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -50,25 +50,35 @@ class BatchNormChain:
     """A BatchNorm and what was applied to its output so far."""
 
     norm: BatchNorm
+    is_sum: bool = False  # another tensor was added to BatchNorm's output
+    addend: Tensor | None = None  # that tensor, until the values have been computed
     activation: ActivationFunction | None = None
     padding: tuple[int, ...] | None = None  # with zeros, as `torch.ops.aten.constant_pad_nd` takes it
 
     @property
-    def is_norm_alone(self) -> bool:
+    def takes_activation(self) -> bool:
         return self.activation is None and self.padding is None
+
+    @property
+    def is_norm_alone(self) -> bool:
+        return self.takes_activation and not self.is_sum
+
+    @property
+    def is_sum_with_relu(self) -> bool:
+        return self.is_sum and self.activation is not None and self.activation.op is _aten.relu.default
+
+    def plus(self, addend: Tensor) -> BatchNormChain:
+        """The sum with another tensor, of the shape and strides of BatchNorm's input."""
+        return replace(self, is_sum=True, addend=addend)
 
     def compute(self) -> Tensor:
         """The values, with the bits of torch's ops."""
-        y: Tensor = _amct.batch_norm_activation.default(*self._arguments)
+        assert self.is_sum == (self.addend is not None)
+        y: Tensor = _amct.batch_norm_activation.default(*self._arguments, self.addend)
         return y if self.padding is None else _pad(y, self.padding)
 
-    def plus(self, addend: Tensor) -> Tensor:
-        """The sum with another tensor, in one pass; only for a BatchNorm alone."""
-        y: Tensor = _amct.batch_norm_activation.default(*self._arguments, addend)
-        return y
-
     def quantize(self, *arguments: Any) -> tuple[Tensor, ...]:
-        """The values fake-quantised; arguments behind the data, and results, are those of `ops.ulq_fake_quantize`."""
+        """The values, of no sum, fake-quantised; further arguments and results as of `ops.ulq_fake_quantize`."""
         y, *others = _amct.batch_norm_ulq.default(*self._arguments, *arguments)
         # Zero has a code of its own: padding before and after are the same.
         return y if self.padding is None else _pad(y, self.padding), *others
@@ -83,7 +93,7 @@ class BatchNormChain:
         return results
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of BatchNorm's input, weight and bias from that of the values, which are not padded."""
+        """Gradients of BatchNorm's input, weight and bias from that of the values: no sum, and not padded."""
         results: tuple[Tensor, Tensor, Tensor] = _amct.batch_norm_activation_backward.default(
             grad, *self._arguments, self.norm.training
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from amct_ext import ops
 from amct_ext.layers.chains.batch_norm_chain import BatchNormChain
 from amct_ext.layers.lazy_tensor import LazyTensor, map_lazy
 
@@ -24,12 +25,31 @@ class ChainGradient:
     results: tuple[Tensor, Tensor, Tensor]  # gradients of BatchNorm's input, weight and bias
 
 
+@dataclass(frozen=True)
+class ResidualGradient:
+    """The gradient of a ReLU's result that is quantised and also read by others; the sum waits for the ReLU's node."""
+
+    result: ChainValues  # of the ReLU
+    upstream: Callable[[], Tensor]  # gradient of the quantised values
+    quantizer: tuple[Tensor, Tensor, int]  # clips and bits
+    addend: Callable[[], Tensor] | None = None  # gradient from the others
+
+    def compute(self) -> Tensor:
+        """The gradient itself."""
+        dy, _, _ = ops.ulq_fake_quantize_backward(self.upstream(), self.result.get(), *self.quantizer)
+        return dy if self.addend is None else self.addend() + dy
+
+    def through_relu(self) -> Tensor:
+        """The gradient of the ReLU's input, in one pass."""
+        addend = None if self.addend is None else self.addend()
+        return ops.ulq_relu_backward(self.upstream(), self.result.get(), addend, *self.quantizer)
+
+
 class ChainValues:
     """The values of a tensor and of its aliases.
 
     ``chain`` computes the values of a forward, ``compute`` those of a gradient; either stays where the values have been
-    computed, unless they were changed. ``origin``: the convolution's output that a chain reads; ``reads``: other values
-    that ``compute`` reads.
+    computed, unless they were changed. ``reads``: other values that they read, the convolution's output first.
     """
 
     def __init__(
@@ -37,18 +57,18 @@ class ChainValues:
         *,
         value: Tensor | None = None,
         chain: BatchNormChain | None = None,
-        origin: ChainValues | None = None,
         gradient: ChainGradient | None = None,
+        residual: ResidualGradient | None = None,
         compute: Callable[[], Tensor] | None = None,
         reads: tuple[ChainValues, ...] = (),
     ) -> None:
         self.value = value
-        self.chain, self.origin = chain, origin
-        self.gradient, self._compute = gradient, compute
+        self.chain = chain
+        self.gradient, self.residual, self._compute = gradient, residual, compute
+        self.reads: tuple[ChainValues, ...] = ()
         self.may_be_written = False  # an alias of the value may be out
         self._readers: weakref.WeakSet[ChainValues] = weakref.WeakSet()
-        for other in (*reads, *((origin,) if origin is not None else ())):
-            other._readers.add(self)
+        self.depend_on(*reads)
 
     @property
     def stored(self) -> Tensor:
@@ -61,24 +81,45 @@ class ChainValues:
     def pending(self) -> bool:
         return self.value is None
 
+    @property
+    def is_result(self) -> bool:
+        """Whether these are values of a forward, no gradient."""
+        return self.gradient is None and self.residual is None
+
     def get(self) -> Tensor:
         """The values; computed where nothing has read them yet."""
         if self.value is None:
             compute = self._compute if self.chain is None else self.chain.compute
             assert compute is not None
             self.value = compute()
+            self._forget_addend()
         return self.value
+
+    def depend_on(self, *others: ChainValues) -> None:
+        """Note that ``others`` must not change before these values are computed."""
+        self.reads += others
+        for other in others:
+            other._readers.add(self)
 
     def set(self, value: Tensor) -> None:
         """Other values in their place."""
-        self.value, self.chain, self.gradient = value, None, None
+        self.value, self.chain, self.gradient, self.residual = value, None, None, None
+
+    def compute_readers(self) -> None:
+        """Compute all that is computed from these values."""
+        for reader in list(self._readers):
+            reader.set(reader.get())
 
     def materialize_for_write(self) -> None:
         """Before the value is changed, or an alias of it given out: compute what is computed from it."""
         self.may_be_written = True
-        for reader in list(self._readers):
-            reader.set(reader.get())
+        self.compute_readers()
         self.set(self.get())
+
+    def _forget_addend(self) -> None:
+        """The addend has served; nothing else may need its memory."""
+        if self.chain is not None and self.chain.addend is not None:
+            self.chain, self.reads = replace(self.chain, addend=None), self.reads[:1]
 
 
 class ChainTensorBase(LazyTensor):

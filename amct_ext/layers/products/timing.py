@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amct_ext import ops
 from amct_ext.layers.activation.types import QuantizedActivation
 from amct_ext.layers.bn_fold import apply_batch_norm
-from amct_ext.layers.chains.chain_tensor import ChainTensor
+from amct_ext.layers.chains.chain_values import pending_chain
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.lazy_tensor import LazyTensor
 from amct_ext.layers.product_path import ProductPath
@@ -65,7 +65,7 @@ class _Trial:
         self.packed: tuple[Tensor, Tensor] | None = None
         self.prepared: Tensor | None = None
         # On floats the quantiser takes such an input from the convolution before, with BatchNorm in the same pass.
-        self.input_is_chain = with_gradients and isinstance(x, ChainTensor) and x.chain_values.chain is not None
+        self.input_is_chain = with_gradients and pending_chain(x) is not None
         self.x = (x.materialize() if isinstance(x, LazyTensor) else x).detach()
         self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 

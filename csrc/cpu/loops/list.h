@@ -19,6 +19,12 @@
 AMCT_LOOP(bool, ulq_forward, (const void* x, void* y, int64_t n, const UlqForwardParams&))
 AMCT_LOOP(void, ulq_backward,
           (const void* grad, const void* x, void* dx, int64_t n, const UlqBackwardParams&, UlqSums&))
+// The sums alone.
+AMCT_FLOAT_LOOP(void, ulq_clip_sums, (const float* grad, const float* x, int64_t n, const UlqBackwardParams&, UlqSums&))
+// Through a quantiser and the ReLU before it, whose result is y; an addend may be null.
+AMCT_FLOAT_LOOP(void, ulq_relu_backward,
+                (const float* grad, const float* y, const float* addend, float* dx, int64_t n,
+                 const UlqBackwardParams&))
 // Codes + 128; same result.
 AMCT_LOOP(bool, ulq_codes, (const void* x, uint8_t* y, int64_t n, const UlqForwardParams&))
 

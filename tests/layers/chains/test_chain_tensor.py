@@ -121,6 +121,8 @@ WAYS: dict[str, Callable[[ChainNet, Tensor], Tensor]] = {
     "the convolution's output beside": lambda m, y: m.norm(y) * y.sigmoid(),
     "control flow": lambda m, y: m.norm(y).relu() if float(m.norm(y).mean()) < 9 else y,
     "relu twice": lambda m, y: torch.relu(torch.relu(m.norm(y))),
+    "a threshold": lambda m, y: nn.functional.threshold(m.norm(y), 0.7, 0.0),
+    "a threshold behind a sum": lambda m, y: nn.functional.threshold(torch.relu(m.norm(y) + y), 0.7, 0.0),
     "a copy": lambda m, y: m.norm(y).clone().relu_(),
     "a clone changed": lambda m, y: m.norm(y).clone().add_(1),
     "padding": lambda m, y: nn.functional.pad(m.norm(y).relu(), (1, 0, 2, 1)),
