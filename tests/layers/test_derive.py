@@ -208,8 +208,8 @@ class Last(nn.Linear, metaclass=_NoMore):
     pass
 
 
-class Activated(nn.Linear):
-    activation = "relu"
+class Flagged(nn.Linear):
+    ready = True
 
 
 def with_attribute(*args: int) -> nn.Module:
@@ -220,7 +220,7 @@ def with_attribute(*args: int) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(OwnCopy, "__deepcopy__"), (Last, "no further classes"), (Activated, "activation"), (with_attribute, "sparsity")],
+    [(OwnCopy, "__deepcopy__"), (Last, "no further classes"), (Flagged, "'ready'"), (with_attribute, "sparsity")],
 )
 @pytest.mark.parametrize("config", ["quant", "sparse"])
 def test_what_cannot_be_derived_is_left_float_with_the_reason(
