@@ -71,8 +71,8 @@ def configure(
 
     * "auto" (how a model starts): on the CPU, in float32 and outside of compiled graphs, BatchNorm, an activation
       function (ReLU, bounds, Hardswish) or an addition, and the quantisation for the next layer run in one pass,
-      forward and backward, and only the convolution's output is kept. Outputs have the bits of torch's ops, gradients
-      differ by their rounding.
+      forward and backward, and only the convolution's output is kept, where that has 2^18 values or more. Outputs have
+      the bits of torch's ops, gradients differ by their rounding.
     * "off": torch's ops, one by one.
 
     Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
