@@ -53,6 +53,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "explain": "explain/test_report.py",
         "prune": "flows/test_prune_flow.py",
         "quant": "flows/test_quant_flow.py",
+        "record": "model_surgery/test_record_factors.py",
         "saving": "flows/test_save.py",
     },
     "graph": {
@@ -66,7 +67,6 @@ COVERED_BY: dict[str, dict[str, str]] = {
     "layers": {
         "classes": "layers/test_derive.py",
         "conv_linear": "layers/test_compressed.py",
-        "folded_layer": "layers/test_custom_forward.py",
         "layer_refs": "layers/activation/test_shared_input.py",
         "lazy_tensor": "layers/products/test_deferred_tensor.py",
         "product_path": "layers/products/test_timing.py",
@@ -81,6 +81,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
         "chain_values": "layers/chains/test_chain_tensor.py",
         "forward_rules": "layers/chains/test_chain_tensor.py",
     },
+    "layers/custom": {"folded_layer": "layers/custom/test_custom_forward.py"},
     "layers/products": {
         "deferred_conv": "layers/products/test_deferred_tensor.py",
         "path_choice": "layers/products/test_timing.py",

@@ -55,7 +55,7 @@ def _wrapped(name: str, layer: CompressedLayer) -> Iterator[tuple[str, nn.Parame
     """The parameters of AMCT's wrapper around a layer, as ours. Those it never trains are None."""
     comp = f"{name}." if layer.weight_quant is None else f"{name}.quant_module."
     recurrent = isinstance(layer, CompressedRNN)
-    sides = {"acts_": layer.activation}
+    sides = {"acts_": layer.input_quantizer}
     if isinstance(layer, CompressedRNN):
         sides["acts_h_"] = layer.hidden_quant
     for prefix, quantizer in sides.items():

@@ -14,9 +14,7 @@ from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.products import integer_support, prepared_forward
 from amct_ext.layers.products.path_choice import PathChoice
-from amct_ext.model_surgery.batchnorm_links import link_batchnorms
 from amct_ext.model_surgery.lookup import compressed_layers
-from amct_ext.model_surgery.recording import write_record
 from amct_ext.model_surgery.session import session_of
 
 Forward = Literal["float", "auto", "integer", "prepared"]
@@ -73,8 +71,8 @@ def configure(
 
     * "auto" (how a model starts): on the CPU, in float32 and outside of compiled graphs, BatchNorm, an activation
       function (ReLU, bounds, Hardswish) or an addition, and the quantisation for the next layer run in one pass,
-      forward and backward, and only the convolution's output is kept. Outputs have the bits of torch's ops, gradients
-      differ by their rounding.
+      forward and backward, and only the convolution's output is kept, where that has 2^18 values or more. Outputs have
+      the bits of torch's ops, gradients differ by their rounding.
     * "off": torch's ops, one by one.
 
     Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
@@ -149,27 +147,3 @@ def forward_choices(model: nn.Module) -> dict[str, Forward]:
     session_of(inner)
     choices = ((name, layer.product_choice) for name, layer in compressed_layers(inner))
     return {name: "float" if choice is None else choice.used for name, choice in choices}
-
-
-def update_record(model: nn.Module, record_file: str | None = None) -> None:
-    """Write the record of the model as it is now: channel groups, present masks and, once calibrated, present factors.
-
-    ``record_file``: where to (default: the file given at create or restore). A copy of a compressed model has no file
-    of its own, so that it never writes to that of the model it was made of; the first one given here becomes its own.
-    Errors: ModelError (also a copy without a file), InvalidDataError, OSError.
-    """
-    write_record(unwrap(model), record_file)
-
-
-def shift_bits(model: nn.Module) -> dict[str, list[int]]:
-    """The searchN result: layer -> right shifts N (1..16), one per recorded weight scale.
-
-    Gathered by the evaluation forwards since the last training forward. Errors: ModelError, StaleStateError (no
-    evaluation yet).
-    """
-    inner = unwrap(model)
-    link_batchnorms(inner, session_of(inner).conv_bn)
-    layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
-    return {
-        name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None
-    }

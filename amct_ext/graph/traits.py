@@ -9,7 +9,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import (
     QUANTIZABLE,
-    Family,
+    LayerFamily,
     LayerKind,
     computed_parameter,
     is_depthwise,
@@ -102,14 +102,14 @@ def layer_traits(
 
 def _could_run_repeatedly(kind: LayerKind, calls: Sequence[Node], module: nn.Module) -> bool:
     """Whether only several calls in one forward keep a layer from being quantised."""
-    return len(calls) > 1 and kind.family is not Family.RNN and not fixed_shape_reason(calls, kind.name, module)
+    return len(calls) > 1 and kind.family is not LayerFamily.RNN and not fixed_shape_reason(calls, kind.name, module)
 
 
 def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: str, calls: Sequence[Node]) -> bool:
     """Whether a layer may lose output channels: one that runs, any number of times, or whose weight an op reads."""
     if not kind.filter_prunable or is_depthwise(module):
         return False
-    if kind.family is Family.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
+    if kind.family is LayerFamily.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
         return False  # its weight holds the outputs of one group only
     if not usable or len(calls) > 1:
         return not usable or not fixed_shape_reason(calls, kind.name, module)
@@ -161,7 +161,7 @@ def not_quantizable_reason(kind: LayerKind, module: nn.Module) -> str:
     """Limits of the quantised layers themselves, '' where there is none."""
     if not kind.quantizable:
         return f"there is no quantised {kind.name}"
-    if kind.family is Family.RNN:
+    if kind.family is LayerFamily.RNN:
         for attribute, wanted in (("num_layers", 1), ("bidirectional", False), ("dropout", 0), ("proj_size", 0)):
             value = getattr(module, attribute)
             if (value or wanted) != wanted:

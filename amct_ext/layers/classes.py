@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.common.layer_kinds import kind_of
-from amct_ext.layers import conv_linear, custom_forward
+from amct_ext.layers import conv_linear
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.custom import custom_forward
 from amct_ext.layers.derive import derived_class, take_attributes
 from amct_ext.layers.product_call import Product
 from amct_ext.layers.recurrent import rnn
@@ -49,7 +50,7 @@ def compressed_class(layer: nn.Module, product: Product | None = None) -> tuple[
     base: type[CompressedLayer]
     if product is not None and parent is None:
         linear = product.kind == "Linear"
-        base = custom_forward.CustomForwardProduct if linear else custom_forward.CustomForwardConvolution
+        base = custom_forward.ModuleWithLinear if linear else custom_forward.ModuleWithConv
         parent = nn.Module
 
     elif product is not None and parent is not None:

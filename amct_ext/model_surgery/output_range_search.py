@@ -17,7 +17,7 @@ from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_model_state, tensors_in
 from amct_ext.layers.activation.quantizer import ActivationQuantizer
-from amct_ext.layers.activation.range_search import Clips
+from amct_ext.layers.activation.range_search import ClipPair
 from amct_ext.layers.activation.shared_input import SharedInputCache
 from amct_ext.layers.forward_context import no_state_updates, state_updates_disabled
 from amct_ext.model_surgery.lookup import compressed_modules
@@ -48,11 +48,11 @@ def search_output_ranges(model: nn.Module) -> None:
 
     The model runs again on the input of the forward just made, 29 times at most:
 
-    1. With float activations and quantised weights: the reference.
+    1. With float activations and quantised weights: the target.
     2. With each kind of candidate in all quantisers. The best kind stays.
     3. With other candidates for one quantiser at a time, those first whose candidates differ most.
 
-    The error of a run is the squared difference to the reference relative to the reference's squares, summed over the
+    The error of a run is the squared difference to the target relative to the target's squares, summed over the
     outputs. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after
     each training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
     cannot be run again, the ranges of least absolute error stay, with a warning.
@@ -86,10 +86,10 @@ def search_output_ranges(model: nn.Module) -> None:
 
 def _candidates_of_all_ranks(
     pending: Sequence[ActivationQuantizer],
-) -> tuple[list[ActivationQuantizer], list[list[Clips]]]:
+) -> tuple[list[ActivationQuantizer], list[list[ClipPair]]]:
     """The quantisers that have candidates on any rank, and their candidates: the means over the ranks."""
-    most = max(len(quantizer.candidates) for quantizer in pending)
-    count = torch.tensor([float(most)], device=pending[0].clip_max.device)
+    max_candidates = max(len(quantizer.candidates) for quantizer in pending)
+    count = torch.tensor([float(max_candidates)], device=pending[0].clip_max.device)
     all_reduce_sum_(count)
     if not bool(count):
         return [], []
@@ -101,14 +101,14 @@ def _candidates_of_all_ranks(
     all_reduce_sum_(table)
     found = [i for i, row in enumerate(table[:, 0, 0].tolist()) if row]
     means = table[..., 1:] / table[..., :1].clamp_min(1)
-    return [pending[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
+    return [pending[i] for i in found], [[ClipPair(*clips.unbind()) for clips in means[i]] for i in found]
 
 
-def _search(evaluator: _Evaluator, candidates: list[list[Clips]]) -> list[Clips]:
+def _search(evaluator: _Evaluator, candidates: list[list[ClipPair]]) -> list[ClipPair]:
     """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
-    reference = evaluator.output(None)
+    target = evaluator.output(None)
     kinds = len(candidates[0])
-    errors = [evaluator.error([each[kind] for each in candidates], reference) for kind in range(kinds)]
+    errors = [evaluator.error([each[kind] for each in candidates], target) for kind in range(kinds)]
     best = min(range(kinds), key=errors.__getitem__)
     least, chosen = errors[best], [each[best] for each in candidates]
     widths = [[float(clips.high - clips.low) for clips in each] for each in candidates]
@@ -119,7 +119,7 @@ def _search(evaluator: _Evaluator, candidates: list[list[Clips]]) -> list[Clips]
         for clips, width in zip(candidates[i], widths[i], strict=True):
             if max(width, present) <= _MIN_WIDTH_RATIO * min(width, present):
                 continue
-            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], reference)
+            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], target)
             if error < _MAX_ERROR_RATIO * least:
                 least, chosen[i] = error, clips
     return chosen
@@ -150,7 +150,7 @@ class _Evaluator:
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 
-    def output(self, clips: Sequence[Clips] | None) -> list[Tensor]:
+    def output(self, clips: Sequence[ClipPair] | None) -> list[Tensor]:
         """The floating-point tensors that the model returns; without clips those of float activations."""
         found: list[Tensor] = []
         problem = ""
@@ -181,13 +181,13 @@ class _Evaluator:
         self._raise_on_any_rank(problem)
         return found
 
-    def error(self, clips: Sequence[Clips], reference: Sequence[Tensor]) -> float:
-        """How far the output is from the reference; infinite where it is not finite."""
+    def error(self, clips: Sequence[ClipPair], target: Sequence[Tensor]) -> float:
+        """How far the output is from the target; infinite where it is not finite."""
         output = self.output(clips)
-        same = [x.shape for x in output] == [x.shape for x in reference]
+        same = [x.shape for x in output] == [x.shape for x in target]
         self._raise_on_any_rank("" if same else "the shapes that it returns vary")
-        total = reference[0].new_zeros(())
-        for x, right in zip(output, reference, strict=True):
+        total = target[0].new_zeros(())
+        for x, right in zip(output, target, strict=True):
             total += (x - right).square().sum() / right.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         all_reduce_sum_(total)
         error = float(total)

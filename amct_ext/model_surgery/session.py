@@ -52,14 +52,14 @@ class Session:
 
     plan: Plan
     record_file: str | None
-    channel: tuple[ChannelRecord, ...]
+    channel_records: tuple[ChannelRecord, ...]
     findings: Findings
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
     excluded: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
-    evaluated: StateVersions | None = None  # the state that the last evaluation began with
-    recorded: StateVersions | None = None  # what the record was made of; None: not of the present state
-    written: bytes | None = None  # content of the record file, when this model last wrote it
+    evaluated_state: StateVersions | None = None  # the state that the last evaluation began with
+    recorded_state: StateVersions | None = None  # what the record was made of; None: not of the present state
+    written_content: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
     weight_uses: WeightUses = field(default_factory=WeightUses)  # of the float model, after pruning
@@ -69,12 +69,12 @@ class Session:
 
     def __getstate__(self) -> dict[str, object]:
         # identities of this process, and what belongs to one forward
-        return vars(self) | {"evaluated": None, "recorded": None, "calibration_input": None}
+        return vars(self) | {"evaluated_state": None, "recorded_state": None, "calibration_input": None}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.written = new.calibration_input = None
+        new.record_file = new.written_content = new.calibration_input = None
         new.tracker = copy.deepcopy(self.tracker, memo)
         return new
 

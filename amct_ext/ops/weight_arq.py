@@ -81,9 +81,9 @@ def arq_fake_quantize_many(
     return torch.ops.amct_ext.arq_fake_quantize_many(list(weights), num_bits, axes)
 
 
-def check_weight(op: str, w: Tensor, num_bits: int, channel_axis: int | None, most: int = 16) -> None:
+def check_weight(op: str, w: Tensor, num_bits: int, channel_axis: int | None, max_bits: int = 16) -> None:
     check_floating(op, "w", w)
-    check_bits(op, num_bits, most)
+    check_bits(op, num_bits, max_bits)
     check_axis(op, "channel_axis", w, channel_axis)
 
 

@@ -171,7 +171,7 @@ Tensor differentiable_y(const Tensor& x, const Tensor& clip_max, const Tensor& c
                         const Run& run) {
   if (!under_functorch()) return UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
   const auto [y, used_max, used_min] = below_autograd(run);
-  return straight(y, UlqRule(x, used_max, used_min, num_bits).forward(x, clip_max, clip_min));
+  return with_derivatives_of(y, UlqRule(x, used_max, used_min, num_bits).forward(x, clip_max, clip_min));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize_autograd(
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward_autograd(const Ten
   if (!needs_double_backward(grad)) return results;
   const auto [dx, d_max, d_min] = UlqRule(x, clip_max, clip_min, num_bits).backward(grad);
   const auto& [dx_bits, max_bits, min_bits] = results;
-  return {straight(dx_bits, dx), straight(max_bits, d_max), straight(min_bits, d_min)};
+  return {with_derivatives_of(dx_bits, dx), with_derivatives_of(max_bits, d_max), with_derivatives_of(min_bits, d_min)};
 }
 
 }  // namespace

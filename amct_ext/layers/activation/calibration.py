@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from amct_ext.common.ranks import is_distributed
 from amct_ext.config.text import DataQuant
 from amct_ext.layers.activation.calibration_data import CalibrationData, ValueStatistics, is_resumable
-from amct_ext.layers.activation.range_search import Clips, FoundRange, RangeSearch
-from amct_ext.layers.activation.types import ClipRange
+from amct_ext.layers.activation.range_search import ClipPair, FoundRange, RangeSearch
+from amct_ext.layers.activation.types import ForwardClips
 from amct_ext.layers.cached_item import CachedItem
 from amct_ext.layers.forward_context import host_can_read, state_updates_disabled
 from amct_ext.layers.forward_tracker import ForwardTracker
@@ -59,11 +59,11 @@ class CalibratedClips(KeepsPrecision):
         self.register_buffer("invalid", torch.zeros((), dtype=torch.bool, device=device))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.float32, device=device))
         self.calibration = CalibrationData()
-        self.uncalibrated_range: ClipRange | None = None  # of the last evaluation before the calibration; not state
+        self.uncalibrated_range: ForwardClips | None = None  # of the last evaluation before the calibration; not state
         self.tracker = ForwardTracker()
         self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
         self.found_range: FoundRange | None = None  # with it, until it was shared and logged
-        self.candidates: tuple[Clips, ...] = ()  # for range_search: OUTPUT, until it has chosen
+        self.candidates: tuple[ClipPair, ...] = ()  # for range_search: OUTPUT, until it has chosen
         self.range_decided = self.search.method != "OUTPUT"
         self.every_call_calibrates = False  # of a layer that runs several times: each call counts as a batch
         self._seen = CachedItem(0, stable_from=self.batch_num)
@@ -107,13 +107,13 @@ class CalibratedClips(KeepsPrecision):
     def _sees_training_data(self) -> bool:
         return self.training or self.tracker.calibrating or self.tracker.training
 
-    def clips_for(self, x: Tensor) -> ClipRange:
+    def clips_for(self, x: Tensor) -> ForwardClips:
         """The clips for ``x``, calibrating on it first where that is due. Errors: InvalidDataError."""
         finished = self.calibrated
         if not finished:
             self.calibrate(x)
             finished = self.calibrated
-        own = ClipRange(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, is_state=True)
+        own = ForwardClips(self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min, is_state=True)
         if finished or x.numel() == 0:
             return own
         if not host_can_read(self.clip_max):
@@ -146,7 +146,7 @@ class CalibratedClips(KeepsPrecision):
             self._seen.update(self.batches_seen, self.batch_num)
 
     @torch.no_grad()
-    def set_range(self, clips: Clips) -> None:
+    def set_range(self, clips: ClipPair) -> None:
         """Take other clips for those that the calibration found."""
         self.clip_max.copy_(clips.high)
         self.clip_min.copy_(clips.low)
@@ -177,7 +177,7 @@ class CalibratedClips(KeepsPrecision):
         return bool(self.clip_max - self.clip_min > _EPS)
 
     @torch.no_grad()
-    def _range_of(self, x: Tensor) -> ClipRange:
+    def _range_of(self, x: Tensor) -> ForwardClips:
         """The range that a calibration with ``x`` as its next batch would use; changes no state.
 
         Where the host cannot read the clips, the device decides: clips that are set take precedence.
@@ -188,7 +188,7 @@ class CalibratedClips(KeepsPrecision):
             usable = self.clip_max - self.clip_min > _EPS
             clip_max = torch.where(usable, self.clip_max, clip_max)
             clip_min = torch.where(usable, self.clip_min, clip_min)
-        return ClipRange(clip_max, clip_min, clip_max, clip_min, is_state=False)
+        return ForwardClips(clip_max, clip_min, clip_max, clip_min, is_state=False)
 
     @torch.no_grad()
     def _calibrate(self, x: Tensor) -> None:

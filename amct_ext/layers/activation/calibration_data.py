@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.errors import InvalidDataError
-from amct_ext.layers.activation.range_search import CalibrationStatistics, Clips, FoundRange, RangeSearch
+from amct_ext.layers.activation.range_search import CalibrationStatistics, ClipPair, FoundRange, RangeSearch
 from amct_ext.layers.forward_context import host_can_read
 from amct_ext.ops.calibration_histogram import BINS, SIGNED_SHAPE
 
@@ -64,11 +64,11 @@ class ValueStatistics:
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def amct_range(self, num_bits: int) -> Clips:
-        return Clips(*ops.search_clip_range(self.x, num_bits)[2:])
+    def amct_range(self, num_bits: int) -> ClipPair:
+        return ClipPair(*ops.search_clip_range(self.x, num_bits)[2:])
 
-    def min_max(self) -> Clips:
-        return Clips(self.x.max(), self.x.min())
+    def min_max(self) -> ClipPair:
+        return ClipPair(self.x.max(), self.x.min())
 
     def majority_below(self, magnitude: Tensor) -> Tensor:
         # Parts that stay in the cache: the intermediate results are never written to memory.
@@ -91,12 +91,12 @@ class HistogramStatistics:
     def __init__(self, data: Tensor) -> None:
         self.data = _signed(data)
 
-    def amct_range(self, num_bits: int) -> Clips:
-        return Clips(*ops.search_clip_range_histogram(*_parts(self.data), num_bits)[2:4])
+    def amct_range(self, num_bits: int) -> ClipPair:
+        return ClipPair(*ops.search_clip_range_histogram(*_parts(self.data), num_bits)[2:4])
 
-    def min_max(self) -> Clips:
+    def min_max(self) -> ClipPair:
         largest, smallest = _parts(self.data)[1][:, 0].unbind()
-        return Clips(largest, -smallest)
+        return ClipPair(largest, -smallest)
 
     def majority_below(self, magnitude: Tensor) -> Tensor:
         one = torch.zeros(SIGNED_SHAPE, dtype=torch.int64, device=self.data.device)

@@ -13,7 +13,7 @@ from amct_ext.config.text import DataQuant
 from amct_ext.errors import InvalidDataError
 from amct_ext.layers.activation.calibration import CalibratedClips
 from amct_ext.layers.activation.shared_input import SharedInputCache
-from amct_ext.layers.activation.types import ClipRange, FakeQuantized, QuantizedActivation
+from amct_ext.layers.activation.types import FakeQuantized, ForwardClips, QuantizedActivation
 from amct_ext.layers.forward_context import state_updates_disabled
 
 
@@ -80,12 +80,12 @@ class ActivationQuantizer(CalibratedClips):
             self.raise_if_invalid()
         return FakeQuantized(y, x, clip_max, clip_min)
 
-    def quantize_step(self, state: Tensor, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> Tensor:
+    def quantize_step(self, state: Tensor, clips: ForwardClips, steps: list[tuple[Tensor, ...]]) -> Tensor:
         """Quantise the state of one step of a sequence; ``steps`` collects what ``end_sequence`` needs."""
         steps.append(self._quantize(state, clips))
         return state if self.bypassed else steps[-1][0]
 
-    def end_sequence(self, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> None:
+    def end_sequence(self, clips: ForwardClips, steps: list[tuple[Tensor, ...]]) -> None:
         """Write the effective clips back, once per sequence: they are the same at every step, as are those of AMCT."""
         _, scale, offset, clip_max, clip_min, _ = steps[-1]
         invalid = torch.stack([step[5] for step in steps]).any()
@@ -133,7 +133,7 @@ class ActivationQuantizer(CalibratedClips):
         if self.validate_now:
             self.raise_if_invalid()
 
-    def _quantize(self, x: Tensor, clips: ClipRange | None = None) -> tuple[Tensor, ...]:
+    def _quantize(self, x: Tensor, clips: ForwardClips | None = None) -> tuple[Tensor, ...]:
         bounds = (self.clip_max, self.clip_min, self.prev_clip_max, self.prev_clip_min) if clips is None else clips[:4]
         return ops.ulq_fake_quantize(x, *bounds, self.num_bits, self.fixed_min)
 

@@ -17,8 +17,8 @@ _PERCENTILES = 99.99, 99.9  # in %: what lies beyond may count as outliers
 Histogram = tuple[Tensor, Tensor]  # signed, and its extremes
 
 
-class Clips(NamedTuple):
-    """The ends of a range, 0-dim."""
+class ClipPair(NamedTuple):
+    """The ends of a range that a search proposes, 0-dim; from them clips start."""
 
     high: Tensor
     low: Tensor
@@ -35,20 +35,20 @@ class FoundRange(NamedTuple):
     candidates: those between which the output of the network decides, ``clips`` first.
     """
 
-    clips: Clips
-    amct: Clips | None = None
-    robust: Clips | None = None
+    clips: ClipPair
+    amct: ClipPair | None = None
+    robust: ClipPair | None = None
     replaced: Tensor | None = None
-    candidates: tuple[Clips, ...] = ()
+    candidates: tuple[ClipPair, ...] = ()
 
 
 class CalibrationStatistics(Protocol):
     """What a range search reads of one or several batches, which are kept as values or as a histogram."""
 
-    def amct_range(self, num_bits: int) -> Clips:
+    def amct_range(self, num_bits: int) -> ClipPair:
         """The range that AMCT's search finds; NaN where values are not finite."""
 
-    def min_max(self) -> Clips:
+    def min_max(self) -> ClipPair:
         """The largest and the smallest value."""
 
     def majority_below(self, magnitude: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ class CalibrationStatistics(Protocol):
         """The signed histogram of `range_histogram_`, and its extremes."""
 
 
-def choose(first: Tensor, one: Clips, other: Clips) -> Clips:
+def choose(first: Tensor, one: ClipPair, other: ClipPair) -> ClipPair:
     """``one`` where ``first``, a 0-dim bool, holds, else ``other``, in the dtype of the latter."""
-    return Clips(*(torch.where(first, a.to(b.dtype), b) for a, b in zip(one, other, strict=True)))
+    return ClipPair(*(torch.where(first, a.to(b.dtype), b) for a, b in zip(one, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RangeSearch:
         found += [self._percentile(histogram, percentile) for percentile in _PERCENTILES]
         return FoundRange(found[0], candidates=tuple(found))
 
-    def _guarded(self, statistics: CalibrationStatistics, amct: Clips) -> FoundRange:
+    def _guarded(self, statistics: CalibrationStatistics, amct: ClipPair) -> FoundRange:
         zeroes_majority = self._zeroes_majority(statistics, amct)
         # All ranks need a robust range where one of them does; a graph under way cannot branch.
         if host_can_read(zeroes_majority) and not is_distributed() and not bool(zeroes_majority):
@@ -113,7 +113,7 @@ class RangeSearch:
         replaced = zeroes_majority & helps
         return FoundRange(choose(replaced, robust, amct), amct, robust, replaced)
 
-    def _zeroes_majority(self, statistics: CalibrationStatistics, clips: Clips) -> Tensor:
+    def _zeroes_majority(self, statistics: CalibrationStatistics, clips: ClipPair) -> Tensor:
         """Whether quantising with these clips makes most values that are not zero the code of zero.
 
         AMCT's range is symmetric, and so is its step; one that begins at zero has a finer one.
@@ -121,8 +121,8 @@ class RangeSearch:
         low = clips.low.clamp_max(0)
         return statistics.majority_below((clips.high.clamp_min(0) - low) / (2 * (2**self.num_bits - 1)))
 
-    def _least_error(self, histogram: Histogram, squared: bool = False) -> Clips:
-        return Clips(*ops.search_clip_range_wide(*histogram, self.num_bits, self.fixed_min, squared))
+    def _least_error(self, histogram: Histogram, squared: bool = False) -> ClipPair:
+        return ClipPair(*ops.search_clip_range_wide(*histogram, self.num_bits, self.fixed_min, squared))
 
-    def _percentile(self, histogram: Histogram, percentile: float) -> Clips:
-        return Clips(*ops.percentile_clip_range(*histogram, percentile, self.num_bits, self.fixed_min))
+    def _percentile(self, histogram: Histogram, percentile: float) -> ClipPair:
+        return ClipPair(*ops.percentile_clip_range(*histogram, percentile, self.num_bits, self.fixed_min))

@@ -20,7 +20,7 @@ from amct_ext import ops
 Hook = Callable[[Any], Any]  # of saved tensors: packs or unpacks anything
 
 
-class _Recompute(NamedTuple):
+class _Recipe(NamedTuple):
     """How to compute a quantised tensor again."""
 
     clip_max: Tensor
@@ -34,7 +34,7 @@ class _SavedView(NamedTuple):
     """What the graph saves in place of the quantised tensor or a view of it."""
 
     x: Any  # the float input, or what an outer hook packed it into
-    recompute: _Recompute
+    recipe: _Recipe
     size: torch.Size
     stride: tuple[int, ...]
     storage_offset: int | torch.SymInt
@@ -43,16 +43,16 @@ class _SavedView(NamedTuple):
 def stashed(
     num_bits: int, quantized: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor
 ) -> AbstractContextManager[Any]:
-    """A context in which the graph saves neither ``quantised`` nor views of it; backward gets the same bits.
+    """A context in which the graph saves neither ``quantized`` nor views of it; backward gets the same bits.
 
-    ``quantised`` is the result of `ulq_fake_quantize` for ``x``; the clips are the effective ones that it returned.
+    ``quantized`` is the result of `ulq_fake_quantize` for ``x``; the clips are the effective ones that it returned.
     Saved-tensor hooks around the context see ``x`` in its place, and everything else as it is.
 
     Does nothing
 
     * where there is nothing to gain: no gradients are recorded, or neither input nor clips need one, so that the graph
       does not hold ``x``;
-    * where ``quantised`` was modified in place;
+    * where ``quantized`` was modified in place;
     * where hooks cannot work: torch.compile plans memory by itself, torch.func forbids them, and subclasses of Tensor
       need not have memory of their own.
 
@@ -63,8 +63,8 @@ def stashed(
     allowed = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     if type(quantized) is not Tensor or quantized.numel() == 0 or quantized._version or not allowed:
         return nullcontext()
-    recompute = _Recompute(clip_max, clip_min, num_bits, quantized.stride(), x._version)
-    return _Stash(quantized, x, recompute)
+    recipe = _Recipe(clip_max, clip_min, num_bits, quantized.stride(), x._version)
+    return _Stash(quantized, x, recipe)
 
 
 def recompute_fake_quantized(x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int) -> Tensor:
@@ -74,13 +74,13 @@ def recompute_fake_quantized(x: Tensor, clip_max: Tensor, clip_min: Tensor, num_
 
 
 class _Stash(saved_tensors_hooks):
-    def __init__(self, quantized: Tensor, x: Tensor, recompute: _Recompute) -> None:
+    def __init__(self, quantized: Tensor, x: Tensor, recipe: _Recipe) -> None:
         super().__init__(self._pack, self._unpack)
         # Without its autograd history; it shares the version counter.
         self._x: Tensor | None = x.detach()
         # The address, not the tensor, which must not be kept alive; it is unique while the context lasts.
         self._address, self._dtype = quantized.untyped_storage().data_ptr(), quantized.dtype
-        self._recompute = recompute
+        self._recipe = recipe
         self._outer: tuple[Hook, Hook] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def __exit__(self, *args: object) -> None:
@@ -92,7 +92,7 @@ class _Stash(saved_tensors_hooks):
         if saved.untyped_storage().data_ptr() != self._address or saved.dtype != self._dtype:
             return saved if self._outer is None else self._outer[0](saved)
         kept = self._x if self._outer is None else self._outer[0](self._x)
-        return _SavedView(kept, self._recompute, saved.size(), saved.stride(), saved.storage_offset())
+        return _SavedView(kept, self._recipe, saved.size(), saved.stride(), saved.storage_offset())
 
     def _unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, _SavedView):
@@ -100,7 +100,7 @@ class _Stash(saved_tensors_hooks):
             return other
         if self._outer is not None:
             return _recomputed(self._outer[1](packed.x), packed)
-        if packed.x._version != packed.recompute.version:
+        if packed.x._version != packed.recipe.version:
             raise RuntimeError(
                 f"the input of a quantised layer, shape {tuple(packed.x.shape)}, was modified by an in-place operation "
                 "after the layer's forward; its gradients need it as it was"
@@ -110,7 +110,7 @@ class _Stash(saved_tensors_hooks):
 
 @torch.no_grad()
 def _recomputed(x: Tensor, saved: _SavedView) -> Tensor:
-    clip_max, clip_min, num_bits, layout, _ = saved.recompute
+    clip_max, clip_min, num_bits, layout, _ = saved.recipe
     y = recompute_fake_quantized(x, clip_max, clip_min, num_bits)
     if y.stride() != layout:  # a surrounding hook gave the input back in another layout
         y = torch.empty_strided(y.size(), layout, dtype=y.dtype, device=y.device).copy_(y)

@@ -1,4 +1,4 @@
-"""What an activation quantiser works with: the clips for one input, and the two forms of its result."""
+"""What an activation quantiser works with: the clips for one forward, and the two forms of its result."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class ClipRange(NamedTuple):
-    """Clips to quantise one input with; each is 0-dim."""
+class ForwardClips(NamedTuple):
+    """Clips to quantise the input of one forward with; each is 0-dim."""
 
     clip_max: Tensor
     clip_min: Tensor

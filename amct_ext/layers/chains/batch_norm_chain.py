@@ -15,7 +15,7 @@ _amct = torch.ops.amct_ext
 OpOverload = torch._ops.OpOverload[..., Any]
 
 
-class Activation(NamedTuple):
+class ActivationFunction(NamedTuple):
     """An activation function: torch's op, and what `ops.batch_norm_ulq` takes for it."""
 
     op: OpOverload
@@ -24,14 +24,14 @@ class Activation(NamedTuple):
     highest: float | None
 
 
-def activation_of(op: OpOverload, arguments: tuple[Any, ...]) -> Activation | None:
+def activation_of(op: OpOverload, arguments: tuple[Any, ...]) -> ActivationFunction | None:
     """The activation function that an op and its arguments behind the tensor are; None: bounds that cross."""
     if op is _aten.relu.default:
-        return Activation(_aten.relu.default, "none", 0.0, None)
+        return ActivationFunction(_aten.relu.default, "none", 0.0, None)
     if op is _aten.hardswish.default:
-        return Activation(_aten.hardswish.default, "hardswish", None, None)
+        return ActivationFunction(_aten.hardswish.default, "hardswish", None, None)
     low, high = (*arguments, -1.0, 1.0)[:2] if len(arguments) != 1 else (arguments[0], 1.0)
-    return Activation(_aten.hardtanh.default, "none", low, high) if low < high else None
+    return ActivationFunction(_aten.hardtanh.default, "none", low, high) if low < high else None
 
 
 class BatchNorm(NamedTuple):
@@ -52,7 +52,7 @@ class BatchNormChain:
     norm: BatchNorm
     is_sum: bool = False  # another tensor was added to BatchNorm's output
     addend: Tensor | None = None  # that tensor, until the values have been computed
-    activation: Activation | None = None
+    activation: ActivationFunction | None = None
     padding: tuple[int, ...] | None = None  # with zeros, as `torch.ops.aten.constant_pad_nd` takes it
 
     @property

@@ -22,10 +22,13 @@ from amct_ext.layers.chains.backward_rules import BACKWARD_RULES
 from amct_ext.layers.chains.batch_norm_chain import OpOverload
 from amct_ext.layers.chains.chain_values import ChainTensorBase, ChainValues, materialize
 from amct_ext.layers.chains.forward_rules import FORWARD_RULES
-from amct_ext.layers.forward_context import transformed
+from amct_ext.layers.forward_context import traced_or_transformed
 
 _aten = torch.ops.aten
 _RULES = FORWARD_RULES | BACKWARD_RULES
+# A layer's chain takes about half a millisecond of Python a step. Below so many values the passes that it saves take
+# less. The same for any number of threads, so that gradients have the same bits.
+_MIN_VALUES = 2**18
 
 
 class ChainTensor(ChainTensorBase):
@@ -63,7 +66,7 @@ def _aliased(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 class ChainConvolutions(TorchDispatchMode):
-    """While active, the outputs of convolutions become chain tensors."""
+    """While active, the outputs of convolutions become chain tensors, if they are large."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -74,7 +77,7 @@ class ChainConvolutions(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is not _aten.convolution.default or type(result) is not Tensor or result.dtype != torch.float32:
             return result
-        return ChainTensor(ChainValues(value=result), result)
+        return ChainTensor(ChainValues(value=result), result) if result.numel() >= _MIN_VALUES else result
 
 
 def chain_convolutions(x: Tensor, enabled: bool) -> AbstractContextManager[Any]:
@@ -83,10 +86,11 @@ def chain_convolutions(x: Tensor, enabled: bool) -> AbstractContextManager[Any]:
 
 
 def as_chain(y: Tensor, enabled: bool) -> Tensor:
-    """A chain tensor of the values of ``y``, which nothing else holds, where enabled and possible; else ``y``."""
-    return ChainTensor(ChainValues(value=y), y) if enabled and _can_chain(y) else y
+    """A chain tensor of the values of ``y``, which nothing else holds, where possible and worth it; else ``y``."""
+    starts = enabled and y.numel() >= _MIN_VALUES and _can_chain(y)
+    return ChainTensor(ChainValues(value=y), y) if starts else y
 
 
 def _can_chain(x: Tensor) -> bool:
     """Whether this is a plain eager forward on the CPU."""
-    return not transformed() and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0
+    return not traced_or_transformed() and x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0

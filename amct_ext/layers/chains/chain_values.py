@@ -123,7 +123,7 @@ class ChainValues:
 
 
 class ChainTensorBase(LazyTensor):
-    """A tensor whose values are those of ``lazy``, with the metadata of ``like``."""
+    """A tensor of these values, with the metadata of ``like``; without the rules, which make such tensors, too."""
 
     chain_values: ChainValues
 

@@ -79,6 +79,8 @@ def _add(in_place: bool) -> Callable[..., Any]:
         if chain is None or not chain.is_norm_alone or not isinstance(x, ChainTensorBase):
             return NotImplemented
         addend = materialize(other)
+        if not x.chain_values.pending:  # the other is an alias
+            return NotImplemented
         if type(addend) is not Tensor or addend.dtype != torch.float32 or addend.device.type != "cpu":
             return NotImplemented
         if addend.shape != x.shape or addend.stride() != x.stride():

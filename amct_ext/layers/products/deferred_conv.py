@@ -8,7 +8,7 @@ from torch import Tensor
 
 from amct_ext import ops
 from amct_ext.layers.bn_fold import fold_batch_norm
-from amct_ext.layers.products.deferred_source import Clips, Codes, EvaluationCount
+from amct_ext.layers.products.deferred_source import ClipArguments, Codes, EvaluationCount
 from amct_ext.layers.products.integer_ops import ConvGeometry
 from amct_ext.layers.products.prepared_ops import OneDnnActivation
 
@@ -46,7 +46,7 @@ class DeferredConv2d:
         """The output as floats in channels-last layout."""
         return replace(self, channels_last=True).compute()
 
-    def compute_codes(self, clips: Clips, num_bits: int, fixed_min: bool) -> Codes:
+    def compute_codes(self, clips: ClipArguments, num_bits: int, fixed_min: bool) -> Codes:
         """The output as the codes of the next layer's quantiser; the results of `ulq_quantize`."""
         self.evaluations.add()
         return ops.integer_conv2d_codes(

@@ -11,7 +11,7 @@ from torch import Tensor
 from amct_ext.layers.products.prepared_ops import OneDnnActivation
 
 _aten = torch.ops.aten
-Clips = tuple[Tensor, Tensor, Tensor, Tensor]
+ClipArguments = tuple[Tensor, Tensor, Tensor, Tensor]  # clips and previous clips, as `ops.ulq_quantize` takes them
 Padding = tuple[int, int, int, int]
 Codes = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the results of `ops.ulq_quantize`
 

@@ -27,7 +27,7 @@ from amct_ext.layers.lazy_tensor import LazyTensor, map_lazy
 from amct_ext.layers.products.deferred_conv import DeferredConv2d
 from amct_ext.layers.products.deferred_source import (
     LAYOUT_FREE,
-    Clips,
+    ClipArguments,
     Codes,
     DeferredSource,
     HeldValues,
@@ -101,7 +101,7 @@ class DeferredTensor(LazyTensor):
             return self.source.values, self.source.padding
         return self.channels_last_values(), None
 
-    def compute_codes(self, clips: Clips, num_bits: int, fixed_min: bool) -> Codes:
+    def compute_codes(self, clips: ClipArguments, num_bits: int, fixed_min: bool) -> Codes:
         """The values as codes of a quantiser: the results of `ops.ulq_quantize`."""
         if isinstance(self.source, DeferredConv2d):
             return self.source.compute_codes(clips, num_bits, fixed_min)

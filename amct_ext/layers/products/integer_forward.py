@@ -121,7 +121,7 @@ class IntegerForward:
 
 def _quantize_activation(layer: CompressedLayer, x: Tensor) -> QuantizedActivation:
     """The codes of ``x``, those kept by the layer that ran first on it where they are valid here."""
-    quantizer = layer.activation
+    quantizer = layer.input_quantizer
     assert quantizer is not None
     first = layer.act_quant is not None
     forward = quantizer.tracker.forward_id if quantizer.num_readers > 1 else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.forward_context import transformed
+from amct_ext.layers.forward_context import traced_or_transformed
 from amct_ext.layers.lazy_tensor import LazyTensor
 from amct_ext.layers.products.integer_ops import conv_padding
 
@@ -19,9 +19,9 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
         return "no integer kernel for this type"
     if layer.refs.product is not None:
         return "a forward of its class's own"
-    if layer.weight_quant is None or layer.activation is None:
+    if layer.weight_quant is None or layer.input_quantizer is None:
         return "not quantised"
-    if max(layer.weight_quant.num_bits, layer.activation.num_bits) > 8:
+    if max(layer.weight_quant.num_bits, layer.input_quantizer.num_bits) > 8:
         return "more than 8 bits"
     if layer.weight[0].numel() > _MAX_REDUCTION:
         return "sums may exceed 32 bits"
@@ -35,7 +35,7 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
 
 def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
     """Whether input and weight are plain float32 on the CPU, outside of compilers and autocast, with values."""
-    if transformed() or torch.is_autocast_enabled("cpu"):
+    if traced_or_transformed() or torch.is_autocast_enabled("cpu"):
         return False
     if not (type(x) in (Tensor, nn.Parameter) or isinstance(x, LazyTensor)):
         return False

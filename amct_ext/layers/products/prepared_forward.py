@@ -32,7 +32,7 @@ def unsupported_reason(layer: CompressedLayer) -> str | None:
         return "no packed product for this type"
     if layer.refs.product is not None:
         return "a forward of its class's own"
-    if layer.weight_quant is None or layer.activation is None:
+    if layer.weight_quant is None or layer.input_quantizer is None:
         return "not quantised"
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or conv_padding(layer) is None):
         return "padding"
@@ -61,13 +61,13 @@ class PreparedForward:
         channels_last = isinstance(layer, nn.Conv2d) and output_is_channels_last(layer, x)
         results: list[FakeQuantized] = []
         values, padding = _stored(layer, x)
-        quantised = layer.quantized_input(values, results)
+        quantized = layer.quantized_input(values, results)
         if isinstance(layer, nn.Conv2d):
-            private = quantised is results[0].y and quantised is not results[0].x
-            return self._convolve(layer, x.shape, quantised, padding, channels_last, private)
+            private = quantized is results[0].y and quantized is not results[0].x
+            return self._convolve(layer, x.shape, quantized, padding, channels_last, private)
         weight = self._weight(layer, x)
         assert isinstance(weight, Tensor)
-        return linear(quantised, weight, layer.bias)
+        return linear(quantized, weight, layer.bias)
 
     def defers(self, layer: CompressedLayer) -> bool:
         """Whether what follows a convolution is computed with it."""

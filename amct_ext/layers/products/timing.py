@@ -51,7 +51,7 @@ class _Trial:
     """One layer's product, input quantisation included, on every path."""
 
     def __init__(self, layer: CompressedLayer, x: Tensor, with_gradients: bool, deferred: bool) -> None:
-        quantizer, weight_quant = layer.activation, layer.weight_quant
+        quantizer, weight_quant = layer.input_quantizer, layer.weight_quant
         assert quantizer is not None and weight_quant is not None
         self.layer = layer
         self.with_gradients = with_gradients
@@ -70,8 +70,8 @@ class _Trial:
         self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 
     def on_floats(self) -> None:
-        quantised = ops.ulq_fake_quantize(self.x, *self.clips, self.num_bits, self.fixed_min)[0]
-        y = self.layer.compute_with_weight(quantised, self.weight)
+        quantized = ops.ulq_fake_quantize(self.x, *self.clips, self.num_bits, self.fixed_min)[0]
+        y = self.layer.compute_with_weight(quantized, self.weight)
         if self.deferred:
             norm = self.layer.refs.batch_norm
             torch.relu(y if norm is None else apply_batch_norm(y, norm))

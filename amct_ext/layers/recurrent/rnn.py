@@ -74,10 +74,10 @@ class CompressedRNN(CompressedLayer):
 
     @torch.no_grad()
     def initialize_scales(self) -> None:
-        for quantizer, weight in zip(self.weight_quantizers, self._quantized_weights(), strict=True):
+        for quantizer, weight in zip(self.weight_quantizers, self._weights_to_quantize(), strict=True):
             quantizer.initialize(weight)
 
-    def _quantized_weights(self) -> tuple[Tensor, ...]:
+    def _weights_to_quantize(self) -> tuple[Tensor, ...]:
         return (self.weight_ih_l0, self.weight_hh_l0) if self.weight_quantizers else ()
 
     # -- the forward

@@ -23,10 +23,10 @@ class ObservedLayer(Protocol):
     """What GPTQ reads of a layer."""
 
     @property
-    def activation(self) -> ActivationQuantizer | None:
+    def input_quantizer(self) -> ActivationQuantizer | None:
         """The quantiser whose calibration is waited for."""
 
-    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+    def input_matrices(self, x: Tensor) -> Iterator[Tensor]:
         """The input as matrices (positions, columns of the weight)."""
 
 
@@ -48,11 +48,11 @@ class GptqState:
         """Add the input of a forward that has just given the calibration a batch; of any other nothing."""
         if self.done or torch.compiler.is_compiling() or state_updates_disabled() or x.numel() == 0:
             return
-        quantizer = layer.activation
+        quantizer = layer.input_quantizer
         if quantizer is None or not quantizer.took_batch:
             return
         with torch.autocast(x.device.type, enabled=False):
-            for rows in layer.weight_inputs(x.detach()):
+            for rows in layer.input_matrices(x.detach()):
                 rows = rows if rows.dtype == torch.float64 else rows.float()
                 added = rows.t() @ rows
                 self.hessian = added if self.hessian is None else self.hessian.to(added).add_(added)

@@ -96,7 +96,7 @@ def test_gradients_do_not_get_lost_between_parts_with_and_without(tmp_path: Path
 
 def test_shared_input_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Job(tmp_path, small.QUANT).create()
-    assert model.down.act_quant is None and model.down.activation is model.conv1.act_quant
+    assert model.down.act_quant is None and model.down.input_quantizer is model.conv1.act_quant
     assert not any(k.startswith("down.act_quant") for k in model.state_dict())
     calls = []
     real = ops.ulq_fake_quantize_

@@ -171,7 +171,7 @@ def test_copies_keep_the_setting(tmp_path: Path) -> None:
         amct_ext.configure(model, stash=setting)
         amct_ext.configure(model, validation="eager")  # leaves the other setting alone
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert {other.conv1.act_quant.stash, other.down.activation.stash} == {setting == "rebuild"}
+            assert {other.conv1.act_quant.stash, other.down.input_quantizer.stash} == {setting == "rebuild"}
             assert other.conv1.act_quant.validate_now
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import amct_ext
+from amct_ext.layers.chains import chain_tensor
 from amct_ext.layers.chains.chain_values import ChainTensorBase
 
 
@@ -134,6 +135,7 @@ WAYS: dict[str, Callable[[ChainNet, Tensor], Tensor]] = {
     "padding with ones": lambda m, y: nn.functional.pad(m.norm(y), (1, 1, 1, 1), value=1.0),
     "cropping": lambda m, y: nn.functional.pad(m.norm(y).relu(), (-1, -1, -1, -1)),
     "added to itself": lambda m, y: (lambda z: z + z)(m.norm(y)),
+    "added in place to its alias": lambda m, y: (lambda z: z.add_(z.detach()))(m.norm(y)),
     "broadcast addition": lambda m, y: m.norm(y) + y.mean((2, 3), keepdim=True),
     "addition in place": lambda m, y: m.norm(y).add_(y),
     "added in place to another": lambda m, y: (y * 2).add_(m.norm(y)),
@@ -232,3 +234,14 @@ def test_configure(pair: tuple[nn.Module, nn.Module]) -> None:
     assert [issubclass(kind, ChainTensorBase) for kind in kinds] == [True, False, True]
     with pytest.raises(ValueError, match="fuse must be"):
         amct_ext.configure(pair[0], fuse="on")  # type: ignore[arg-type]
+
+
+def test_only_large_outputs_begin_a_chain(pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair
+    kinds: list[bool] = []
+    model.stem.conv.register_forward_hook(lambda m, i, y: kinds.append(isinstance(y, ChainTensorBase)))  # type: ignore[union-attr]
+    x = torch.randn(4, 3, 16, 16)  # the stem makes 8 channels of it
+    for least in (4 * 8 * 16 * 16, 4 * 8 * 16 * 16 + 1):
+        monkeypatch.setattr(chain_tensor, "_MIN_VALUES", least)
+        model(x)
+    assert kinds == [True, False]

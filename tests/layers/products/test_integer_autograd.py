@@ -88,7 +88,7 @@ def test_readers_that_differ(tmp_path: Path) -> None:
     x = small.batch(0)[0]
     job(x)
     factors = torch.randn(job(x).shape)
-    shared = [name for name, layer in compressed_layers(job) if layer.activation.num_readers > 1]
+    shared = [name for name, layer in compressed_layers(job) if layer.input_quantizer.num_readers > 1]
     assert len(shared) == 2
     for name in shared:
         plain, mixed = copy.deepcopy(job), copy.deepcopy(job)

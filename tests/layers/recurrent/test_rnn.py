@@ -249,6 +249,6 @@ def test_copies_are_independent(tmp_path: Path, kind: str) -> None:
     for other in copies:
         assert torch.equal(evaluate(other), expected)
         train(other, range(1))
-        plain = saving.to_plain_model(other, batch(50)[0]).model
+        plain = saving.to_float_form(other, batch(50)[0]).model
         assert type(plain.rnn) is KINDS[kind] and "quant" not in " ".join(plain.state_dict())
         assert torch.isfinite(evaluate(plain)).all()

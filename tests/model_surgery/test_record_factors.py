@@ -112,7 +112,7 @@ def test_an_evaluation_of_the_same_state_writes_nothing_anew(job: Job, monkeypat
     model = trained(job)
     evaluate(model)
     monkeypatch.setattr(
-        "amct_ext.model_surgery.recording.build_record", lambda *_: pytest.fail("factors were made again")
+        "amct_ext.model_surgery.record_factors.build_record", lambda *_: pytest.fail("factors were made again")
     )
     for _ in range(3):
         evaluate(model)

@@ -95,11 +95,11 @@ class CustomForwardLinear(CustomForward, conv_linear.CompressedLinear):  # type:
     pass
 
 
-class CustomForwardConvolution(CustomForward):
+class ModuleWithConv(CustomForward):
     """A convolution in a module that is no convolution of torch's."""
 
 
-class CustomForwardProduct(CustomForward):
+class ModuleWithLinear(CustomForward):
     """A matrix product in a module that is no Linear of torch's."""
 
     channel_axis_out = -1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_ext.common.ranks import full_tensor
-from amct_ext.layers.custom_forward import product_of
+from amct_ext.layers.custom.custom_forward import product_of
 from amct_ext.layers.product_call import Product, ProductCall, ProductMode
 
 

@@ -36,7 +36,7 @@ def build_record(model: nn.Module, with_factors: bool = True) -> Record:
     """The record of the model as it is now: channel groups, 2:4 masks and, once calibrated, quantisation factors."""
     layers = layers_by_created_name(model).items()
     sparse = tuple(_sparse_record(name, layer) for name, (_, layer) in layers if layer.sparsity is not None)
-    return Record(_factors(model) if with_factors else (), session_of(model).channel, sparse)
+    return Record(_factors(model) if with_factors else (), session_of(model).channel_records, sparse)
 
 
 def start_record(model: nn.Module) -> None:
@@ -56,7 +56,7 @@ def start_record(model: nn.Module) -> None:
                 kept,
             )
         write_if_changed(session.record_file, content)
-        session.written = content
+        session.written_content = content
 
 
 def write_record(model: nn.Module, record_file: str | None = None) -> None:
@@ -79,23 +79,23 @@ def write_record(model: nn.Module, record_file: str | None = None) -> None:
         if path == session.record_file:
             _warn_of_other_writers(session, content)
         write_if_changed(path, content)
-        session.written = content
+        session.written_content = content
     session.record_file = session.record_file or path
     if path == session.record_file:
         own = all(layer.ready for layer in compressed_modules(model))  # else the next evaluation has other factors
         complete = record.quant and own and _shifts_complete(model, session.plan)
-        session.recorded = state_versions(model) if complete or not session.plan.quant_active else None
+        session.recorded_state = state_versions(model) if complete or not session.plan.quant_active else None
 
 
 def _warn_of_other_writers(session: Session, content: bytes) -> None:
     """Say so where the record file is about to lose what somebody else wrote since this model's last write."""
-    if session.written is None or session.record_file is None:
+    if session.written_content is None or session.record_file is None:
         return
     try:
         found = Path(session.record_file).read_bytes()
     except OSError:
         return
-    if found not in (session.written, content):
+    if found not in (session.written_content, content):
         logger.warning(
             "%s: another model or process wrote to this record file; it is replaced by the factors of the model "
             "evaluated now. Give each model a record file of its own",
@@ -193,9 +193,9 @@ def _sparse_record(name: str, layer: CompressedLayer) -> SparseRecord:
 
 
 def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
-    activation, weight = layer.activation, layer.weight_quant
-    assert activation is not None and weight is not None
-    scale_d, offset_d = activation.factors()
+    quantizer, weight = layer.input_quantizer, layer.weight_quant
+    assert quantizer is not None and weight is not None
+    scale_d, offset_d = quantizer.factors()
     scale_w = tuple(layer.recorded_scale_w().float().tolist())
     entry = QuantRecord(
         key=name,
@@ -203,7 +203,7 @@ def _quant_record(name: str, layer: CompressedLayer, plan: Plan) -> QuantRecord:
         offset_d=offset_d,
         scale_w=scale_w,
         offset_w=(0,) * len(scale_w),
-        act_type=f"INT{activation.num_bits}",
+        act_type=f"INT{quantizer.num_bits}",
         wts_type=f"INT{weight.num_bits}",
         fakequant_precision_mode="FORCE_FP16_QUANT" if plan.fp16 else None,
     )

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 
 from torch import nn
 
-from amct_ext.layers.custom_forward import CustomForward
+from amct_ext.layers.custom.custom_forward import CustomForward
 from amct_ext.layers.derive import derived_class, new_derived, take_attributes
 from amct_ext.layers.product_call import ProductMode
 
