@@ -174,9 +174,7 @@ class _CannotEvaluateError(ModelError):
 class _Evaluator:
     """Evaluates a model on inputs of its calibration with other clips."""
 
-    def __init__(
-        self, model: nn.Module, inputs: Sequence[Inputs], quantizers: Sequence[ActivationQuantizer]
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Inputs], quantizers: Sequence[ActivationQuantizer]) -> None:
         self.model, self.quantizers = model, quantizers
         self.num_runs = 0
         kept = torch.zeros(2, device=quantizers[0].clip_max.device)
