@@ -36,8 +36,9 @@ from amct_ext.flows.quant import (
     restore_quant_retrain_model,
     save_quant_retrain_model,
 )
+from amct_ext.flows.record import shift_bits, update_record
 from amct_ext.flows.sensitivity import sensitivity
-from amct_ext.flows.settings import configure, forward_choices, shift_bits, update_record
+from amct_ext.flows.settings import configure, forward_choices
 from amct_ext.flows.verify import PruningComparison, verify_pruning
 
 __all__ = [

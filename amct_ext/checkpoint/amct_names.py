@@ -17,7 +17,7 @@ from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, read_rnn, sub
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import present_pairs, session_of
 
@@ -99,8 +99,8 @@ def _owners(layers: Mapping[str, CompressedLayer]) -> dict[str, str]:
     """Sharing layer -> the layer that AMCT gives the quantiser to: the first registered of the group."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        if layer.activation is not None:
-            groups.setdefault(id(layer.activation), []).append(name)
+        if layer.input_quantizer is not None:
+            groups.setdefault(id(layer.input_quantizer), []).append(name)
     return {name: group[0] for group in groups.values() if len(group) > 1 for name in group}
 
 
@@ -121,7 +121,7 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
     quantized = sum(other.weight_quant is not None for other in layers.values())
     if isinstance(layer, CompressedRNN):
         return write_rnn(name, layer, quantized)
-    calibrated = layer.activation is not None and layer.activation.calibrated
+    calibrated = layer.input_quantizer is not None and layer.input_quantizer.calibrated
     ran = _ran(layer)
     present = layer.recorded_scale_w().float()
     recorded = present if ran else torch.ones_like(present)
@@ -139,7 +139,7 @@ def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mappi
 def _write_wrapper(layer: CompressedLayer, with_activation: bool) -> dict[str, Tensor]:
     """The keys of AMCT's layer wrapper: parameters first, then buffers, then the layer itself."""
     device = layer.weight.device
-    act, wts, sparsity = layer.activation, layer.weight_quant, layer.sparsity
+    act, wts, sparsity = layer.input_quantizer, layer.weight_quant, layer.sparsity
     scales = torch.full((1,), float("nan"), device=device) if wts is None else wts.scale.detach().clone()
     if wts is not None and not _ran(layer):
         scales.fill_(float("nan"))

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rnn import CompressedRNN
-from amct_ext.layers.weight_quantizer import WeightQuantizer
+from amct_ext.layers.recurrent.rnn import CompressedRNN
+from amct_ext.layers.weight.quantizer import WeightQuantizer
 
 _NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _ACTS = (("acts_", "act_quant"), ("acts_h_", "hidden_quant"))

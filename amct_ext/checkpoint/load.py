@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from amct_ext.checkpoint import amct_names
 from amct_ext.errors import CheckpointError, CheckpointKeyError, UnsafeCheckpointError
-from amct_ext.layers.calibration_data import is_resumable
+from amct_ext.layers.activation.calibration_data import is_resumable
 
 _GATHERED = ".act_quant.calibration_data", ".hidden_quant.calibration_data"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
-def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[str, Tensor]:
+def read_state_dict(
+    pth_file: str, state_dict_name: str | None = None, own_names: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Read a state dict from a checkpoint file, prefixes of DDP and torch.compile taken off.
 
-    ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict. Errors:
+    ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict. ``own_names``: those
+    of the model's parameters and buffers; a prefix that they have themselves stays. Errors:
     FileNotFoundError; UnsafeCheckpointError (a pickle.UnpicklingError) where the file holds more than tensors and
     plain containers; CheckpointKeyError (a KeyError) where the entry is missing or empty; CheckpointError (a
     RuntimeError) where it is no state dict, or holds anything but dense tensors with values.
@@ -72,13 +75,24 @@ def read_state_dict(pth_file: str, state_dict_name: str | None = None) -> dict[s
             f"checkpoint '{pth_file}': '{key}'{more} is {what}; save the state dict of the trained model, with dense "
             "tensors in memory"
         )
+    own = set(own_names)
     for prefix in _WRAPPERS * 2:
-        if state and all(key.startswith(prefix) for key in state):
+        if state and all(key.startswith(prefix) for key in state) and not _is_own(prefix, state, own):
             state = OrderedDict((key[len(prefix) :], value) for key, value in state.items())
             versions = _without_prefix(versions, prefix.rstrip("."))
     if isinstance(versions, Mapping):
         vars(state)["_metadata"] = versions  # torch's own place for the versions of modules
     return state
+
+
+def _is_own(prefix: str, state: Mapping[str, Tensor], own: set[str]) -> bool:
+    """Whether a prefix of all keys is the name of the model's only child, and not that of a wrapper."""
+    if not own:
+        return False
+    children = {name.partition(".")[0] for name in own}
+    behind = {key.removeprefix(prefix).partition(".")[0] for key in state}
+    expected = children | {wrapper.rstrip(".") for wrapper in _WRAPPERS}
+    return prefix.rstrip(".") in children and (not own.isdisjoint(state) or not behind <= expected)
 
 
 def _without_prefix(versions: object, prefix: str) -> object:
@@ -108,7 +122,7 @@ def load_checkpoint(model: nn.Module, pth_file: str, state_dict_name: str | None
 
     Errors: those of ``read_state_dict`` and ``load_state``.
     """
-    load_state(model, read_state_dict(pth_file, state_dict_name), pth_file)
+    load_state(model, read_state_dict(pth_file, state_dict_name, model.state_dict()), pth_file)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> None:

@@ -13,7 +13,7 @@ from amct_ext.checkpoint.amct_names import to_amct_state_dict
 from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import CheckpointError
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
 
@@ -55,7 +55,7 @@ def _wrapped(name: str, layer: CompressedLayer) -> Iterator[tuple[str, nn.Parame
     """The parameters of AMCT's wrapper around a layer, as ours. Those it never trains are None."""
     comp = f"{name}." if layer.weight_quant is None else f"{name}.quant_module."
     recurrent = isinstance(layer, CompressedRNN)
-    sides = {"acts_": layer.activation}
+    sides = {"acts_": layer.input_quantizer}
     if isinstance(layer, CompressedRNN):
         sides["acts_h_"] = layer.hidden_quant
     for prefix, quantizer in sides.items():
@@ -139,7 +139,7 @@ def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str
     positions = [position for group in groups for position in group["params"]]
     kept = [name for group in groups for name in group.get("param_names", ())]
     if names is None and len(kept) == len(positions):
-        names = [name.removeprefix("module.") for name in kept]
+        names = [name if name in order else name.removeprefix("module.") for name in kept]
     if names is None:
         if len(groups) > 1:
             raise ValueError(

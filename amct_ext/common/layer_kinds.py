@@ -12,8 +12,8 @@ from enum import Enum, auto
 from torch import nn
 
 
-class Family(Enum):
-    """Layers that are computed, cut and exported alike."""
+class LayerFamily(Enum):
+    """Layers that are computed, pruned and exported alike."""
 
     CONV = auto()
     TRANSPOSED_CONV = auto()
@@ -37,7 +37,7 @@ class LayerKind:
     """
 
     cls: type[nn.Module]
-    family: Family
+    family: LayerFamily
     onnx: tuple[str, ...]
     channel_axis: int
     widths: tuple[str, str]
@@ -57,35 +57,35 @@ class LayerKind:
 
 def _conv(cls: type[nn.Module], dims: int) -> LayerKind:
     return LayerKind(
-        cls, Family.CONV, ("Conv",), 1, ("in_channels", "out_channels"), (1, 0), dims,
+        cls, LayerFamily.CONV, ("Conv",), 1, ("in_channels", "out_channels"), (1, 0), dims,
         quantizable=True, filter_prunable=True, input_prunable=True, sparse_prunable=True,
     )  # fmt: skip
 
 
 def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True) -> LayerKind:
     return LayerKind(
-        cls, Family.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
+        cls, LayerFamily.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
         quantizable=quantizable, filter_prunable=True, input_prunable=True, sparse_prunable=quantizable,
     )  # fmt: skip
 
 
 def _linear(cls: type[nn.Module]) -> LayerKind:
     return LayerKind(
-        cls, Family.LINEAR, ("Gemm", "MatMul"), -1, ("in_features", "out_features"), (1, 0),
+        cls, LayerFamily.LINEAR, ("Gemm", "MatMul"), -1, ("in_features", "out_features"), (1, 0),
         quantizable=True, per_channel=False, filter_prunable=True, input_prunable=True, sparse_prunable=True,
     )  # fmt: skip
 
 
 def _rnn(cls: type[nn.Module], dims: int | None = 3, gates: tuple[int, ...] = ()) -> LayerKind:
     return LayerKind(
-        cls, Family.RNN, (cls.__name__,), -1, ("input_size", "hidden_size"), (1, 0), dims,
+        cls, LayerFamily.RNN, (cls.__name__,), -1, ("input_size", "hidden_size"), (1, 0), dims,
         quantizable=bool(gates), onnx_gates=gates,
     )  # fmt: skip
 
 
 def _batch_norm(cls: type[nn.Module]) -> LayerKind:
     widths = ("num_features", "num_features")
-    return LayerKind(cls, Family.BATCH_NORM, ("BatchNormalization",), 1, widths, (0, 0), input_prunable=True)
+    return LayerKind(cls, LayerFamily.BATCH_NORM, ("BatchNormalization",), 1, widths, (0, 0), input_prunable=True)
 
 
 # In the order in which messages list the types.
@@ -108,13 +108,13 @@ LAYER_KINDS = (
 _BY_NAME = {kind.name: kind for kind in LAYER_KINDS}
 
 
-def _of_family(family: Family) -> tuple[str, ...]:
+def _of_family(family: LayerFamily) -> tuple[str, ...]:
     return tuple(kind.name for kind in LAYER_KINDS if kind.family is family)
 
 
-CONVS = _of_family(Family.CONV)
-TRANSPOSED_CONVS = _of_family(Family.TRANSPOSED_CONV)
-BATCH_NORMS = _of_family(Family.BATCH_NORM)
+CONVS = _of_family(LayerFamily.CONV)
+TRANSPOSED_CONVS = _of_family(LayerFamily.TRANSPOSED_CONV)
+BATCH_NORMS = _of_family(LayerFamily.BATCH_NORM)
 BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 QUANTIZABLE = tuple(kind.name for kind in LAYER_KINDS if kind.quantizable)
@@ -125,7 +125,7 @@ ONNX_GATES = {kind.name: kind.onnx_gates for kind in LAYER_KINDS if kind.onnx_ga
 PRODUCT_OPERATORS = frozenset(
     operator
     for kind in LAYER_KINDS
-    if kind.family in (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR)
+    if kind.family in (LayerFamily.CONV, LayerFamily.TRANSPOSED_CONV, LayerFamily.LINEAR)
     for operator in kind.onnx
 )
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel and torch.compile wrappers taken off a model, and put back."""
+"""DistributedDataParallel and torch.compile wrappers taken off a model; the former put back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 def wrap_like(original: nn.Module, model: nn.Module) -> nn.Module:
     """Wrap ``model`` in DistributedDataParallel with the settings of ``original``, where that is wrapped.
 
-    A fresh wrapper: the old one's gradient buckets do not know the new parameters.
+    A fresh wrapper: the old one's gradient buckets do not know the new parameters. That of torch.compile is left off.
     """
+    while hasattr(original, "_orig_mod"):
+        original = original._orig_mod  # type: ignore[assignment]
     if not isinstance(original, DistributedDataParallel):
         return model
     wrapped = DistributedDataParallel(

@@ -21,7 +21,7 @@ _PRUNE_SKIPS = (("skip_layers", "skip_layer_types"), ("regular_prune_skip_layers
 class LayerReasons:
     """Empty where the layer is quantised, or pruned or made 2:4 sparse."""
 
-    not_quantised: str = ""
+    not_quantized: str = ""
     not_pruned: str = ""
 
 
@@ -38,7 +38,7 @@ def layer_reasons(session: Session, name: str) -> LayerReasons:
     else:
         trait = found.traits[name]
         why = LayerReasons(
-            _not_quantised(plan, layer, trait, found.config),
+            _not_quantized(plan, layer, trait, found.config),
             _not_pruned(plan, layer, trait, found.config, found.unpruned_reasons),
         )
     stayed = session.excluded.get(name)
@@ -47,7 +47,7 @@ def layer_reasons(session: Session, name: str) -> LayerReasons:
     return LayerReasons(stayed, stayed if isinstance(layer.prune, SparsePrune) else why.not_pruned)
 
 
-def _not_quantised(plan: Plan, layer: LayerPlan, trait: LayerTraits, config: RetrainConfig | JsonConfig) -> str:
+def _not_quantized(plan: Plan, layer: LayerPlan, trait: LayerTraits, config: RetrainConfig | JsonConfig) -> str:
     if layer.quant is not None:
         return ""
     if not trait.quantizable:

@@ -75,7 +75,7 @@ def report(model: nn.Module) -> Explanation:
     session = session_of(model)
     present = {layer.layer_name for _, layer in compressed_layers(model)}
     lost_inputs: dict[str, int] = {}
-    for node in (node for record in session.channel for node in record.consumers):
+    for node in (node for record in session.channel_records for node in record.consumers):
         lost_inputs[node.name] = lost_inputs.get(node.name, 0) + len(node.prune_index)
     uses, total = session.weight_uses.weights, sum(use.weights for use in session.weight_uses.weights.values())
     shares = {name: use.weights / max(total, 1) for name, use in uses.items()}
@@ -105,25 +105,25 @@ def report(model: nn.Module) -> Explanation:
 
 def model_coverage(model: nn.Module) -> Coverage:
     """How much of a compressed model is quantised. Errors: ModelError (any other model)."""
-    quantised = {layer.layer_name for _, layer in compressed_layers(model) if layer.weight_quantizers}
-    return coverage(session_of(model), quantised)
+    quantized = {layer.layer_name for _, layer in compressed_layers(model) if layer.weight_quantizers}
+    return coverage(session_of(model), quantized)
 
 
 def _report(layer: LayerPlan, session: Session, compressed: bool, lost_inputs: int) -> LayerReport:
     why = layer_reasons(session, layer.name)
-    quantised, not_quantised = "", why.not_quantised
+    quantized, not_quantized = "", why.not_quantized
     if layer.quant is not None:
         if compressed:
-            quantised = _quantised(layer.quant)
+            quantized = _quantized(layer.quant)
         else:
-            not_quantised = not_quantised or "it was exchanged or removed after create"
+            not_quantized = not_quantized or "it was exchanged or removed after create"
     done, not_pruned = _pruned(layer, session, compressed, why.not_pruned)
     if lost_inputs:
         done.append(f"{lost_inputs} input channels removed")
-    return LayerReport(layer.name, layer.type, quantised, ", ".join(done), not_quantised, not_pruned)
+    return LayerReport(layer.name, layer.type, quantized, ", ".join(done), not_quantized, not_pruned)
 
 
-def _quantised(quant: QuantPlan) -> str:
+def _quantized(quant: QuantPlan) -> str:
     scope = "per channel" if quant.weight.channel_wise else "per tensor"
     return f"INT{quant.data.num_bits} input, INT{quant.weight.num_bits} weight {scope} ({quant.weight.algo})"
 
@@ -134,7 +134,9 @@ def _pruned(layer: LayerPlan, session: Session, compressed: bool, reason: str) -
         return [], reason
     if not isinstance(layer.prune, FilterPrune):
         return (["2:4 sparse"], "") if compressed else ([], "it was exchanged or removed after create")
-    node = next((node for record in session.channel for node in record.producers if node.name == layer.name), None)
+    node = next(
+        (node for record in session.channel_records for node in record.producers if node.name == layer.name), None
+    )
     if node is None:
         return [], "not in the record: the pruned model would fail or differ (the log of create says how)"
     if not node.prune_index:

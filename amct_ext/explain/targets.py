@@ -98,8 +98,8 @@ def _users(source: object, method: str) -> Iterator[str]:
             if _uses(method, None if quant is None else quant.weight.num_bits, layer.prune):
                 yield f"layer '{layer.name}'"
     elif isinstance(source, RetrainConfig):
-        quantises = source.data is not None or source.weight is not None
-        if _uses(method, _bits(quantises, source.weight), source.prune):
+        quantizes = source.data is not None or source.weight is not None
+        if _uses(method, _bits(quantizes, source.weight), source.prune):
             yield "the global settings"
         for label, overrides in (("layer", source.override_layer_configs), ("type", source.override_layer_types)):
             for item in overrides:
@@ -109,8 +109,8 @@ def _users(source: object, method: str) -> Iterator[str]:
         raise TypeError(f"model_or_config must be a model, a configuration or its path, not {type(source).__name__}")
 
 
-def _bits(quantises: bool, weight: object) -> int | None:
-    return getattr(weight, "num_bits", 8) if quantises else None
+def _bits(quantizes: bool, weight: object) -> int | None:
+    return getattr(weight, "num_bits", 8) if quantizes else None
 
 
 def _uses(method: str, weight_bits: int | None, prune: FilterPrune | SparsePrune | None) -> bool:

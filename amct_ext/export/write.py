@@ -104,7 +104,7 @@ def export_quantized(
     return paths
 
 
-def export_plain(
+def export_float(
     model: nn.Module,
     input_data: Any,
     save_path: str | os.PathLike[str],

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from amct_ext.checkpoint.load import load_state, read_state_dict
 from amct_ext.common.references import copy_model
@@ -30,7 +30,6 @@ from amct_ext.flows.create_checks import (
     check_pruned,
     check_pruning_loss,
     export_note,
-    float_in_checkpoint,
     log_coverage,
     uncalled_layers,
     warn_of_excluded,
@@ -39,17 +38,19 @@ from amct_ext.flows.create_checks import (
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.graph.weight_use import weight_uses
+from amct_ext.layers.attention import InProjection
+from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.fast_path import disable_fast_path
 from amct_ext.model_surgery.hooks import attach
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
-from amct_ext.model_surgery.recording import load_masks, start_record
+from amct_ext.model_surgery.record_factors import load_masks, start_record
 from amct_ext.model_surgery.session import Findings, Session, session_of
 from amct_ext.model_surgery.split_attention import split_attention
 from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
 from amct_ext.prune.discover import discover
-from amct_ext.prune.discovery import Demand, Discovery
+from amct_ext.prune.discovery import Discovery, EqualRemoval
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.permute import asks_for_permutation, permute_channels
 from amct_ext.record.types import ChannelRecord, Record
@@ -111,8 +112,8 @@ def _compress(analysis: Analysis, record_file: str, pruning_loss: PruningLoss | 
     warn_of_merging(analysis.model, analysis.plan)
     plan, whole = analysis.plan, analysis.model
 
-    def choose(demands: Sequence[Demand]) -> tuple[Discovery, Sequence[ChannelRecord]]:
-        found = discover(analysis.graph, plan, whole, demands)
+    def choose(equal_removals: Sequence[EqualRemoval]) -> tuple[Discovery, Sequence[ChannelRecord]]:
+        found = discover(analysis.graph, plan, whole, equal_removals)
         return found, plan_channels(found, plan, whole, pruning_loss)
 
     records = plan_channels(analysis.discovery, plan, whole, pruning_loss)
@@ -134,8 +135,8 @@ def restore(
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
     analysis = _analyse(model, input_data, planner)
-    state = read_state_dict(pth_file, state_dict_name)
-    excluded = float_in_checkpoint(analysis.model, analysis.plan, state)
+    state = read_state_dict(pth_file, state_dict_name, analysis.model.state_dict())
+    excluded = _float_in_checkpoint(analysis.model, analysis.plan, state)
     try:
         channel = apply_channels(analysis.model, analysis.discovery, record.channel, analysis.inputs, strict=True)
     except RecordError as error:
@@ -147,6 +148,25 @@ def restore(
         check_pruned(session_of(inner), planner.config.source)
     load_state(inner, state, pth_file)
     return wrap_like(model, inner)
+
+
+def _float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layers that the plan compresses and a checkpoint holds as float: subclasses that AMCT leaves float.
+
+    AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
+    """
+    found = {}
+    for name in (layer.name for layer in planned_layers(plan)):
+        module = model.get_submodule(name)
+        if type(module) is standard_class(module):
+            continue
+        own = (f"{name}.weight_quant.", f"{name}.sparsity.")
+        present = [key for key in module._parameters if module._parameters[key] is not None]
+        # the entries of an InProjection are those of the attention around it
+        kept = isinstance(module, InProjection) or all(f"{name}.{key}" in state for key in present)
+        if kept and not any(key.startswith(own) for key in state):
+            found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
+    return found
 
 
 def float_copy(model: nn.Module) -> nn.Module:

@@ -93,7 +93,7 @@ def auto_channel_prune_search(
     settings = read_search_config(config)
     inner = float_copy(model).eval()
     search_space.split_samples(inner, input_data, settings.test_iteration)
-    traced = search_space.cut(parse_inputs(inner, input_data[0]), slice(2))
+    traced = search_space.take_samples(parse_inputs(inner, input_data[0]), slice(2))
     graph = trace(inner, traced)
     plan = _plan(settings, graph, inner)
     discovery = discover(graph, plan, inner)
@@ -125,7 +125,7 @@ def _output(
 ) -> str:
     """The text of the configuration: found ratios by layer, given ones, and the layers that lose nothing.
 
-    `importance`: how the channels were ranked that the ratios were discovery for; None: as the search does by default.
+    `importance`: how the channels were ranked that the ratios were found for; None: as the search does by default.
     """
     ratios = {
         member.name: FilterPrune(count / group.count, settings.ascend_optimized, importance)
@@ -191,7 +191,7 @@ def _split(
 
 
 def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """The groups whose number of channels can be chosen alone: all outputs of their layers, at most in equal blocks."""
+    """The groups whose number of channels can be chosen alone: all outputs of layers, in equal subgroups."""
     owners: dict[str, set[int]] = {}
     for group in groups:
         for member in group.producers:
@@ -203,7 +203,7 @@ def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
             logger.warning("%s is not searched and stays whole: parts of its channels go with other layers'", name)
         elif any(member.repeat != 1 for member in group.producers):
             logger.warning("%s is not searched and stays whole: one channel takes several of its outputs", name)
-        elif group.subgroups is None or group.equal_subgroups is not None:
+        elif group.subgroups is None or group.num_equal_subgroups is not None:
             single.append(group)
         else:
             logger.warning("%s is not searched and stays whole: its channels lie in unequal or mixed blocks", name)
@@ -211,7 +211,7 @@ def _single(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
 
 
 def _lost(group: ChannelGroup, prune: FilterPrune) -> int:
-    return max(0, removal_count(group.count, prune.ratio, prune.ascend_optimized, group.equal_subgroups or 1))
+    return max(0, removal_count(group.count, prune.ratio, prune.ascend_optimized, group.num_equal_subgroups or 1))
 
 
 def _viable(
@@ -220,10 +220,11 @@ def _viable(
     """Leave out groups that create would drop: the pruned model fails or differs."""
     records = []
     for group in groups:
-        blocks = group.equal_subgroups or 1
-        most = search_space.removable(group, settings.ascend_optimized, settings.max_prune_ratio)[-1]
-        size, removed = group.count // blocks, most // blocks
-        records.append(group.record([block * size + index for block in range(blocks) for index in range(removed)]))
+        num_subgroups = group.num_equal_subgroups or 1
+        max_removed = search_space.removable(group, settings.ascend_optimized, settings.max_prune_ratio)[-1]
+        size, removed = group.count // num_subgroups, max_removed // num_subgroups
+        starts = range(0, group.count, size)
+        records.append(group.record([start + index for start in starts for index in range(removed)]))
     kept = apply_channels(copy_model(model), discovery, records, traced)
     return [group for group, record in zip(groups, records, strict=True) if record in kept]
 
@@ -260,7 +261,9 @@ def _removed(chosen: object, groups: Sequence[ChannelGroup], ascend_optimized: b
     for group in groups:
         asked = min(kept[member.name].count(0) if member.name in kept else 0 for member in group.producers)
         counts.append(asked)
-        arrives = max(0, removal_count(group.count, asked / group.count, ascend_optimized, group.equal_subgroups or 1))
+        arrives = max(
+            0, removal_count(group.count, asked / group.count, ascend_optimized, group.num_equal_subgroups or 1)
+        )
         if arrives != asked:
             logger.warning(
                 "%s: of the %d channels that the search removes, create will remove %d (ascend_optimized and grouped "

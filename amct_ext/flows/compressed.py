@@ -107,4 +107,4 @@ def save_compressed_retrain_model(
         saving.save_quantized(inner, record_file, save_path, input_data, names)
     else:
         read_record(record_file)
-        saving.save_plain(inner, save_path, input_data, names)
+        saving.save_float(inner, save_path, input_data, names)

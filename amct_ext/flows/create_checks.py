@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from amct_ext.common.layer_kinds import QUANTIZABLE, keeps_forward
 from amct_ext.common.wrapping import unwrap
@@ -21,8 +21,6 @@ from amct_ext.export.write import try_capture
 from amct_ext.graph.export_risks import exportable_submodules
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph
-from amct_ext.layers.attention import InProjection
-from amct_ext.layers.classes import standard_class
 from amct_ext.model_surgery.lookup import planned_layers
 from amct_ext.model_surgery.session import Session, session_of
 from amct_ext.prune.gate_taylor import PruningLoss
@@ -34,7 +32,7 @@ _MAX_LISTED = 9  # layers named in a message
 _MAX_PARTS = 3
 # Methods by which networks of branches merge them for deployment (RepVGG; MobileOne, timm; RepViT, YOLO).
 _MERGING = ("switch_to_deploy", "reparameterize", "fuse", "fuse_convs")
-_MIN_QUANTISED_SHARE = 0.9  # of the weights; where less is quantised, create warns
+_MIN_QUANTIZED_SHARE = 0.9  # of the weights; where less is quantised, create warns
 
 
 def warn_of_excluded(graph: Graph) -> None:
@@ -101,25 +99,6 @@ def uncalled_layers(model: nn.Module, graph: Graph, traits: Mapping[str, LayerTr
     return found
 
 
-def float_in_checkpoint(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Layers that the plan compresses and a checkpoint holds as float: subclasses that AMCT leaves float.
-
-    AMCT matches exact classes and so leaves a subclass of Conv2d, say, float; a job that it began stays as it is.
-    """
-    found = {}
-    for name in (layer.name for layer in planned_layers(plan)):
-        module = model.get_submodule(name)
-        if type(module) is standard_class(module):
-            continue
-        own = (f"{name}.weight_quant.", f"{name}.sparsity.")
-        present = [key for key in module._parameters if module._parameters[key] is not None]
-        # the entries of an InProjection are those of the attention around it
-        kept = isinstance(module, InProjection) or all(f"{name}.{key}" in state for key in present)
-        if kept and not any(key.startswith(own) for key in state):
-            found[name] = "the checkpoint holds it as a float layer (AMCT compresses exact classes only)"
-    return found
-
-
 def check_pruning_loss(groups: Sequence[ChannelGroup], plan: Plan, given: PruningLoss | None, source: str) -> None:
     """Raise ConfigError where channels are to be ranked by a loss that was not given; warn of one that ranks none."""
     asked = [group.producers[0].name for group in groups if measure_of(group, plan) == "GATE_TAYLOR"]
@@ -139,7 +118,7 @@ def log_coverage(model: nn.Module) -> None:
     if not session_of(model).plan.quant_active:
         return
     coverage = model_coverage(model)
-    level = logging.INFO if coverage.quantised >= _MIN_QUANTISED_SHARE else logging.WARNING
+    level = logging.INFO if coverage.quantised >= _MIN_QUANTIZED_SHARE else logging.WARNING
     more = "" if level == logging.INFO else " (amct_ext.explain(model) says why)"
     logger.log(level, "%s: %s%s", type(model).__name__, coverage, more)
 
@@ -150,8 +129,8 @@ def check_pruned(session: Session, source: str) -> None:
     asked = [layer.name for layer in layers if isinstance(layer.prune, FilterPrune)]
     if not asked or any(isinstance(layer.prune, SparsePrune) for layer in layers):
         return
-    if session.channel:
-        if not any(node.prune_index for record in session.channel for node in record.producers):
+    if session.channel_records:
+        if not any(node.prune_index for record in session.channel_records for node in record.producers):
             logger.warning("%s: prune_ratio and rounding (ascend_optimized: multiples of 16) keep all channels", source)
         return
     dropped = "the pruned model would fail or differ (see the log)"

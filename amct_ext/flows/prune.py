@@ -110,7 +110,7 @@ def save_prune_retrain_model(
             f"the model is quantised ('{quantized[0]}' and {len(quantized) - 1} more), which a plain graph would lose; "
             "save it with save_compressed_retrain_model or save_quant_retrain_model"
         )
-    saving.save_plain(inner, save_path, input_data, names)
+    saving.save_float(inner, save_path, input_data, names)
 
 
 def _planner(config_defination: str, has_loss: bool = False) -> build.Planner:

@@ -123,13 +123,13 @@ def save_quant_retrain_model(
             "save_compressed_retrain_model"
         )
     config = read_json(config_file)
-    plain = saving.to_plain_model(inner, input_data)
+    float_form = saving.to_float_form(inner, input_data)
     # The file names layers as they were called at create.
     names_then = {present: name for name, (present, _) in layers_by_created_name(inner).items()}
-    traits = trace(plain.model, plain.inputs).traits(plain.model)
+    traits = trace(float_form.model, float_form.inputs).traits(float_form.model)
     asked = resolve_json(config, {names_then.get(name, name): trait for name, trait in traits.items()})
     check_same_plan(plan, asked, config_file)
-    saving.save_quantized(inner, record_file, save_path, input_data, names, plain)
+    saving.save_quantized(inner, record_file, save_path, input_data, names, float_form)
 
 
 def check_same_plan(made: Plan, asked: Plan, source: str) -> None:

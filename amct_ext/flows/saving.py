@@ -1,4 +1,4 @@
-"""The last step of every flow: a retrained model to ONNX files, by way of its plain float form."""
+"""The last step of every flow: a retrained model to ONNX files, by way of its float form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import preserved_state, tensors_in
 from amct_ext.model_surgery.hooks import detach
 from amct_ext.model_surgery.lookup import compressed_layers, layers_by_created_name
-from amct_ext.model_surgery.recording import check_record
+from amct_ext.model_surgery.record_factors import check_record
 from amct_ext.model_surgery.session import present_pairs, raise_if_invalid, session_of
 from amct_ext.model_surgery.swap import fold_layers
 from amct_ext.record.text import read_record
@@ -57,8 +57,8 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 @dataclass(frozen=True)
-class UnquantizedExport:
-    """A compressed model as the exporter wants it: plain float layers in eval mode, 2:4 masks multiplied in.
+class FloatForm:
+    """A compressed model as the exporter wants it: `model` has float layers, 2:4 masks in their weights, eval mode.
 
     `expected`: the tensors that the compressed model returned for `inputs` in its own evaluation.
     """
@@ -68,8 +68,8 @@ class UnquantizedExport:
     expected: list[torch.Tensor]
 
 
-def to_plain_model(model: nn.Module, input_data: Any) -> UnquantizedExport:
-    """The plain form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
+def to_float_form(model: nn.Module, input_data: Any) -> FloatForm:
+    """The float form of a copy; `model` is left as it is. Errors: ModelError, InputDataError."""
     for name, layer in compressed_layers(model):
         computed = computed_parameter(layer)
         if computed:
@@ -92,7 +92,7 @@ def to_plain_model(model: nn.Module, input_data: Any) -> UnquantizedExport:
     detach(duplicate)  # a forward of the copy must not write the record
     inputs = parse_inputs(duplicate, input_data)
     expected = [tensor.detach().clone() for tensor in tensors_in(_evaluation(duplicate, inputs))]
-    return UnquantizedExport(fold_layers(duplicate).eval(), inputs, expected)
+    return FloatForm(fold_layers(duplicate).eval(), inputs, expected)
 
 
 def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> dict[str, list[list[torch.Tensor]]]:
@@ -123,10 +123,10 @@ def _evaluation(model: nn.Module, inputs: Inputs) -> object:
             raise InputDataError(f"the model rejects input_data ({inputs}): {type(error).__name__}: {error}") from error
 
 
-def save_plain(model: nn.Module, save_path: str, input_data: Any, names: ExportNames) -> None:
+def save_float(model: nn.Module, save_path: str, input_data: Any, names: ExportNames) -> None:
     """Write the float graph of a model that is not quantised under both names. Errors: those of the export."""
-    plain = to_plain_model(model, input_data)
-    write.export_plain(plain.model, plain.inputs, save_path, **names, expected=plain.expected)
+    float_form = to_float_form(model, input_data)
+    write.export_float(float_form.model, float_form.inputs, save_path, **names, expected=float_form.expected)
 
 
 def save_quantized(
@@ -135,9 +135,9 @@ def save_quantized(
     save_path: str,
     input_data: Any,
     names: ExportNames,
-    plain: UnquantizedExport | None = None,
+    float_form: FloatForm | None = None,
 ) -> None:
-    """Write both files of a quantised model; `plain` is its plain form, where that was made already.
+    """Write both files of a quantised model; `float_form` is that of the model, where it was made already.
 
     Errors: FileNotFoundError; RecordError (record without factors, or damaged); StaleStateError (factors of another
     state of the model); InvalidDataError; those of the export.
@@ -165,17 +165,17 @@ def save_quantized(
     for name in session.order:
         if name not in placed:
             logger.warning("layer '%s', compressed at create, is no longer in the model and not in the files", name)
-    plain = plain or to_plain_model(model, input_data)
-    inputs, pairs = plain.inputs, present_pairs(model)
+    float_form = float_form or to_float_form(model, input_data)
+    inputs, pairs = float_form.inputs, present_pairs(model)
     watched = {*quantized_layers(model), *pairs.values()}
     write.export_quantized(
-        plain.model,
+        float_form.model,
         inputs,
         tuple(replace(entry, key=placed[entry.key][0]) for entry in record.quant),
         pairs,
         save_path,
         **names,
         write_shift=session.plan.write_shift_bit,
-        expected=plain.expected,
+        expected=float_form.expected,
         values=lambda: layer_values(model, inputs, watched),
     )

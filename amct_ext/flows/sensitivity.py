@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, kind_named, kind_of
+from amct_ext.common.layer_kinds import LayerFamily, kind_named, kind_of
 from amct_ext.common.references import copy_model
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
@@ -21,9 +21,9 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in
 from amct_ext.layers.classes import to_float
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.folded_layer import folded_layer
+from amct_ext.layers.custom.folded_layer import folded_layer
 from amct_ext.layers.product_call import ProductCall
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.lookup import compressed_layers
 from amct_ext.model_surgery.session import session_of
 
@@ -59,7 +59,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], *, loss: Loss | None = 
     layers = {name: layer for name, layer in compressed_layers(network) if layer.weight_quantizers}
     _check_ready(layers)
     for layer in layers.values():
-        layer.search_n, layer.integer = None, None
+        layer.search_n, layer.product_choice = None, None
     measure = _Measurement(network, layers, loss)
     for batch in loader:
         measure.add(batch)
@@ -104,9 +104,9 @@ class _Measurement:
         total = max(sum(self._macs.values()), 1)
         rows = []
         for name, layer in self.layers.items():
-            activation = layer.activation
-            assert activation is not None
-            bits = activation.num_bits, layer.weight_quantizers[0].num_bits
+            quantizer = layer.input_quantizer
+            assert quantizer is not None
+            bits = quantizer.num_bits, layer.weight_quantizers[0].num_bits
             own, weights = self._own[name] / self.batches, self._weights[name] / self.batches
             rows.append(LayerSensitivity(layer.layer_name, _type(layer), *bits, own, weights, self._macs[name] / total))
         return Sensitivity(rows, self._whole / self.batches, "error" if self.loss is None else "loss")
@@ -230,7 +230,7 @@ def _multiplications(layer: CompressedLayer, x: Tensor, output: Any) -> int:
     assert kind is not None
     if isinstance(layer, CompressedRNN):
         return x.numel() // max(x.shape[-1], 1) * (layer.weight_ih_l0.numel() + layer.weight_hh_l0.numel())
-    of_input = kind.family is Family.TRANSPOSED_CONV  # which applies its kernel at each position of its input
+    of_input = kind.family is LayerFamily.TRANSPOSED_CONV  # which applies its kernel at each position of its input
     if product is not None and kind_of(layer) is None:
         return int(output.numel()) // max(layer.weight.shape[int(product.weight_is_in_out)], 1) * layer.weight.numel()
     width = int(getattr(layer, kind.widths[0 if of_input else 1]))

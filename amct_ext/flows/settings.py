@@ -9,14 +9,12 @@ from torch import nn
 
 from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import StaleStateError
-from amct_ext.layers import integer_support, prepared
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
+from amct_ext.layers.activation.calibration_data import CalibrationMethod, ExactValues, ValueHistogram
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.integer import IntegerForward
-from amct_ext.model_surgery.batchnorm_links import link_batchnorms
+from amct_ext.layers.products import integer_support, prepared_forward
+from amct_ext.layers.products.path_choice import PathChoice
 from amct_ext.model_surgery.lookup import compressed_layers
-from amct_ext.model_surgery.recording import write_record
 from amct_ext.model_surgery.session import session_of
 
 Forward = Literal["float", "auto", "integer", "prepared"]
@@ -53,7 +51,7 @@ def configure(
       Sums are exact and rounded once. Gradients are those of "float", and nothing is kept whatever ``stash`` says.
     * "prepared": as "float", but an evaluation without gradients multiplies by weights that are packed once for oneDNN,
       with the BatchNorm that follows in them (float32 on the CPU; not in compiled graphs nor under autocast).
-    * "auto": the ways are timed when a layer first meets a shape, and the fastest one is taken.
+    * "auto": the paths are timed when a layer first meets a shape, and the fastest one is taken.
 
     Evaluations on integers or prepared floats keep the packed weight until a training step, a change of the parameter,
     or a call of train() or eval(). Torch does not count a change through ``weight.data`` (an exchange with averaged
@@ -73,8 +71,8 @@ def configure(
 
     * "auto" (how a model starts): on the CPU, in float32 and outside of compiled graphs, BatchNorm, an activation
       function (ReLU, bounds, Hardswish) or an addition, and the quantisation for the next layer run in one pass,
-      forward and backward, and only the convolution's output is kept. Outputs have the bits of torch's ops, gradients
-      differ by their rounding.
+      forward and backward, and only the convolution's output is kept, where that has 2^18 values or more. Outputs have
+      the bits of torch's ops, gradients differ by their rounding.
     * "off": torch's ops, one by one.
 
     Errors: ValueError (unknown value or layer), ModelError (not a compressed model), StaleStateError ("exact" where a
@@ -95,8 +93,8 @@ def configure(
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.own_quantizers]
     if calibration == "exact":
         _check_values_are_there(quantizers)
-    for name, way in wanted.items():
-        layers[name].integer = IntegerForward(way, session.tracker) if _has_way(layers[name], way) else None
+    for name, path in wanted.items():
+        layers[name].product_choice = PathChoice(path, session.tracker) if _has_path(layers[name], path) else None
     if fuse is not None:
         for layer in layers.values():
             layer.refs.fuse = fuse == "auto"
@@ -118,10 +116,10 @@ def _check_values_are_there(quantizers: list[ActivationQuantizer]) -> None:
         )
 
 
-def _has_way(layer: CompressedLayer, way: Forward) -> bool:
-    """Whether ``way``, or one that "auto" may choose, is another one than floats for some inputs of ``layer``."""
-    return (way in ("auto", "integer") and integer_support.unsupported_reason(layer) is None) or (
-        way in ("auto", "prepared") and prepared.unsupported_reason(layer) is None
+def _has_path(layer: CompressedLayer, path: Forward) -> bool:
+    """Whether ``path``, or one that "auto" may choose, is another one than floats for some inputs of ``layer``."""
+    return (path in ("auto", "integer") and integer_support.unsupported_reason(layer) is None) or (
+        path in ("auto", "prepared") and prepared_forward.unsupported_reason(layer) is None
     )
 
 
@@ -147,28 +145,5 @@ def forward_choices(model: nn.Module) -> dict[str, Forward]:
     """
     inner = unwrap(model)
     session_of(inner)
-    return {name: "float" if layer.integer is None else layer.integer.used for name, layer in compressed_layers(inner)}
-
-
-def update_record(model: nn.Module, record_file: str | None = None) -> None:
-    """Write the record of the model as it is now: channel groups, present masks and, once calibrated, present factors.
-
-    ``record_file``: where to (default: the file given at create or restore). A copy of a compressed model has no file
-    of its own, so that it never writes to that of the model it was made of; the first one given here becomes its own.
-    Errors: ModelError (also a copy without a file), InvalidDataError, OSError.
-    """
-    write_record(unwrap(model), record_file)
-
-
-def shift_bits(model: nn.Module) -> dict[str, list[int]]:
-    """The searchN result: layer -> right shifts N (1..16), one per recorded weight scale.
-
-    Gathered by the evaluation forwards since the last training forward. Errors: ModelError, StaleStateError (no
-    evaluation yet).
-    """
-    inner = unwrap(model)
-    link_batchnorms(inner, session_of(inner).conv_bn)
-    layers = ((name, layer) for name, layer in compressed_layers(inner) if layer.search_n is not None)
-    return {
-        name: layer.search_n.result(name, layer.deq_scale()) for name, layer in layers if layer.search_n is not None
-    }
+    choices = ((name, layer.product_choice) for name, layer in compressed_layers(inner))
+    return {name: "float" if choice is None else choice.used for name, choice in choices}

@@ -22,7 +22,7 @@ from amct_ext.model_surgery.session import session_of
 from amct_ext.prune.channels import removal_of
 from amct_ext.prune.check import check_records
 from amct_ext.prune.discover import discover
-from amct_ext.prune.equivalence import Fitted, largest_error, run_fitted, run_masked
+from amct_ext.prune.equivalence import RescaledRun, largest_error, run_masked, run_rescaled
 from amct_ext.prune.runs import Difference
 from amct_ext.record.types import ChannelRecord
 
@@ -64,7 +64,7 @@ def verify_pruning(original: nn.Module, pruned: nn.Module, input_data: Any) -> P
     not fit ``original``), InputDataError.
     """
     inner = unwrap(pruned)
-    records = session_of(inner).channel
+    records = session_of(inner).channel_records
     smaller, comparison = compare_records(original, records, input_data)
     shapes = {name: tuple(parameter.shape) for name, parameter in inner.named_parameters()}
     for name, parameter in smaller.named_parameters():
@@ -82,7 +82,7 @@ def compare_records(
     """The copy of `original` without the records' channels, and how it compares. Errors: as of verify_pruning."""
     model = float_copy(original)
     inputs = parse_inputs(model, input_data)
-    error = _cut(model, records, inputs)
+    error = _removal_error(model, records, inputs)
     unpruned, left = (sum(parameter.numel() for parameter in each.parameters()) for each in (original, model))
     nodes = {(node.name, node.begin): node for record in records for node in record.producers if node.prune_index}
     removed = sum(len(node.prune_index) for node in nodes.values())
@@ -92,7 +92,7 @@ def compare_records(
     return model, PruningComparison(error, removed, channels, left / unpruned)
 
 
-def _cut(model: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs) -> float:
+def _removal_error(model: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs) -> float:
     """Remove the records' channels; returns the error against the unpruned model without them."""
     graph = trace(model, inputs)
     layers = {name: LayerPlan(name, trait.type, None, FilterPrune(0.5)) for name, trait in graph.traits(model).items()}
@@ -108,12 +108,14 @@ def _cut(model: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs) -> 
         )
     removal = removal_of(model, discovery, records, removed_mask)
     failed = removal.apply()
-    fitted = (
-        Fitted([], Difference(None, failed)) if failed else run_fitted(model, inputs, discovery, removed_mask, removal)
+    rescaled = (
+        RescaledRun([], Difference(None, failed))
+        if failed
+        else run_rescaled(model, inputs, discovery, removed_mask, removal)
     )
-    if fitted.difference is not None:
-        raise ModelError(f"the record's channels cannot be removed: {fitted.difference.reason}")
-    return largest_error(fitted.outputs, wanted)
+    if rescaled.difference is not None:
+        raise ModelError(f"the record's channels cannot be removed: {rescaled.difference.reason}")
+    return largest_error(rescaled.outputs, wanted)
 
 
 def _error_in_double(original: nn.Module, records: Sequence[ChannelRecord], inputs: Inputs, otherwise: float) -> float:
@@ -122,7 +124,7 @@ def _error_in_double(original: nn.Module, records: Sequence[ChannelRecord], inpu
         model = float_copy(original).double()
         wide = inputs.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         with InDouble():
-            return _cut(model, records, wide)
+            return _removal_error(model, records, wide)
     except Exception as error:
         _logger.debug("no comparison in float64: %s", error)
         return otherwise

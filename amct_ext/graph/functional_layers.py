@@ -12,7 +12,7 @@ from amct_ext.common.layer_kinds import keeps_forward, kind_of
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_state
 from amct_ext.graph.values import Node
-from amct_ext.graph.weight_use import factors, leaf_parameters
+from amct_ext.graph.weight_use import leaf_parameters, operands
 from amct_ext.layers.product_call import Product, ProductCall, ProductMode
 
 Calls = list[ProductCall]
@@ -30,7 +30,7 @@ def find_functional_layers(
     called = {node.module for node in nodes}
     parents: dict[str, list[str]] = {}
     for node in nodes:
-        constant = [value for value in factors(node) if not value.depends_on_input()]
+        constant = [value for value in operands(node) if not value.depends_on_input()]
         found = {source.name for value in constant for source in leaf_parameters(value) if source.kind == "parameter"}
         for name in [parameter.rpartition(".")[0] for parameter in found if parameter.endswith(".weight")]:
             below = node.scope and name.startswith(f"{node.scope}.") and node.scope not in excluded

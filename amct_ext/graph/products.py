@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from amct_ext.common.layer_kinds import computed_parameter, keeps_forward, kind_named, kind_of, layer_type
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_state, tensors_in
-from amct_ext.layers.custom_forward import product_of
+from amct_ext.layers.custom.custom_forward import product_of
 from amct_ext.layers.product_call import Product, ProductCall, TensorLike, product_call
 
 _PLAIN_VALUES = (Tensor, bool, int, float, str, type(None))

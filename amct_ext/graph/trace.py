@@ -20,7 +20,7 @@ from amct_ext.graph.recorder import Recording, record
 from amct_ext.graph.training import record_training
 from amct_ext.graph.traits import layer_traits
 from amct_ext.graph.values import Node, Value
-from amct_ext.graph.weight_use import factors, leaf_parameters
+from amct_ext.graph.weight_use import leaf_parameters, operands
 from amct_ext.layers.product_call import Product
 
 _UNREAD = "its result reaches no tensor that the model returns"
@@ -64,7 +64,7 @@ class Graph:
         found = {}
         wanted = {f"{name}.weight": name for name, product in self.products.items() if isinstance(product, Product)}
         for node in self.nodes if wanted else ():
-            weights = [value for value in factors(node) if not value.depends_on_input()]
+            weights = [value for value in operands(node) if not value.depends_on_input()]
             if len(weights) == 1:
                 read = {source.name for source in leaf_parameters(weights[0]) if source.kind == "parameter"}
                 found.update({wanted[name]: node for name in read & wanted.keys()})
@@ -147,7 +147,7 @@ class Graph:
     def _product_input(self, name: str) -> Value | None:
         """What the product of a module reads, before its forward padded it with zeros or gave it another shape."""
         node = self.product_nodes().get(name)
-        value = None if node is None else next(value for value in factors(node) if value.depends_on_input())
+        value = None if node is None else next(value for value in operands(node) if value.depends_on_input())
         while value is not None and value.producer is not None:
             made = value.producer
             if made.op not in _RESHAPES and (made.op != "constant_pad_nd" or made.args.get("value")):

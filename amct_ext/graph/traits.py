@@ -9,7 +9,7 @@ from torch import nn
 
 from amct_ext.common.layer_kinds import (
     QUANTIZABLE,
-    Family,
+    LayerFamily,
     LayerKind,
     computed_parameter,
     is_depthwise,
@@ -97,7 +97,7 @@ def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: st
     """Whether a layer may lose output channels: one that runs, any number of times, or whose weight an op reads."""
     if not kind.filter_prunable or is_depthwise(module):
         return False
-    if kind.family is Family.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
+    if kind.family is LayerFamily.TRANSPOSED_CONV and getattr(module, "groups", 1) > 1:
         return False  # its weight holds the outputs of one group only
     if not usable or len(calls) > 1:
         return not usable or not fixed_shape_reason(calls, kind.name, module)
@@ -149,7 +149,7 @@ def not_quantizable_reason(kind: LayerKind, module: nn.Module) -> str:
     """Limits of the quantised layers themselves, '' where there is none."""
     if not kind.quantizable:
         return f"there is no quantised {kind.name}"
-    if kind.family is Family.RNN:
+    if kind.family is LayerFamily.RNN:
         for attribute, wanted in (("num_layers", 1), ("bidirectional", False), ("dropout", 0), ("proj_size", 0)):
             value = getattr(module, attribute)
             if (value or wanted) != wanted:

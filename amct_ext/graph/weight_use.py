@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import Family, kind_named, kind_of
+from amct_ext.common.layer_kinds import LayerFamily, kind_named, kind_of
 from amct_ext.graph.values import Node, Value
 
 # By op, the arguments that it multiplies. Convolutions come with a weight, products of attention with three tensors.
-_FACTORS: Mapping[str, tuple[str, ...]] = {
+_OPERANDS: Mapping[str, tuple[str, ...]] = {
     "convolution": ("input", "weight"),
     "linear": ("input", "weight"),
     "mm": ("self", "mat2"),
@@ -68,7 +68,7 @@ def weight_uses(nodes: Sequence[Node], model: nn.Module) -> WeightUses:
 
 def product_macs(node: Node) -> int:
     """Multiplications of an op that multiplies two tensors."""
-    first, second = (_argument(node, name) for name in _FACTORS[node.op])
+    first, second = (_argument(node, name) for name in _OPERANDS[node.op])
     if first is None or second is None:
         return 0
     output = math.prod(node.outputs[0].shape)
@@ -94,9 +94,9 @@ def leaf_parameters(value: Value) -> Iterator[Value]:
             pending += [other for other in present.producer.inputs if other is not None]
 
 
-def factors(node: Node) -> tuple[Value, ...]:
+def operands(node: Node) -> tuple[Value, ...]:
     """The values that an op multiplies, empty for other ops."""
-    found = (_argument(node, name) for name in _FACTORS.get(node.op, ()))
+    found = (_argument(node, name) for name in _OPERANDS.get(node.op, ()))
     return tuple(value for value in found if value is not None)
 
 
@@ -131,7 +131,7 @@ class _Collector:
             table = _argument(node, _LOOK_UPS[node.op])
             if table is not None and not table.depends_on_input():
                 self._add_use(self._leaf_parameters(table), 0, is_lookup=True)
-        elif node.op in _FACTORS:
+        elif node.op in _OPERANDS:
             self._product(node)
         elif node.op.startswith("_scaled_dot_product"):
             self._attention(node)
@@ -153,19 +153,19 @@ class _Collector:
     def _layer(self, node: Node, name: str) -> None:
         module, kind = self._modules[name], kind_named(node.op)
         source = node.inputs[0] if node.inputs else None
-        if kind is None or kind.family is Family.BATCH_NORM:
+        if kind is None or kind.family is LayerFamily.BATCH_NORM:
             return
         weights = {key: value for key, value in module.named_parameters() if value.dim() > 1}
         size, positions = sum(value.numel() for value in weights.values()), 0
         if source is not None and size:
-            of_input = kind.family in (Family.TRANSPOSED_CONV, Family.RNN)
+            of_input = kind.family in (LayerFamily.TRANSPOSED_CONV, LayerFamily.RNN)
             values = math.prod(source.shape if of_input else node.outputs[0].shape)
             width = kind.widths[0] if of_input else kind.widths[1]
             positions = values // max(int(getattr(module, width)), 1)
         self._count([(f"{name}.{key}", name) for key in weights], size * positions)
 
     def _product(self, node: Node) -> None:
-        values = factors(node)
+        values = operands(node)
         constant = [value for value in values if not value.depends_on_input()]
         if not constant:
             self._activation_macs += product_macs(node)

@@ -1,1 +1,1 @@
-"""Compressed layers and what hangs below them: quantisers, masks, the shift search."""
+"""Compressed layers and what they are made of."""

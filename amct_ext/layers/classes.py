@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from amct_ext.common.layer_kinds import kind_of
-from amct_ext.layers import conv_linear, custom_forward, rnn
+from amct_ext.layers import conv_linear
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.custom import custom_forward
 from amct_ext.layers.derive import derived_class, take_attributes
 from amct_ext.layers.product_call import Product
+from amct_ext.layers.recurrent import rnn
 
 # By name of the kind in common/layer_kinds.py; the kinds that are quantizable are here.
 _COMPRESSED: dict[str, type[CompressedLayer]] = {
@@ -31,7 +33,7 @@ _CUSTOM: dict[str, type[CompressedLayer]] = {
     "ConvTranspose2d": custom_forward.CustomForwardConvTranspose2d,
 }
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
-_INSTANCE_NAMES = {"layer_name", "refs", "integer"}
+_INSTANCE_NAMES = {"layer_name", "refs", "product_choice"}
 _INHERITED = {"forward", "train", "__init_subclass__", "__module__", "__doc__", "__annotations__"}
 _COPYING = {"__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__"}
 
@@ -46,7 +48,7 @@ def compressed_class(layer: nn.Module, product: Product | None = None) -> tuple[
     base: type[CompressedLayer]
     if product is not None and parent is None:
         linear = product.kind == "Linear"
-        base = custom_forward.CustomForwardProduct if linear else custom_forward.CustomForwardConvolution
+        base = custom_forward.ModuleWithLinear if linear else custom_forward.ModuleWithConv
         parent = nn.Module
 
     elif product is not None and parent is not None:

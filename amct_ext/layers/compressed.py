@@ -15,27 +15,27 @@ from amct_ext.common.ranks import full_tensor
 from amct_ext.config.plan import LayerPlan
 from amct_ext.config.text import SparsePrune
 from amct_ext.layers.accumulators import device_accumulators
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
-from amct_ext.layers.activation_types import FakeQuantized
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
+from amct_ext.layers.activation.stash import stashed
+from amct_ext.layers.activation.types import FakeQuantized
 from amct_ext.layers.bn_fold import apply_batch_norm, fold_scale
-from amct_ext.layers.chain_tensor import chain_start
+from amct_ext.layers.chains.chain_tensor import chain_convolutions
 from amct_ext.layers.derive import new_derived, take_attributes
 from amct_ext.layers.forward_context import state_updates_disabled
 from amct_ext.layers.layer_refs import UnregisteredRefs
 from amct_ext.layers.product_call import Product
+from amct_ext.layers.product_path import ProductPath
 from amct_ext.layers.shift_search import ShiftSearch
-from amct_ext.layers.sparsity import Sparsity, masked
-from amct_ext.layers.stash import stashed
-from amct_ext.layers.ways import Way
-from amct_ext.layers.weight_quantizer import WeightQuantizer, gradient_factor
+from amct_ext.layers.weight.quantizer import WeightQuantizer, gradient_factor
+from amct_ext.layers.weight.sparsity import Sparsity, masked
 
 _EPS = torch.finfo(torch.float32).eps
 
 
-class ProductOnCodes(Protocol):
-    """Another way to compute a layer's product; `integer.IntegerForward` is the one there is."""
+class ProductChoice(Protocol):
+    """Another path for a layer's product than floats, where one is faster; see `products.path_choice.PathChoice`."""
 
-    used: Way  # by the last forward
+    used: ProductPath  # by the last forward
 
     def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor | None:
         """The output of the layer, or None where ``x`` is for the float path."""
@@ -67,7 +67,7 @@ class CompressedLayer(nn.Module):
     weight_quant: WeightQuantizer | None
     act_quant: ActivationQuantizer | None
     search_n: ShiftSearch | None
-    integer: ProductOnCodes | None  # None: the product is computed on floats
+    product_choice: ProductChoice | None  # None: the product is computed on floats
 
     # -- the forward
 
@@ -77,7 +77,7 @@ class CompressedLayer(nn.Module):
 
     def _forward(self, x: Tensor, *args: Any) -> Tensor:
         """The output of the layer; ``args``: further arguments of the float class's forward."""
-        y = None if self.integer is None else self.integer(self, x)
+        y = None if self.product_choice is None else self.product_choice(self, x)
         if y is None:
             y = self._float_forward(x, *args)
         if self.search_n is not None:
@@ -85,25 +85,25 @@ class CompressedLayer(nn.Module):
                 if not state_updates_disabled():
                     self.search_n.reset()
             elif y.numel() and self.feeds_shift_search:
-                accumulators = None if self.integer is None else self.integer.pop_accumulators()
+                accumulators = None if self.product_choice is None else self.product_choice.pop_accumulators()
                 self._search_shift(self.search_n, y.detach(), accumulators)
         return y
 
     def _float_forward(self, x: Tensor, *args: Any) -> Tensor:
         """The float computation on fake-quantised input and weight."""
-        quantizer, results = self.activation, []  # type: ignore[var-annotated]
-        quantised, weight = self.quantized_input(x, results), self._compressed(self.source_weight(*args))
+        quantizer, results = self.input_quantizer, []  # type: ignore[var-annotated]
+        quantized, weight = self.quantized_input(x, results), self._compressed(self.source_weight(*args))
         # Only the gradient of the weight reads the input again.
         stashes = quantizer is not None and quantizer.stash and weight.requires_grad
         memory = stashed(quantizer.num_bits, *results[0]) if stashes else nullcontext()  # type: ignore[union-attr]
-        with memory, chain_start(quantised, self.refs.fuses):
-            return self.compute_with_weight(quantised, weight, *args)
+        with memory, chain_convolutions(quantized, self.refs.fuses):
+            return self.compute_with_weight(quantized, weight, *args)
 
     def quantized_input(self, x: Tensor, results: list[FakeQuantized]) -> Tensor:
         """``x`` fake-quantised, where the plan asks for it; ``results`` takes what the quantiser computed."""
         if self.act_quant is not None:
             return self.act_quant(x, results)  # type: ignore[no-any-return]
-        return x if self.activation is None else self.activation.forward_shared(x, results)
+        return x if self.input_quantizer is None else self.input_quantizer.forward_shared(x, results)
 
     def compressed_weight(self) -> Tensor:
         """The weight that the product uses: masked and fake-quantised; in training a 2:4 mask may be renewed."""
@@ -141,8 +141,8 @@ class CompressedLayer(nn.Module):
     # -- how far the state is
 
     @property
-    def activation(self) -> ActivationQuantizer | None:
-        """The activation quantiser in use: its own or the shared one."""
+    def input_quantizer(self) -> ActivationQuantizer | None:
+        """The quantiser of the input: its own, or that of the layer it shares the input with."""
         return self.act_quant if self.act_quant is not None else self.refs.shared_act_quant
 
     @property
@@ -158,23 +158,21 @@ class CompressedLayer(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether clips and learned scales are set: what the layer computes follows from its state."""
-        quantizers = (self.activation, *self.own_quantizers)
+        quantizers = (self.input_quantizer, *self.own_quantizers)
         return all(q is None or q.ready for q in quantizers) and all(q.ready for q in self.weight_quantizers)
 
     @property
     def recordable(self) -> bool:
         """Whether there are factors to record."""
-        return all(q is None or q.recordable for q in (self.activation, *self.own_quantizers))
+        return all(q is None or q.recordable for q in (self.input_quantizer, *self.own_quantizers))
 
     @property
     def feeds_shift_search(self) -> bool:
-        """Whether a forward's output goes to the shift search; that of a compiled graph does not.
-
-        The search decides on the host, and Dynamo would trace it once a layer, in a graph of its own.
-        """
+        """Whether a forward's output goes to the shift search: not in a compiled graph, for it decides on the host."""
         if torch.compiler.is_compiling() or self.search_n is None or self.training or not self.search_n.needs_data:
             return False
-        if self.activation is None or self.activation.tracker.calibrating or self.activation.tracker.training:
+        quantizer = self.input_quantizer
+        if quantizer is None or quantizer.tracker.calibrating or quantizer.tracker.training:
             return False
         return not state_updates_disabled() and not self.weight.is_meta and self.ready
 
@@ -201,8 +199,8 @@ class CompressedLayer(nn.Module):
     @torch.no_grad()
     def deq_scale(self) -> Tensor:
         """scale_d * scale_w of the current state, on the device."""
-        assert self.activation is not None, self.layer_name
-        return self.activation.current_scale() * self.recorded_scale_w()
+        assert self.input_quantizer is not None, self.layer_name
+        return self.input_quantizer.current_scale() * self.recorded_scale_w()
 
     # -- construction
 
@@ -215,7 +213,7 @@ class CompressedLayer(nn.Module):
         take_attributes(new, layer)
         new.layer_name = plan.name
         new.refs = UnregisteredRefs(product=product)
-        new.integer = None
+        new.product_choice = None
         vars(new).update(dict.fromkeys(cls.own_children))
         new._add_children(plan, batch_num, fixed_min)
         return new.train(layer.training)
@@ -266,19 +264,19 @@ class CompressedLayer(nn.Module):
         """
         if not any(quantizer.learned for quantizer in self.weight_quantizers):
             return
-        for quantizer, weight in zip(self.weight_quantizers, self._quantized_weights(), strict=True):
+        for quantizer, weight in zip(self.weight_quantizers, self._weights_to_quantize(), strict=True):
             if quantizer.learned and not weight.is_meta and not hasattr(weight, "full_tensor"):
                 mask = None if self.sparsity is None else self.sparsity.mask
                 quantizer.repair_for_state(self._to_rows(masked(weight, mask)))
 
-    def _quantized_weights(self) -> tuple[Tensor, ...]:
+    def _weights_to_quantize(self) -> tuple[Tensor, ...]:
         """The weights of `weight_quantizers`."""
         return () if self.weight_quant is None else (self.source_weight(),)
 
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module; a change of mode is also where weights may have been swapped through ``weight.data``."""
-        if self.integer is not None:
-            self.integer.drop_packed_weight()
+        if self.product_choice is not None:
+            self.product_choice.drop_packed_weight()
         return super().train(mode)
 
     def __init_subclass__(cls, **arguments: Any) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from amct_ext.config.plan import LayerPlan
 from amct_ext.layers.compressed import CompressedLayer
-from amct_ext.layers.gptq import GptqState, im2col
+from amct_ext.layers.weight.gptq import GptqState, im2col
 
 
-class ProductLayer(CompressedLayer):
+class GptqLayer(CompressedLayer):
     """A layer whose output is one matrix product of input and weight: its weight can compensate for its rounding."""
 
     gptq: GptqState | None = None  # None: the calibration leaves the weight as it is
@@ -25,7 +25,7 @@ class ProductLayer(CompressedLayer):
             self.gptq.add_batch(self, x)
         return y
 
-    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+    def input_matrices(self, x: Tensor) -> Iterator[Tensor]:
         """The input as matrices (positions, columns of the weight), in parts."""
         raise NotImplementedError
 
@@ -38,13 +38,13 @@ class ProductLayer(CompressedLayer):
             self.gptq = GptqState(self.weight.shape)
 
 
-class _CompressedConv(ProductLayer):
+class _CompressedConv(GptqLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of the float class
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+    def input_matrices(self, x: Tensor) -> Iterator[Tensor]:
         return im2col(x, self, self.kernel_size, self.stride, self.dilation)
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -63,10 +63,10 @@ class CompressedConv3d(_CompressedConv, nn.Conv3d):
     pass
 
 
-class CompressedLinear(ProductLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
+class CompressedLinear(GptqLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
     channel_axis_out = -1
 
-    def weight_inputs(self, x: Tensor) -> Iterator[Tensor]:
+    def input_matrices(self, x: Tensor) -> Iterator[Tensor]:
         yield x.reshape(-1, x.shape[-1])
 
     def compute_with_weight(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:

@@ -35,10 +35,10 @@ def state_updates_disabled() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    return getattr(_thread, "frozen", False) or in_backward() or transformed() or _in_tracer()
+    return getattr(_thread, "frozen", False) or in_backward() or traced_or_transformed() or _in_tracer()
 
 
-def transformed() -> bool:
+def traced_or_transformed() -> bool:
     """Whether a compiler, torch's tracer or a transform of torch.func runs the forward."""
     return (
         torch.compiler.is_compiling()

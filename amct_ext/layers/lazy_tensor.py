@@ -33,7 +33,7 @@ class LazyTensor(Tensor):
         """The plain tensor of the values, without their history."""
         raise NotImplementedError
 
-    def memory(self) -> Tensor:
+    def writable_values(self) -> Tensor:
         """The plain tensor of the values for one who may also write to them."""
         return self.materialize()
 
@@ -57,19 +57,19 @@ class LazyTensor(Tensor):
         self.replace(own.copy_(value.detach()))
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.memory().numpy(*args, **kwargs)
+        return self.writable_values().numpy(*args, **kwargs)
 
     def tolist(self) -> Any:
         return self.materialize().tolist()
 
     def data_ptr(self) -> int:
-        return self.memory().data_ptr()
+        return self.writable_values().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.memory().untyped_storage()
+        return self.writable_values().untyped_storage()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.memory().__dlpack__(*args, **kwargs)
+        return self.writable_values().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.materialize(), memo)

@@ -76,7 +76,7 @@ class ShiftSearch(KeepsPrecision):
         # Scales that changed without a training forward (a clip set by hand) make earlier errors void. Decided on the
         # device.
         same = (self.deq_scale == deq_scale).all() & (self.batches > 1)
-        self.errors.mul_(same)
+        self.errors.masked_fill_(~same, 0)  # a product would keep NaN
         self.deq_scale.copy_(deq_scale)
         valid = torch.isfinite(deq_scale) & (deq_scale > 0)
         step = torch.where(valid, torch.ones_like(deq_scale), math.nan) if in_steps else deq_scale

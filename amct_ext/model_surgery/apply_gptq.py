@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from amct_ext.common.ranks import all_reduce_mean_, all_reduce_sum_
-from amct_ext.layers.conv_linear import ProductLayer
-from amct_ext.layers.gptq import GptqState, gptq_weight
+from amct_ext.layers.conv_linear import GptqLayer
+from amct_ext.layers.weight.gptq import GptqState, gptq_weight
 from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session
 
@@ -61,25 +61,27 @@ def reset_gptq_after_load(model: nn.Module) -> None:
     """After a load: layers whose calibration is finished hold the changed weights already."""
     for layer, gptq in _states(model):
         if not layer.weight.is_meta:
-            gptq.reset(done=layer.activation is None or layer.activation.calibrated)
+            gptq.reset(done=layer.input_quantizer is None or layer.input_quantizer.calibrated)
 
 
-def _states(model: nn.Module) -> Iterator[tuple[ProductLayer, GptqState]]:
+def _states(model: nn.Module) -> Iterator[tuple[GptqLayer, GptqState]]:
     for layer in compressed_modules(model):
-        if isinstance(layer, ProductLayer) and layer.gptq is not None:
+        if isinstance(layer, GptqLayer) and layer.gptq is not None:
             yield layer, layer.gptq
 
 
-def _pending(model: nn.Module) -> list[tuple[ProductLayer, GptqState]]:
+def _pending(model: nn.Module) -> list[tuple[GptqLayer, GptqState]]:
     """The layers that are calibrated and whose weight GPTQ has yet to change."""
     return [
         (layer, gptq)
         for layer, gptq in _states(model)
-        if not (gptq.done or layer.weight.is_meta) and layer.activation is not None and layer.activation.calibrated
+        if not (gptq.done or layer.weight.is_meta)
+        and layer.input_quantizer is not None
+        and layer.input_quantizer.calibrated
     ]
 
 
-def _reason_to_skip(layer: ProductLayer, gptq: GptqState, owners: Counter[int]) -> str:
+def _reason_to_skip(layer: GptqLayer, gptq: GptqState, owners: Counter[int]) -> str:
     """Why GPTQ cannot change the weight of a layer; '' where it can."""
     if hasattr(layer.weight, "full_tensor") or layer.weight.shape != gptq.shape:
         return "the weight is sharded"
@@ -88,7 +90,7 @@ def _reason_to_skip(layer: ProductLayer, gptq: GptqState, owners: Counter[int]) 
     return ""
 
 
-def _apply(layer: ProductLayer, gptq: GptqState) -> str:
+def _apply(layer: GptqLayer, gptq: GptqState) -> str:
     """Change the weight of one layer. Returns why it was skipped, or ''."""
     assert layer.weight_quant is not None
     layer.initialize_scales()
@@ -114,8 +116,8 @@ def _apply(layer: ProductLayer, gptq: GptqState) -> str:
     changed = changed.contiguous()
     all_reduce_mean_([changed])  # bit by bit the same on all ranks, whatever their libraries do
     layer.weight.data.copy_(changed)
-    if layer.integer is not None:
-        layer.integer.drop_packed_weight()
+    if layer.product_choice is not None:
+        layer.product_choice.drop_packed_weight()
     return ""
 
 

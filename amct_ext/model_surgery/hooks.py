@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_ext.common.ranks import is_distributed
-from amct_ext.layers.chain_values import with_history
-from amct_ext.layers.deferred import materialize
+from amct_ext.layers.chains.chain_values import with_history
 from amct_ext.layers.forward_context import state_updates_disabled
+from amct_ext.layers.products.deferred_tensor import materialize
 from amct_ext.model_surgery.apply_gptq import (
     apply_gptq,
     has_pending_gptq,
@@ -24,7 +24,7 @@ from amct_ext.model_surgery.batchnorm_links import batchnorms_linked, link_batch
 from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.output_range_search import keep_calibration_input, search_output_ranges
 from amct_ext.model_surgery.range_averaging import average_ranges
-from amct_ext.model_surgery.recording import state_versions, write_record
+from amct_ext.model_surgery.record_factors import state_versions, write_record
 from amct_ext.model_surgery.session import (
     ATTRIBUTE,
     Session,
@@ -107,15 +107,15 @@ def _reset_stale_shifts(model: nn.Module, session: Session) -> None:
     A change by load or copy is recognised by the scales.
     """
     state = state_versions(model)
-    if state == session.evaluated or _on_meta_device(model):
+    if state == session.evaluated_state or _on_meta_device(model):
         return
     searches = [(layer.search_n, layer) for layer in compressed_modules(model) if layer.search_n is not None]
     searches = [(search, layer) for search, layer in searches if search.has_result]
-    own = session.evaluated is not None and all(search.errors_are_own for search, _ in searches)
+    own = session.evaluated_state is not None and all(search.errors_are_own for search, _ in searches)
     if own or not all(layer.ready and search.matches_scale(layer.deq_scale()) for search, layer in searches):
         for search, _ in searches:
             search.reset()
-    session.evaluated = state
+    session.evaluated_state = state
 
 
 def _end_forward(model: nn.Module, args: object, output: object) -> object:
@@ -141,7 +141,7 @@ def _after_forward(model: nn.Module, args: object, output: object) -> None:
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if learning:
-        session.recorded = None
+        session.recorded_state = None
     elif session.record_file is not None:
         outside_dynamo(_refresh_record)(model)
 
@@ -151,7 +151,7 @@ def _refresh_record(model: nn.Module) -> None:
     session = session_of(model)
     if _on_meta_device(model):
         return
-    if session.recorded is None or session.recorded != session.evaluated:
+    if session.recorded_state is None or session.recorded_state != session.evaluated_state:
         write_record(model)
 
 
@@ -170,6 +170,6 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _after_load(model: nn.Module, incompatible: object) -> None:
     session = getattr(model, ATTRIBUTE)
-    session.recorded = session.evaluated = None
+    session.recorded_state = session.evaluated_state = None
     reset_gptq_after_load(model)
     _note_pending(model, session)

@@ -16,10 +16,10 @@ from amct_ext.common.ranks import all_reduce_sum_
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.run import preserved_model_state, tensors_in
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
+from amct_ext.layers.activation.range_search import ClipPair
+from amct_ext.layers.activation.shared_input import SharedInputCache
 from amct_ext.layers.forward_context import no_state_updates, state_updates_disabled
-from amct_ext.layers.range_search import Clips
-from amct_ext.layers.shared_input import SharedInputCache
 from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, activation_quantizers
 
@@ -52,15 +52,25 @@ def search_output_ranges(model: nn.Module) -> None:
 
     The model runs again on the last inputs of the calibration, 8 at most, and 100 times at most:
 
+<<<<<<< HEAD
     1. With float activations and quantised weights: the references.
+=======
+    1. With float activations and quantised weights: the target.
+>>>>>>> main
     2. With each kind of candidate in all quantisers. The best kind stays.
     3. With other candidates for one quantiser at a time, those first whose candidates differ most.
     4. With the ranges of these quantisers widened or narrowed, by 1.25 and then by 1.1, as long as that helps.
 
+<<<<<<< HEAD
     The error of a run is the squared difference to the reference relative to the reference's squares, summed over the
     outputs. Clips are taken where the sum over all inputs falls, and dropped where the first two or more have a larger
     one. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after each
     training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
+=======
+    The error of a run is the squared difference to the target relative to the target's squares, summed over the
+    outputs. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after
+    each training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
+>>>>>>> main
     cannot be run again, the ranges of least absolute error stay, with a warning.
     """
     session: Session = getattr(model, ATTRIBUTE)
@@ -92,10 +102,10 @@ def search_output_ranges(model: nn.Module) -> None:
 
 def _candidates_of_all_ranks(
     pending: Sequence[ActivationQuantizer],
-) -> tuple[list[ActivationQuantizer], list[list[Clips]]]:
+) -> tuple[list[ActivationQuantizer], list[list[ClipPair]]]:
     """The quantisers that have candidates on any rank, and their candidates: the means over the ranks."""
-    most = max(len(quantizer.candidates) for quantizer in pending)
-    count = torch.tensor([float(most)], device=pending[0].clip_max.device)
+    max_candidates = max(len(quantizer.candidates) for quantizer in pending)
+    count = torch.tensor([float(max_candidates)], device=pending[0].clip_max.device)
     all_reduce_sum_(count)
     if not bool(count):
         return [], []
@@ -107,22 +117,31 @@ def _candidates_of_all_ranks(
     all_reduce_sum_(table)
     found = [i for i, row in enumerate(table[:, 0, 0].tolist()) if row]
     means = table[..., 1:] / table[..., :1].clamp_min(1)
-    return [pending[i] for i in found], [[Clips(*clips.unbind()) for clips in means[i]] for i in found]
+    return [pending[i] for i in found], [[ClipPair(*clips.unbind()) for clips in means[i]] for i in found]
 
 
-def _search(evaluator: _Evaluator, candidates: list[list[Clips]]) -> list[Clips]:
+def _search(evaluator: _Evaluator, candidates: list[list[ClipPair]]) -> list[ClipPair]:
     """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
+<<<<<<< HEAD
     descent = _Descent(evaluator, [each[0] for each in candidates])
     best = 0
     for kind in range(1, len(candidates[0])):
         if descent.take([each[kind] for each in candidates]):
             best = kind
+=======
+    target = evaluator.output(None)
+    kinds = len(candidates[0])
+    errors = [evaluator.error([each[kind] for each in candidates], target) for kind in range(kinds)]
+    best = min(range(kinds), key=errors.__getitem__)
+    least, chosen = errors[best], [each[best] for each in candidates]
+>>>>>>> main
     widths = [[float(clips.high - clips.low) for clips in each] for each in candidates]
     spread = [max(each) / max(min(each), math.ulp(0.0)) for each in widths]
     order = sorted(range(len(candidates)), key=lambda i: -spread[i])[:_MAX_SINGLE_SEARCHES]
     for i in order:
         present = widths[i][best]
         for clips, width in zip(candidates[i], widths[i], strict=True):
+<<<<<<< HEAD
             if max(width, present) > _MIN_WIDTH_RATIO * min(width, present):
                 descent.take_for(i, clips)
     for factor in _FACTORS:
@@ -165,6 +184,14 @@ class _Descent:
         while self.take_for(index, Clips(*(end * factor for end in self.clips[index]))):
             moved = True
         return moved
+=======
+            if max(width, present) <= _MIN_WIDTH_RATIO * min(width, present):
+                continue
+            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], target)
+            if error < _MAX_ERROR_RATIO * least:
+                least, chosen[i] = error, clips
+    return chosen
+>>>>>>> main
 
 
 class _CannotEvaluateError(ModelError):
@@ -186,21 +213,26 @@ class _Evaluator:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """Within it all layers multiply floats; afterwards no quantiser keeps a result of these evaluations."""
-        layers = [(layer, layer.integer) for layer in compressed_modules(self.model)]
+        layers = [(layer, layer.product_choice) for layer in compressed_modules(self.model)]
         every = activation_quantizers(self.model)
         try:
             for layer, _ in layers:
-                layer.integer = None
+                layer.product_choice = None
             yield
         finally:
-            for layer, integer in layers:
-                layer.integer = integer
+            for layer, choice in layers:
+                layer.product_choice = choice
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 
+<<<<<<< HEAD
     def output(self, number: int, clips: Sequence[Clips] | None) -> list[Tensor]:
         """The floating-point tensors that the model returns for an input; without clips those of float activations."""
         self.num_runs += 1
+=======
+    def output(self, clips: Sequence[ClipPair] | None) -> list[Tensor]:
+        """The floating-point tensors that the model returns; without clips those of float activations."""
+>>>>>>> main
         found: list[Tensor] = []
         problem = ""
         every = activation_quantizers(self.model)
@@ -230,13 +262,20 @@ class _Evaluator:
         self._raise_on_any_rank(problem)
         return found
 
+<<<<<<< HEAD
     def error(self, number: int, clips: Sequence[Clips], reference: Sequence[Tensor]) -> float:
         """How far the output for an input is from the reference; infinite where it is not finite."""
         output = self.output(number, clips)
         same = [x.shape for x in output] == [x.shape for x in reference]
+=======
+    def error(self, clips: Sequence[ClipPair], target: Sequence[Tensor]) -> float:
+        """How far the output is from the target; infinite where it is not finite."""
+        output = self.output(clips)
+        same = [x.shape for x in output] == [x.shape for x in target]
+>>>>>>> main
         self._raise_on_any_rank("" if same else "the shapes that it returns vary")
-        total = reference[0].new_zeros(())
-        for x, right in zip(output, reference, strict=True):
+        total = target[0].new_zeros(())
+        for x, right in zip(output, target, strict=True):
             total += (x - right).square().sum() / right.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         all_reduce_sum_(total)
         error = float(total)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from amct_ext.common.ranks import all_reduce_sum_, is_distributed
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ModelError
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.weight_use import WeightUses
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation import quantizer as activation_quantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.model_surgery.batchnorm_links import link_batchnorms
 from amct_ext.model_surgery.lookup import compressed_layers, compressed_modules
@@ -51,14 +52,14 @@ class Session:
 
     plan: Plan
     record_file: str | None
-    channel: tuple[ChannelRecord, ...]
+    channel_records: tuple[ChannelRecord, ...]
     findings: Findings
     conv_bn: dict[str, str] = field(default_factory=dict)
     order: tuple[str, ...] = ()  # compressed layers in execution order
     excluded: dict[str, str] = field(default_factory=dict)  # planned layers that stayed float -> why
-    evaluated: StateVersions | None = None  # the state that the last evaluation began with
-    recorded: StateVersions | None = None  # what the record was made of; None: not of the present state
-    written: bytes | None = None  # content of the record file, when this model last wrote it
+    evaluated_state: StateVersions | None = None  # the state that the last evaluation began with
+    recorded_state: StateVersions | None = None  # what the record was made of; None: not of the present state
+    written_content: bytes | None = None  # content of the record file, when this model last wrote it
     export_note: str = ""  # what create found out about saving this model
     tracker: ForwardTracker = field(default_factory=ForwardTracker)
     weight_uses: WeightUses = field(default_factory=WeightUses)  # of the float model, after pruning
@@ -68,12 +69,12 @@ class Session:
 
     def __getstate__(self) -> dict[str, object]:
         # identities of this process, and what belongs to a calibration under way
-        return vars(self) | {"evaluated": None, "recorded": None, "calibration_inputs": []}
+        return vars(self) | {"evaluated_state": None, "recorded_state": None, "calibration_inputs": []}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.written = None
+        new.record_file = new.written_content = None
         new.calibration_inputs = []
         new.tracker = copy.deepcopy(self.tracker, memo)
         return new
@@ -113,7 +114,6 @@ def raise_if_invalid(model: nn.Module) -> None:
     """Raise InvalidDataError for a layer whose input held NaN/Inf since the last check."""
     quantizers = activation_quantizers(model)
     if quantizers and not quantizers[0].invalid.is_meta and bool(torch.stack([q.invalid for q in quantizers]).any()):
-        for quantizer in quantizers:
-            quantizer.raise_if_invalid()
+        activation_quantizer.raise_if_invalid(quantizers)
     for quantizer in quantizers:
         quantizer.log_range()  # of a calibration in a compiled graph

@@ -15,7 +15,7 @@ from amct_ext.config.text import Override, RetrainConfig
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.graph.traits import not_quantizable_reason, parameter_owners, unusable_reason
-from amct_ext.layers.rnn_stack import RecurrentStack
+from amct_ext.layers.recurrent.rnn_stack import RecurrentStack
 
 logger = logging.getLogger("amct_ext")
 

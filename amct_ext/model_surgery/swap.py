@@ -17,11 +17,11 @@ from amct_ext.graph.run import preserved_state
 from amct_ext.graph.trace import Graph
 from amct_ext.layers.classes import compressed_class, to_float
 from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.custom.folded_layer import folded_layer
+from amct_ext.layers.custom.functional_parent import FunctionalParent, as_functional_parent, unwrap_functional_parent
 from amct_ext.layers.derive import take_attributes
-from amct_ext.layers.folded_layer import folded_layer
-from amct_ext.layers.functional_parent import FunctionalParent, as_functional_parent, unwrap_functional_parent
 from amct_ext.layers.product_call import Product
-from amct_ext.layers.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn import CompressedRNN
 from amct_ext.model_surgery.batchnorm_links import foldable
 from amct_ext.model_surgery.lookup import compressed_layers, planned_layers
 
@@ -67,7 +67,7 @@ def insert_layers(
 
 
 def unreplaceable(model: nn.Module, inputs: Inputs, names: Iterable[str]) -> dict[str, str]:
-    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to excluded them.
+    """Layers that the forward reaches in a way that `replace_modules` cannot follow, with the reason to exclude them.
 
     An array of objects or a global variable, say: there the float layer would go on running. Found by a forward with
     copies in the place of the layers. State changed: none, all is put back.

@@ -11,6 +11,7 @@ from amct_ext.ops._registration import OPS
 from amct_ext.ops.activation_batch_norm import *
 from amct_ext.ops.activation_batch_norm_ulq import *
 from amct_ext.ops.activation_ulq import *
+from amct_ext.ops.activation_ulq_relu import *
 from amct_ext.ops.calibration_histogram import *
 from amct_ext.ops.calibration_search import *
 from amct_ext.ops.calibration_shift import *

@@ -19,18 +19,18 @@ def check_activation(
     prev_clip_max: Tensor,
     prev_clip_min: Tensor,
     num_bits: int,
-    most_bits: int = 16,
+    max_bits: int = 16,
     **_: object,
 ) -> None:
     check_floating(op, "x", x)
-    check_bits(op, num_bits, most_bits)
+    check_bits(op, num_bits, max_bits)
     check_value(op, "clip_max", clip_max)
     check_value(op, "clip_min", clip_min)
     check_value(op, "prev_clip_max", prev_clip_max)
     check_value(op, "prev_clip_min", prev_clip_min)
 
 
-class UsedClips(NamedTuple):
+class EffectiveClips(NamedTuple):
     """The clips that a forward uses, 0-dim, with scale and offset, in the arithmetic of the data."""
 
     high: Tensor
@@ -47,12 +47,12 @@ class UsedClips(NamedTuple):
 
 
 def empty_results(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `UsedClips.results` returns, without values."""
+    """What `EffectiveClips.results` returns, without values."""
     scale, offset, clip_max, clip_min = (empty_scalar(x, dtype) for _ in range(4))
     return scale, offset, clip_max, clip_min, empty_scalar(x, torch.bool)
 
 
-def used_clips(
+def effective_clips(
     clip_max: Tensor,
     clip_min: Tensor,
     prev_clip_max: Tensor,
@@ -60,7 +60,7 @@ def used_clips(
     num_bits: int,
     fixed_min: bool,
     dtype: torch.dtype,
-) -> UsedClips:
+) -> EffectiveClips:
     """The clips given, or the previous ones where those have collapsed or changed sign; around zero."""
     given = (clip_max, clip_min, prev_clip_max, prev_clip_min)
     high, low, prev_high, prev_low = (value.reshape(()).to(dtype) for value in given)
@@ -73,7 +73,7 @@ def used_clips(
         take_low = torch.isfinite(prev_low) & (collapsed | (low > 0))
         low = torch.where(take_low, prev_low, low)
     high, low = high.clamp_min(0), low.clamp_max(0)
-    return UsedClips(high, low, *affine(high, low, num_bits))
+    return EffectiveClips(high, low, *affine(high, low, num_bits))
 
 
 def affine(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,12 @@ def check_dtype(op: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
     require(x.dtype == dtype, TypeError, lambda: f"{op}: {name} must be {word}, not {x.dtype}")
 
 
-def check_bits(op: str, num_bits: int, most: int = 16) -> None:
-    require(2 <= num_bits <= most, ValueError, lambda: f"{op}: num_bits must be between 2 and {most}, not {num_bits}")
+def check_bits(op: str, num_bits: int, max_bits: int = 16) -> None:
+    require(
+        2 <= num_bits <= max_bits,
+        ValueError,
+        lambda: f"{op}: num_bits must be between 2 and {max_bits}, not {num_bits}",
+    )
 
 
 def check_axis(op: str, name: str, x: Tensor, axis: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amct_ext.ops._activation_clips import affine, check_activation, empty_results, used_clips
+from amct_ext.ops._activation_clips import affine, check_activation, effective_clips, empty_results
 from amct_ext.ops._arithmetic import accumulate_type, code_range, empty_scalar
 from amct_ext.ops._checks import check_bits, check_floating, check_same_shape, check_scalar, check_value, require
 from amct_ext.ops._registration import reference
@@ -43,7 +43,7 @@ def ulq_fake_quantize(
     Errors: TypeError for a dtype that is not floating, ValueError for num_bits out of range or clips of more than one
     value.
 
-    Source: the ULQ retraining rule of AMCT (LSQ+ with the clips as parameters instead of scale and offset).
+    Source: the ULQ retraining rule of AMCT (LSQ+, Bhalgat et al. 2020, with clips in place of scale and offset).
 
         >>> x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
         >>> one, none = torch.tensor(1.0), torch.tensor(float("nan"))
@@ -153,9 +153,9 @@ def ulq_fake_quantize_reference(
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = x.to(accumulate_type(x))
-    used = used_clips(clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, wide.dtype)
-    code = torch.clamp(torch.round(wide / used.scale + used.offset), *code_range(num_bits))
-    return ((code - used.offset) * used.scale).to(x.dtype), *used.results(wide, clip_max.dtype)
+    effective = effective_clips(clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, wide.dtype)
+    code = torch.clamp(torch.round(wide / effective.scale + effective.offset), *code_range(num_bits))
+    return ((code - effective.offset) * effective.scale).to(x.dtype), *effective.results(wide, clip_max.dtype)
 
 
 def _empty_with_state(
@@ -199,7 +199,7 @@ def ulq_fake_quantize_with_state_reference(
 def write_used(
     state: tuple[Tensor, ...], invalid: Tensor, results: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write results of `ulq_fake_quantize` to clips, previous clips, scale, offset; returns y and the used clips."""
+    """Write results of `ulq_fake_quantize` to clips, previous clips, scale, offset; returns y and the clips."""
     y, used_scale, used_offset, used_max, used_min, bad = results
     torch._foreach_copy_(state, (used_max, used_min, used_max, used_min, used_scale, used_offset))
     invalid.logical_or_(bad)

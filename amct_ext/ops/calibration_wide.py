@@ -108,12 +108,12 @@ def search_clip_range_wide_reference(
 
     def best(ends: Tensor) -> Tensor:
         high, low = torch.minimum(ends, largest), torch.minimum(ends, smallest)
-        most = 2**num_bits - 1
-        scale = ((high + low) / most).clamp_min(torch.finfo(torch.float64).tiny)
+        max_codes = 2**num_bits - 1
+        scale = ((high + low) / max_codes).clamp_min(torch.finfo(torch.float64).tiny)
         codes_below = torch.round(low / scale)
-        errors = error(signs[0], scale, most - codes_below, most)
+        errors = error(signs[0], scale, max_codes - codes_below, max_codes)
         if not fixed_min:
-            errors = errors + error(signs[1], scale, codes_below, most)
+            errors = errors + error(signs[1], scale, codes_below, max_codes)
         return ends.gather(0, first_smallest(errors).reshape(1))
 
     extreme = torch.maximum(largest, smallest)
@@ -152,10 +152,10 @@ def _powers(parts: int, start: int, stop: int, like: Tensor) -> Tensor:
     return torch.exp2(exponents / parts)
 
 
-def _absolute_error(values: BinnedValues, scale: Tensor, codes: Tensor, most_codes: int) -> Tensor:
-    """The summed absolute error of magnitudes for each scale with so many codes, at most `most_codes`, above zero."""
+def _absolute_error(values: BinnedValues, scale: Tensor, codes: Tensor, max_codes: int) -> Tensor:
+    """The summed absolute error of magnitudes for each scale with so many codes, at most `max_codes`, above zero."""
     exact = codes.clamp_max(_EXACT_CODES)
-    steps = torch.arange(min(most_codes, _EXACT_CODES), device=scale.device, dtype=torch.float64)
+    steps = torch.arange(min(max_codes, _EXACT_CODES), device=scale.device, dtype=torch.float64)
     s = scale.reshape(-1, 1)
     wave = values.hinge_sum((steps + 1) * s) - values.hinge_sum((steps + 0.5) * s)
     wave = torch.where(steps < exact.reshape(-1, 1), wave, torch.zeros_like(wave)).sum(1)
@@ -166,10 +166,10 @@ def _absolute_error(values: BinnedValues, scale: Tensor, codes: Tensor, most_cod
     )
 
 
-def _squared_error(values: BinnedValues, scale: Tensor, codes: Tensor, most_codes: int) -> Tensor:
+def _squared_error(values: BinnedValues, scale: Tensor, codes: Tensor, max_codes: int) -> Tensor:
     """The summed squared error less sum(v^2), as `_absolute_error`."""
     exact = codes.clamp_max(_EXACT_CODES)
-    steps = torch.arange(min(most_codes, _EXACT_CODES), device=scale.device, dtype=torch.float64)
+    steps = torch.arange(min(max_codes, _EXACT_CODES), device=scale.device, dtype=torch.float64)
     hinges = values.hinge_sum((steps + 0.5) * scale.reshape(-1, 1))
     hinges = torch.where(steps < exact.reshape(-1, 1), hinges, torch.zeros_like(hinges)).sum(1)
     until, end = exact * scale, codes * scale

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from amct_ext.ops._activation_clips import check_activation, empty_results, used_clips
+from amct_ext.ops._activation_clips import check_activation, effective_clips, empty_results
 from amct_ext.ops._arithmetic import FLT_EPSILON, accumulate_type, along_channels, code_range
 from amct_ext.ops._checks import check_bits, check_floating, require
 from amct_ext.ops._registration import reference
@@ -80,7 +80,7 @@ def _empty_codes(x: Tensor, clip_max: Tensor, **_: object) -> tuple[Tensor, Tens
     return codes, *empty_results(x, clip_max.dtype)
 
 
-@reference("ulq_quantize", check=partial(check_activation, most_bits=8), empty=_empty_codes)
+@reference("ulq_quantize", check=partial(check_activation, max_bits=8), empty=_empty_codes)
 def ulq_quantize_reference(
     x: Tensor,
     clip_max: Tensor,
@@ -91,12 +91,12 @@ def ulq_quantize_reference(
     fixed_min: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = x.to(accumulate_type(x))
-    used = used_clips(clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, wide.dtype)
+    effective = effective_clips(clip_max, clip_min, prev_clip_max, prev_clip_min, num_bits, fixed_min, wide.dtype)
     lowest, highest = code_range(num_bits)
-    rounded = torch.round(wide / used.scale + used.offset)
+    rounded = torch.round(wide / effective.scale + effective.offset)
     code = torch.clamp(torch.where(rounded.isnan(), torch.full_like(rounded, lowest), rounded), lowest, highest)
     codes = (code + 128).to(torch.uint8).contiguous(memory_format=memory_format(x.dim() == 4))
-    return codes, *used.results(wide, clip_max.dtype)
+    return codes, *effective.results(wide, clip_max.dtype)
 
 
 def _check_packing(op: str, w: Tensor, scale: Tensor, num_bits: int) -> None:

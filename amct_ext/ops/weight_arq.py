@@ -60,7 +60,7 @@ def arq_fake_quantize_many(
         num_bits: 2 to 16.
         channel_axes: one for each weight, None for one scale; left out: axis 0 everywhere.
 
-    Returns, gradients: as `arq_fake_quantize`.
+    Returns: as `arq_fake_quantize`. Gradients: straight through.
 
     Errors: as `arq_fake_quantize`; ValueError where the number of axes is not that of the weights.
 
@@ -71,6 +71,8 @@ def arq_fake_quantize_many(
         [(2,), (1,)]
     """
     given = [0] * len(weights) if channel_axes is None else channel_axes
+    for axis, w in zip(given, weights, strict=False):
+        check_axis("arq_fake_quantize_many", "channel axis", w, axis)
     axes = [
         -1 if axis is None else axis % max(w.dim(), 1) if -w.dim() <= axis < 0 else axis
         for axis, w in zip(given, weights, strict=False)
@@ -79,9 +81,9 @@ def arq_fake_quantize_many(
     return torch.ops.amct_ext.arq_fake_quantize_many(list(weights), num_bits, axes)
 
 
-def check_weight(op: str, w: Tensor, num_bits: int, channel_axis: int | None, most: int = 16) -> None:
+def check_weight(op: str, w: Tensor, num_bits: int, channel_axis: int | None, max_bits: int = 16) -> None:
     check_floating(op, "w", w)
-    check_bits(op, num_bits, most)
+    check_bits(op, num_bits, max_bits)
     check_axis(op, "channel_axis", w, channel_axis)
 
 
@@ -94,6 +96,8 @@ def _check_many(op: str, weights: Sequence[Tensor], channel_axes: Sequence[int],
             f"not {len(channel_axes)}"
         ),
     )
+    wrong = next((axis for axis in channel_axes if axis < -1), None)
+    require(wrong is None, IndexError, lambda: f"{op}: channel axis {wrong} is out of range: -1 stands for none")
 
 
 def symmetric_scale(largest: Tensor, smallest: Tensor, num_bits: int) -> Tensor:
@@ -136,7 +140,7 @@ def _pairs(
     channel_axes: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Every weight by itself; -1 stands for one scale."""
-    pairs = [call(w, num_bits, None if axis < 0 else axis) for w, axis in zip(weights, channel_axes, strict=True)]
+    pairs = [call(w, num_bits, None if axis == -1 else axis) for w, axis in zip(weights, channel_axes, strict=True)]
     return [y for y, _ in pairs], [scale for _, scale in pairs]
 
 

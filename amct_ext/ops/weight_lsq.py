@@ -85,11 +85,11 @@ def check_scaled(
     num_bits: int,
     channel_axis: int | None,
     grad: Tensor | None = None,
-    most: int = 16,
+    max_bits: int = 16,
     **_: object,
 ) -> None:
     """A weight, its scales and, in a backward, the gradient of the result."""
-    check_weight(op, w, num_bits, channel_axis, most)
+    check_weight(op, w, num_bits, channel_axis, max_bits)
     if grad is not None:
         check_floating(op, "grad", grad)
     check_floating(op, "scale", scale)

@@ -35,7 +35,7 @@ def _empty(w: Tensor, **_: object) -> Tensor:
     return torch.empty_like(w, dtype=torch.int8)
 
 
-@reference("quantize_weight", check=partial(check_scaled, most=8), empty=_empty)
+@reference("quantize_weight", check=partial(check_scaled, max_bits=8), empty=_empty)
 def quantize_weight_reference(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> Tensor:
     shaped = positive_along_channels(scale, w, channel_axis)
     return to_codes(w.to(shaped.dtype), shaped, num_bits).nan_to_num(0.0).to(torch.int8)

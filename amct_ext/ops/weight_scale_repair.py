@@ -41,7 +41,7 @@ def _empty(**_: object) -> None:
     return None
 
 
-@reference("repair_weight_scale_", check=partial(check_scaled, most=8), empty=_empty)
+@reference("repair_weight_scale_", check=partial(check_scaled, max_bits=8), empty=_empty)
 def repair_weight_scale_reference(w: Tensor, scale: Tensor, num_bits: int = 8, channel_axis: int | None = None) -> None:
     if w.numel() == 0:
         return

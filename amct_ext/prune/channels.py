@@ -16,13 +16,20 @@ from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import in_mode, preserved_random_state, preserved_state, tensors_in
 from amct_ext.graph.values import Node
 from amct_ext.prune.check import check_records
-from amct_ext.prune.discovery import Demand, Discovery
-from amct_ext.prune.equivalence import Fitted, first_divergence, largest_error, run_fitted, run_masked, run_pruned
+from amct_ext.prune.discovery import Discovery, EqualRemoval
+from amct_ext.prune.equivalence import (
+    RescaledRun,
+    first_divergence,
+    largest_error,
+    run_masked,
+    run_pruned,
+    run_rescaled,
+)
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
-from amct_ext.prune.reconcile import demands_of, size_attributes
+from amct_ext.prune.reconcile import find_equal_removals, size_attributes
 from amct_ext.prune.removal import Removal
-from amct_ext.prune.rescale import changed_factors
+from amct_ext.prune.rescale import changed_multipliers
 from amct_ext.prune.runs import Difference
 from amct_ext.prune.selection import measure_of, select_channels
 from amct_ext.prune.sizes import changed_attributes
@@ -65,7 +72,7 @@ def apply_channels(
     records: Sequence[ChannelRecord],
     input_data: Any,
     strict: bool = False,
-    choose: Callable[[Sequence[Demand]], tuple[Discovery, Sequence[ChannelRecord]]] | None = None,
+    choose: Callable[[Sequence[EqualRemoval]], tuple[Discovery, Sequence[ChannelRecord]]] | None = None,
 ) -> tuple[ChannelRecord, ...]:
     """Remove the records' channels from `model`, in place, and return the records that are in force.
 
@@ -80,7 +87,7 @@ def apply_channels(
     if not any(node.prune_index for record in records for node in record.producers):
         return tuple(records)
     check = _RemovalCheck(model, discovery, records, parse_inputs(model, input_data))
-    demands: list[Demand] = []
+    equal_removals: list[EqualRemoval] = []
     dropped: dict[int, str] = {}
     wanted = set(range(len(records)))
     while wanted:
@@ -93,10 +100,10 @@ def apply_channels(
                 f"prune_record {first + 1} (producer {records[first].producers[0].name}) does not fit the model: "
                 f"{failure.reason}"
             )
-        more = check.demands(wanted, demands) if choose is not None and not dropped else []
+        more = check.equal_removals(wanted, equal_removals) if choose is not None and not dropped else []
         if choose is not None and more:
-            demands += more
-            discovery, records = choose(demands)
+            equal_removals += more
+            discovery, records = choose(equal_removals)
             check = _RemovalCheck(model, discovery, records, check.inputs)
             wanted = set(range(len(records)))
             continue
@@ -113,9 +120,9 @@ def apply_channels(
 def removal_of(
     model: nn.Module, discovery: Discovery, records: Sequence[ChannelRecord], removed_mask: Tensor
 ) -> Removal:
-    """The removal of some records' channels, with the sizes and factors that depend on their number."""
+    """The removal of some records' channels, with the sizes and multipliers that depend on their number."""
     return Removal(
-        model, records, changed_attributes(model, discovery, removed_mask), changed_factors(discovery, removed_mask)
+        model, records, changed_attributes(model, discovery, removed_mask), changed_multipliers(discovery, removed_mask)
     )
 
 
@@ -149,7 +156,7 @@ class _RemovalCheck:
         """What is wrong without some records' channels, None for nothing; on failure the model is unpruned again."""
         return self._attempt(wanted, stays=True)
 
-    def demands(self, wanted: Collection[int], known: Collection[Demand]) -> list[Demand]:
+    def equal_removals(self, wanted: Collection[int], known: Collection[EqualRemoval]) -> list[EqualRemoval]:
         """What else must lose equally many channels for the forward to find the sizes that it takes."""
         records = [self._records[index] for index in sorted(wanted)]
         removed_mask = self.discovery.removed_mask(records, self._model)
@@ -161,11 +168,11 @@ class _RemovalCheck:
             asked = (
                 []
                 if removal.apply()
-                else demands_of(self._model, self.inputs, self.discovery, removed_mask, attributes)
+                else find_equal_removals(self._model, self.inputs, self.discovery, removed_mask, attributes)
             )
         finally:
             removal.undo()
-        return [demand for demand in asked if not any(torch.equal(demand.rows, other.rows) for other in known)]
+        return [each for each in asked if not any(torch.equal(each.rows, other.rows) for other in known)]
 
     def _attempt(self, wanted: Collection[int], stays: bool) -> Difference | None:
         """What is wrong without some channels, None for nothing: then, with `stays`, the model stays pruned."""
@@ -173,15 +180,15 @@ class _RemovalCheck:
         removed_mask = self.discovery.removed_mask(records, self._model)
         removal = removal_of(self._model, self.discovery, records, removed_mask)
         failed = removal.apply()
-        fitted = Fitted([], Difference(None, failed))
+        rescaled = RescaledRun([], Difference(None, failed))
         if not failed:
-            fitted = run_fitted(self._model, self.inputs, self.discovery, removed_mask, removal)
-        difference = fitted.difference or self._compare(removed_mask, removal, fitted.outputs)
+            rescaled = run_rescaled(self._model, self.inputs, self.discovery, removed_mask, removal)
+        difference = rescaled.difference or self._compare(removed_mask, removal, rescaled.outputs)
         if difference is _OUTPUTS_DIFFER and stays:
             pruned = run_pruned(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
             removal.undo()
             masked = run_masked(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
-            return first_divergence(pruned, masked, fitted.scaled)
+            return first_divergence(pruned, masked, rescaled.scaled)
         if difference is not None or not stays:
             removal.undo()
         return difference

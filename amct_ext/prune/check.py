@@ -1,4 +1,4 @@
-"""Checks of channel records from a file against a model, before anything is cut."""
+"""Checks of channel records from a file against a model, before anything is removed."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, LayerKind, is_depthwise, kind_named, kind_of
+from amct_ext.common.layer_kinds import LayerFamily, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.graph.trace import Graph
 from amct_ext.graph.values import Node
 from amct_ext.prune.groups import ChannelGroup
@@ -122,7 +122,7 @@ def layer_costs(graph: Graph, model: nn.Module, given: Sequence[tuple[ChannelGro
 
 def _counts(call: Node) -> bool:
     kind = kind_named(call.op)
-    return kind is not None and kind.family in (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR)
+    return kind is not None and kind.family in (LayerFamily.CONV, LayerFamily.TRANSPOSED_CONV, LayerFamily.LINEAR)
 
 
 def layer_cost(module: nn.Module, calls: Sequence[Node]) -> LayerCost:
@@ -134,7 +134,7 @@ def layer_cost(module: nn.Module, calls: Sequence[Node]) -> LayerCost:
     positions = 0
     for call in calls:
         # A transposed convolution applies its kernel at each position of its input.
-        source = call.inputs[0] if kind.family is Family.TRANSPOSED_CONV else None
+        source = call.inputs[0] if kind.family is LayerFamily.TRANSPOSED_CONV else None
         channels, value = (outputs, call.outputs[0]) if source is None else (inputs, source)
         positions += math.prod(value.shape[1:]) // channels
     return LayerCost(

@@ -28,13 +28,13 @@ class ParameterAxis:
 class AxisUse:
     """A node that produces or reads channels: its name and ONNX operator in records, and the ids along its axis.
 
-    group: of a convolution with groups. axis: of a parameter that no layer of a known type holds.
+    num_groups: of a convolution with groups. axis: of a parameter that no layer of a known type holds.
     """
 
     name: str
     type: str
     ids: Tensor
-    group: int | None = None
+    num_groups: int | None = None
     axis: int | None = None
 
 
@@ -100,24 +100,24 @@ class Coupling:
         coupled = CoupledLayers([producer])
         self.coupled_layers.append(coupled)
         self._producers.append((first, first + len(ids), coupled))
-        self._producers.sort(key=lambda block: block[0])
+        self._producers.sort(key=lambda entry: entry[0])
 
     def coupled_layers_of(self, ids: Tensor) -> list[CoupledLayers]:
         """The sets of coupled layers that ids belong to, in order of their first index."""
         found: dict[int, CoupledLayers] = {}
-        for block in first_seen(self._blocks_of(ids.flatten())).tolist():
-            if block >= 0:
-                coupled = self._producers[block][2].root
+        for number in first_seen(self._producers_of(ids.flatten())).tolist():
+            if number >= 0:
+                coupled = self._producers[number][2].root
                 found.setdefault(id(coupled), coupled)
         return list(found.values())
 
-    def _blocks_of(self, ids: Tensor) -> Tensor:
+    def _producers_of(self, ids: Tensor) -> Tensor:
         """For each id the number of the producer that it belongs to, -1 for none."""
         if not self._producers:
             return torch.full_like(ids, -1)
-        starts, ends = (torch.tensor([block[i] for block in self._producers]) for i in (0, 1))
-        blocks = torch.searchsorted(starts, ids.contiguous(), right=True) - 1
-        return torch.where((blocks >= 0) & (ids < ends[blocks]), blocks, -1)
+        starts, ends = (torch.tensor([entry[i] for entry in self._producers]) for i in (0, 1))
+        numbers = torch.searchsorted(starts, ids.contiguous(), right=True) - 1
+        return torch.where((numbers >= 0) & (ids < ends[numbers]), numbers, -1)
 
     def join(self, one: Tensor, two: Tensor, where: str) -> None:
         """Make ids at equal positions one channel; an id that is joined with 0 stays."""
@@ -135,9 +135,9 @@ class Coupling:
             pairs = pairs[:, ~with_zero]
         if pairs.shape[1]:
             self.edges.append((pairs[0], pairs[1]))
-            blocks, count = self._blocks_of(pairs.flatten()).reshape(2, -1), len(self._producers)
-            known = (blocks >= 0).all(0)
-            for pair in first_seen(blocks[0, known] * count + blocks[1, known]).tolist():
+            numbers, count = self._producers_of(pairs.flatten()).reshape(2, -1), len(self._producers)
+            known = (numbers >= 0).all(0)
+            for pair in first_seen(numbers[0, known] * count + numbers[1, known]).tolist():
                 self._producers[pair // count][2].absorb(self._producers[pair % count][2])
 
     def freeze(self, ids: Tensor, reason: str) -> None:

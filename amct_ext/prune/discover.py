@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, Family, LayerKind, is_depthwise, kind_named, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, LayerFamily, LayerKind, is_depthwise, kind_named, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.tensor_values import RELATIONS
@@ -16,7 +16,7 @@ from amct_ext.graph.traits import onnx_operator
 from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, from_vector
 from amct_ext.prune.coupling import AxisUse, Coupling, ParameterAxis, collapse_to_axis
-from amct_ext.prune.discovery import Demand, Discovery
+from amct_ext.prune.discovery import Discovery, EqualRemoval
 from amct_ext.prune.fixed_shapes import fixed_shape_reasons, shared_parameters
 from amct_ext.prune.grouping import Grouping
 from amct_ext.prune.rules.table import op_rule
@@ -25,20 +25,20 @@ from amct_ext.prune.rules.types import CannotFollow, Context, Maps
 _logger = logging.getLogger("amct_ext")
 
 
-_CUT_LAYERS = (Family.CONV, Family.TRANSPOSED_CONV, Family.LINEAR, Family.BATCH_NORM)
+_CUT_LAYERS = (LayerFamily.CONV, LayerFamily.TRANSPOSED_CONV, LayerFamily.LINEAR, LayerFamily.BATCH_NORM)
 
 
-def discover(graph: Graph, plan: Plan, model: nn.Module, demands: Iterable[Demand] = ()) -> Discovery:
+def discover(graph: Graph, plan: Plan, model: nn.Module, equal_removals: Iterable[EqualRemoval] = ()) -> Discovery:
     """Find the groups of coupled channels of all layers that the plan asks to prune.
 
-    `demands`: of the ids of an earlier discovery in the same graph.
+    `equal_removals`: of the ids of an earlier discovery in the same graph.
     """
     walk = _Walk(graph, plan, model)
     walk.follow(graph.nodes, graph.outputs)
     if graph.training is not None:
         walk.follow(graph.training.nodes, graph.training.outputs)
-    for demand in demands:
-        walk.coupling.require_equal_removal(demand.rows, demand.where, strict=False)
+    for each in equal_removals:
+        walk.coupling.require_equal_removal(each.rows, each.where, strict=False)
     grouping = Grouping(walk.coupling, walk.is_covered)
     coupling = walk.coupling
     return Discovery(
@@ -88,7 +88,7 @@ class _Walk:
     def _parameter_map(self, value: Value, axis: int) -> ChannelMap:
         owner, _, key = value.name.rpartition(".")
         kind, groups = kind_of(self._modules[owner]), int(getattr(self._modules[owner], "groups", 1))
-        if key == "weight" and kind is not None and kind.family is Family.CONV and groups > 1 and axis == 1:
+        if key == "weight" and kind is not None and kind.family is LayerFamily.CONV and groups > 1 and axis == 1:
             # A filter reads the inputs of its group: index j is another channel in another group.
             filters, inputs = value.shape[:2]
             ids = self.coupling.ids_of(ParameterAxis(owner, None), groups * inputs).reshape(groups, 1, inputs)
@@ -150,14 +150,14 @@ class _Walk:
         own = self.coupling.ids_of(source, len(ids))
         self.coupling.produced_by(own, AxisUse(owner, self._operator(node, kind), own, groups if groups > 1 else None))
 
-    def mark_read(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
+    def mark_read(self, node: Node, parameter: Value, ids: Tensor, num_groups: int | None = None) -> None:
         owner = self._owner(parameter)
         if owner is not None:
             kind = kind_of(self._modules[owner])
             assert kind is not None
             if self._fixed_shapes.get(owner):
                 raise CannotFollow(f"they are read by {owner}, and {self._fixed_shapes[owner]}")
-            self.coupling.add_consumer(AxisUse(owner, self._operator(node, kind), ids, group))
+            self.coupling.add_consumer(AxisUse(owner, self._operator(node, kind), ids, num_groups))
 
     def _owner(self, weight: Value) -> str | None:
         """The layer whose weight a value is made of, None where it is that of no known type."""
@@ -213,7 +213,7 @@ class _Walk:
                 self.coupling.freeze(known, f"{node.name} reads channels that stay in another call")
             self._fixed_readers.add(node.name)
             return
-        if kind.family is Family.BATCH_NORM and maps[0].axis != 1:
+        if kind.family is LayerFamily.BATCH_NORM and maps[0].axis != 1:
             self._over_other_axis(node, maps)
             return
         reason_to_stay = self._fixed_shapes.get(node.name)
@@ -221,13 +221,13 @@ class _Walk:
             raise CannotFollow(f"they are read by {node.name}, and {reason_to_stay}")
         if not kind.input_prunable:
             raise CannotFollow(f"they are read by {node.name}, and channels of {node.op} inputs are not removed")
-        if kind.family is Family.LINEAR:
+        if kind.family is LayerFamily.LINEAR:
             self._linear(node, value, maps)
             return
         if len(maps) > 1 or maps[0].axis != 1 or (kind.batched_dims not in (None, len(value.shape))):
             raise CannotFollow(f"{node.name} works along another axis than that of the channels")
         ids = collapse_to_axis(maps[0].ids, 1, value.shape[1], self.coupling, node.name)
-        if kind.family is Family.BATCH_NORM:
+        if kind.family is LayerFamily.BATCH_NORM:
             self._channelwise(node, ids)
         else:
             self._convolution(node, ids)
@@ -247,7 +247,7 @@ class _Walk:
             self.coupling.freeze(ids, self._fixed_shapes[node.name])
         self.context.maps[output] = (from_vector(ids, axis, len(output.shape)),)
 
-    def _add_consumer(self, node: Node, ids: Tensor, group: int | None = None) -> None:
+    def _add_consumer(self, node: Node, ids: Tensor, num_groups: int | None = None) -> None:
         # A layer that is called several times has the same channels each time, and is named once.
         source = ParameterAxis(node.name, None)
         known = source in self.coupling.axis_ids
@@ -255,7 +255,9 @@ class _Walk:
         if node.name in self._fixed_readers:
             self.coupling.freeze(ids, f"{node.name} reads channels that stay in another call")
         if not known:
-            self.coupling.add_consumer(AxisUse(node.name, onnx_operator(node, self._modules[node.name]), ids, group))
+            self.coupling.add_consumer(
+                AxisUse(node.name, onnx_operator(node, self._modules[node.name]), ids, num_groups)
+            )
 
     def _over_other_axis(self, node: Node, maps: Maps) -> None:
         """BatchNorm over another axis (tokens): its weight is indexed by that axis, so it loses nothing."""

@@ -18,7 +18,7 @@ from amct_ext.record.types import ChannelRecord
 
 
 @dataclass(frozen=True, eq=False)
-class Demand:
+class EqualRemoval:
     """Rows of ids that must lose equally many channels, and the operator that asks for it."""
 
     rows: Tensor

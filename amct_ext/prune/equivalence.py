@@ -41,32 +41,32 @@ def run_pruned(
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """Outputs of a pruned model, what is wrong with it, and values that it multiplies by other factors."""
+class RescaledRun:
+    """Outputs of a pruned model, what is wrong with it, and values whose scale its own multipliers change."""
 
     outputs: list[Tensor]
     difference: Difference | None
     scaled: Collection[Value] = ()
 
 
-def run_fitted(
+def run_rescaled(
     model: nn.Module, inputs: Inputs, discovery: Discovery, removed_mask: Tensor, removal: Removal
-) -> Fitted:
+) -> RescaledRun:
     """A forward of the model that `removal` pruned, rescaled where numbers in it depend on its size."""
     pruned, outputs, difference = run_pruned(model, inputs, discovery, removed_mask)
     if difference is not None:
-        return Fitted(outputs, difference)
+        return RescaledRun(outputs, difference)
     change = rescaling(model, discovery, removed_mask, pruned.nodes)
     if change.missing is not None:
         reason = f"{change.missing.name} ({change.missing.op}) uses their number, and no layer makes up for that"
-        return Fitted(outputs, Difference(_with_channels(change.missing, discovery), reason))
-    if not change.factors:
-        return Fitted(outputs, None)
+        return RescaledRun(outputs, Difference(_with_channels(change.missing, discovery), reason))
+    if not change.multipliers:
+        return RescaledRun(outputs, None)
     removal.undo()
-    removal.scale(change.factors)
+    removal.scale(change.multipliers)
     removal.apply()
     _, outputs, difference = run_pruned(model, inputs, discovery, removed_mask)
-    return Fitted(outputs, difference, change.values)
+    return RescaledRun(outputs, difference, change.values)
 
 
 def _with_channels(node: Node, discovery: Discovery) -> Node:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from amct_ext.common.layer_kinds import Family, computed_parameter, kind_of
+from amct_ext.common.layer_kinds import LayerFamily, computed_parameter, kind_of
 from amct_ext.graph.trace import Graph
 from amct_ext.graph.traits import fixed_shape_reason
 from amct_ext.graph.values import Node
@@ -46,7 +46,7 @@ def _layer_reasons(
     name: str, calls: list[Node], module: nn.Module, graph: Graph, owners: dict[int, list[str]]
 ) -> Iterator[str]:
     kind = kind_of(module)
-    if kind is not None and kind.family is Family.BATCH_NORM:
+    if kind is not None and kind.family is LayerFamily.BATCH_NORM:
         computed = computed_parameter(module)
         if computed:
             yield f"its {computed} is computed (parametrisation or weight norm)"

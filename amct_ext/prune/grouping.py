@@ -12,8 +12,8 @@ from torch import Tensor
 from amct_ext.prune.coupling import AxisUse, CoupledLayers, Coupling, ParameterAxis, first_seen
 from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
 
-_MOST_BLOCKS = 64  # of one set of coupled layers; channels coupled in another order would make very many
-_MOST_RUNS = 8  # of one group in one consumer; with more, it gets index pairs
+_MAX_GROUPS = 64  # of one set of coupled layers; channels coupled in another order would make very many
+_MAX_RUNS = 8  # of one group in one consumer; with more, it gets index pairs
 
 
 def channel_labels(coupling: Coupling) -> Tensor:
@@ -89,22 +89,22 @@ class Grouping:
         order = first_seen(channels)
         number = torch.full((len(self.channel_of),), -1)
         number[order] = torch.arange(len(order))
-        cuts = {0, len(order)}
+        boundaries = {0, len(order)}
         for producer in layers.producers:
             sequence = number[self.channel_of[producer.ids]]
             step = sequence[1:] - sequence[:-1]
             breaks = ((step != 1) & (step != 0)).nonzero().flatten()
-            cuts.update((sequence[breaks] + 1).tolist(), sequence[breaks + 1].tolist())
-            cuts.update((int(sequence[0]), int(sequence[-1]) + 1))
-        edges = sorted(cuts)
+            boundaries.update((sequence[breaks] + 1).tolist(), sequence[breaks + 1].tolist())
+            boundaries.update((int(sequence[0]), int(sequence[-1]) + 1))
+        edges = sorted(boundaries)
         why = ""
-        if len(edges) > _MOST_BLOCKS + 1:
+        if len(edges) > _MAX_GROUPS + 1:
             names = ", ".join(dict.fromkeys(producer.name for producer in layers.producers))
             why, edges = f"the channels of {names} are coupled in another order", [0, len(order)]
         for begin, end in pairwise(edges):
-            block = order[begin:end]
-            first = int(reasons[block].min())
-            self._group_of[block], self._position_in_group[block] = len(self.groups), torch.arange(end - begin)
+            run = order[begin:end]
+            first = int(reasons[run].min())
+            self._group_of[run], self._position_in_group[run] = len(self.groups), torch.arange(end - begin)
             self.groups.append(
                 ChannelGroup(end - begin, [], frozen_reason=why or (texts[first] if first < len(texts) else ""))
             )
@@ -120,31 +120,31 @@ class Grouping:
                     side(group).extend(_members(use, positions, group.count))
 
     def _assign_subgroups(self, coupling: Coupling) -> None:
-        """Assign subgroup numbers that satisfy all equal-removal conditions; freeze groups for which none exist."""
-        demands = []
+        """Assign subgroup numbers that satisfy all equal removals; freeze groups for which none exist."""
+        equal_removals = []
         for rows, where, strict in coupling.equal_removals:
             channels = self.channel_of[rows]
             numbers = [number for number in self._group_of[channels].unique().tolist() if number >= 0]
             if numbers:
-                demands.append((channels, where, numbers, strict))
+                equal_removals.append((channels, where, numbers, strict))
         stays = True
         while stays:
             stays = False
-            for demand in list(demands):
-                channels, where, numbers, strict = demand
+            for equal_removal in list(equal_removals):
+                channels, where, numbers, strict = equal_removal
                 open_groups = [self.groups[number] for number in numbers if not self.groups[number].frozen_reason]
                 if open_groups and not self._equal_rows(channels):
                     if not strict:
-                        demands = [other for other in demands if other is not demand]
+                        equal_removals = [other for other in equal_removals if other is not equal_removal]
                         continue
                     stays = True
                     for group in open_groups:
                         group.frozen_reason = f"{where} needs equally many of the channels in each of its parts"
-        for numbers in _merged_sets([demand[2] for demand in demands], len(self.groups)):
+        for numbers in _merged_sets([equal_removal[2] for equal_removal in equal_removals], len(self.groups)):
             groups = [self.groups[number] for number in numbers]
             if any(group.frozen_reason for group in groups):
                 continue
-            inside = [channels for channels, _, own, _ in demands if own[0] in numbers]
+            inside = [channels for channels, _, own, _ in equal_removals if own[0] in numbers]
             table = torch.stack([self._row_of_each_channel(channels, groups, numbers) for channels in inside])
             subgroups = torch.unique(table, dim=1, return_inverse=True)[1]
             subgroups = torch.where((table < 0).all(0), -1, subgroups)
@@ -210,7 +210,7 @@ def _merged_sets(sets: list[list[int]], count: int) -> list[list[int]]:
 
 def _members(use: AxisUse, positions: Tensor, count: int) -> list[Member]:
     """The members of a group in a node: one for each run of its channels, or one with index pairs."""
-    member = Member(use.name, use.type, group=use.group, axis=use.axis)
+    member = Member(use.name, use.type, num_groups=use.num_groups, axis=use.axis)
     here = positions >= 0
     before = torch.cat([torch.tensor([-1]), positions[:-1]])
     begins = ((positions == 0) & (before != 0)).nonzero().flatten().tolist()
@@ -222,7 +222,7 @@ def _members(use: AxisUse, positions: Tensor, count: int) -> list[Member]:
         if torch.equal(positions[begin : begin + len(expected)], expected):
             runs.append(replace(member, begin=begin, repeat=repeat))
             covered += len(expected)
-    if covered == int(here.sum()) and len(runs) <= _MOST_RUNS:
+    if covered == int(here.sum()) and len(runs) <= _MAX_RUNS:
         return runs
     indices = here.nonzero().flatten()
     pairs = tuple(zip(positions[indices].tolist(), indices.tolist(), strict=True))

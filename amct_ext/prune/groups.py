@@ -18,7 +18,7 @@ class Member:
     """A node that produces or reads a group's channels, at its indices begin .. begin + count * repeat.
 
     type: the ONNX operator; 'Initializer' for a bare parameter or buffer, whose name the member has. repeat: how many
-    adjacent indices one channel takes (a flattened feature map, a depthwise multiplier). group: the group count of a
+    adjacent indices one channel takes (a flattened feature map, a depthwise multiplier). num_groups: of a
     grouped convolution. axis: of an Initializer. index_pairs: (channel, index) of each index, where channels are in
     another order (after a channel shuffle); begin and end are the range of all then.
     """
@@ -27,7 +27,7 @@ class Member:
     type: str
     begin: int = 0
     repeat: int = 1
-    group: int | None = None
+    num_groups: int | None = None
     axis: int | None = None
     index_pairs: tuple[tuple[int, int], ...] = ()
     end: int | None = None
@@ -58,8 +58,8 @@ class ChannelGroup:
     """Channels that can only be removed together.
 
     subgroups: the number of each channel's subgroup; all subgroups of a group and of its `tied_groups` lose the same
-    share (groups of a convolution or norm, heads, halves of a split). None: no such condition. frozen_reason: why the
-    channels must stay, '' if they may be removed.
+    share (groups of a convolution or norm, heads, halves of a split). None: no equal removal is asked for.
+    frozen_reason: why the channels must stay, '' if they may be removed.
     """
 
     count: int
@@ -70,8 +70,8 @@ class ChannelGroup:
     tied_groups: list[ChannelGroup] = field(default_factory=list, repr=False)
 
     @property
-    def equal_subgroups(self) -> int | None:
-        """The number of subgroups if they are equal blocks one after another, as AMCT writes them; else None."""
+    def num_equal_subgroups(self) -> int | None:
+        """The number of subgroups if they are equally long, one after another, as AMCT writes them; else None."""
         if self.subgroups is None or self.tied_groups:
             return None
         number = int(self.subgroups.max()) + 1
@@ -90,27 +90,29 @@ class ChannelGroup:
             return Member(node.name, node.type, node.begin, (node.end - node.begin) // count, node.group, node.axis)
 
         producers, consumers = [[member(node) for node in nodes] for nodes in (record.producers, record.consumers)]
-        blocks = first.prune_group
-        subgroups = None if blocks is None else torch.arange(blocks).repeat_interleave(count // blocks)
+        num_subgroups = first.prune_group
+        subgroups = (
+            None if num_subgroups is None else torch.arange(num_subgroups).repeat_interleave(count // num_subgroups)
+        )
         return ChannelGroup(count, producers, consumers, subgroups)
 
     def record(self, removed: Sequence[int]) -> ChannelRecord:
         """The record entry of this group when the given channels are removed."""
 
-        def node(member: Member, blocks: int | None) -> PruneNode:
+        def node(member: Member, num_subgroups: int | None) -> PruneNode:
             return PruneNode(
                 name=member.name,
                 type=member.type,
                 begin=member.begin,
                 end=member.begin + self.count * member.repeat if member.end is None else member.end,
-                group=member.group,
-                prune_group=blocks,
+                group=member.num_groups,
+                prune_group=num_subgroups,
                 prune_index=member.indices(removed),
                 axis=member.axis,
                 reordered=bool(member.index_pairs),
             )
 
         return ChannelRecord(
-            producers=tuple(node(member, self.equal_subgroups) for member in self.producers),
+            producers=tuple(node(member, self.num_equal_subgroups) for member in self.producers),
             consumers=tuple(node(member, None) for member in self.consumers),
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of, output_axis
+from amct_ext.common.layer_kinds import LayerFamily, is_depthwise, kind_of, output_axis
 from amct_ext.errors import InvalidDataError
 from amct_ext.ops import filter_norms
 from amct_ext.prune.groups import ChannelGroup, Member
@@ -63,6 +63,6 @@ def by_input(weight: Tensor, module: nn.Module) -> Tensor:
     assert kind is not None  # readers of channels are layers
     if is_depthwise(module):
         return weight.reshape(groups, -1)
-    if kind.family is Family.CONV and groups > 1:
+    if kind.family is LayerFamily.CONV and groups > 1:
         return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
     return weight.movedim(kind.weight_axes[0], 0)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, Family, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, LayerFamily, is_depthwise, kind_of
 from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.graph.inputs import Inputs
@@ -164,7 +164,7 @@ def _tensors_of(
             continue  # an operator without parameters
         names: tuple[str, ...] = ("weight",)
         axis = kind.weight_axes[1 if produces else 0]
-        if kind.family is Family.BATCH_NORM:
+        if kind.family is LayerFamily.BATCH_NORM:
             names = BATCH_NORM_TENSORS
         elif produces or is_depthwise(module):
             names, axis = ("weight", "bias"), kind.weight_axes[1] if produces else 0

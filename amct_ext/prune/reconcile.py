@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.recorder import op_name
 from amct_ext.graph.values import Node, Value
-from amct_ext.prune.discovery import Demand, Discovery
+from amct_ext.prune.discovery import Discovery, EqualRemoval
 from amct_ext.prune.rules.types import Maps
 from amct_ext.prune.runs import PrunedRun
 from amct_ext.prune.sizes import SIZE_ATTRIBUTES, SPLITS, expected_shape, scopes_of
@@ -30,7 +30,7 @@ VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias")
 
 
 @dataclass(frozen=True)
-class _Wrong:
+class _SizeMismatch:
     """A size that a node was given: of which output and axis, in the unpruned model, as given, and as it should be."""
 
     node: Node
@@ -41,12 +41,12 @@ class _Wrong:
     right: int
 
 
-class _Corrected(PrunedRun):
+class _SizeCorrectingRun(PrunedRun):
     """The forward of the pruned model; views and splits with wrong sizes are recorded and get the right ones."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, discovery: Discovery, removed_mask: Tensor) -> None:
         super().__init__(model, inputs, discovery, removed_mask, sums=False)
-        self.wrong: list[_Wrong] = []
+        self.mismatches: list[_SizeMismatch] = []
 
     def evaluate(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = self.expected()
@@ -59,8 +59,10 @@ class _Corrected(PrunedRun):
         dim = node.args["dim"] % x.dim()
         right = [expected_shape(value, self.discovery, self.removed_mask)[dim] for value in node.outputs]
         sizes = args[1] if isinstance(args[1], list) else [args[1]] * len(right)
-        wrong = self._compare([(v, dim, size, s) for v, size, s in zip(node.outputs, sizes, right, strict=False)], node)
-        return torch.ops.aten.split_with_sizes(x, right, dim) if wrong else super().evaluate(func, args, kwargs)
+        differs = self._compare(
+            [(v, dim, size, s) for v, size, s in zip(node.outputs, sizes, right, strict=False)], node
+        )
+        return torch.ops.aten.split_with_sizes(x, right, dim) if differs else super().evaluate(func, args, kwargs)
 
     def right_shape(self, given: Sequence[int]) -> tuple[int, ...] | None:
         """The shape that the next node, a view, should be given; None where that is what it is given, or not known."""
@@ -74,17 +76,19 @@ class _Corrected(PrunedRun):
 
     def _compare(self, sizes: list[tuple[Value, int, int, int]], node: Node) -> bool:
         """Record wrong sizes; sizes: (output, axis, given, right). Whether there are any."""
-        wrong = [_Wrong(node, v, axis, v.shape[axis], given, s) for v, axis, given, s in sizes if given not in (-1, s)]
-        if not wrong or any(right < 0 for *_, right in sizes):
+        mismatches = [
+            _SizeMismatch(node, v, axis, v.shape[axis], given, s) for v, axis, given, s in sizes if given not in (-1, s)
+        ]
+        if not mismatches or any(right < 0 for *_, right in sizes):
             return False
-        self.wrong += wrong
+        self.mismatches += mismatches
         return True
 
 
-class _CorrectedReshapes(TorchFunctionMode):
+class _SizeCorrectingReshapes(TorchFunctionMode):
     """Reshapes check their sizes before any operator runs."""
 
-    def __init__(self, forward: _Corrected) -> None:
+    def __init__(self, forward: _SizeCorrectingRun) -> None:
         super().__init__()
         self._forward = forward
 
@@ -97,30 +101,31 @@ class _CorrectedReshapes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def demands_of(
+def find_equal_removals(
     model: nn.Module,
     inputs: Inputs,
     discovery: Discovery,
     removed_mask: Tensor,
     unpruned: Mapping[tuple[str, str], object],
-) -> list[Demand]:
+) -> list[EqualRemoval]:
     """What the forward of the pruned model needs; `unpruned`: size attributes before, by module and name."""
     inputs = inputs.copied()
-    forward = _Corrected(model, inputs, discovery, removed_mask)
+    forward = _SizeCorrectingRun(model, inputs, discovery, removed_mask)
     try:
-        with _CorrectedReshapes(forward):
+        with _SizeCorrectingReshapes(forward):
             forward.run(inputs)
     except Exception as error:  # what was found so far counts
         _logger.debug("the forward with right sizes ends early: %s", error)
     modules = dict(model.named_modules())
-    result: dict[bytes, Demand] = {}
-    for wrong in forward.wrong:
-        rows = _rows(wrong, discovery)
-        for partner in _by_attribute(wrong, discovery, modules, unpruned) or _by_shape(wrong, discovery, removed_mask):
+    result: dict[bytes, EqualRemoval] = {}
+    for mismatch in forward.mismatches:
+        rows = _rows(mismatch, discovery)
+        partners = _by_attribute(mismatch, discovery, modules, unpruned) or _by_shape(mismatch, discovery, removed_mask)
+        for partner in partners:
             width = partner.shape[1]
             if rows.numel() % width == 0:
                 both = torch.cat([rows.reshape(-1, width), partner]).unique(dim=0)
-                result.setdefault(both.numpy().tobytes(), Demand(both, wrong.node.name))
+                result.setdefault(both.numpy().tobytes(), EqualRemoval(both, mismatch.node.name))
     return list(result.values())
 
 
@@ -134,27 +139,29 @@ def size_attributes(model: nn.Module) -> dict[tuple[str, str], object]:
     }
 
 
-def _rows(wrong: _Wrong, discovery: Discovery) -> Tensor:
+def _rows(mismatch: _SizeMismatch, discovery: Discovery) -> Tensor:
     """The channels along the axis; zeros, which stay, where there are none."""
-    for item in discovery.maps.get(wrong.output, ()):
-        if item.axis == wrong.axis and item.ids.shape[item.axis] == wrong.unpruned:
+    for item in discovery.maps.get(mismatch.output, ()):
+        if item.axis == mismatch.axis and item.ids.shape[item.axis] == mismatch.unpruned:
             return item.rows()
-    return torch.zeros(1, wrong.unpruned, dtype=torch.int64)
+    return torch.zeros(1, mismatch.unpruned, dtype=torch.int64)
 
 
 def _by_attribute(
-    wrong: _Wrong,
+    mismatch: _SizeMismatch,
     discovery: Discovery,
     modules: Mapping[str, nn.Module],
     unpruned: Mapping[tuple[str, str], object],
 ) -> list[Tensor]:
     """What else an attribute is the size of, that has the size given."""
-    for scope in scopes_of(wrong.node.scope):
+    for scope in scopes_of(mismatch.node.scope):
         for key, now in vars(modules[scope]).items():
             pairs = zip(_integers(unpruned.get((scope, key))), _integers(now), strict=False)
-            if (wrong.unpruned, wrong.given) in pairs:
+            if (mismatch.unpruned, mismatch.given) in pairs:
                 rows = [
-                    rows for rows, output in _of_size(discovery, scope, wrong.unpruned) if output is not wrong.output
+                    rows
+                    for rows, output in _of_size(discovery, scope, mismatch.unpruned)
+                    if output is not mismatch.output
                 ]
                 if rows:
                     return rows
@@ -171,17 +178,21 @@ def _of_size(discovery: Discovery, scope: str, size: int) -> Iterator[tuple[Tens
                         yield item.rows(), output
 
 
-def _by_shape(wrong: _Wrong, discovery: Discovery, removed_mask: Tensor) -> list[Tensor]:
+def _by_shape(mismatch: _SizeMismatch, discovery: Discovery, removed_mask: Tensor) -> list[Tensor]:
     """The channels of an earlier value, in the module or around it, that has the size given or a multiple of it."""
-    for scope in scopes_of(wrong.node.scope):
+    for scope in scopes_of(mismatch.node.scope):
         best: tuple[int, Tensor] | None = None
-        for value, maps in _earlier(wrong.node, scope, discovery):
+        for value, maps in _earlier(mismatch.node, scope, discovery):
             for item in maps:
                 size = value.shape[item.axis]
-                if size % wrong.unpruned or item.ids.shape[item.axis] != size or set(item.varying_axes) != {item.axis}:
+                if (
+                    size % mismatch.unpruned
+                    or item.ids.shape[item.axis] != size
+                    or set(item.varying_axes) != {item.axis}
+                ):
                     continue
-                times, left = size // wrong.unpruned, expected_shape(value, discovery, removed_mask)[item.axis]
-                if left != size and left // times == wrong.given and (best is None or times < best[0]):
+                times, left = size // mismatch.unpruned, expected_shape(value, discovery, removed_mask)[item.axis]
+                if left != size and left // times == mismatch.given and (best is None or times < best[0]):
                     best = times, item.rows()
         if best is not None:
             return [best[1]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, LAYER_KINDS, Family, LayerKind, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import BATCH_NORM_TENSORS, LAYER_KINDS, LayerFamily, LayerKind, is_depthwise, kind_of
 from amct_ext.prune.groups import INITIALIZER
 from amct_ext.record.types import ChannelRecord
 
@@ -20,8 +20,8 @@ LAYER_OPERATORS = frozenset(operator for kind in LAYER_KINDS if kind.input_pruna
 class Removal:
     """All removals of some records, made at once: a layer that several records touch is rebuilt once per axis.
 
-    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute. `factors`: along
-    axis 0 of parameters, by name.
+    `sizes`: attributes of modules that hold a size which changes with them, by module and attribute. `multipliers`:
+    along axis 0 of parameters, by name.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Removal:
         model: nn.Module,
         records: Iterable[ChannelRecord],
         sizes: Mapping[tuple[str, str], object] = MappingProxyType({}),
-        factors: Mapping[str, Tensor] = MappingProxyType({}),
+        multipliers: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._modules = dict(model.named_modules())
-        self._sizes, self._factors = sizes, factors
+        self._sizes, self._multipliers = sizes, multipliers
         self._initializers: dict[tuple[str, int], set[int]] = {}
         self._outputs: dict[str, set[int]] = {}
         self._inputs: dict[str, set[int]] = {}
@@ -46,18 +46,18 @@ class Removal:
                 elif node.type == INITIALIZER:
                     self._initializers.setdefault((node.name, node.axis or 0), set()).update(node.prune_index)
 
-    def scale(self, factors: Mapping[str, Tensor]) -> None:
+    def scale(self, multipliers: Mapping[str, Tensor]) -> None:
         """Multiply parameters by these too, from the next `apply` on."""
-        merged = dict(self._factors)
-        for name, factor in factors.items():
+        merged = dict(self._multipliers)
+        for name, factor in multipliers.items():
             merged[name] = merged[name] * factor if name in merged else factor
-        self._factors = merged
+        self._multipliers = merged
 
     def apply(self) -> str:
         """Remove the channels; returns what went wrong, '' for nothing."""
-        for name, factors in self._factors.items():
+        for name, multipliers in self._multipliers.items():
             owner, _, key = name.rpartition(".")
-            self._multiply(self._modules[owner], key, factors)
+            self._multiply(self._modules[owner], key, multipliers)
         # Inputs first: removing outputs would shift the blocks of a grouped convolution.
         for remove, all_indices in ((self._remove_input, self._inputs), (self._remove_output, self._outputs)):
             for name, indices in all_indices.items():
@@ -83,10 +83,10 @@ class Removal:
             holder[key] = old
         self._undo.clear()
 
-    def _multiply(self, module: nn.Module, name: str, factors: Tensor) -> None:
+    def _multiply(self, module: nn.Module, name: str, multipliers: Tensor) -> None:
         tensor = getattr(module, name, None)
         if tensor is not None:
-            shaped = factors.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
+            shaped = multipliers.to(tensor).reshape(-1, *[1] * (tensor.dim() - 1))
             self._replace(module, name, _like(tensor, tensor.detach() * shaped))
 
     def _remove_output(self, module: nn.Module, indices: set[int]) -> None:
@@ -98,12 +98,12 @@ class Removal:
     def _remove_input(self, module: nn.Module, indices: set[int]) -> None:
         kind = _kind_of(module)
         if is_depthwise(module):
-            self._remove_depthwise(module, indices, kind.family is Family.TRANSPOSED_CONV)
-        elif kind.family is Family.CONV:
+            self._remove_depthwise(module, indices, kind.family is LayerFamily.TRANSPOSED_CONV)
+        elif kind.family is LayerFamily.CONV:
             self._remove_convolution_input(module, indices)
         else:
             # Also of a transposed weight with groups: the input channels of its groups follow each other.
-            for name in BATCH_NORM_TENSORS if kind.family is Family.BATCH_NORM else ("weight",):
+            for name in BATCH_NORM_TENSORS if kind.family is LayerFamily.BATCH_NORM else ("weight",):
                 self._remove(module, name, kind.weight_axes[0], indices)
             self._decrease(module, kind.widths[0], len(indices))
 

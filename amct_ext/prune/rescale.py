@@ -24,19 +24,19 @@ _PASSED = ("view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "_to_co
 
 @dataclass
 class Rescaling:
-    """Factors with which the pruned model computes with the numbers of the unpruned one.
+    """Multipliers of parameters by which the pruned model computes with the numbers of the unpruned one.
 
-    factors: along axis 0 of parameters, by name. values: what is multiplied by them. missing: the first node that
+    multipliers: along axis 0 of parameters, by name. values: what is multiplied by them. missing: the first node that
     works with another number, and whose channels no parameter scales.
     """
 
-    factors: dict[str, Tensor] = field(default_factory=dict)
+    multipliers: dict[str, Tensor] = field(default_factory=dict)
     values: set[Value] = field(default_factory=set)
     missing: Node | None = None
 
 
-def changed_factors(discovery: Discovery, removed_mask: Tensor) -> dict[str, Tensor]:
-    """Factors along axis 0 of parameters that make queries: attention then divides by a smaller root.
+def changed_multipliers(discovery: Discovery, removed_mask: Tensor) -> dict[str, Tensor]:
+    """Multipliers along axis 0 of parameters that make queries: attention then divides by a smaller root.
 
     A head that keeps k of d channels has its query multiplied by sqrt(k / d), so that the softmax sees what it saw.
     """
@@ -49,7 +49,7 @@ def changed_factors(discovery: Discovery, removed_mask: Tensor) -> dict[str, Ten
 
 
 def rescaling(model: nn.Module, discovery: Discovery, removed_mask: Tensor, nodes: Sequence[Node]) -> Rescaling:
-    """Factors that cancel numbers which differ between the pruned model's forward (`nodes`) and the unpruned one's.
+    """Multipliers that cancel numbers which differ between the pruned model's forward (`nodes`) and the unpruned one's.
 
     Only numbers that changed as powers of the share of channels that are left count.
     """
@@ -75,7 +75,7 @@ def rescaling(model: nn.Module, discovery: Discovery, removed_mask: Tensor, node
         rows, origin = origins[0]
         for name in origin.parameters:
             factor = _along_parameter(name, rows, torch.tensor(1 / change, dtype=torch.float64), discovery)
-            result.factors[name] = result.factors.get(name, 1) * factor
+            result.multipliers[name] = result.multipliers.get(name, 1) * factor
         result.values.update(origin.values)
     return result
 
@@ -124,13 +124,13 @@ def _fits(change: float, rows: Tensor, removed_mask: Tensor) -> bool:
     return any(abs(power - wanted) <= 1e-3 for wanted in _EXPONENTS)
 
 
-def _along_parameter(name: str, rows: Tensor, factors: Tensor, discovery: Discovery) -> Tensor:
-    """Factors on channels, (rows, 1) or one for all, along axis 0 of a parameter."""
+def _along_parameter(name: str, rows: Tensor, multipliers: Tensor, discovery: Discovery) -> Tensor:
+    """Multipliers of channels, (rows, 1) or one for all, along axis 0 of a parameter."""
     each = torch.ones(len(discovery.channel_of), dtype=torch.float64)
-    each[rows] = factors.to(each).expand(rows.shape)
+    each[rows] = multipliers.to(each).expand(rows.shape)
     weight = ParameterAxis(f"{name.rpartition('.')[0]}.weight", 0)  # a layer's bias has the ids of its weight
     ids = discovery.axis_ids[ParameterAxis(name, 0) if ParameterAxis(name, 0) in discovery.axis_ids else weight]
     if not bool(torch.isin(ids, rows).any()):  # a norm's own parameter: the same channels by other ids
-        each[discovery.channel_of[rows]] = factors.to(each).expand(rows.shape)
+        each[discovery.channel_of[rows]] = multipliers.to(each).expand(rows.shape)
         ids = discovery.channel_of[ids]
     return each[ids]

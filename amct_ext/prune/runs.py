@@ -162,12 +162,12 @@ class MaskedRun(_ComparedRun):
             part = None if value is None else self._select_kept(value, tensor)
             return tensor if part is None else part
 
-        cut = list(_mapped(args, small))
+        reduced = list(_mapped(args, small))
         if old.op in LAYER_NORMS:
-            cut[1] = list(cut[0].shape[-len(cut[1]) :])
+            reduced[1] = list(reduced[0].shape[-len(reduced[1]) :])
         elif old.op == GROUP_NORM:
-            cut[4] = cut[0].shape[1]
-        result = func(*cut, **kwargs)
+            reduced[4] = reduced[0].shape[1]
+        result = func(*reduced, **kwargs)
         # Also over all channels, for its memory format: the operators behind it may depend on that.
         outputs, full = (list(tensors_in(each)) for each in (result, func(*args, **kwargs)))
         spread = [self._scatter_kept(*parts) for parts in zip(old.outputs, outputs, full, strict=True)]

@@ -61,18 +61,18 @@ def read_search_config(path: str) -> SearchConfig:
 
     if not message.HasField("compress_ratio"):
         raise wrong("compress_ratio", "it is required")
-    ratio, most = shortest_decimal(message.compress_ratio), shortest_decimal(message.max_prune_ratio)
+    ratio, max_ratio = shortest_decimal(message.compress_ratio), shortest_decimal(message.max_prune_ratio)
     if not (math.isfinite(ratio) and ratio > 1):
         raise wrong("compress_ratio", f"{ratio} must be finite and greater than 1")
-    if not 0 < most <= 1:
-        raise wrong("max_prune_ratio", f"{most} must be greater than 0 and at most 1")
+    if not 0 < max_ratio <= 1:
+        raise wrong("max_prune_ratio", f"{max_ratio} must be greater than 0 and at most 1")
     if message.test_iteration < 1:
         raise wrong("test_iteration", f"{message.test_iteration} must be 1 or more")
     override_file = message.override_prune_cfg
     if override_file and not Path(override_file).is_file():
         raise wrong("override_prune_cfg", f"there is no file '{override_file}'")
     override = _read_override(override_file) if override_file else RetrainConfig(locations=FieldLocations(path))
-    return SearchConfig(ratio, message.ascend_optimized, most, message.test_iteration, override, override_file)
+    return SearchConfig(ratio, message.ascend_optimized, max_ratio, message.test_iteration, override, override_file)
 
 
 def _read_override(path: str) -> RetrainConfig:

@@ -191,21 +191,23 @@ class GreedySearch(SearchChannelBase):
     """Takes the step that costs the least sensitivity per bit operation saved, until the ratio is reached.
 
     Costs and ratio are those of the present widths at each step. Only counts that create arrives at from the written
-    ratio are taken: multiples of 16 stay where `ascend_optimized`, blocks of grouped convolutions lose equally many.
+    ratio are taken: multiples of 16 stay where `ascend_optimized`, subgroups lose equally many.
     """
 
     def channel_prune_search(
         self, graph_info: dict[str, dict[str, Any]], search_records: Any, prune_config: PruneConfig
     ) -> dict[str, list[int]]:
         """See SearchChannelBase. A ratio that cannot be reached is logged as a warning. Errors: ValueError."""
-        compress_ratio, ascend, most = prune_config
+        compress_ratio, ascend, max_ratio = prune_config
         groups = [read_group(record) for record in search_records]
         scores = [read_scores(record, group) for record, group in zip(search_records, groups, strict=True)]
         foreign = [name for name, entry in graph_info.items() if "work" not in entry]
         if foreign:
             raise ValueError(f"graph_info of '{foreign[0]}' has no 'work': it is not that of auto_channel_prune_search")
         cost = Cost({name: entry["work"] for name, entry in graph_info.items()}, groups)
-        removed = _greedy(groups, scores, [removable(group, ascend, most) for group in groups], cost, compress_ratio)
+        removed = _greedy(
+            groups, scores, [removable(group, ascend, max_ratio) for group in groups], cost, compress_ratio
+        )
         return {
             member.name: _keep_mask(group, values, count)
             for group, values, count in zip(groups, scores, removed, strict=True)
@@ -252,15 +254,15 @@ def _greedy(
 
 
 def _sensitivity_lost(group: ChannelGroup, scores: Tensor, counts: Sequence[int]) -> list[float]:
-    """The score lost at each of the counts, the least important channels of each block going first."""
-    blocks = group.equal_subgroups or 1
-    ordered = scores.double().reshape(blocks, -1).sort(dim=1).values.cumsum(1).sum(0)
-    return [0.0 if count == 0 else float(ordered[count // blocks - 1]) for count in counts]
+    """The score lost at each of the counts, the least important channels of each subgroup going first."""
+    num_subgroups = group.num_equal_subgroups or 1
+    ordered = scores.double().reshape(num_subgroups, -1).sort(dim=1).values.cumsum(1).sum(0)
+    return [0.0 if count == 0 else float(ordered[count // num_subgroups - 1]) for count in counts]
 
 
 def _keep_mask(group: ChannelGroup, scores: Tensor, count: int) -> list[int]:
-    blocks = group.equal_subgroups or 1
-    kept = torch.ones(blocks, group.count // blocks, dtype=torch.int64)
-    order = scores.reshape(blocks, -1).argsort(dim=1, stable=True)
-    kept.scatter_(1, order[:, : count // blocks], 0)
+    num_subgroups = group.num_equal_subgroups or 1
+    kept = torch.ones(num_subgroups, group.count // num_subgroups, dtype=torch.int64)
+    order = scores.reshape(num_subgroups, -1).argsort(dim=1, stable=True)
+    kept.scatter_(1, order[:, : count // num_subgroups], 0)
     return [int(value) for value in kept.flatten()]

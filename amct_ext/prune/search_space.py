@@ -51,10 +51,10 @@ def split_samples(model: nn.Module, input_data: Any, wanted: int) -> list[Sample
     have = min(len(item) for item in (*tensors, label))
     if have < wanted:
         raise InputDataError(f"test_iteration is {wanted}, but input_data holds {have} sample(s)")
-    return [(cut(inputs, slice(i, i + 1)), label[i : i + 1]) for i in range(wanted)]
+    return [(take_samples(inputs, slice(i, i + 1)), label[i : i + 1]) for i in range(wanted)]
 
 
-def cut(inputs: Inputs, samples: slice) -> Inputs:
+def take_samples(inputs: Inputs, samples: slice) -> Inputs:
     """Some of the samples along axis 0 of every tensor."""
     return inputs.map(lambda item: item[samples])
 
@@ -147,10 +147,10 @@ def update_graph_info(lost: Mapping[int, int], info: dict[str, dict[str, Any]], 
 
 def removable(group: ChannelGroup, ascend_optimized: bool, max_prune_ratio: float) -> tuple[int, ...]:
     """How many channels may be removed, ascending from 0: only counts that create reproduces from their ratio."""
-    n, blocks = group.count, group.equal_subgroups or 1
+    n, num_subgroups = group.count, group.num_equal_subgroups or 1
     fewest = n * (1 - max_prune_ratio) - 1e-6 * n
     return 0, *(
         count
         for count in range(1, n)
-        if n - count >= fewest and removal_count(n, count / n, ascend_optimized, blocks) == count
+        if n - count >= fewest and removal_count(n, count / n, ascend_optimized, num_subgroups) == count
     )

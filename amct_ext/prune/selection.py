@@ -19,18 +19,18 @@ ASCEND_MULTIPLE = 16
 MEASURES = ("BALANCED_L2", "GROUP_L2", "GATE_TAYLOR")  # each uses more of the network than the one before
 
 
-def removal_count(channels: int, ratio: float, ascend_optimized: bool, blocks: int = 1) -> int:
+def removal_count(channels: int, ratio: float, ascend_optimized: bool, num_subgroups: int = 1) -> int:
     """How many of `channels` are removed. Not positive: none.
 
     The number to remove is rounded half to even; what remains is rounded up to a multiple of 16 where ascend_optimized,
-    then down to a multiple of the blocks, and at least one multiple stays.
+    then down to a multiple of the subgroups, and at least one multiple stays.
     """
     remain = channels - round(channels * ratio)
     if ascend_optimized:
         remain = ASCEND_MULTIPLE * max(1, math.ceil(remain / ASCEND_MULTIPLE))
-    if blocks > 1:
-        remain = blocks * (remain // blocks)
-    return channels - (remain or blocks)
+    if num_subgroups > 1:
+        remain = num_subgroups * (remain // num_subgroups)
+    return channels - (remain or num_subgroups)
 
 
 def measure_of(group: ChannelGroup, plan: Plan) -> str:
@@ -49,14 +49,14 @@ def importance(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.expand(weights[0].shape[0])
 
 
-def least_important(scores: Tensor, ratio: float, ascend_optimized: bool, blocks: int = 1) -> tuple[int, ...]:
-    """The channels to remove, ascending: equally many in each of the equal blocks; among equals the first."""
-    subgroups = torch.arange(blocks).repeat_interleave(len(scores) // blocks)
+def least_important(scores: Tensor, ratio: float, ascend_optimized: bool, num_subgroups: int = 1) -> tuple[int, ...]:
+    """The channels to remove, ascending: equally many in each subgroup; among equals the first."""
+    subgroups = torch.arange(num_subgroups).repeat_interleave(len(scores) // num_subgroups)
     return tuple(_least_important(scores, subgroups, ratio, ascend_optimized).tolist())
 
 
 def _least_important(scores: Tensor, subgroups: Tensor, ratio: float, ascend_optimized: bool) -> Tensor:
-    """`subgroups`: the subgroup of each channel; they lose the same share. -1: no such condition."""
+    """`subgroups`: the subgroup of each channel; they lose the same share. -1: in none."""
     removed = []
     sizes = subgroups[subgroups >= 0].unique(return_counts=True)[1].tolist()
     unit = math.gcd(*sizes)

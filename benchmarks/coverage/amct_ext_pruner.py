@@ -24,7 +24,7 @@ from benchmarks.coverage.results import Pruned
 
 # Words of the errors that create raises then.
 _NOTHING_TO_PRUNE = ("no layer can lose channels", "no layer of the model can be pruned that way")
-_MOST_REASONS = 12
+_MAX_REASONS = 12
 _PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
 _SHAPE = re.compile(r"\[[-\dN, ]+\]")
 
@@ -142,7 +142,7 @@ def _counted(reasons: Iterable[tuple[str, str]], model: nn.Module, layers: Layer
         if name in layers.widths:
             without = _PATH.sub("OP", pattern.sub("LAYER", why))
             counts[_SHAPE.sub("SHAPE", without)[:200]] += int(layers.widths[name] * ratio)
-    return dict(counts.most_common(_MOST_REASONS))
+    return dict(counts.most_common(_MAX_REASONS))
 
 
 class _ReasonHandler(logging.Handler):

@@ -20,7 +20,7 @@ LAYERS = (nn.Conv2d, nn.Linear)
 Builder = Callable[[nn.Module, Tensor], nn.Module]
 
 
-class _QuantisedInput(nn.Module):
+class _QuantizedInput(nn.Module):
     """What eager torch.ao asks for: a stub where a tensor is to be quantised."""
 
     def __init__(self, layer: nn.Module, stub: nn.Module) -> None:
@@ -55,7 +55,7 @@ def torch_eager(model: nn.Module, x: Tensor) -> nn.Module:
             parent, _, child = name.rpartition(".")
             module.qconfig = ao.QConfig(activation=nn.Identity, weight=default.weight)
             stub = ao.QuantStub(ao.QConfig(activation=activation, weight=default.weight))
-            setattr(model.get_submodule(parent), child, _QuantisedInput(module, stub))
+            setattr(model.get_submodule(parent), child, _QuantizedInput(module, stub))
     return ao.prepare_qat(model.train(), inplace=True)
 
 

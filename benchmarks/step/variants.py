@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import amct_ext as amct
-from amct_ext.layers.chain_values import TensorOfValues
+from amct_ext.layers.chains.chain_values import ChainTensorBase
 from benchmarks.step.eager_quant import quantize_eagerly, quantize_with_torch_ops
 from benchmarks.step.models import Job
 
@@ -78,7 +78,7 @@ def bytes_kept(model: nn.Module, x: Tensor) -> int:
     storages: dict[int, Tensor] = {}
 
     def pack(value: Tensor) -> Tensor:
-        kept = value.lazy.kept if isinstance(value, TensorOfValues) else value
+        kept = value.chain_values.stored if isinstance(value, ChainTensorBase) else value
         storages.setdefault(kept.untyped_storage().data_ptr(), kept)
         return value
 

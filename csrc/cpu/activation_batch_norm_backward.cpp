@@ -21,7 +21,7 @@ using at::Tensor;
 constexpr int64_t kSmallPlane = 1024;
 
 // One backward: its data, and the results of all channels.
-struct Backward {
+struct BatchNormBackward {
   const float *grad, *x;
   float* dx;
   AxisView view;
@@ -39,7 +39,7 @@ struct Backward {
     if (!training) return;
     const double count = static_cast<double>(view.outer * view.inner), invstd = channels.invstd[c];
     channels.mean_gradient[c] = static_cast<float>(sums[c].gradient / count);
-    channels.slope[c] = static_cast<float>(sums[c].product * invstd * invstd / count);
+    channels.variance_gradient[c] = static_cast<float>(sums[c].product * invstd * invstd / count);
   }
 
   // A channel at a time: what the sums have read is still in the cache when dx is computed.
@@ -119,16 +119,16 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<UlqSums>> run_backward(const Tens
   const Tensor upstream = match_layout(grad, source);
   Tensor dx = pooled_like(source, Lifetime::kLayer);
   const AxisView view = axis_view(source, 1);
-  Backward backward{upstream.const_data_ptr<float>(),
-                    source.const_data_ptr<float>(),
-                    dx.mutable_data_ptr<float>(),
-                    view,
-                    std::move(channels),
-                    function,
-                    quantizer,
-                    training,
-                    std::vector<BatchNormSums>(view.size),
-                    {}};
+  BatchNormBackward backward{upstream.const_data_ptr<float>(),
+                             source.const_data_ptr<float>(),
+                             dx.mutable_data_ptr<float>(),
+                             view,
+                             std::move(channels),
+                             function,
+                             quantizer,
+                             training,
+                             std::vector<BatchNormSums>(view.size),
+                             {}};
   if (x.numel()) view.inner == 1 ? backward.run_rows() : backward.run_planes();
   Tensor d_weight = at::empty_like(mean), d_bias = at::empty_like(mean);
   for (int64_t c = 0; c < view.size; ++c) {

@@ -17,8 +17,6 @@ namespace amct_ext::cpu {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-constexpr int64_t kPadding = 64;  // floats behind the coefficients of the last channel; a strip may read them
-
 inline ActivationParams activation_params(c10::string_view activation, std::optional<double> lowest,
                                           std::optional<double> highest) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
@@ -28,13 +26,13 @@ inline ActivationParams activation_params(c10::string_view activation, std::opti
 
 // The coefficients of all channels. The rounding is that of torch: one multiply-add for the shift.
 struct Channels {
-  std::vector<float> factor, shift, mean, mean_gradient, slope, invstd;
+  std::vector<float> factor, shift, mean, mean_gradient, variance_gradient, invstd;
 
   Channels(const at::Tensor& means, const at::Tensor& invstds, const OptionalTensor& weight,
            const OptionalTensor& bias) {
     const int64_t count = means.numel();
-    for (std::vector<float>* values : {&factor, &shift, &mean, &mean_gradient, &slope, &invstd}) {
-      values->resize(count + kPadding);
+    for (std::vector<float>* values : {&factor, &shift, &mean, &mean_gradient, &variance_gradient, &invstd}) {
+      values->resize(count + kStripPadding);
     }
     for (int64_t c = 0; c < count; ++c) {
       mean[c] = static_cast<float>(value_at(means, c));
@@ -44,8 +42,12 @@ struct Channels {
     }
   }
 
-  BatchNormChannel channel(int64_t c) const { return {factor[c], shift[c], mean[c], mean_gradient[c], slope[c]}; }
-  BatchNormRows rows() const { return {factor.data(), shift.data(), mean.data(), mean_gradient.data(), slope.data()}; }
+  BatchNormChannel channel(int64_t c) const {
+    return {factor[c], shift[c], mean[c], mean_gradient[c], variance_gradient[c]};
+  }
+  BatchNormRows rows() const {
+    return {factor.data(), shift.data(), mean.data(), mean_gradient.data(), variance_gradient.data()};
+  }
 };
 
 inline int64_t rows_per_block(const AxisView& view) {

@@ -18,10 +18,14 @@ struct GatherInput {
   size_t size;       // bytes of an element
 };
 
-inline bool has_short_runs(const AxisView& view) { return view.size > 1 && view.outer > 1 && view.inner < 64; }
+constexpr int64_t kShortRun = 64;  // elements; a call for a shorter run takes longer than gathering it
 
-// Elements from one row to the next: a power of two would map all rows to the same cache sets.
-inline int64_t row_pitch(const AxisView& view) { return view.outer * view.inner + 72; }
+inline bool has_short_runs(const AxisView& view) { return view.size > 1 && view.outer > 1 && view.inner < kShortRun; }
+
+// Elements from one row to the next. Channels are often powers of two long, which would map all rows to the same cache
+// sets; kRowSkew is more than a cache line of any element type and no multiple of one.
+constexpr int64_t kRowSkew = 72;
+inline int64_t row_pitch(const AxisView& view) { return view.outer * view.inner + kRowSkew; }
 
 // f(offset of a run in the tensor, offset in the buffer) in bytes, for channels [first, last).
 template <typename F>

@@ -120,7 +120,7 @@ void tiled_product(const ConvShape& s, const uint8_t* codes, const PackedWeights
                       taps,
                       w.quads,
                       {},
-                      weights.rests(from),
+                      weights.remainders(from),
                       sums + row * kTileChannels + (from - block) * kBlockChannels};
             for (int64_t i = 0; i < tile_blocks; ++i) tile.weights[i] = weights.block(from + i);
             kernel.sums(tile, static_cast<int>(std::min<int64_t>(kTileRows, last - first - row)),

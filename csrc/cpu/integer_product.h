@@ -16,11 +16,11 @@ constexpr int kMaxVectors = 2;  // vectors of sums in a block, for instruction s
 constexpr int kMaxPairSum = 128;
 
 // The second summand of the weights that were split, for the channels of one vector: `count` quads.
-struct SplitRest {
-  struct Place {
+struct SplitRemainder {
+  struct Position {
     int32_t tap, quad;
   };
-  const Place* places;
+  const Position* positions;
   const int8_t* weights;
   int64_t count;
 };
@@ -30,8 +30,8 @@ struct Tile {
   const uint8_t* const* rows;  // indirection buffer: per tap `rows_stride` pointers; 4 * quads bytes are read at each
   int64_t rows_stride, taps, quads;
   const int8_t* weights[kTileBlocks];
-  const SplitRest* rests;  // kMaxVectors for each block; null without split weights
-  int32_t* sums;           // rows of kTileChannels
+  const SplitRemainder* remainders;  // kMaxVectors for each block; null without split weights
+  int32_t* sums;                     // rows of kTileChannels
 };
 
 // What is done to the sums of some output channels: minus zero point times weights, times scale, plus bias, rounded to
@@ -61,8 +61,8 @@ struct ProductKernel {
   void (*write_rows)(const Epilogue&, const int32_t* sums, int64_t rows, float* y, int64_t stride);
   void (*write_columns)(const Epilogue&, const int32_t* sums, int64_t rows, float* y, int64_t stride);
   // Splits the weights of a block in two summands where the kernel would saturate: the first go to `safe`, the second
-  // to `rests`, one for each vector. Null: the kernel takes any weights.
-  void (*split_weights)(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* rests);
+  // to `remainders`, one for each vector. Null: the kernel takes any weights.
+  void (*split_weights)(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* remainders);
 };
 
 }  // namespace amct_ext::cpu

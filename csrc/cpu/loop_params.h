@@ -37,14 +37,15 @@ struct ActivationParams {
   float lowest, highest;
 };
 
-// BatchNorm of a channel as factor * x + shift; the last two for its gradient (dz - mean_gradient - (x - mean) * slope)
-// * factor.
+// BatchNorm of a channel as factor * x + shift; the last two for its gradient
+// (dz - mean_gradient - (x - mean) * variance_gradient) * factor.
 struct BatchNormChannel {
-  float factor, shift, mean, mean_gradient, slope;
+  float factor, shift, mean, mean_gradient, variance_gradient;
 };
-// The same, an array for each; arrays are padded by a vector or more.
+// The same, an array for each, and kStripPadding values behind it: a loop may read a whole strip at the last channel.
+constexpr int kStripPadding = 64;
 struct BatchNormRows {
-  const float *factor, *shift, *mean, *mean_gradient, *slope;
+  const float *factor, *shift, *mean, *mean_gradient, *variance_gradient;
 };
 // Over a channel: of the gradient, and of its product with x - mean.
 struct BatchNormSums {

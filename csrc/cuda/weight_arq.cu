@@ -91,11 +91,15 @@ __global__ void __launch_bounds__(kBlockThreads) quantize_channels(const __grid_
   }
 }
 
+constexpr int64_t kLongChannel = 16384;       // values; longer ones need other blocks beside theirs
+constexpr int64_t kManyBlocks = 128;          // about one for each multiprocessor
+constexpr int64_t kManyShortChannels = 4096;  // of less than a warp, whose blocks would be mostly idle
+
 // Whether a block per channel fills the GPU, and each block reads memory in order.
 bool use_block_per_channel(const AxisView& view) {
   const int64_t size = view.outer * view.inner;
-  return view.size > 1 && (view.outer == 1 || view.inner >= kWarpSize) && (size <= 16384 || view.size >= 128) &&
-         (size >= kWarpSize || view.size <= 4096);
+  return view.size > 1 && (view.outer == 1 || view.inner >= kWarpSize) &&
+         (size <= kLongChannel || view.size >= kManyBlocks) && (size >= kWarpSize || view.size <= kManyShortChannels);
 }
 
 const bool* mask_pointer(const Tensor& mask) {

@@ -23,6 +23,14 @@ TORCH_LIBRARY_FRAGMENT(amct_ext, m) {
       "-> (Tensor dx, Tensor d_clip_max, Tensor d_clip_min)",
       tags);
   m.def(
+      "ulq_clip_gradients(Tensor grad, Tensor x, Tensor clip_max, Tensor clip_min, int num_bits=8) "
+      "-> (Tensor d_clip_max, Tensor d_clip_min)",
+      tags);
+  m.def(
+      "ulq_relu_backward(Tensor grad, Tensor y, Tensor? addend, Tensor clip_max, Tensor clip_min, int num_bits=8) "
+      "-> Tensor",
+      tags);
+  m.def(
       "batch_norm_statistics_(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
       "-> (Tensor mean, Tensor invstd)",
       tags);
@@ -69,6 +77,16 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Tensor& grad
                                                               const Tensor& clip_max, const Tensor& clip_min,
                                                               int64_t num_bits) {
   return op<ulq_fake_quantize_backward>("ulq_fake_quantize_backward").call(grad, x, clip_max, clip_min, num_bits);
+}
+
+std::tuple<Tensor, Tensor> ulq_clip_gradients(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
+                                              const Tensor& clip_min, int64_t num_bits) {
+  return op<ulq_clip_gradients>("ulq_clip_gradients").call(grad, x, clip_max, clip_min, num_bits);
+}
+
+Tensor ulq_relu_backward(const Tensor& grad, const Tensor& y, const std::optional<Tensor>& addend,
+                         const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits) {
+  return op<ulq_relu_backward>("ulq_relu_backward").call(grad, y, addend, clip_max, clip_min, num_bits);
 }
 
 std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, const std::optional<Tensor>& running_mean,
@@ -153,7 +171,7 @@ Tensor differentiable_y(const Tensor& x, const Tensor& clip_max, const Tensor& c
                         const Run& run) {
   if (!under_functorch()) return UlqFunction::apply(x, clip_max, clip_min, num_bits, run);
   const auto [y, used_max, used_min] = below_autograd(run);
-  return straight(y, UlqRule(x, used_max, used_min, num_bits).forward(x, clip_max, clip_min));
+  return with_derivatives_of(y, UlqRule(x, used_max, used_min, num_bits).forward(x, clip_max, clip_min));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ulq_fake_quantize_autograd(
@@ -195,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward_autograd(const Ten
   if (!needs_double_backward(grad)) return results;
   const auto [dx, d_max, d_min] = UlqRule(x, clip_max, clip_min, num_bits).backward(grad);
   const auto& [dx_bits, max_bits, min_bits] = results;
-  return {straight(dx_bits, dx), straight(max_bits, d_max), straight(min_bits, d_min)};
+  return {with_derivatives_of(dx_bits, dx), with_derivatives_of(max_bits, d_max), with_derivatives_of(min_bits, d_min)};
 }
 
 }  // namespace
@@ -204,8 +222,8 @@ TORCH_LIBRARY_IMPL(amct_ext, Autograd, m) {
   m.impl("ulq_fake_quantize", ulq_fake_quantize_autograd);
   m.impl("ulq_fake_quantize_", ulq_fake_quantize_inplace_autograd);
   m.impl("ulq_fake_quantize_backward", ulq_fake_quantize_backward_autograd);
-  without_gradient(m, {"batch_norm_statistics_", "batch_norm_activation", "batch_norm_activation_backward",
-                       "batch_norm_ulq", "batch_norm_ulq_backward"});
+  without_gradient(m, {"ulq_clip_gradients", "ulq_relu_backward", "batch_norm_statistics_", "batch_norm_activation",
+                       "batch_norm_activation_backward", "batch_norm_ulq", "batch_norm_ulq_backward"});
 }
 
 }  // namespace amct_ext

@@ -39,6 +39,16 @@ AMCT_API std::tuple<Tensor, Tensor, Tensor> ulq_fake_quantize_backward(const Ten
                                                                        const Tensor& clip_max, const Tensor& clip_min,
                                                                        int64_t num_bits = 8);
 
+// The last two of these alone, for float32. Has no gradient.
+AMCT_API std::tuple<Tensor, Tensor> ulq_clip_gradients(const Tensor& grad, const Tensor& x, const Tensor& clip_max,
+                                                       const Tensor& clip_min, int64_t num_bits = 8);
+
+// The gradient of a ReLU's input, for a ReLU whose result y (float32) is fake-quantised and also read by others: grad
+// is the gradient of the quantised values, addend (shape of y) that of y from the others, or none. Clips as above. Has
+// no gradient.
+AMCT_API Tensor ulq_relu_backward(const Tensor& grad, const Tensor& y, const std::optional<Tensor>& addend,
+                                  const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits = 8);
+
 // Statistics of x (float32, more than one value a channel) along axis 1: {mean, 1 / sqrt(variance + eps)}, float32.
 // Updates the running ones, where there are, as torch's BatchNorm does. Has no gradient.
 AMCT_API std::tuple<Tensor, Tensor> batch_norm_statistics_(const Tensor& x, const std::optional<Tensor>& running_mean,

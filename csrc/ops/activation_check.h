@@ -46,6 +46,20 @@ inline void check_ulq_backward(const char* op, const at::Tensor& grad, const at:
   check_device(op, "grad", grad, "x", x);
 }
 
+// The ops that take apart what a quantiser and a ReLU before it do backward: float32 alone.
+inline void check_ulq_relu(const char* op, const at::Tensor& grad, const char* name, const at::Tensor& x,
+                           const std::optional<at::Tensor>& addend, const at::Tensor& clip_max,
+                           const at::Tensor& clip_min, int64_t num_bits) {
+  check_type(op, "grad", grad, at::kFloat);
+  check_type(op, name, x, at::kFloat);
+  check_ulq_backward(op, grad, x, clip_max, clip_min, num_bits);
+  if (addend) {
+    check_type(op, "addend", *addend, at::kFloat);
+    check_same_shape(op, "addend", *addend, name, x);
+    check_device(op, "addend", *addend, name, x);
+  }
+}
+
 // One float32 value for each index of axis 1 of x.
 inline void check_channels(const char* op, const char* name, const at::Tensor& values, const at::Tensor& x) {
   check_type(op, name, values, at::kFloat);

@@ -97,7 +97,7 @@ template <typename Run>
 Tensor differentiable_y(const Tensor& w, const Run& run) {
   if (!under_functorch()) return MaskedFunction::apply(w, run);
   const auto [y, mask] = below_autograd(run);
-  return straight(y, at::where(mask, w, at::zeros_like(w)));
+  return with_derivatives_of(y, at::where(mask, w, at::zeros_like(w)));
 }
 
 Tensor apply_mask_autograd(const Tensor& w, const Tensor& mask) {
@@ -151,7 +151,7 @@ struct SrSteFunction : torch::autograd::Function<SrSteFunction> {
 // A decay is the gradient of no function of the result, so under torch.func the gradient passes without it.
 template <typename Run>
 Tensor sr_ste_y(const Tensor& w, const Tensor& mask, double decay, const Run& run) {
-  if (under_functorch()) return straight(below_autograd(run), w);
+  if (under_functorch()) return with_derivatives_of(below_autograd(run), w);
   return SrSteFunction::apply(w, mask, decay, run);
 }
 
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> sparse_arq_fake_quantize_sr_ste_autograd(const Tensor
 Tensor sr_ste_backward_autograd(const Tensor& grad, const Tensor& w, const Tensor& mask, double decay) {
   Tensor d_w = below_autograd([&] { return sr_ste_backward(grad, w, mask, decay); });
   if (!needs_double_backward(grad) && !needs_double_backward(w)) return d_w;
-  return straight(d_w, grad.add(at::where(mask, at::zeros_like(w), w), decay));
+  return with_derivatives_of(d_w, grad.add(at::where(mask, at::zeros_like(w), w), decay));
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 
 namespace amct_ext {
 
-Tensor straight(const Tensor& y, const Tensor& linear) {
+Tensor with_derivatives_of(const Tensor& y, const Tensor& linear) {
   // The difference is a positive zero, which leaves zeros of either sign as they are.
   return y.detach() - (linear.detach() - linear);
 }

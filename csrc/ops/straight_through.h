@@ -12,10 +12,10 @@ namespace amct_ext {
 using at::Tensor;
 
 // y, bit for bit, with the derivatives of `linear` (same type and shape, finite where y is).
-Tensor straight(const Tensor& y, const Tensor& linear);
+Tensor with_derivatives_of(const Tensor& y, const Tensor& linear);
 
-// An op is linear in its inputs, as its rule has it: the slopes are constants, for rounding counts as the identity and
-// then the rounding error does not change with what is rounded.
+// The straight-through rules. Rounding counts as adding a constant, the rounding error, so each op is linear in its
+// inputs, with slopes that are constants.
 struct UlqRule {
   UlqRule(const Tensor& x, const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits);
 

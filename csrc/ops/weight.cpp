@@ -63,7 +63,7 @@ Tensor filter_norms(const Tensor& w, int64_t axis) { return op<filter_norms>("fi
 
 namespace {
 
-// Straight through. `run` calls the op, keeps the scale and returns y.
+// Straight through. `run` calls the op and returns y; it keeps the other results, which have no gradient.
 struct ArqFunction : torch::autograd::Function<ArqFunction> {
   template <typename Run>
   static Variable forward(AutogradContext*, const Variable&, const Run& run) {
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> arq_fake_quantize_autograd(const Tensor& w, int64_t n
     scale = std::move(std::get<1>(results));
     return std::move(std::get<0>(results));
   };
-  Tensor y = under_functorch() ? straight(below_autograd(run), w) : ArqFunction::apply(w, run);
+  Tensor y = under_functorch() ? with_derivatives_of(below_autograd(run), w) : ArqFunction::apply(w, run);
   return {std::move(y), std::move(scale)};
 }
 
@@ -135,7 +135,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> arq_fake_quantize_many_auto
   if (under_functorch()) {
     auto results = below_autograd([&] { return arq_fake_quantize_many(weights, num_bits, channel_axes); });
     std::vector<Tensor>& y = std::get<0>(results);
-    for (size_t i = 0; i < y.size(); ++i) y[i] = straight(y[i], weights[i]);
+    for (size_t i = 0; i < y.size(); ++i) y[i] = with_derivatives_of(y[i], weights[i]);
     return results;
   }
   const auto results = ArqManyFunction::apply(weights, num_bits, channel_axes.vec());
@@ -147,7 +147,7 @@ Tensor lsq_fake_quantize_autograd(const Tensor& w, const Tensor& scale, int64_t 
                                   std::optional<int64_t> channel_axis, std::optional<double> grad_factor) {
   if (!under_functorch()) return LsqFunction::apply(w, scale, num_bits, channel_axis, grad_factor);
   const Tensor y = below_autograd([&] { return lsq_fake_quantize(w, scale, num_bits, channel_axis, grad_factor); });
-  return straight(y, LsqRule(w, scale, num_bits, channel_axis, grad_factor).forward(w, scale));
+  return with_derivatives_of(y, LsqRule(w, scale, num_bits, channel_axis, grad_factor).forward(w, scale));
 }
 
 Tensor lsq_fake_quantize_backward_autograd(const Tensor& grad, const Tensor& w, const Tensor& scale, int64_t num_bits,
@@ -155,7 +155,7 @@ Tensor lsq_fake_quantize_backward_autograd(const Tensor& grad, const Tensor& w, 
   Tensor d_scale =
       below_autograd([&] { return lsq_fake_quantize_backward(grad, w, scale, num_bits, channel_axis, grad_factor); });
   if (!needs_double_backward(grad)) return d_scale;
-  return straight(d_scale, LsqRule(w, scale, num_bits, channel_axis, grad_factor).backward_of_scale(grad));
+  return with_derivatives_of(d_scale, LsqRule(w, scale, num_bits, channel_axis, grad_factor).backward_of_scale(grad));
 }
 
 }  // namespace

@@ -37,7 +37,10 @@ inline std::vector<std::optional<int64_t>> check_weights(const char* op, at::Ten
   for (size_t i = 0; i < weights.size(); ++i) {
     check_floating(op, "a weight", weights[i]);
     check_device(op, "a weight", weights[i], "the others", weights[0]);
-    if (channel_axes[i] >= 0) axes[i] = check_axis(op, "channel axis", weights[i], channel_axes[i]);
+    if (channel_axes[i] == -1) continue;
+    TORCH_CHECK_INDEX(channel_axes[i] >= 0, op, ": channel axis ", channel_axes[i],
+                      " is out of range: -1 stands for none");
+    axes[i] = check_axis(op, "channel axis", weights[i], channel_axes[i]);
   }
   return axes;
 }

@@ -252,3 +252,28 @@ def test_a_count_of_batches_that_is_none(trained: Any, tmp_path: Path, count: fl
         restored.train()(small.SAMPLE)
     restored.eval()(small.SAMPLE)
     assert "scale_d" in job.record.read_text()
+
+
+class OnlyChild(nn.Module):
+    """A model whose names all start as a wrapper's would."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = getattr(self, self.name)(x)
+        return output
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
+def test_a_child_that_is_named_like_a_wrapper(tmp_path: Path, name: str, prefix: str) -> None:
+    x, files = torch.randn(2, 3, 9, 9), (str(tmp_path / "compress.cfg"), str(tmp_path / "record.txt"))
+    Path(files[0]).write_text(small.QUANT)
+    model = amct_ext.create_compressed_retrain_model(OnlyChild(name), x, *files)
+    model.train()(x)
+    torch.save({f"{prefix}{key}": value for key, value in model.state_dict().items()}, tmp_path / "model.pth")
+    restored = amct_ext.restore_compressed_retrain_model(OnlyChild(name), x, *files, str(tmp_path / "model.pth"))
+    assert_same_state(model, restored)

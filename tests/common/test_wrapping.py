@@ -35,7 +35,7 @@ def test_the_new_wrapper_has_the_settings_and_mode_of_the_old_one() -> None:
     settings = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "find_unused_parameters": True}
     original = DistributedDataParallel(nn.Linear(2, 2), **settings).eval()
     inner = nn.Linear(2, 3)
-    wrapped = wrap_like(original, inner)
+    wrapped = wrap_like(torch.compile(original), inner)  # type: ignore[arg-type]
     assert isinstance(wrapped, DistributedDataParallel) and wrapped.module is inner
     assert {name: getattr(wrapped, name) for name in settings} == settings
     assert not wrapped.training and not inner.training

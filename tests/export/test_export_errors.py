@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from amct_ext.export.write import export_plain, export_quantized
+from amct_ext.export.write import export_float, export_quantized
 from amct_ext.record.types import QuantRecord
 
 X = torch.ones(2, 3, 4, 4)
@@ -99,7 +99,7 @@ def test_records_that_do_not_fit(folder: Path, records: list[QuantRecord], error
 )
 def test_names_and_axes_that_do_not_fit(folder: Path, names: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        export_plain(Net(), X, f"{folder}/m", **names)
+        export_float(Net(), X, f"{folder}/m", **names)
     with pytest.raises(RuntimeError, match=message):
         export_quantized(Net(), X, [record()], {}, f"{folder}/m", **names)
 
@@ -110,11 +110,11 @@ def test_input_data_and_models_that_cannot_be_captured(folder: Path) -> None:
             return torch.linalg.svd(x).U if bool(x.sum() > 0) else -x
 
     with pytest.raises(RuntimeError, match="of type int"):
-        export_plain(Net(), 3, f"{folder}/m")
+        export_float(Net(), 3, f"{folder}/m")
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        export_plain(Net(), X[:, :2], f"{folder}/m")
+        export_float(Net(), X[:, :2], f"{folder}/m")
     with pytest.raises(RuntimeError, match=r"(?s)cannot be captured.*nor be traced: .*linalg_svd"):
-        export_plain(Decomposing(), X, f"{folder}/m")
+        export_float(Decomposing(), X, f"{folder}/m")
 
 
 def test_batchnorm_that_cannot_be_folded(folder: Path) -> None:
@@ -138,4 +138,4 @@ def test_weights_that_are_not_finite(folder: Path) -> None:
 
 def test_save_path_that_cannot_name_a_file(folder: Path) -> None:
     with pytest.raises(ValueError, match="241"):
-        export_plain(Net(), X, f"{folder}/{'m' * 242}")
+        export_float(Net(), X, f"{folder}/{'m' * 242}")

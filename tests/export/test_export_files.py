@@ -15,7 +15,7 @@ from support.models.export_models import PAIRS, Mixed, Tokens, build, nodes, rec
 from torch import nn
 
 from amct_ext.export.files import encode, write_files
-from amct_ext.export.write import export_plain, export_quantized
+from amct_ext.export.write import export_float, export_quantized
 
 
 def test_dynamic_axes_and_names_reach_both_files(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_external_tensors_of_names_that_a_file_name_cannot_tell_apart(tmp_path: 
     model = nn.Sequential()
     for name in names:
         model.add_module(name, nn.Linear(4, 4))
-    small = export_plain(model, x, f"{tmp_path}/small")[0]
+    small = export_float(model, x, f"{tmp_path}/small")[0]
     path = tmp_path / "big_fake_quant_model.onnx"
     files = encode(ir.load(small), path, "fakequant", limit=1)
     assert len({file.name.lower() for file in files}) == 1 + 2 * len(names)
@@ -60,7 +60,7 @@ def test_external_tensors_of_names_that_a_file_name_cannot_tell_apart(tmp_path: 
 
 def test_plain_export_writes_the_float_graph_twice(tmp_path: Path) -> None:
     model, x = build(Mixed)
-    fake_quant, deploy = export_plain(model, x, f"{tmp_path}/p", ["image"])
+    fake_quant, deploy = export_float(model, x, f"{tmp_path}/p", ["image"])
     assert fake_quant.read_bytes() == deploy.read_bytes()
     np.testing.assert_allclose(run(deploy, x), model(x).detach().numpy(), atol=1e-5)
     assert {"stem", "/Flatten", "fc"} <= set(nodes(deploy))
@@ -72,13 +72,13 @@ def test_files_folders_modes_and_silence(
     model, x = build(Tokens)
     monkeypatch.chdir(tmp_path)
     for save_path, name in (("", "deploy_model.onnx"), ("new/deep/", "new/deep/deploy_model.onnx")):
-        path = export_plain(model, x, save_path)[1]
+        path = export_float(model, x, save_path)[1]
         assert path.resolve() == tmp_path / name
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert capfd.readouterr() == ("", "")
-    export_plain(model, x, "")
+    export_float(model, x, "")
     assert any("overwritten" in message for message in caplog.messages)
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from amct_ext.export.write import export_plain, export_quantized
+from amct_ext.export.write import export_float, export_quantized
 from amct_ext.record.text import parse_record
 from amct_ext.record.types import QuantRecord, Record
 
@@ -142,7 +142,7 @@ def exported(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             if record.quant:
                 paths = export_quantized(model, sample, record.quant, pairs, prefix)
             else:
-                paths = export_plain(model.eval(), sample, prefix)
+                paths = export_float(model.eval(), sample, prefix)
             done[case] = Exported(record.quant, graphs, *paths, load.data(case), load.results(case))
         return done[case]
 

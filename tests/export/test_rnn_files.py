@@ -16,7 +16,7 @@ from support.jobs.rnn_job import Job, batch, evaluate, every_kind, optimizer_of,
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.activation_types import ClipRange
+from amct_ext.layers.activation.types import ForwardClips
 from amct_ext.record.text import parse_record, read_record
 
 
@@ -95,7 +95,7 @@ def test_export(
 
 
 def _left_alone(quantizer: nn.Module) -> Any:
-    def step(state: Tensor, clips: ClipRange, steps: list[tuple[Tensor, ...]]) -> Tensor:
+    def step(state: Tensor, clips: ForwardClips, steps: list[tuple[Tensor, ...]]) -> Tensor:
         steps.append(quantizer._quantize(state, clips))
         return state
 

@@ -187,6 +187,21 @@ def test_bad_activations_in_training(tmp_path: Path, when: str) -> None:
             amct_ext.save_compressed_retrain_model(model, str(job.record), str(tmp_path / "out" / "net"), small.SAMPLE)
 
 
+def test_one_bad_batch_raises_once(tmp_path: Path) -> None:
+    model = Job(tmp_path, small.QUANT).create()
+    train(model, optimizer_of(model), range(2))
+    x = small.batch(0)[0]
+    x[0, 0, 0, 0] = float("nan")
+    with torch.no_grad():
+        for each in model.modules():
+            if isinstance(each, torch.nn.BatchNorm2d):
+                each.eval()
+        model(x)
+    with rejected(tmp_path, RuntimeError, "stem", "more: conv1", "NaN or Inf"):
+        model.state_dict()
+    model.state_dict()
+
+
 def test_save_needs_an_up_to_date_record(tmp_path: Path) -> None:
     job = Job(tmp_path, small.QUANT)
     model = job.create()

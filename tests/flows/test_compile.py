@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import amct_ext
-from amct_ext.model_surgery import recording
+from amct_ext.model_surgery import record_factors
 
 X = torch.randn(3, 4, 6, 6)
 CONFIGS = ("quant", "learned", "two_batches", "filter_quant", "sparse_refreshed", "sparse_quant", "sparse_learned")
@@ -157,7 +157,7 @@ def test_recording_is_not_seen_by_dynamo(way: str, tmp_path: Path) -> None:
     if way != "of the forward":  # hooks run in the graph or between graphs, as Dynamo has it
         amct_ext.update_record(model)
     assert record.read_text().count("scale_d") == 3
-    recording.check_record(model, recording.build_record(model), "r")
+    record_factors.check_record(model, record_factors.build_record(model), "r")
 
 
 def test_a_record_after_compiled_evaluations(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import amct_ext
 from amct_ext.model_surgery.lookup import compressed_layers
-from amct_ext.model_surgery.recording import check_record
+from amct_ext.model_surgery.record_factors import check_record
 from amct_ext.record.text import parse_record
 
 RUNNABLE = [name for name in case_names() if name not in (*REJECTED, ACCEPTED)]
@@ -92,7 +92,7 @@ def test_created(case: Case) -> None:
     assert set(layers) == wrapped
     for sharer, owner in case.facts["reuse"].items():
         a, b = (layers[name.removesuffix(".quant_module")] for name in (sharer, owner))
-        assert a.activation is b.activation
+        assert a.input_quantizer is b.input_quantizer
     assert sum(layer.refs.shared_act_quant is not None for layer in layers.values()) == len(case.facts["reuse"])
 
 

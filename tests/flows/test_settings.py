@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> nn.Module:
 def settings(model: nn.Module) -> list[tuple[Any, ...]]:
     layers = [layer for _, layer in compressed_layers(model)]
     quantizers = [quantizer for layer in layers for quantizer in layer.own_quantizers]
-    return [(layer.integer is None,) for layer in layers] + [(q.validate_now, q.stash) for q in quantizers]
+    return [(layer.product_choice is None,) for layer in layers] + [(q.validate_now, q.stash) for q in quantizers]
 
 
 @pytest.mark.parametrize(

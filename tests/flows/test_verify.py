@@ -32,7 +32,7 @@ def test_numbers(pruned: nn.Module) -> None:
     assert comparison.error < 1e-5
     whole = sum(p.numel() for p in original.parameters())
     assert comparison.parameters_left == sum(p.numel() for p in pruned.parameters()) / whole
-    producers = [n for r in session_of(pruned).channel for n in r.producers if n.prune_index]
+    producers = [n for r in session_of(pruned).channel_records for n in r.producers if n.prune_index]
     assert comparison.removed == sum(len(node.prune_index) for node in producers) > 0
     assert comparison.channels == sum(node.end - node.begin for node in producers)
     assert str(comparison).startswith(f"{comparison.removed} of {comparison.channels} channels removed, ")

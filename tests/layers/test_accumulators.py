@@ -175,4 +175,4 @@ def test_only_as_many_batches_as_asked_for(tmp_path: Path) -> None:
     names = {event.key for event in profile.key_averages()}
     assert "amct_ext::integer_conv2d" in names
     assert "amct_ext::integer_conv2d_accumulators" not in names
-    assert layer.integer.pop_accumulators() is None
+    assert layer.product_choice.pop_accumulators() is None

@@ -11,6 +11,7 @@ from support.models import small
 from torch import nn
 
 import amct_ext
+from amct_ext.layers import classes
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.record.text import read_record
 
@@ -177,3 +178,9 @@ def test_compiled_model_agrees(tmp_path: Path, name: str) -> None:
     for (key, a), b in zip(eager.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, k=key: f"{k}: {m}")
     torch.testing.assert_close(evaluate(eager), evaluate(compiled), rtol=1e-4, atol=1e-4)
+
+
+def test_names_that_compressed_layers_set_are_reserved(tmp_path: Path) -> None:
+    """A user's subclass that has such a member stays float."""
+    layer = make(tmp_path, small.QUANT).conv1
+    assert vars(layer).keys() - vars(nn.Conv2d(1, 1, 1)).keys() - {*layer.own_children} == classes._INSTANCE_NAMES

@@ -16,7 +16,7 @@ from support.models.single_layer import SAMPLES
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.flows.saving import to_plain_model
+from amct_ext.flows.saving import to_float_form
 
 
 class Members:
@@ -106,7 +106,7 @@ def test_members_copies_and_state(tmp_path: Path, kind: str) -> None:
         restored = job.restore(net, x, state)
         assert torch.equal(restored.eval()(x), want)
         assert restored.layer.note == 9
-    plain = to_plain_model(model, x).model.layer
+    plain = to_float_form(model, x).model.layer
     assert type(plain) is user and plain.note == 9 and plain.made_up == 42
     assert not any(name in vars(plain) for name in ("refs", "layer_name", "sparsity"))
 
@@ -186,7 +186,7 @@ def test_classes_made_in_other_ways(tmp_path: Path, user: Any, config: str) -> N
         assert isinstance(other[0], user) and torch.equal(other(x), want)
         if user is Slotted:
             assert other[0].note == "n" and other[0].hidden() == 5
-    assert type(to_plain_model(model, x).model[0]) is user
+    assert type(to_float_form(model, x).model[0]) is user
     assert Registered.known == ["keyed"]
 
 
@@ -208,8 +208,8 @@ class Last(nn.Linear, metaclass=_NoMore):
     pass
 
 
-class Activated(nn.Linear):
-    activation = "relu"
+class Flagged(nn.Linear):
+    ready = True
 
 
 def with_attribute(*args: int) -> nn.Module:
@@ -220,7 +220,7 @@ def with_attribute(*args: int) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(OwnCopy, "__deepcopy__"), (Last, "no further classes"), (Activated, "activation"), (with_attribute, "sparsity")],
+    [(OwnCopy, "__deepcopy__"), (Last, "no further classes"), (Flagged, "'ready'"), (with_attribute, "sparsity")],
 )
 @pytest.mark.parametrize("config", ["quant", "sparse"])
 def test_what_cannot_be_derived_is_left_float_with_the_reason(

@@ -16,8 +16,8 @@ from support.models.deferred_model import Net, evaluated
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.deferred import DeferredTensor
 from amct_ext.layers.forward_tracker import ForwardTracker
+from amct_ext.layers.products.deferred_tensor import DeferredTensor
 from amct_ext.model_surgery.session import session_of
 
 ENDS = (RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,17 @@ def test_shift_bit_in_the_record_only_when_asked(tmp_path: Path) -> None:
         if expected:
             assert {e.key: list(e.shift_bit) for e in record.quant} == amct_ext.shift_bits(model)
             assert all(len(e.shift_bit) == len(e.scale_w) for e in record.quant)
+
+
+def test_a_batch_that_is_not_finite_is_forgotten_with_the_next_search(tmp_path: Path) -> None:
+    model = Job(tmp_path, small.QUANT).create()
+    train(model, optimizer_of(model), range(2))
+    twin = copy.deepcopy(model)
+    search = model.conv1.search_n.eval()
+    search.observe(torch.full((2, 16, 4, 4), torch.nan), model.conv1.deq_scale(), 1)
+    search.reset()
+    found = []
+    for each in (model, twin):
+        evaluate(each)
+        found.append(amct_ext.shift_bits(each))
+    assert found[0] == found[1]

@@ -14,7 +14,7 @@ from support.models import small
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from amct_ext.layers.sparsity import Sparsity
+from amct_ext.layers.weight.sparsity import Sparsity
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from support.models import small
 from torch import nn
 
 import amct_ext
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 from amct_ext.layers.shift_search import ShiftSearch
 
 

@@ -40,9 +40,9 @@ def test_a_load_makes_the_record_stale(tmp_path: Path) -> None:
     train(model, optimizer_of(model), range(1))
     model.eval()(small.batch(0)[0])
     session = session_of(model)
-    assert session.recorded is not None
+    assert session.recorded_state is not None
     model.load_state_dict(copy.deepcopy(model.state_dict()))
-    assert session.recorded is None and session.evaluated is None
+    assert session.recorded_state is None and session.evaluated_state is None
 
 
 def test_no_state_dict_is_taken_of_a_model_that_saw_nan(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from support.checks.onnx_run import run_onnx
 from torch import nn
 
 import amct_ext
-from amct_ext.layers.rnn import CompressedRNN
-from amct_ext.layers.rnn_stack import RecurrentStack
+from amct_ext.layers.recurrent.rnn import CompressedRNN
+from amct_ext.layers.recurrent.rnn_stack import RecurrentStack
 from amct_ext.model_surgery.lookup import compressed_layers
 
 QUANT = "retrain_data_quant_config { ulq_quantize { } }\nretrain_weight_quant_config { arq_retrain { } }\n"

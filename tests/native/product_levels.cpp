@@ -58,7 +58,8 @@ class Comparison {
     std::vector<int32_t> sums(kTileRows * kTileChannels, kUntouched);
     const Split split(kernel_, weights, blocks, taps, quads);
     expect(split.exact, "split weights are not the weights");
-    Tile t{pointers.data(), stride, taps, quads, {}, split.rests.empty() ? nullptr : split.rests.data(), sums.data()};
+    Tile t{pointers.data(), stride, taps, quads, {}, split.remainders.empty() ? nullptr : split.remainders.data(),
+           sums.data()};
     for (int b = 0; b < blocks; ++b) t.weights[b] = split.safe.data() + b * bytes;
     kernel_.sums(t, rows, blocks);
     for (int r = 0; r < kTileRows; ++r) {
@@ -124,8 +125,8 @@ class Comparison {
 
   struct Split {
     std::vector<int8_t> safe, second;
-    std::vector<std::vector<SplitRest::Place>> places;
-    std::vector<SplitRest> rests;
+    std::vector<std::vector<SplitRemainder::Position>> positions;
+    std::vector<SplitRemainder> remainders;
     bool exact = true;
 
     Split(const ProductKernel& kernel, const std::vector<int8_t>& weights, int blocks, int64_t taps, int64_t quads)
@@ -133,8 +134,8 @@ class Comparison {
       if (kernel.split_weights == nullptr) return;
       const int64_t count = taps * quads, bytes = count * kQuadBytes, vector_bytes = kQuadBytes / kernel.vectors;
       second.resize(weights.size());
-      places.resize(blocks * kMaxVectors);
-      rests.resize(blocks * kMaxVectors);
+      positions.resize(blocks * kMaxVectors);
+      remainders.resize(blocks * kMaxVectors);
       std::vector<int8_t> sum(weights.size());
       for (int b = 0; b < blocks; ++b) {
         std::vector<int32_t> indices(kMaxVectors * count);
@@ -145,7 +146,7 @@ class Comparison {
         kernel.split_weights(&weights[b * bytes], count, &safe[b * bytes], outputs);
         std::copy_n(&safe[b * bytes], bytes, &sum[b * bytes]);
         for (int v = 0; v < kernel.vectors; ++v) {
-          auto& list = places[b * kMaxVectors + v];
+          auto& list = positions[b * kMaxVectors + v];
           for (int64_t i = 0; i < outputs[v].count; ++i) {
             const int32_t index = outputs[v].indices[i];
             list.push_back({static_cast<int32_t>(index / quads), static_cast<int32_t>(index % quads)});
@@ -154,7 +155,7 @@ class Comparison {
             int8_t* to = &sum[b * bytes + index * kQuadBytes + v * vector_bytes];
             for (int64_t k = 0; k < vector_bytes; ++k) to[k] = static_cast<int8_t>(to[k] + from[k]);
           }
-          rests[b * kMaxVectors + v] = {list.data(), outputs[v].weights, outputs[v].count};
+          remainders[b * kMaxVectors + v] = {list.data(), outputs[v].weights, outputs[v].count};
         }
       }
       exact &= sum == weights && pairs_are_small(safe.data(), static_cast<int64_t>(safe.size()));

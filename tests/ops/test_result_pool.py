@@ -26,18 +26,18 @@ def nothing_idle() -> Iterator[None]:
     amct_ext.release_memory()
 
 
-def quantised(w: Tensor) -> Tensor:
+def quantized(w: Tensor) -> Tensor:
     return ops.arq_fake_quantize(w, 8, 0)[0]
 
 
 def test_the_weights_of_a_step_find_the_memory_of_the_step_before() -> None:
     weights = [torch.randn(256, 256 + 64 * i) for i in range(6)]
-    step = [quantised(w) for w in weights]  # alive at once, as they are until backward
+    step = [quantized(w) for w in weights]  # alive at once, as they are until backward
     addresses, values = [y.data_ptr() for y in step], [y.clone() for y in step]
     assert len(set(addresses)) == len(weights)
     while step:
         step.pop()  # backward lets the last layer go first
-    step = [quantised(w) for w in weights]
+    step = [quantized(w) for w in weights]
     assert [y.data_ptr() for y in step] == addresses
     assert all(same_bits(a, b) for a, b in zip(step, values, strict=True))
 
@@ -46,7 +46,7 @@ def test_every_large_result_of_a_weight_is_kept() -> None:
     w, scale = torch.randn(512, 512), torch.ones(512)
     mask = ops.mask_2to4(w, 1)
     ours = [
-        lambda: quantised(w),
+        lambda: quantized(w),
         lambda: ops.lsq_fake_quantize(w, scale, 8, 0),
         lambda: ops.apply_mask(w, mask),
         lambda: ops.sparse_arq_fake_quantize(w, mask, 8, 0)[0],
@@ -65,10 +65,10 @@ def test_every_large_result_of_a_weight_is_kept() -> None:
 
 def test_a_block_in_use_stays_where_it_is() -> None:
     w = torch.randn(300, 400)
-    first = quantised(w)
+    first = quantized(w)
     address, kept, view = first.data_ptr(), first.clone(), first[3:]
     del first
-    assert quantised(w).data_ptr() != address
+    assert quantized(w).data_ptr() != address
     assert same_bits(view, kept[3:])
     del view
     amct_ext.release_memory()
@@ -78,11 +78,11 @@ def test_a_block_in_use_stays_where_it_is() -> None:
 def test_what_lies_idle_is_bounded_and_the_oldest_goes_first() -> None:
     w = torch.ones(64 * MIB // 8 + 1, 2)  # a little more than 64 MiB: three fit into 256
     size = w.numel() * 4
-    results = [quantised(w) for _ in range(5)]
+    results = [quantized(w) for _ in range(5)]
     addresses = [y.data_ptr() for y in results]
     while results:
         results.pop(0)
-    assert [quantised(w).data_ptr() for _ in range(2)] == [addresses[-1]] * 2  # the last one is in the cache
+    assert [quantized(w).data_ptr() for _ in range(2)] == [addresses[-1]] * 2  # the last one is in the cache
     assert amct_ext.release_memory() == 3 * size
     del w
     for elements in (2**16 - 1, 2**26 + 1):  # below 256 KiB, above 256 MiB
@@ -100,8 +100,8 @@ def test_activations_keep_two_blocks_of_their_own() -> None:
 def test_results_move_elsewhere() -> None:
     w = torch.randn(300, 400)
     size = w.numel() * 4
-    expected = quantised(w).clone()
-    shared, resized, stored = quantised(w), quantised(w), io.BytesIO()
+    expected = quantized(w).clone()
+    shared, resized, stored = quantized(w), quantized(w), io.BytesIO()
     amct_ext.release_memory()
     shared.share_memory_()
     assert amct_ext.release_memory() == size
@@ -113,7 +113,7 @@ def test_results_move_elsewhere() -> None:
     torch.save(resized, stored)
     stored.seek(0)
     assert same_bits(torch.load(stored), expected.flatten()[:100].view(10, 10))
-    array = quantised(w).numpy()
+    array = quantized(w).numpy()
     assert same_bits(torch.from_numpy(array.copy()), expected)
     del resized, array
     assert amct_ext.release_memory() == 3 * size  # twice as long by now, and the array's
@@ -145,20 +145,20 @@ def test_threads_never_get_the_same_block() -> None:
 def test_memory_of_large_results_is_used_again_but_never_shared() -> None:
     high, low, none = torch.tensor(1.0), torch.tensor(-1.0), torch.tensor(math.nan)
 
-    def quantised(x: Tensor) -> Tensor:
+    def quantized(x: Tensor) -> Tensor:
         return ops.ulq_fake_quantize(x, high, low, none, none)[0]
 
     x = torch.randn(300, 400)
-    first = quantised(x)
+    first = quantized(x)
     address, kept = first.data_ptr(), first.clone()
-    others = [quantised(torch.randn(300, 400)) for _ in range(4)]
+    others = [quantized(torch.randn(300, 400)) for _ in range(4)]
     assert len({y.data_ptr() for y in (first, *others)}) == 5
     assert torch.equal(first, kept)
     view = first[3:]
     del first, others
-    assert quantised(x).data_ptr() != address  # a view still holds it
+    assert quantized(x).data_ptr() != address  # a view still holds it
     del view
-    smaller = quantised(x[:250])
+    smaller = quantized(x[:250])
     assert smaller.data_ptr() == address
     assert torch.equal(smaller, kept[:250])
     smaller.resize_(600, 400)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import amct_ext
 from amct_ext import ops
-from amct_ext.layers import activation_quantizer, sparsity, weight_quantizer
+from amct_ext.layers.activation import quantizer as activation_quantizer
+from amct_ext.layers.weight import quantizer as weight_quantizer
+from amct_ext.layers.weight import sparsity
 
 PLAIN = PlainOps()
 _NAN = torch.tensor(math.nan)

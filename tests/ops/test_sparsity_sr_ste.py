@@ -35,11 +35,11 @@ def test_special_values_in_rows_of_every_length(dtype: torch.dtype, device: torc
             assert same_bits(expected, ops.sr_ste_backward(grad, w, mask, decay)), w.shape
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_the_gradient_reaches_masked_weights_which_decay(quantised: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_gradient_reaches_masked_weights_which_decay(quantized: bool, device: torch.device) -> None:
     w = torch.randn(4, 8, 3, 3, device=device).requires_grad_()
     mask = ops.mask_2to4(w.detach())
-    y = ops.sparse_arq_fake_quantize_sr_ste(w, mask, 8, 0, 0.5)[0] if quantised else ops.apply_mask_sr_ste(w, mask, 0.5)
+    y = ops.sparse_arq_fake_quantize_sr_ste(w, mask, 8, 0, 0.5)[0] if quantized else ops.apply_mask_sr_ste(w, mask, 0.5)
     g = torch.randn_like(y)
     y.backward(g)
     torch.testing.assert_close(w.grad, g + 0.5 * w.detach() * ~mask)

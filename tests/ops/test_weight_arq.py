@@ -168,5 +168,9 @@ def test_bad_axes_of_many_weights_are_refused() -> None:
     w = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="one axis"):
         ops.arq_fake_quantize_many([w], 8, [0, 0])
-    with pytest.raises(IndexError, match="out of range"):
-        ops.arq_fake_quantize_many([w], 8, [2])
+    for axis in (2, -3):
+        with pytest.raises(IndexError, match="out of range"):
+            ops.arq_fake_quantize_many([w], 8, [axis])
+    for op in (torch.ops.amct_ext.arq_fake_quantize_many, arq.arq_fake_quantize_many_reference):
+        with pytest.raises(IndexError, match="-2 is out of range"):
+            op([w], 8, [-2])

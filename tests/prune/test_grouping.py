@@ -58,7 +58,7 @@ def test_groups_that_lose_alike_are_linked():
     one, two, *_ = groups(grouped_concat(), image())
     assert one.tied_groups == [one, two] == two.tied_groups
     assert one.subgroups.tolist() == [0] * 6 and two.subgroups.tolist() == [1] * 6
-    assert one.equal_subgroups is None
+    assert one.num_equal_subgroups is None
 
 
 def test_linked_groups_lose_in_proportion():
@@ -119,4 +119,4 @@ def test_parts_that_cannot_lose_alike_keep_their_channels():
               out=conv(8, 2))  # fmt: skip
     first, second, _ = groups(net, image())
     assert first.frozen_reason == "grouped needs equally many of the channels in each of its parts"
-    assert second.equal_subgroups == 2 and not second.frozen_reason
+    assert second.num_equal_subgroups == 2 and not second.frozen_reason

@@ -31,11 +31,11 @@ def test_a_record_and_its_group_say_the_same() -> None:
     assert record.producers[0].prune_index == (1, 3) and record.producers[0].prune_group == 2
     assert record.consumers[0].prune_index == (5, 6, 7, 11, 12, 13) and record.consumers[0].prune_group is None
     again = ChannelGroup.of(record)
-    assert again.count == 4 and again.equal_subgroups == 2
+    assert again.count == 4 and again.num_equal_subgroups == 2
     assert again.producers == channels.producers and again.consumers == channels.consumers
 
 
 def test_only_equal_blocks_one_after_another_are_written() -> None:
-    assert ChannelGroup(4, [], [], torch.tensor([0, 1, 0, 1])).equal_subgroups is None
-    assert ChannelGroup(4, [], [], torch.tensor([0, 0, 0, 1])).equal_subgroups is None
-    assert ChannelGroup(4, [], [], torch.tensor([0, 0, 0, 0])).equal_subgroups is None
+    assert ChannelGroup(4, [], [], torch.tensor([0, 1, 0, 1])).num_equal_subgroups is None
+    assert ChannelGroup(4, [], [], torch.tensor([0, 0, 0, 1])).num_equal_subgroups is None
+    assert ChannelGroup(4, [], [], torch.tensor([0, 0, 0, 0])).num_equal_subgroups is None

@@ -53,9 +53,9 @@ def pruned(net, data, ratio):
     found = discover(graph, plan, net)
     whole, asked = copy.deepcopy(net), []
 
-    def choose(demands):
-        asked.extend(demands)
-        again = discover(graph, plan, net, demands)
+    def choose(equal_removals):
+        asked.extend(equal_removals)
+        again = discover(graph, plan, net, equal_removals)
         return again, plan_channels(again, plan, net)
 
     kept = apply_channels(net, found, plan_channels(found, plan, net), data, choose=choose)
@@ -80,7 +80,7 @@ def test_all_lose_alike(way, ratio):
 def test_what_is_demanded_is_told():
     torch.manual_seed(0)
     _, asked = pruned(Block("input").eval(), torch.randn(2, 5, 6), 0.3)
-    assert asked and all(len(demand.rows) > 1 and demand.where.startswith("/attention/") for demand in asked)
+    assert asked and all(len(each.rows) > 1 and each.where.startswith("/attention/") for each in asked)
 
 
 def test_a_demand_that_cannot_be_met_is_not_made():

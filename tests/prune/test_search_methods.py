@@ -238,21 +238,21 @@ def test_greedy_equals_its_definition() -> None:
     while cost.original / cost(removed) < 1.5:
         steps = []
         for index, group in enumerate(found):
-            blocks = group.equal_subgroups or 1
+            num_subgroups = group.num_equal_subgroups or 1
             further = [*removed]
-            further[index] += blocks
+            further[index] += num_subgroups
             if further[index] < group.count:
-                rows = scores[index].reshape(blocks, -1).sort(1).values
-                loss = rows[:, removed[index] // blocks].double().sum().item()
+                rows = scores[index].reshape(num_subgroups, -1).sort(1).values
+                loss = rows[:, removed[index] // num_subgroups].double().sum().item()
                 steps.append((loss / (cost(removed) - cost(further)), further))
         removed = min(steps)[1]
     kept = amct_ext.GreedySearch().channel_prune_search(graph_info(works), records, (1.5, False, 1.0))
     for group, values, count in zip(found, scores, removed, strict=True):
-        blocks = group.equal_subgroups or 1
+        num_subgroups = group.num_equal_subgroups or 1
         for member in group.producers:
-            flags = torch.tensor(kept[member.name]).reshape(blocks, -1)
-            assert (flags == 0).sum(1).tolist() == [count // blocks] * blocks
-            rows = values.reshape(blocks, -1)
+            flags = torch.tensor(kept[member.name]).reshape(num_subgroups, -1)
+            assert (flags == 0).sum(1).tolist() == [count // num_subgroups] * num_subgroups
+            rows = values.reshape(num_subgroups, -1)
             assert rows[flags == 0].numel() == 0 or all(
                 row[flag == 0].max() <= row[flag == 1].min() for row, flag in zip(rows, flags, strict=True)
             )

@@ -17,7 +17,7 @@ from amct_ext.prune.selection import importance, least_important, removal_count
 
 
 @pytest.mark.parametrize(
-    ("channels", "ratio", "ascend", "blocks", "count"),
+    ("channels", "ratio", "ascend", "num_subgroups", "count"),
     [
         (20, 0.25, False, 1, 5),
         (20, 0.25, True, 1, 4),
@@ -30,8 +30,8 @@ from amct_ext.prune.selection import importance, least_important, removal_count
         (8, 0.9, False, 4, 4),
     ],
 )
-def test_removal_count(channels, ratio, ascend, blocks, count):
-    assert removal_count(channels, ratio, ascend, blocks) == count
+def test_removal_count(channels, ratio, ascend, num_subgroups, count):
+    assert removal_count(channels, ratio, ascend, num_subgroups) == count
 
 
 def test_equal_filters_go_in_order_and_have_no_say_among_others():

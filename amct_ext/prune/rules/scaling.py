@@ -55,9 +55,9 @@ def origin_of(
         norm, scaled = node.op in (*LAYER_NORMS, GROUP_NORM), scalar(node)
         if norm or (node.op == "mul" and scaled is None):
             found = [node.args.get(name) for name in (("weight", "bias") if norm else ("self", "other"))]
-            factors = [item for item in found if isinstance(item, Value) and item.kind == "parameter"]
-            alone = factors and all(len(item.consumers) == 1 and len(item.shape) == 1 for item in factors)
-            return Origin(tuple(item.name for item in factors), tuple(passed)) if alone else None
+            multipliers = [item for item in found if isinstance(item, Value) and item.kind == "parameter"]
+            alone = multipliers and all(len(item.consumers) == 1 and len(item.shape) == 1 for item in multipliers)
+            return Origin(tuple(item.name for item in multipliers), tuple(passed)) if alone else None
         source = scaled[0] if scaled is not None else node.inputs[0] if node.op in _MOVES else None
         if source is None:
             return None

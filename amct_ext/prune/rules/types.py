@@ -28,7 +28,7 @@ class LayerLookup(Protocol):
     def mark_produced(self, node: Node, weight: Value, ids: Tensor) -> None:
         """The node's output channels are rows of this weight: those of a layer that the plan may prune."""
 
-    def mark_read(self, node: Node, parameter: Value, ids: Tensor, group: int | None = None) -> None:
+    def mark_read(self, node: Node, parameter: Value, ids: Tensor, num_groups: int | None = None) -> None:
         """The node reads channels by a layer's parameter."""
 
     def can_scale_output(self, node: Node) -> bool:

@@ -68,6 +68,7 @@ AMCT_INLINE void with_output_gradient(const ActivationParams& a, const UlqBackwa
 // values before they are added to float64, which bounds their error.
 struct LaneSums {
   static constexpr int kWidth = CascadeSum<float>::kWidth, kSteps = CascadeSum<float>::kSteps;
+  static_assert(kWidth <= kStripPadding);
   alignas(64) float partial[kWidth] = {};
   Vec<double> lanes[kWidth / kLanes<double>] = {};
 
@@ -184,7 +185,7 @@ void batch_norm_sums_rows(const float* grad, const float* x, int64_t rows, int64
 template <typename Output, typename Coefficient>
 struct InputGradient {
   const Output& output;
-  Coefficient factor, shift, mean, mean_gradient, slope;
+  Coefficient factor, shift, mean, mean_gradient, variance_gradient;
 
   template <typename Channels>
   AMCT_INLINE InputGradient(const Output& function, const Channels& p)
@@ -193,12 +194,12 @@ struct InputGradient {
         shift(p.shift),
         mean(p.mean),
         mean_gradient(p.mean_gradient),
-        slope(p.slope) {}
+        variance_gradient(p.variance_gradient) {}
 
   AMCT_INLINE void operator()(const float* grad, const float* x, float* dx, int64_t c) const {
     const FloatVec v = load<FloatVec>(x);
     const FloatVec dz = output(fma(v, factor[c], shift[c]), load<FloatVec>(grad));
-    store(dx, (dz - mean_gradient[c] - (v - mean[c]) * slope[c]) * factor[c]);
+    store(dx, (dz - mean_gradient[c] - (v - mean[c]) * variance_gradient[c]) * factor[c]);
   }
   // Less than a vector.
   AMCT_INLINE void operator()(const float* grad, const float* x, float* dx, int64_t c, int64_t count) const {

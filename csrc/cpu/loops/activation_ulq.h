@@ -13,7 +13,7 @@ namespace {
 template <typename T>
 struct UlqQuantizer {
   using A = Acc<T>;
-  Vec<A> scale, inverse, offset, lowest, highest, lowest_step, highest_step, signed_zero, zero = {};
+  Vec<A> scale, inverse, offset, lowest, highest, lowest_shifted, highest_shifted, signed_zero, zero = {};
   bool usable;
 
   AMCT_INLINE UlqQuantizer(math::Affine<A> affine, const Reciprocal<A>& recip, A low, A high)
@@ -22,8 +22,8 @@ struct UlqQuantizer {
         offset(broadcast(affine.offset)),
         lowest(broadcast(low)),
         highest(broadcast(high)),
-        lowest_step(broadcast(low - affine.offset)),
-        highest_step(broadcast(high - affine.offset)) {
+        lowest_shifted(broadcast(low - affine.offset)),
+        highest_shifted(broadcast(high - affine.offset)) {
     const bool plus_zero = bit_cast<Bits<A>>(affine.offset) == 0;
     signed_zero = broadcast(plus_zero ? A(-0.0) : A(0.0));
     // With an offset of +0 results keep the sign of zero, which a product that underflows would lose.
@@ -42,7 +42,7 @@ struct UlqQuantizer {
   AMCT_INLINE Vec<A> fast(Vec<A> v, Mask<A>& max_distance) const {
     const Vec<A> t = mul_add_zero(v, inverse, zero), code = round_even(t);
     max_distance = max(abs_bits<A>(t - code), max_distance);
-    return mul_add_zero(clamp(code, lowest_step, highest_step), scale, signed_zero);
+    return mul_add_zero(clamp(code, lowest_shifted, highest_shifted), scale, signed_zero);
   }
 };
 
@@ -72,12 +72,12 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
   const UlqQuantizer<T> quantizer(affine, recip, lowest, highest);
   if (!quantizer.usable) return !by_element(0, n);
 
-  constexpr int kGroup = 2 * kLanes2<T>;
-  const int64_t whole = n / kGroup * kGroup;
+  constexpr int kStep = 2 * kLanes2<T>;
+  const int64_t whole = n / kStep * kStep;
   bool good = true;
-  for (int64_t i = 0; i < whole; i += kGroup) {
-    prefetch<kGroup * sizeof(T)>(x + i, kPrefetchDistance);
-    prefetch<kGroup * sizeof(T)>(y + i, kPrefetchDistance);
+  for (int64_t i = 0; i < whole; i += kStep) {
+    prefetch<kStep * sizeof(T)>(x + i, kPrefetchDistance);
+    prefetch<kStep * sizeof(T)>(y + i, kPrefetchDistance);
     Mask<A> max_distance = {};
     const auto quantize2 = [&](const T* from, T* to) __attribute__((always_inline)) {
       const Vec2<T> v = load2(from);
@@ -88,10 +88,10 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
     if (__builtin_expect(any_ge<A>(max_distance, recip.max_safe_distance), 0)) {
       // Values that are not finite have NaN as their distance.
       if (any_ge<A>(max_distance, bit_cast<A>(Traits<A>::kInfBits))) {
-        good &= by_element(i, i + kGroup);
+        good &= by_element(i, i + kStep);
         continue;
       }
-      for (int64_t k = i; k < i + kGroup; k += kLanes2<T>) {
+      for (int64_t k = i; k < i + kStep; k += kLanes2<T>) {
         const Vec2<T> v = load2(x + k);
         store2(y + k, Vec2<T>{quantizer.exact(v.first), quantizer.exact(v.second)});
       }
@@ -100,15 +100,13 @@ bool ulq_forward(const void* x_, void* y_, int64_t n, const UlqForwardParams& p)
   return !(good & by_element(whole, n));
 }
 
-// One long function: its lambdas share constants and sums, and the compiler keeps them in registers.
-template <typename T>
+// The sums and, with kWriteDx, dx. One long function: its lambdas share constants and sums, and the compiler keeps them
+// in registers.
+template <typename T, bool kWriteDx>
 // NOLINTNEXTLINE(readability-function-size)
-void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
+void ulq_gradients(const T* grad, const T* x, T* dx, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
   using A = Acc<T>;
-  constexpr int kWidth = CascadeSum<A>::kWidth, kStep = kWidth * CascadeSum<A>::kSteps;
-  const T* grad = static_cast<const T*>(grad_);
-  const T* x = static_cast<const T*>(x_);
-  T* dx = static_cast<T*>(dx_);
+  constexpr int kWidth = CascadeSum<A>::kWidth, kChunk = kWidth * CascadeSum<A>::kSteps;
   const Vec<A> scale = broadcast(static_cast<A>(p.scale)), clip_max = broadcast(static_cast<A>(p.clip_max)),
                clip_min = broadcast(static_cast<A>(p.clip_min)), upper = broadcast(static_cast<A>(p.upper)),
                lower = broadcast(static_cast<A>(p.lower)), infinity = broadcast(bit_cast<A>(Traits<A>::kInfBits));
@@ -124,11 +122,11 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
     below.add(lane, zero_unless(under, g));
     return ~(over | under);
   };
-  bool clipped;  // whether a value of the step was clipped
-  const auto group = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
+  bool clipped;  // whether a value of the chunk was clipped
+  const auto step = [&](const T* gs, const T* xs, T* ds) __attribute__((always_inline)) {
     prefetch<kWidth * sizeof(T)>(gs, kPrefetchDistance);
     prefetch<kWidth * sizeof(T)>(xs, kPrefetchDistance);
-    prefetch<kWidth * sizeof(T)>(ds, kPrefetchDistance);
+    if constexpr (kWriteDx) prefetch<kWidth * sizeof(T)>(ds, kPrefetchDistance);
     Vec<A> largest = -infinity, smallest = infinity;
     for (int k = 0; k < kWidth; k += kLanes2<T>) {
       const Vec2<T> v = load2(xs + k);
@@ -142,7 +140,7 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
         const Vec2<T> v = load2(xs + k), g = load2(gs + k);
         const Mask<A> first = add_clipped(lane_of<T>(k), v.first, g.first),
                       second = add_clipped(lane_of<T>(k + kSecondStart<T>), v.second, g.second);
-        copy2_masked(ds + k, gs + k, first, second);
+        if constexpr (kWriteDx) copy2_masked(ds + k, gs + k, first, second);
       }
       return;
     }
@@ -151,20 +149,22 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
       const Vec2<T> v = load2(xs + k), g = load2(gs + k);
       add_error(lane_of<T>(k), v.first, g.first);
       add_error(lane_of<T>(k + kSecondStart<T>), v.second, g.second);
-      for (int i = 0; i < kLanes2<T>; i += kLanes<T>) store(ds + k + i, load_bits(gs + k + i));
+      if constexpr (kWriteDx) {
+        for (int i = 0; i < kLanes2<T>; i += kLanes<T>) store(ds + k + i, load_bits(gs + k + i));
+      }
     }
   };
-  for (int64_t begin = 0; begin < n; begin += kStep) {
-    const int64_t end = n - begin < kStep ? n : begin + kStep;
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = n - begin < kChunk ? n : begin + kChunk;
     int64_t i = begin;
     clipped = false;
-    for (; i + kWidth <= end; i += kWidth) group(grad + i, x + i, dx + i);
+    for (; i + kWidth <= end; i += kWidth) step(grad + i, x + i, kWriteDx ? dx + i : nullptr);
     if (i < end) {
       T gs[kWidth] = {}, xs[kWidth] = {}, ds[kWidth];
       __builtin_memcpy(gs, grad + i, (end - i) * sizeof(T));
       __builtin_memcpy(xs, x + i, (end - i) * sizeof(T));
-      group(gs, xs, ds);
-      __builtin_memcpy(dx + i, ds, (end - i) * sizeof(T));
+      step(gs, xs, ds);
+      if constexpr (kWriteDx) __builtin_memcpy(dx + i, ds, (end - i) * sizeof(T));
     }
     error.flush();
     if (clipped) {
@@ -175,6 +175,44 @@ void ulq_backward(const void* grad_, const void* x_, void* dx_, int64_t n, const
   out.rounding_error += error.sums.total();
   out.above += above.sums.total();
   out.below += below.sums.total();
+}
+
+template <typename T>
+void ulq_backward(const void* grad, const void* x, void* dx, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
+  ulq_gradients<T, true>(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<T*>(dx), n, p, out);
+}
+
+void ulq_clip_sums(const float* grad, const float* x, int64_t n, const UlqBackwardParams& p, UlqSums& out) {
+  ulq_gradients<float, false>(grad, x, nullptr, n, p, out);
+}
+
+void ulq_relu_backward(const float* grad, const float* y, const float* addend, float* dx, int64_t n,
+                       const UlqBackwardParams& p) {
+  constexpr int kStep = kLanes<float>;
+  const Vec<float> upper = broadcast(static_cast<float>(p.upper)), lower = broadcast(static_cast<float>(p.lower));
+  // Comparisons let NaN pass, as those of the two ops do.
+  const auto step = [&](const float* gs, const float* ys, const float* more, float* to) __attribute__((always_inline)) {
+    const Vec<float> v = load<Vec<float>>(ys);
+    Vec<float> g = zero_unless(~((v > upper) | (v < lower)), load<Vec<float>>(gs));
+    if (more) g = load<Vec<float>>(more) + g;
+    store(to, zero_unless(~(v <= Vec<float>{}), g));
+  };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    prefetch<kVecBytes>(grad + i, kPrefetchDistance);
+    prefetch<kVecBytes>(y + i, kPrefetchDistance);
+    prefetch<kVecBytes>(dx + i, kPrefetchDistance);
+    step(grad + i, y + i, addend ? addend + i : nullptr, dx + i);
+  }
+  if (i < n) {
+    const size_t bytes = static_cast<size_t>(n - i) * sizeof(float);
+    float gs[kStep] = {}, ys[kStep] = {}, addends[kStep] = {}, ds[kStep];
+    __builtin_memcpy(gs, grad + i, bytes);
+    __builtin_memcpy(ys, y + i, bytes);
+    if (addend) __builtin_memcpy(addends, addend + i, bytes);
+    step(gs, ys, addend ? addends : nullptr, ds);
+    __builtin_memcpy(dx + i, ds, bytes);
+  }
 }
 
 }  // namespace

@@ -24,12 +24,12 @@ constexpr int64_t kVectorBytes = kQuadBytes / kVectors;
 #if !defined(AMCT_OWN_MICROKERNEL)
 // The second summands of split weights.
 template <int R, int V>
-AMCT_INLINE void add_rests(const Tile& t, Sums (&sums)[R][V]) {
+AMCT_INLINE void add_remainders(const Tile& t, Sums (&sums)[R][V]) {
   for (int v = 0; v < V; ++v) {
-    const SplitRest& rest = t.rests[v / kVectors * kMaxVectors + v % kVectors];
+    const SplitRemainder& rest = t.remainders[v / kVectors * kMaxVectors + v % kVectors];
     for (int64_t i = 0; i < rest.count; ++i) {
-      const uint8_t* const* rows = t.rows + rest.places[i].tap * t.rows_stride;
-      const int64_t at = 4 * int64_t{rest.places[i].quad};
+      const uint8_t* const* rows = t.rows + rest.positions[i].tap * t.rows_stride;
+      const int64_t at = 4 * int64_t{rest.positions[i].quad};
       const auto w = load_quads(rest.weights + i * kVectorBytes);
       for (int r = 0; r < R; ++r) sums[r][v] = add_dot4(sums[r][v], broadcast4(rows[r] + at), w);
     }
@@ -61,7 +61,7 @@ void microkernel(const Tile& t) {
     }
   }
   if constexpr (kSplits) {
-    if (t.rests != nullptr) add_rests<R, kSums>(t, sums);
+    if (t.remainders != nullptr) add_remainders<R, kSums>(t, sums);
   }
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < kSums; ++v)

@@ -32,7 +32,7 @@ AMCT_INLINE Sums add_dot4(Sums sums, Quads x, Quads w) {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* rests) {
+void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* remainders) {
   constexpr int64_t kBytes = kQuadBytes / kVectors;
   const __m256i ones = _mm256_set1_epi8(1), most = _mm256_set1_epi16(kMaxPairSum), sign = _mm256_set1_epi8(-128);
   for (int64_t q = 0; q < quads; ++q) {
@@ -44,8 +44,8 @@ void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutp
         // Half of each weight, rounded down: a shift of unsigned bytes.
         const __m256i bytes = _mm256_and_si256(_mm256_srli_epi16(_mm256_xor_si256(w, sign), 1), _mm256_set1_epi8(127));
         first = _mm256_blendv_epi8(w, _mm256_sub_epi8(bytes, _mm256_set1_epi8(64)), large);
-        rests[v].indices[rests[v].count] = static_cast<int32_t>(q);
-        store(rests[v].weights + rests[v].count++ * kBytes, _mm256_sub_epi8(w, first));
+        remainders[v].indices[remainders[v].count] = static_cast<int32_t>(q);
+        store(remainders[v].weights + remainders[v].count++ * kBytes, _mm256_sub_epi8(w, first));
       }
       store(safe + q * kQuadBytes + v * kBytes, first);
     }

@@ -30,7 +30,7 @@ AMCT_INLINE Sums add_dot4(Sums sums, Quads x, Quads w) {
   return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 
-void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* rests) {
+void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutput* remainders) {
   const __m512i ones = _mm512_set1_epi8(1), most = _mm512_set1_epi16(kMaxPairSum), sign = _mm512_set1_epi8(-128);
   for (int64_t q = 0; q < quads; ++q) {
     const __m512i w = _mm512_loadu_si512(weights + q * kQuadBytes);
@@ -40,8 +40,8 @@ void split_weights(const int8_t* weights, int64_t quads, int8_t* safe, SplitOutp
       // Half of each weight, rounded down: a shift of unsigned bytes.
       const __m512i bytes = _mm512_and_si512(_mm512_srli_epi16(_mm512_xor_si512(w, sign), 1), _mm512_set1_epi8(127));
       first = _mm512_mask_mov_epi16(w, large, _mm512_sub_epi8(bytes, _mm512_set1_epi8(64)));
-      rests->indices[rests->count] = static_cast<int32_t>(q);
-      _mm512_storeu_si512(rests->weights + rests->count++ * kQuadBytes, _mm512_sub_epi8(w, first));
+      remainders->indices[remainders->count] = static_cast<int32_t>(q);
+      _mm512_storeu_si512(remainders->weights + remainders->count++ * kQuadBytes, _mm512_sub_epi8(w, first));
     }
     _mm512_storeu_si512(safe + q * kQuadBytes, first);
   }

@@ -1,11 +1,30 @@
-// Every loop that is compiled for each element type: AMCT_LOOP(result, name, parameters); for float32 alone:
-// AMCT_FLOAT_LOOP. No include guard: cpu/loop_table.h makes the list pointers, table.cpp fills them with name<T> or
-// name; each defines the two macros for that.
+// Every loop, and the headers that they are in. Included three times: with AMCT_LOOP_HEADERS for the headers; by
+// cpu/loop_table.h, which makes the list pointers, and by table.cpp, which fills them with name<T> or name. Those two
+// define AMCT_LOOP(result, name, parameters) for loops that are compiled for each element type, and AMCT_FLOAT_LOOP for
+// those of float32 alone. No include guard.
+#ifdef AMCT_LOOP_HEADERS
+#include "cpu/loops/activation_batch_norm.h"
+#include "cpu/loops/activation_batch_norm_backward.h"
+#include "cpu/loops/activation_ulq.h"
+#include "cpu/loops/calibration_search.h"
+#include "cpu/loops/calibration_shift.h"
+#include "cpu/loops/integer_codes.h"
+#include "cpu/loops/sparsity_mask.h"
+#include "cpu/loops/weight_lsq.h"
+#include "cpu/loops/weight_quantize.h"
+#include "cpu/loops/weight_range.h"
+#include "cpu/loops/weight_scale_search.h"
+#else
 
-// True: a value is not finite.
 AMCT_LOOP(bool, ulq_forward, (const void* x, void* y, int64_t n, const UlqForwardParams&))
 AMCT_LOOP(void, ulq_backward,
           (const void* grad, const void* x, void* dx, int64_t n, const UlqBackwardParams&, UlqSums&))
+// The sums alone.
+AMCT_FLOAT_LOOP(void, ulq_clip_sums, (const float* grad, const float* x, int64_t n, const UlqBackwardParams&, UlqSums&))
+// Through a quantiser and the ReLU before it, whose result is y; an addend may be null.
+AMCT_FLOAT_LOOP(void, ulq_relu_backward,
+                (const float* grad, const float* y, const float* addend, float* dx, int64_t n,
+                 const UlqBackwardParams&))
 // Codes + 128; same result.
 AMCT_LOOP(bool, ulq_codes, (const void* x, uint8_t* y, int64_t n, const UlqForwardParams&))
 
@@ -77,3 +96,5 @@ AMCT_FLOAT_LOOP(void, batch_norm_dx_plane,
 AMCT_FLOAT_LOOP(void, batch_norm_dx_rows,
                 (const float* grad, const float* x, float* dx, int64_t rows, int64_t channels, const BatchNormRows&,
                  const ActivationParams&, const UlqBackwardParams*))
+
+#endif

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_ext.common.layer_kinds import Family, is_depthwise, kind_of
+from amct_ext.common.layer_kinds import LayerFamily, is_depthwise, kind_of
 from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune
 from amct_ext.graph.inputs import parse_inputs
@@ -61,11 +61,11 @@ def masked(model: nn.Module, records: tuple[ChannelRecord, ...]) -> nn.Module:
                 kind = None if module is None else kind_of(module)
                 if kind is None or is_depthwise(module):
                     continue
-                if kind.family is Family.LINEAR:
+                if kind.family is LayerFamily.LINEAR:
                     module.weight[:, removed_mask] = 0
-                elif kind.family is Family.TRANSPOSED_CONV:
+                elif kind.family is LayerFamily.TRANSPOSED_CONV:
                     module.weight[removed_mask] = 0
-                elif kind.family is Family.CONV:
+                elif kind.family is LayerFamily.CONV:
                     inputs = module.in_channels // module.groups
                     outputs = module.out_channels // module.groups
                     for channel in removed_mask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from amct_ext.layers.activation_quantizer import ActivationQuantizer
+from amct_ext.layers.activation.quantizer import ActivationQuantizer
 
 
 def quantizers(model: nn.Module) -> list[ActivationQuantizer]:

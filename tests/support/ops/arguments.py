@@ -64,6 +64,11 @@ def arguments(op: str, device: torch.device) -> list[tuple[object, ...]]:
             (grad.half(), w, high, low),
             (grad.double(), w, high, low),
         ],
+        "ulq_clip_gradients": [(grad, w, high, low), (grad, w[:, ::2].repeat(1, 2, 1, 1), high, low, 4)],
+        "ulq_relu_backward": [
+            (grad, w.relu(), None, high, low),
+            (grad, w.relu(), scales[:, None, None, None] * w, high, low, 4),
+        ],
         "batch_norm_statistics_": [
             (w, norm[1].clone(), norm[2].clone(), 0.1, 1e-5),
             (w[:, :, 0, 0], None, None, 0.1, 1e-5),

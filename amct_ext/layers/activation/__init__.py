@@ -1,0 +1,1 @@
+"""Fake quantisation of a layer's input: calibration, the search for its range, clips, what backward keeps."""

@@ -1,0 +1,1 @@
+"""What follows a convolution in training, in one pass (docs/design/fusion.md)."""

@@ -1,0 +1,1 @@
+"""Products on integers and on packed floats, and what is computed in their pass (docs/design/integer.md)."""

@@ -1,0 +1,51 @@
+"""Which layers and inputs can take the integer forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from amct_ext.layers.compressed import CompressedLayer
+from amct_ext.layers.forward_context import traced_or_transformed
+from amct_ext.layers.lazy_tensor import LazyTensor
+from amct_ext.layers.products.integer_ops import conv_padding
+
+_MAX_REDUCTION = 65793  # weights per output channel: 255 * 128 * 65793 fits a 32-bit sum
+
+
+def unsupported_reason(layer: CompressedLayer) -> str | None:
+    """Why no input can take the integer forward of ``layer``; None where one can."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        return "no integer kernel for this type"
+    if layer.refs.product is not None:
+        return "a forward of its class's own"
+    if layer.weight_quant is None or layer.input_quantizer is None:
+        return "not quantised"
+    if max(layer.weight_quant.num_bits, layer.input_quantizer.num_bits) > 8:
+        return "more than 8 bits"
+    if layer.weight[0].numel() > _MAX_REDUCTION:
+        return "sums may exceed 32 bits"
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            return "groups"
+        if layer.padding_mode != "zeros" or conv_padding(layer) is None:
+            return "padding"
+    return None
+
+
+def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
+    """Whether input and weight are plain float32 on the CPU, outside of compilers and autocast, with values."""
+    if traced_or_transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (type(x) in (Tensor, nn.Parameter) or isinstance(x, LazyTensor)):
+        return False
+    if type(layer.weight) not in (Tensor, nn.Parameter):
+        return False
+    if x.dtype != torch.float32 or layer.weight.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return x.numel() > 0 and (x.dim() == 4 or not isinstance(layer, nn.Conv2d))
+
+
+def supports(layer: CompressedLayer, x: Tensor) -> bool:
+    """Whether ``x`` can take the integer forward."""
+    return is_plain_float32(layer, x) and unsupported_reason(layer) is None

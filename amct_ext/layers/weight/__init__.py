@@ -1,0 +1,1 @@
+"""Fake quantisation and masks of weights."""
