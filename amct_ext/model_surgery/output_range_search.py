@@ -153,14 +153,14 @@ def _search(evaluator: _Evaluator, candidates: list[list[ClipPair]]) -> list[Cli
 class _Descent:
     """The best clips so far of all quantisers, with the error that they have on each input."""
 
-    def __init__(self, evaluator: _Evaluator, clips: list[Clips]) -> None:
+    def __init__(self, evaluator: _Evaluator, clips: list[ClipPair]) -> None:
         self.clips = clips
         self._evaluator = evaluator
         self._references = [evaluator.output(number, None) for number in range(evaluator.num_inputs)]
         self._errors = [evaluator.error(number, clips, right) for number, right in enumerate(self._references)]
         self._order = sorted(range(len(self._errors)), key=lambda number: -self._errors[number])
 
-    def take(self, clips: list[Clips]) -> bool:
+    def take(self, clips: list[ClipPair]) -> bool:
         """Take these clips for all quantisers if they are better; False where they are not or no run is left."""
         errors = list(self._errors)
         total = present = 0.0
@@ -174,14 +174,14 @@ class _Descent:
         self.clips, self._errors = clips, errors
         return True
 
-    def take_for(self, index: int, clips: Clips) -> bool:
+    def take_for(self, index: int, clips: ClipPair) -> bool:
         """The same for one quantiser."""
         return self.take([*self.clips[:index], clips, *self.clips[index + 1 :]])
 
     def scale(self, index: int, factor: float) -> bool:
         """Multiply the range of one quantiser while that is better; whether it was at all."""
         moved = False
-        while self.take_for(index, Clips(*(end * factor for end in self.clips[index]))):
+        while self.take_for(index, ClipPair(*(end * factor for end in self.clips[index]))):
             moved = True
         return moved
 =======
@@ -226,7 +226,7 @@ class _Evaluator:
                 quantizer.shared = SharedInputCache()
 
 <<<<<<< HEAD
-    def output(self, number: int, clips: Sequence[Clips] | None) -> list[Tensor]:
+    def output(self, number: int, clips: Sequence[ClipPair] | None) -> list[Tensor]:
         """The floating-point tensors that the model returns for an input; without clips those of float activations."""
         self.num_runs += 1
 =======
@@ -263,7 +263,7 @@ class _Evaluator:
         return found
 
 <<<<<<< HEAD
-    def error(self, number: int, clips: Sequence[Clips], reference: Sequence[Tensor]) -> float:
+    def error(self, number: int, clips: Sequence[ClipPair], reference: Sequence[Tensor]) -> float:
         """How far the output for an input is from the reference; infinite where it is not finite."""
         output = self.output(number, clips)
         same = [x.shape for x in output] == [x.shape for x in reference]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import amct_ext
-from amct_ext.layers.range_search import Clips
+from amct_ext.layers.activation.range_search import ClipPair
 from amct_ext.model_surgery import output_range_search
 from amct_ext.model_surgery.session import activation_quantizers, session_of
 
@@ -148,8 +148,8 @@ def test_ranges_are_widened_and_narrowed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(output_range_search, "_MAX_RUNS", 400)
     good = squared_error(calibrated(tmp_path, batches), batches)
 
-    def scaled(evaluator: object, candidates: list[list[Clips]]) -> list[Clips]:
-        return real(evaluator, [[Clips(*(factor * end for end in clips)) for clips in each] for each in candidates])
+    def scaled(evaluator: object, candidates: list[list[ClipPair]]) -> list[ClipPair]:
+        return real(evaluator, [[ClipPair(*(factor * end for end in clips)) for clips in each] for each in candidates])
 
     monkeypatch.setattr(output_range_search, "_search", scaled)
     found = calibrated(tmp_path, batches)
