@@ -52,25 +52,15 @@ def search_output_ranges(model: nn.Module) -> None:
 
     The model runs again on the last inputs of the calibration, 8 at most, and 100 times at most:
 
-<<<<<<< HEAD
-    1. With float activations and quantised weights: the references.
-=======
-    1. With float activations and quantised weights: the target.
->>>>>>> main
+    1. With float activations and quantised weights: the targets.
     2. With each kind of candidate in all quantisers. The best kind stays.
     3. With other candidates for one quantiser at a time, those first whose candidates differ most.
     4. With the ranges of these quantisers widened or narrowed, by 1.25 and then by 1.1, as long as that helps.
 
-<<<<<<< HEAD
-    The error of a run is the squared difference to the reference relative to the reference's squares, summed over the
+    The error of a run is the squared difference to the target relative to the target's squares, summed over the
     outputs. Clips are taken where the sum over all inputs falls, and dropped where the first two or more have a larger
     one. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after each
     training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
-=======
-    The error of a run is the squared difference to the target relative to the target's squares, summed over the
-    outputs. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after
-    each training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
->>>>>>> main
     cannot be run again, the ranges of least absolute error stay, with a warning.
     """
     session: Session = getattr(model, ATTRIBUTE)
@@ -122,26 +112,17 @@ def _candidates_of_all_ranks(
 
 def _search(evaluator: _Evaluator, candidates: list[list[ClipPair]]) -> list[ClipPair]:
     """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
-<<<<<<< HEAD
     descent = _Descent(evaluator, [each[0] for each in candidates])
     best = 0
     for kind in range(1, len(candidates[0])):
         if descent.take([each[kind] for each in candidates]):
             best = kind
-=======
-    target = evaluator.output(None)
-    kinds = len(candidates[0])
-    errors = [evaluator.error([each[kind] for each in candidates], target) for kind in range(kinds)]
-    best = min(range(kinds), key=errors.__getitem__)
-    least, chosen = errors[best], [each[best] for each in candidates]
->>>>>>> main
     widths = [[float(clips.high - clips.low) for clips in each] for each in candidates]
     spread = [max(each) / max(min(each), math.ulp(0.0)) for each in widths]
     order = sorted(range(len(candidates)), key=lambda i: -spread[i])[:_MAX_SINGLE_SEARCHES]
     for i in order:
         present = widths[i][best]
         for clips, width in zip(candidates[i], widths[i], strict=True):
-<<<<<<< HEAD
             if max(width, present) > _MIN_WIDTH_RATIO * min(width, present):
                 descent.take_for(i, clips)
     for factor in _FACTORS:
@@ -156,8 +137,8 @@ class _Descent:
     def __init__(self, evaluator: _Evaluator, clips: list[ClipPair]) -> None:
         self.clips = clips
         self._evaluator = evaluator
-        self._references = [evaluator.output(number, None) for number in range(evaluator.num_inputs)]
-        self._errors = [evaluator.error(number, clips, right) for number, right in enumerate(self._references)]
+        self._targets = [evaluator.output(number, None) for number in range(evaluator.num_inputs)]
+        self._errors = [evaluator.error(number, clips, right) for number, right in enumerate(self._targets)]
         self._order = sorted(range(len(self._errors)), key=lambda number: -self._errors[number])
 
     def take(self, clips: list[ClipPair]) -> bool:
@@ -167,7 +148,7 @@ class _Descent:
         for count, number in enumerate(self._order, 1):
             if self._evaluator.num_runs >= _MAX_RUNS:
                 return False
-            errors[number] = self._evaluator.error(number, clips, self._references[number])
+            errors[number] = self._evaluator.error(number, clips, self._targets[number])
             total, present = total + errors[number], present + self._errors[number]
             if count >= min(_MIN_INPUTS, len(errors)) and not total < _MAX_ERROR_RATIO * present:
                 return False
@@ -184,14 +165,6 @@ class _Descent:
         while self.take_for(index, ClipPair(*(end * factor for end in self.clips[index]))):
             moved = True
         return moved
-=======
-            if max(width, present) <= _MIN_WIDTH_RATIO * min(width, present):
-                continue
-            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], target)
-            if error < _MAX_ERROR_RATIO * least:
-                least, chosen[i] = error, clips
-    return chosen
->>>>>>> main
 
 
 class _CannotEvaluateError(ModelError):
@@ -225,14 +198,9 @@ class _Evaluator:
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 
-<<<<<<< HEAD
     def output(self, number: int, clips: Sequence[ClipPair] | None) -> list[Tensor]:
         """The floating-point tensors that the model returns for an input; without clips those of float activations."""
         self.num_runs += 1
-=======
-    def output(self, clips: Sequence[ClipPair] | None) -> list[Tensor]:
-        """The floating-point tensors that the model returns; without clips those of float activations."""
->>>>>>> main
         found: list[Tensor] = []
         problem = ""
         every = activation_quantizers(self.model)
@@ -262,17 +230,10 @@ class _Evaluator:
         self._raise_on_any_rank(problem)
         return found
 
-<<<<<<< HEAD
-    def error(self, number: int, clips: Sequence[ClipPair], reference: Sequence[Tensor]) -> float:
-        """How far the output for an input is from the reference; infinite where it is not finite."""
+    def error(self, number: int, clips: Sequence[ClipPair], target: Sequence[Tensor]) -> float:
+        """How far the output for an input is from the target; infinite where it is not finite."""
         output = self.output(number, clips)
-        same = [x.shape for x in output] == [x.shape for x in reference]
-=======
-    def error(self, clips: Sequence[ClipPair], target: Sequence[Tensor]) -> float:
-        """How far the output is from the target; infinite where it is not finite."""
-        output = self.output(clips)
         same = [x.shape for x in output] == [x.shape for x in target]
->>>>>>> main
         self._raise_on_any_rank("" if same else "the shapes that it returns vary")
         total = target[0].new_zeros(())
         for x, right in zip(output, target, strict=True):
