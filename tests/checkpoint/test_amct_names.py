@@ -79,5 +79,5 @@ def test_a_mask_for_a_layer_without_one_is_reported(tmp_path: Path) -> None:
     job = Job(tmp_path, small.CONFIGS["quant"])
     job.create()
     torch.save(to_amct_state_dict(sparse), tmp_path / "sparse.pth")
-    with pytest.raises(RuntimeError, match="unexpected: conv1.quant_module.wts_mask"):
+    with pytest.raises(RuntimeError, match=r"unexpected: conv1\.quant_module\.wts_mask"):
         job.restore(tmp_path / "sparse.pth", None)
