@@ -18,7 +18,7 @@ from benchmarks.coverage.measure import TookTooLongError, measure, time_limit
 from benchmarks.coverage.quantised import difference, same_bits
 from benchmarks.coverage.results import Pruned, Quantised, Result, append, read
 from benchmarks.coverage.run import chosen, missing_parts
-from benchmarks.coverage.tables import failures, models_table, reasons_table, totals
+from benchmarks.coverage.tables import failures, models_table, reasons_table, shortfalls, totals
 from benchmarks.coverage.zoo.entry import Entry, images
 from benchmarks.coverage.zoo.registry import ENTRIES
 
@@ -119,11 +119,12 @@ def test_a_part_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) 
 
 def test_later_lines_of_a_model_complete_earlier_ones(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    first = Result("own/net", asked=10, ours=Pruned(pruned=3), peer=Pruned(error="no"))
-    for result in (first, replace(first, ours=Pruned(pruned=9, reasons={"why": 1}), peer=None)):
+    first = Result("own/net", "early", asked=10, ours=Pruned(pruned=3), peer=Pruned(error="no"))
+    for result in (first, replace(first, version="later", ours=Pruned(pruned=9, reasons={"why": 1}), peer=None)):
         append(result, path)
     found = read(path)["own/net"]
     assert found.ours == Pruned(pruned=9, reasons={"why": 1}) and found.peer == first.peer
+    assert found.versions == {"ours": "later", "peer": "early"}
     assert missing_parts(found, ("ours", "peer", "quantised")) == ["quantised"]
     assert missing_parts(Result("own/net", error="fails"), ("ours",)) == []
     assert not read(tmp_path / "none.jsonl")
@@ -150,6 +151,18 @@ def test_tables_count_who_works_and_name_what_fails() -> None:
     assert any("own/c" in line and "cannot be built" in line for line in failures(results))
     assert sum("own/b" in line for line in failures(results)) == 2
     assert "a \\*reason\\*" in reasons_table(results)[-1]
+
+
+def test_what_is_below_the_aim_is_told_with_its_reason() -> None:
+    over = Result("own/a", asked=10, ours=Pruned(pruned=10, parameters_left=0.5), peer=Pruned(pruned=20))
+    over = replace(over, peer=replace(over.peer, parameters_left=0.2))
+    few = Result("own/b", asked=10, ours=Pruned(pruned=3, reasons={"held": 7}), peer=Pruned(pruned=9))
+    job = Quantised(weights=0.5, create=1.0, first_line="INT8: 50 %")
+    floats = Result("own/c", asked=1, quantised=job, best=replace(job, weights=1.0))
+    told = shortfalls([over, few, floats])
+    assert "removes 2.0 times what is asked" in told[0] and "own/b" in told[1] and told[1].endswith("held")
+    assert told[2].endswith("INT8: 50 %; with `profile: BEST` 100 %") and len(told) == 3
+    assert "| 1 of 1 " in next(line for line in totals([over, few, floats]) if "with `profile: BEST`" in line)
 
 
 def test_differences_are_relative_and_bits_are_compared_with_nan() -> None:

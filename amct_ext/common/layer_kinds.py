@@ -32,6 +32,7 @@ class LayerKind:
     batched_dims: dimensions of a batched input, one less is the un-batched form; None where any number will do.
     per_channel: a weight takes one scale per output channel, else one in all.
     filter_prunable: it can lose output channels; input_prunable: input channels; sparse_prunable: it can be 2:4 sparse.
+    beyond_amct: quantised with `profile: BEST` alone, for AMCT leaves it float.
     onnx_gates: gates in ONNX order, by their positions in torch's (LSTM: input, output, forget, cell; GRU: update,
     reset, new).
     """
@@ -48,6 +49,7 @@ class LayerKind:
     filter_prunable: bool = False
     input_prunable: bool = False
     sparse_prunable: bool = False
+    beyond_amct: bool = False
     onnx_gates: tuple[int, ...] = ()
 
     @property
@@ -62,10 +64,10 @@ def _conv(cls: type[nn.Module], dims: int) -> LayerKind:
     )  # fmt: skip
 
 
-def _transposed(cls: type[nn.Module], dims: int, quantizable: bool = True) -> LayerKind:
+def _transposed(cls: type[nn.Module], dims: int, beyond_amct: bool = False) -> LayerKind:
     return LayerKind(
         cls, LayerFamily.TRANSPOSED_CONV, ("ConvTranspose",), 1, ("in_channels", "out_channels"), (0, 1), dims,
-        quantizable=quantizable, filter_prunable=True, input_prunable=True, sparse_prunable=quantizable,
+        quantizable=True, filter_prunable=True, input_prunable=True, sparse_prunable=True, beyond_amct=beyond_amct,
     )  # fmt: skip
 
 
@@ -98,7 +100,7 @@ LAYER_KINDS = (
     _rnn(nn.LSTM, gates=(0, 3, 1, 2)),
     _rnn(nn.GRU, gates=(1, 0, 2)),
     _transposed(nn.ConvTranspose1d, 3),
-    _transposed(nn.ConvTranspose3d, 5, quantizable=False),
+    _transposed(nn.ConvTranspose3d, 5, beyond_amct=True),
     _rnn(nn.RNN, None),
     _batch_norm(nn.BatchNorm1d),
     _batch_norm(nn.BatchNorm2d),
@@ -118,6 +120,7 @@ BATCH_NORMS = _of_family(LayerFamily.BATCH_NORM)
 BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 QUANTIZABLE = tuple(kind.name for kind in LAYER_KINDS if kind.quantizable)
+QUANTIZABLE_BY_AMCT = tuple(kind.name for kind in LAYER_KINDS if kind.quantizable and not kind.beyond_amct)
 FILTER_PRUNABLE = tuple(kind.name for kind in LAYER_KINDS if kind.filter_prunable)
 SPARSE_PRUNABLE = tuple(kind.name for kind in LAYER_KINDS if kind.sparse_prunable)
 ONNX_GATES = {kind.name: kind.onnx_gates for kind in LAYER_KINDS if kind.onnx_gates}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
-from amct_ext.common.layer_kinds import FILTER_PRUNABLE, QUANTIZABLE, SPARSE_PRUNABLE
+from amct_ext.common.layer_kinds import FILTER_PRUNABLE, QUANTIZABLE, QUANTIZABLE_BY_AMCT, SPARSE_PRUNABLE
 from amct_ext.config.json import JsonConfig
+from amct_ext.config.profile import goes_beyond_amct
 from amct_ext.config.text import DataQuant, FilterPrune, Override, RetrainConfig, SparsePrune, WeightSettings
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError
@@ -142,10 +143,11 @@ def _skipped_layers(config: RetrainConfig, traits: Mapping[str, LayerTraits]) ->
 def _skipped_types(config: RetrainConfig) -> Iterator[str]:
     methods = _methods(config)
     prune_types = (FILTER_PRUNABLE if methods == {FilterPrune} else SPARSE_PRUNABLE) if methods else ()
-    every_type = (*QUANTIZABLE, *SPARSE_PRUNABLE)
+    quant_types = _quant_types(config)
+    every_type = (*quant_types, *SPARSE_PRUNABLE)
     for list_name, allowed in (
         ("skip_layer_types", every_type),
-        ("quant_skip_types", QUANTIZABLE if quant_active(config) else every_type),
+        ("quant_skip_types", quant_types if quant_active(config) else every_type),
         ("regular_prune_skip_types", prune_types or every_type),
     ):
         for index, name in enumerate(getattr(config, list_name)):
@@ -175,13 +177,17 @@ def _type_overrides(config: RetrainConfig) -> Iterator[str]:
     for index, item in enumerate(config.override_layer_types):
         location = config.locations.at("override_layer_types", index, "layer_type")
         _note_empty(item, f"{location}: override_layer_types: type '{item.target}'")
-        allowed: tuple[str, ...] = QUANTIZABLE
+        allowed: tuple[str, ...] = _quant_types(config)
         if isinstance(item.prune, FilterPrune):
             allowed = FILTER_PRUNABLE
         elif isinstance(item.prune, SparsePrune):
             allowed = SPARSE_PRUNABLE
         if item.target not in allowed:
             yield f"{location}: override_layer_types: {_unknown_type(item.target, allowed)}"
+
+
+def _quant_types(config: RetrainConfig) -> tuple[str, ...]:
+    return QUANTIZABLE if goes_beyond_amct(config.profile) else QUANTIZABLE_BY_AMCT
 
 
 def _note_empty(item: Override, label: str) -> None:

@@ -30,6 +30,11 @@ def scale_per_channel(profile: str) -> bool:
     return profile == "BEST"
 
 
+def goes_beyond_amct(profile: str) -> bool:
+    """Whether layers are quantised that AMCT leaves float: ConvTranspose3d, and those that run several times."""
+    return profile == "BEST"
+
+
 def fill_prune(prune: FilterPrune | SparsePrune, profile: str, has_loss: bool) -> FilterPrune | SparsePrune:
     """The settings of pruning, with the profile's importance or mask gradient where none is asked for."""
     if profile != "BEST":

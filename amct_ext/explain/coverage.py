@@ -75,6 +75,8 @@ def float_reason(use: WeightUse) -> str:
     """Why a weight that belongs to no layer of the plan stays float."""
     if use.is_lookup:
         return IS_LOOKUP
+    if use.is_batched:
+        return f"{use.reader} multiplies by it, a matrix for each item of a batch; quantised products take one for all"
     return f"{use.reader} multiplies by it, not a layer of its own" if use.reader else f"{use.type} stays float"
 
 

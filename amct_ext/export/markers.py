@@ -8,8 +8,8 @@ nor merge two layers that look alike; the two lowerings then replace the markers
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -26,12 +26,18 @@ _VIEWS = frozenset({"Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsq
 
 @dataclass(frozen=True, eq=False)
 class MarkedLayer:
-    """A located layer: `weight` and `bias` as its node reads them (integers), `bias` None where the node has none."""
+    """A located call of a layer: `weight` and `bias` as its node reads them (integers), `bias` None where it has none.
+
+    `factors` bears the name of the call, which is the layer's for its first one; `owner` is the layer's name, that of
+    its weight. `repeated`: the calls of the layer read one weight.
+    """
 
     factors: LayerFactors
     op: str
     weight: np.ndarray
     bias: np.ndarray | None
+    owner: str
+    repeated: bool = False
 
     @property
     def input_axis(self) -> int:
@@ -39,25 +45,41 @@ class MarkedLayer:
         return 1 if self.op == "Conv" else 0
 
 
-def mark_layers(model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors]) -> dict[str, MarkedLayer]:
+def mark_layers(
+    model: ir.Model, torch_model: nn.Module, layers: Sequence[LayerFactors], repeated: Collection[str] = ()
+) -> dict[str, MarkedLayer]:
     """Put the markers around every layer and give its node the integers (held as float32), in place.
 
-    Errors: ExportError naming a layer that the graph does not hold, or holds more than once.
+    `repeated`: layers that may run several times. Returns the calls of the layers by name.
+    Errors: ExportError naming a layer that the graph does not hold, or holds more often than it may.
     """
     aliases = parameter_aliases(torch_model)
-    found = {factors.name: _find(model.graph, factors.name, aliases[f"{factors.name}.weight"]) for factors in layers}
+    found = {
+        factors.name: _find(model.graph, factors.name, aliases[f"{factors.name}.weight"], factors.name in repeated)
+        for factors in layers
+    }
     model.opset_imports[DOMAIN] = 1
-    marked = {}
+    marked: dict[str, MarkedLayer] = {}
     for factors in layers:
-        node = found[factors.name]
-        layer = _with_integers(factors, node)
-        _add_markers(model.graph, factors.name, node)
-        if node.op_type == "Gemm":
-            node.attributes["transB"] = ir.AttrInt64("transB", 0)
-        bias = None if layer.bias is None else layer.bias.astype(np.float32)
-        set_weights(model.graph, node, layer, layer.weight.astype(np.float32), bias)
-        marked[factors.name] = layer
+        nodes = found[factors.name]
+        for place, node in enumerate(nodes):
+            call = factors if not place else replace(factors, name=_call_name(factors.name, place, {*found, *marked}))
+            layer = _with_integers(call, node, factors.name, len(nodes) > 1)
+            _add_markers(model.graph, call.name, node)
+            if node.op_type == "Gemm":
+                node.attributes["transB"] = ir.AttrInt64("transB", 0)
+            bias = None if layer.bias is None else layer.bias.astype(np.float32)
+            set_weights(model.graph, node, layer, layer.weight.astype(np.float32), bias)
+            marked[call.name] = layer
     return marked
+
+
+def _call_name(layer: str, place: int, taken: Collection[str]) -> str:
+    """The name of a further call of a layer."""
+    name = f"{layer}_call{place + 1}"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def name_layers(graph: ir.Graph) -> None:
@@ -80,21 +102,32 @@ def set_weights(
     graph: ir.Graph, node: ir.Node, layer: MarkedLayer, weight: np.ndarray, bias: np.ndarray | None
 ) -> None:
     """Give the node of `layer` its weight and bias under the layer's own names."""
-    set_constant(graph, node, 1, f"{layer.factors.name}.weight", weight)
+    set_constant(graph, node, 1, f"{layer.owner}.weight", weight, layer.repeated)
     if layer.op != "MatMul":  # the bias of a MatMul is an Add behind it and stays float
-        set_constant(graph, node, 2, f"{layer.factors.name}.bias", bias)
+        set_constant(graph, node, 2, f"{layer.owner}.bias", bias, layer.repeated)
 
 
-def set_constant(graph: ir.Graph, node: ir.Node, index: int, name: str, array: np.ndarray | None) -> None:
-    """Let input `index` of `node` be an initialiser `name` holding `array`; None takes the input away."""
+def set_constant(
+    graph: ir.Graph, node: ir.Node, index: int, name: str, array: np.ndarray | None, shared: bool = False
+) -> None:
+    """Let input `index` of `node` be an initialiser `name` holding `array`; None takes the input away.
+
+    `shared`: one that another node was given before is taken.
+    """
     if array is None:
         if len(node.inputs) > index:
             node.resize_inputs(index)
         return
-    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
+    present = graph.initializers.get(name) if shared else None
+    if present is not None and present.const_value is not None:
+        found = present.const_value.numpy()
+        if found.dtype == array.dtype and np.array_equal(found, array):
+            node.replace_input_with(index, present)
+            return
+    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     node.replace_input_with(index, value)
     old = graph.initializers.pop(name, None)
     if old is not None and old.uses():  # read elsewhere too: keep the float tensor under another name
@@ -129,8 +162,8 @@ def replace_uses(graph: ir.Graph, old: ir.Value, new: ir.Value, keep: ir.Node | 
         graph.outputs[index] = new
 
 
-def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
-    """The one node that reads the weight of `layer`, directly or through a transposition."""
+def _find(graph: ir.Graph, layer: str, weights: Sequence[str], repeated: bool = False) -> list[ir.Node]:
+    """The nodes that read the weight of `layer`, directly or through a transposition: one, unless it is `repeated`."""
     values = [graph.initializers[name] for name in weights if name in graph.initializers]
     nodes: list[ir.Node] = []
     while values:
@@ -139,10 +172,11 @@ def _find(graph: ir.Graph, layer: str, weights: Sequence[str]) -> ir.Node:
                 nodes.append(use.node)
             elif use.node.op_type in _VIEWS and use.idx == 0:
                 values.append(use.node.outputs[0])
-    if len(nodes) > 1:  # a weight shared by several layers: the module path decides
+    if len(nodes) > 1 and (len(weights) > 1 or not repeated):  # a weight shared by several layers: the path decides
         nodes = [node for node in nodes if layer in module_scopes(node)]
-    if len(nodes) == 1:
-        return nodes[0]
+    if len(nodes) == 1 or (nodes and repeated):
+        order = {id(node): place for place, node in enumerate(graph)} if len(nodes) > 1 else {}
+        return sorted(nodes, key=lambda node: order.get(id(node), 0))
     if nodes:
         raise ExportError(
             f"layer {layer!r} runs {len(nodes)} times in one forward; only once can be quantised (of a list of images, "
@@ -163,7 +197,7 @@ def module_scopes(node: ir.Node) -> list[str]:
     return [str(scope) for scope in scopes]
 
 
-def _with_integers(factors: LayerFactors, node: ir.Node) -> MarkedLayer:
+def _with_integers(factors: LayerFactors, node: ir.Node, owner: str, repeated: bool) -> MarkedLayer:
     weight = factors.weight
     if node.op_type in ("Gemm", "MatMul"):
         weight = np.ascontiguousarray(weight.T)
@@ -173,7 +207,7 @@ def _with_integers(factors: LayerFactors, node: ir.Node) -> MarkedLayer:
         if any(value != neutral[key] for key, value in other.items()):
             raise ExportError(f"layer {factors.name!r}: its Gemm has {other}, which cannot be deployed in integers")
     bias = None if node.op_type == "MatMul" else int32_bias(factors)
-    return MarkedLayer(factors, node.op_type, weight, bias)
+    return MarkedLayer(factors, node.op_type, weight, bias, owner, repeated)
 
 
 def _add_markers(graph: ir.Graph, layer: str, node: ir.Node) -> None:

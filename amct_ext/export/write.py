@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def export_quantized(
     write_shift: bool = False,
     expected: Sequence[torch.Tensor] | None = None,
     values: Callable[[], LayerValues] = dict,
+    repeated: Collection[str] = (),
 ) -> tuple[Path, Path]:
     """Write `<save_path>_fake_quant_model.onnx` and `<save_path>_deploy_model.onnx`; return both paths.
 
@@ -60,6 +61,7 @@ def export_quantized(
 
     `expected`: the tensors that the quantised model returns for `input_data`, to compare the file's with; `values`
     gives what its layers and BatchNorms return then, for a forward that decides by values (asked for only there).
+    `repeated`: layers that may run several times in a forward; each call is quantised alike.
 
     The caller's model is not changed, and is exported in eval mode whatever its mode. No file is written unless both
     could be made and load. Errors: RuntimeError (record that does not fit the model, model that cannot be captured,
@@ -77,7 +79,7 @@ def export_quantized(
 
     def lower(captured: Captured) -> dict[Path, bytes]:
         use_matmul(captured.model.graph)
-        marked = mark_layers(captured.model, float_model, layers)
+        marked = mark_layers(captured.model, float_model, layers, repeated)
         rnns = mark_rnns(captured.model, float_model, recurrent)
         fake_quant = optimize(captured)
         name_layers(fake_quant.graph)

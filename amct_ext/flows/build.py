@@ -20,6 +20,7 @@ from amct_ext.common.wrapping import unwrap, wrap_like
 from amct_ext.config.json import JsonConfig
 from amct_ext.config.plan import Plan, after_pruning, resolve, resolve_json
 from amct_ext.config.plan_checks import quant_active
+from amct_ext.config.profile import goes_beyond_amct
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, RecordError
@@ -68,6 +69,11 @@ class Planner:
     config: RetrainConfig | JsonConfig
     splits_recurrent: bool = False
     has_loss: bool = False
+
+    @property
+    def profile(self) -> str:
+        """The configuration's profile."""
+        return (self.config.settings if isinstance(self.config, JsonConfig) else self.config).profile
 
     @classmethod
     def of(cls, config: RetrainConfig | JsonConfig, has_loss: bool = False) -> Planner:
@@ -189,7 +195,7 @@ def traits_to_plan(
     inputs = parse_inputs(inner, input_data)
     inner = split_attention(inner, inputs)
     inner, graph, config = split_recurrent(inner, trace(inner, inputs), inputs, config)
-    return graph.traits(inner), config
+    return graph.traits(inner, goes_beyond_amct(config.profile)), config
 
 
 def _analyse(model: nn.Module, input_data: Any, planner: Planner) -> Analysis:
@@ -200,7 +206,7 @@ def _analyse(model: nn.Module, input_data: Any, planner: Planner) -> Analysis:
     graph = trace(inner, inputs)
     if planner.splits_recurrent:
         inner, graph, planner = _split_recurrent(inner, graph, inputs, planner)
-    traits = graph.traits(inner)
+    traits = graph.traits(inner, goes_beyond_amct(planner.profile))
     try:
         plan = planner.resolve(traits)
     except ConfigError:

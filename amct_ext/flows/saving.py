@@ -20,6 +20,7 @@ from amct_ext.export.axes import check_axes
 from amct_ext.export.precision import precision_of, widened
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.run import preserved_state, tensors_in
+from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.model_surgery.hooks import detach
 from amct_ext.model_surgery.lookup import compressed_layers, layers_by_created_name
 from amct_ext.model_surgery.record_factors import check_record
@@ -110,6 +111,11 @@ def layer_values(model: nn.Module, inputs: Inputs, names: Collection[str]) -> di
     return found
 
 
+def runs_repeatedly(layer: CompressedLayer) -> bool:
+    """Whether a layer ran several times in one forward at create."""
+    return any(quantizer.every_call_calibrates for quantizer in layer.own_quantizers)
+
+
 def _evaluation(model: nn.Module, inputs: Inputs) -> object:
     """What the model returns in eval mode and its own precision, whatever is switched on around it."""
     with preserved_state(model), torch.no_grad(), precision_of(model):
@@ -178,4 +184,5 @@ def save_quantized(
         write_shift=session.plan.write_shift_bit,
         expected=float_form.expected,
         values=lambda: layer_values(model, inputs, watched),
+        repeated={name for name, layer in compressed_layers(model) if runs_repeatedly(layer)},
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-# A masked run zeroes removed channels in inputs of PRODUCTS, and drops them in NORMS and STATISTICS.
+# A masked run zeroes removed channels in inputs of PRODUCTS, and drops them in NORMS, STATISTICS and SOFTMAXES between
+# channels.
 MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ATTENTIONS = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
@@ -12,6 +13,7 @@ ATTENTIONS = (
 STATISTICS = ("mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "amax", "amin")
 LAYER_NORMS = ("native_layer_norm", "_fused_rms_norm")
 GROUP_NORM = "native_group_norm"
+SOFTMAXES = ("_softmax", "_log_softmax")
 BATCH_NORM_OPS = (
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
     "miopen_batch_norm",

@@ -55,9 +55,12 @@ class Graph:
     products: Mapping[str, Product | str] = field(default_factory=dict)
     training: Recording | None = None
 
-    def traits(self, model: nn.Module) -> dict[str, LayerTraits]:
-        """What each layer of the model can take, in named_modules order; where it cannot be quantised, why."""
-        return layer_traits(self.calls, model, self.excluded, self.parameter_readers(), self.products)
+    def traits(self, model: nn.Module, beyond_amct: bool = False) -> dict[str, LayerTraits]:
+        """What each layer of the model can take, in named_modules order; where it cannot be quantised, why.
+
+        `beyond_amct`: whether to quantise also what AMCT leaves float.
+        """
+        return layer_traits(self.calls, model, self.excluded, self.parameter_readers(), self.products, beyond_amct)
 
     def product_nodes(self) -> dict[str, Node]:
         """The op that is the product of each module in `products`, in execution order."""

@@ -26,6 +26,7 @@ from amct_ext.layers.product_call import Product
 Calls = Mapping[str, Sequence[Node]]
 
 _CUSTOM_FORWARD = "its class has a forward of its own"
+_WITH_BEST = "profile: BEST quantises it"
 
 
 def layer_traits(
@@ -34,11 +35,13 @@ def layer_traits(
     excluded: Mapping[str, str],
     readers: Mapping[str, Sequence[Node]],
     products: Mapping[str, Product | str] = MappingProxyType({}),
+    beyond_amct: bool = False,
 ) -> dict[str, LayerTraits]:
     """Traits of every layer whose class can be quantised or pruned, in named_modules order.
 
     `excluded`: layers that are not to be compressed -> why; `readers`: parameters that ops read outside of layers;
     `products`: modules with a forward of their own -> the product in it, or why there is none to quantise.
+    `beyond_amct`: whether to quantise also what AMCT leaves float.
     """
     modules = dict(model.named_modules())
     owners = parameter_owners(modules)
@@ -61,6 +64,8 @@ def layer_traits(
         unsuited = usable
         if product is not None:
             unsuited = product if isinstance(product, str) else excluded.get(name, "")
+        elif name not in excluded and _could_run_repeatedly(kind, calls.get(name, []), module):
+            unsuited = "" if beyond_amct else f"{usable} ({_WITH_BEST})"
         holds = isinstance(module, InProjection)  # whose weight is registered at the attention around it, too
         own = {name, name.rpartition(".")[0]} if holds else {name}
         others = list(dict.fromkeys(o for value in weights for o in owners.get(id(value), []) if o not in own))
@@ -69,6 +74,8 @@ def layer_traits(
         foreign = any(layer_type(modules[other]) not in QUANTIZABLE for other in others)
         shared_with = shared and f"its weight is shared with {shared}"
         limits = "" if isinstance(product, Product) else not_quantizable_reason(kind, module)
+        if not limits and kind.beyond_amct and not beyond_amct:
+            limits = f"AMCT leaves a {kind.name} float ({_WITH_BEST})"
         reason = unsuited or shared_with or limits
         custom, in_out = isinstance(product, Product), isinstance(product, Product) and product.weight_is_in_out
 
@@ -91,6 +98,11 @@ def layer_traits(
             not_sparse_reason=dense_reason,
         )
     return result
+
+
+def _could_run_repeatedly(kind: LayerKind, calls: Sequence[Node], module: nn.Module) -> bool:
+    """Whether only several calls in one forward keep a layer from being quantised."""
+    return len(calls) > 1 and kind.family is not LayerFamily.RNN and not fixed_shape_reason(calls, kind.name, module)
 
 
 def _filter_prunable(kind: LayerKind, module: nn.Module, usable: str, reader: str, calls: Sequence[Node]) -> bool:

@@ -23,6 +23,7 @@ _OPERANDS: Mapping[str, tuple[str, ...]] = {
     "baddbmm": ("batch1", "batch2"),
     "_grouped_mm": ("self", "mat2"),
 }
+_BATCHED = ("bmm", "baddbmm", "_grouped_mm")
 _LOOK_UPS: Mapping[str, str] = {
     "embedding": "weight",
     "_embedding_bag": "weight",
@@ -39,7 +40,8 @@ class WeightUse:
 
     name: of its module, where it is called ``weight``, else of the parameter; both are qualified. type: class of the
     module. weights: elements, each parameter counted once. macs: multiplications with them in one forward. is_lookup:
-    only indexed (embedding), never multiplied. reader: the op that reads it, '' where its layer does.
+    only indexed (embedding), never multiplied. reader: the op that reads it, '' where its layer does. is_batched: that
+    op multiplies by a matrix for each item of a batch (experts).
     """
 
     name: str
@@ -48,6 +50,7 @@ class WeightUse:
     macs: int = 0
     is_lookup: bool = False
     reader: str = ""
+    is_batched: bool = False
 
 
 @dataclass
@@ -172,7 +175,11 @@ class _Collector:
             return
         macs = product_macs(node) if len(constant) < len(values) else 0  # a product of weights is computed once
         for value in constant:
-            self._add_use(self._leaf_parameters(value), macs, reader=node.name)
+            names = self._leaf_parameters(value)
+            self._add_use(names, macs, reader=node.name)
+            if node.op in _BATCHED and value.shape[0] > 1:
+                for name in names:
+                    self._uses[entry_name(name)].is_batched = True
 
     def _attention(self, node: Node) -> None:
         query, key = _argument(node, "query"), _argument(node, "key")

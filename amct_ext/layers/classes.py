@@ -20,6 +20,7 @@ _COMPRESSED: dict[str, type[CompressedLayer]] = {
     "Linear": conv_linear.CompressedLinear,
     "ConvTranspose1d": conv_linear.CompressedConvTranspose1d,
     "ConvTranspose2d": conv_linear.CompressedConvTranspose2d,
+    "ConvTranspose3d": conv_linear.CompressedConvTranspose3d,
     "LSTM": rnn.CompressedLSTM,
     "GRU": rnn.CompressedGRU,
 }
@@ -31,6 +32,7 @@ _CUSTOM: dict[str, type[CompressedLayer]] = {
     "Linear": custom_forward.CustomForwardLinear,
     "ConvTranspose1d": custom_forward.CustomForwardConvTranspose1d,
     "ConvTranspose2d": custom_forward.CustomForwardConvTranspose2d,
+    "ConvTranspose3d": custom_forward.CustomForwardConvTranspose3d,
 }
 # What a compressed layer sets itself, and what it takes from the user's class where that has it.
 _INSTANCE_NAMES = {"layer_name", "refs", "product_choice"}

@@ -108,3 +108,7 @@ class CompressedConvTranspose1d(_CompressedConvTranspose, nn.ConvTranspose1d):
 
 class CompressedConvTranspose2d(_CompressedConvTranspose, nn.ConvTranspose2d):
     pass
+
+
+class CompressedConvTranspose3d(_CompressedConvTranspose, nn.ConvTranspose3d):
+    pass

@@ -48,6 +48,7 @@ _FORMS: Mapping[Callable[..., object], _Form] = {
     F.conv3d: _Form("Conv3d"),
     F.conv_transpose1d: _Form("ConvTranspose1d"),
     F.conv_transpose2d: _Form("ConvTranspose2d"),
+    F.conv_transpose3d: _Form("ConvTranspose3d"),
     F.linear: _Form("Linear"),
     torch.matmul: _MATMUL,
     Tensor.matmul: _MATMUL,

@@ -57,7 +57,11 @@ def insert_layers(
             continue
         try:
             fixed_min = _fixed_min(graph, layer_plan, module)
-            inserted[name] = cls.from_float(module, layer_plan, plan.batch_num, fixed_min, product)
+            calls = max(len(graph.calls.get(name, [])), 1)
+            layer = cls.from_float(module, layer_plan, calls * plan.batch_num, fixed_min, product)
+            for quantizer in layer.own_quantizers:
+                quantizer.every_call_calibrates = calls > 1
+            inserted[name] = layer
         except (AttributeError, TypeError) as error:
             raise ModelError(f"layer '{name}': its class {type(module).__name__} is in the way: {error}") from error
     model = replace_modules(model, {modules[name]: layer for name, layer in inserted.items()})

@@ -24,6 +24,7 @@ from amct_ext.prune.equivalence import (
     run_masked,
     run_pruned,
     run_rescaled,
+    selects_by_value,
 )
 from amct_ext.prune.gate_taylor import PruningLoss, gate_taylor
 from amct_ext.prune.groups import ChannelGroup
@@ -184,11 +185,16 @@ class _RemovalCheck:
         if not failed:
             rescaled = run_rescaled(self._model, self.inputs, self.discovery, removed_mask, removal)
         difference = rescaled.difference or self._compare(removed_mask, removal, rescaled.outputs)
-        if difference is _OUTPUTS_DIFFER and stays:
+        if difference is _OUTPUTS_DIFFER and (stays or any(map(selects_by_value, self.discovery.graph.nodes))):
             pruned = run_pruned(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
             removal.undo()
             masked = run_masked(self._model, self.inputs, self.discovery, removed_mask, sums=True)[0]
-            return first_divergence(pruned, masked, rescaled.scaled)
+            difference = first_divergence(pruned, masked, rescaled.scaled)
+            if difference.node is not None and selects_by_value(difference.node):
+                difference = None  # rounding moved a value across a threshold (of a detector); up to there all is equal
+            if difference is None and stays:
+                removal.apply()
+            return difference
         if difference is not None or not stays:
             removal.undo()
         return difference

@@ -16,6 +16,7 @@ from amct_ext.prune.removal import Removal
 from amct_ext.prune.rescale import rescaling
 from amct_ext.prune.runs import Difference, MaskedRun, PrunedRun
 
+_SELECTIONS = ("nonzero", "masked_select", "topk", "sort", "argsort", "nms", "batched_nms")
 _CHECKSUM_TOLERANCE = 2e-5  # difference of two weighted sums, over the sum of magnitudes
 
 
@@ -115,6 +116,13 @@ def first_divergence(pruned: PrunedRun, masked: MaskedRun, scaled: Collection[Va
             if a is not None and b is not None and abs(a[0] - b[0]) > _CHECKSUM_TOLERANCE * max(a[1], b[1]):
                 return Difference(old, f"{old.name} ({old.op}) computes something else without them")
     return Difference(None, "it computes something else without them")
+
+
+def selects_by_value(node: Node) -> bool:
+    """Whether a node takes elements by their values, of which a last bit may decide: a threshold, an order."""
+    if node.op == "index":
+        return any(value is not None and value.dtype == torch.bool for value in node.inputs)
+    return node.op.rpartition("::")[2] in _SELECTIONS
 
 
 def _is_scaled(value: Value, discovery: Discovery) -> bool:

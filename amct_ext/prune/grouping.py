@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +15,7 @@ from amct_ext.prune.coupling import AxisUse, CoupledLayers, Coupling, ParameterA
 from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
 
 _MAX_GROUPS = 64  # of one set of coupled layers; channels coupled in another order would make very many
-_MAX_RUNS = 8  # of one group in one consumer; with more, it gets index pairs
+_MAX_RUNS = 8  # of one group in one consumer; with more, it gets index pairs, which producers cannot have
 
 
 def channel_labels(coupling: Coupling) -> Tensor:
@@ -53,7 +55,7 @@ class Grouping:
             self._split(layers, reasons, [reason for _, reason in coupling.frozen])
             found.append((layers, range(first, len(self.groups))))
         for layers, numbers in found:
-            self._add(layers.producers, numbers, lambda group: group.producers)
+            self._add(layers.producers, numbers, lambda group: group.producers, most_runs=sys.maxsize)
             self._add(layers.consumers, numbers, lambda group: group.consumers)
         others = [use for use in coupling.unclaimed if bool((self._group_of[self.channel_of[use.ids]] >= 0).any())]
         others += [
@@ -109,7 +111,13 @@ class Grouping:
                 ChannelGroup(end - begin, [], frozen_reason=why or (texts[first] if first < len(texts) else ""))
             )
 
-    def _add(self, uses: list[AxisUse], numbers: range, side: Callable[[ChannelGroup], list[Member]]) -> None:
+    def _add(
+        self,
+        uses: list[AxisUse],
+        numbers: range,
+        side: Callable[[ChannelGroup], list[Member]],
+        most_runs: int = _MAX_RUNS,
+    ) -> None:
         for use in uses:
             channels = self.channel_of[use.ids]
             group_of = self._group_of[channels]
@@ -117,7 +125,7 @@ class Grouping:
                 if number in numbers:
                     group = self.groups[number]
                     positions = torch.where(group_of == number, self._position_in_group[channels], -1)
-                    side(group).extend(_members(use, positions, group.count))
+                    side(group).extend(_members(use, positions, group.count, most_runs))
 
     def _assign_subgroups(self, coupling: Coupling) -> None:
         """Assign subgroup numbers that satisfy all equal removals; freeze groups for which none exist."""
@@ -133,7 +141,7 @@ class Grouping:
             for equal_removal in list(equal_removals):
                 channels, where, numbers, strict = equal_removal
                 open_groups = [self.groups[number] for number in numbers if not self.groups[number].frozen_reason]
-                if open_groups and not self._equal_rows(channels):
+                if open_groups and not (self._equal_rows(channels) or self._equal_shares(channels)):
                     if not strict:
                         equal_removals = [other for other in equal_removals if other is not equal_removal]
                         continue
@@ -145,7 +153,7 @@ class Grouping:
             if any(group.frozen_reason for group in groups):
                 continue
             inside = [channels for channels, _, own, _ in equal_removals if own[0] in numbers]
-            table = torch.stack([self._row_of_each_channel(channels, groups, numbers) for channels in inside])
+            table = torch.stack([self._part_of_each_channel(channels, groups, numbers) for channels in inside])
             subgroups = torch.unique(table, dim=1, return_inverse=True)[1]
             subgroups = torch.where((table < 0).all(0), -1, subgroups)
             subgroups = _renumbered(subgroups)
@@ -159,26 +167,58 @@ class Grouping:
         Each row has as many removable positions; two rows share all channels or none; all have as many channels, or
         each has its channels equally often.
         """
-        group_of = self._group_of[channels]
-        may_go = torch.tensor([not group.frozen_reason for group in self.groups] + [False])
-        free = may_go[group_of]
-        if len(free.sum(1).unique()) > 1:
+        rows = self._removable(channels)
+        if rows is None:
             return False
-        rows = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
         different = [row[row > 0].unique(return_counts=True) for row in rows]
         together = torch.cat([channels for channels, _ in different])
         equal = len({len(channels) for channels, _ in different}) == 1
         equal = equal or all(len(times.unique()) <= 1 for _, times in different)
         return equal and len(together) == len(together.unique())
 
-    def _row_of_each_channel(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
-        """The row of each channel of some groups, one after another; -1 for none."""
+    def _removable(self, channels: Tensor) -> Tensor | None:
+        """The different rows, 0 for channels that stay; None where rows have more removable positions than others."""
+        may_go = torch.tensor([not group.frozen_reason for group in self.groups] + [False])
+        free = may_go[self._group_of[channels]]
+        if len(free.sum(1).unique()) > 1:
+            return None
+        return torch.where(free, channels, 0).sort(1).values.unique(dim=0)
+
+    def _equal_shares(self, channels: Tensor) -> bool:
+        """Whether rows lose equally many positions if all their parts (`_parts`) lose the same share, and some can.
+
+        Heads of which a part is common to all (rotary embeddings of a part of the head), beside heads that are not.
+        """
+        rows = self._removable(channels)
+        if rows is None:
+            return False
+        sizes = _parts(rows)[1].unique(return_counts=True)[1].tolist()
+        return bool(sizes) and math.gcd(*sizes) > 1
+
+    def _part_of_each_channel(self, channels: Tensor, groups: list[ChannelGroup], numbers: list[int]) -> Tensor:
+        """The row of each channel of some groups, one after another, or the part of rows; -1 for none."""
         result = [torch.full((group.count,), -1) for group in groups]
+        if not self._equal_rows(channels):
+            rows = self._removable(channels)
+            assert rows is not None  # asked of rows with equal shares
+            for channel, part_number in zip(*_parts(rows), strict=True):
+                part = result[numbers.index(int(self._group_of[channel]))]
+                part[self._position_in_group[channel]] = part_number
+            return torch.cat(result)
         group_of, position_in_group = self._group_of[channels], self._position_in_group[channels]
         for row, (owners, positions) in enumerate(zip(group_of, position_in_group, strict=True)):
             for part, number in zip(result, numbers, strict=True):
                 part[positions[owners == number]] = row
         return torch.cat(result)
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels of rows, and the part that each belongs to: channels that all rows have equally often."""
+    channels, places = rows.unique(return_inverse=True)
+    times = torch.zeros(len(rows), len(channels), dtype=torch.int64)
+    times.scatter_add_(1, places, torch.ones_like(places))
+    parts = torch.unique(times, dim=1, return_inverse=True)[1]
+    return channels[channels > 0], parts[channels > 0]
 
 
 def _renumbered(subgroups: Tensor) -> Tensor:
@@ -208,7 +248,7 @@ def _merged_sets(sets: list[list[int]], count: int) -> list[list[int]]:
     return list(united.values())
 
 
-def _members(use: AxisUse, positions: Tensor, count: int) -> list[Member]:
+def _members(use: AxisUse, positions: Tensor, count: int, most_runs: int) -> list[Member]:
     """The members of a group in a node: one for each run of its channels, or one with index pairs."""
     member = Member(use.name, use.type, num_groups=use.num_groups, axis=use.axis)
     here = positions >= 0
@@ -222,7 +262,7 @@ def _members(use: AxisUse, positions: Tensor, count: int) -> list[Member]:
         if torch.equal(positions[begin : begin + len(expected)], expected):
             runs.append(replace(member, begin=begin, repeat=repeat))
             covered += len(expected)
-    if covered == int(here.sum()) and len(runs) <= _MAX_RUNS:
+    if covered == int(here.sum()) and len(runs) <= most_runs:
         return runs
     indices = here.nonzero().flatten()
     pairs = tuple(zip(positions[indices].tolist(), indices.tolist(), strict=True))

@@ -7,6 +7,7 @@ What such an operator reshapes must lose as many channels as what the size is ta
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class _SizeCorrectingRun(PrunedRun):
             return super().evaluate(func, args, kwargs)
         x: Tensor = args[0]
         if node.op in VIEWS:
-            shape = self.right_shape(args[1])
+            shape = self.right_shape(x, args[1])
             return super().evaluate(func, args, kwargs) if shape is None else x.reshape(shape)
         dim = node.args["dim"] % x.dim()
         right = [expected_shape(value, self.discovery, self.removed_mask)[dim] for value in node.outputs]
@@ -64,13 +65,15 @@ class _SizeCorrectingRun(PrunedRun):
         )
         return torch.ops.aten.split_with_sizes(x, right, dim) if differs else super().evaluate(func, args, kwargs)
 
-    def right_shape(self, given: Sequence[int]) -> tuple[int, ...] | None:
-        """The shape that the next node, a view, should be given; None where that is what it is given, or not known."""
+    def right_shape(self, x: Tensor, given: Sequence[int]) -> tuple[int, ...] | None:
+        """The shape that the next node, a view of `x`, should be given; None where it is given that, or not known."""
         node = self.expected()
         if node is None or node.op not in VIEWS or len(given) != len(node.outputs[0].shape):
             return None
         with self._unrecorded():
             right = expected_shape(node.outputs[0], self.discovery, self.removed_mask)
+        if math.prod(right) != x.numel():  # another view than the recorded one
+            return None
         here = [(node.outputs[0], axis, *sizes) for axis, sizes in enumerate(zip(given, right, strict=True))]
         return right if self._compare(here, node) else None
 
@@ -95,7 +98,7 @@ class _SizeCorrectingReshapes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func in (Tensor.reshape, torch.reshape) and not kwargs:
             given = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-            shape = self._forward.right_shape(given)
+            shape = self._forward.right_shape(args[0], given)
             if shape is not None:
                 return func(args[0], shape)
         return func(*args, **(kwargs or {}))

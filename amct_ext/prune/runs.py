@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from amct_ext.graph.inputs import Inputs
-from amct_ext.graph.operators import GROUP_NORM, LAYER_NORMS, NORMS, PRODUCTS, STATISTICS
+from amct_ext.graph.operators import GROUP_NORM, LAYER_NORMS, NORMS, PRODUCTS, SOFTMAXES, STATISTICS
 from amct_ext.graph.recorder import Recorder, op_name
 from amct_ext.graph.run import tensors_in
 from amct_ext.graph.values import Node, Value
@@ -150,7 +150,7 @@ class MaskedRun(_ComparedRun):
             return True
         assert node.inputs[0] is not None
         touched = dims_of(node, len(node.inputs[0].shape))
-        return node.op in STATISTICS and any(
+        return node.op in (*STATISTICS, *SOFTMAXES) and any(
             {*item.varying_axes, item.axis} & touched for item in self._maps(node.inputs[0])
         )
 

@@ -21,7 +21,7 @@ SIZE_ATTRIBUTES = frozenset(
         "embed_dim", "hidden_size", "hidden_dim", "d_model", "d_head", "attn_dim", "split_size", "dim", "channels", "c",
         "in_channels", "out_channels", "num_filters", "split_indexes", "dim_conv3", "dim_untouched",
         "expand_chs", "splits", "input_split", "nh_kd", "val_dim", "out_dim", "width", "num_chs", "sizes",
-        "key_value_proj_dim", "split_sizes", "shape", "proj_view_shape", "val_attn_dim", "key_attn_dim",
+        "key_value_proj_dim", "split_sizes", "shape", "proj_view_shape", "val_attn_dim", "key_attn_dim", "rotary_ndims",
     )
 )  # fmt: skip
 # Ops that are given sizes. Others take them from their inputs.

@@ -29,9 +29,9 @@ _PATH = re.compile(r"/[\w./]+")  # of an operator in the traced graph
 _SHAPE = re.compile(r"\[[-\dN, ]+\]")
 
 
-def configuration(folder: Path, ratio: float, quantise: bool = True) -> tuple[str, str]:
+def configuration(folder: Path, ratio: float, quantise: bool = True, profile: str = "AMCT") -> tuple[str, str]:
     """Paths of a configuration file, written, and of the record. Nothing is pruned at ratio 0."""
-    lines = []
+    lines = [f"profile: {profile}"]
     if ratio:
         lines.append(
             f"prune_config {{ filter_pruner {{ balanced_l2_norm_filter_prune {{ prune_ratio: {ratio} "

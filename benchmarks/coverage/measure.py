@@ -16,14 +16,16 @@ from benchmarks.coverage import amct_ext_pruner, quantised, torch_pruning_pruner
 from benchmarks.coverage.amct_ext_pruner import describe
 from benchmarks.coverage.layers import find_layers, macs, parameters
 from benchmarks.coverage.randomize_norms import randomize_norms
-from benchmarks.coverage.results import PARTS, Pruned, Quantised, Result
+from benchmarks.coverage.results import DEFAULT_PARTS, Pruned, Quantised, Result
 from benchmarks.coverage.zoo.entry import Entry
 
 RATIO = 0.3
 SECONDS = 180.0  # for a part
 
 
-def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, seconds: float = SECONDS) -> Result:
+def measure(
+    entry: Entry, parts: Sequence[str] = DEFAULT_PARTS, ratio: float = RATIO, seconds: float = SECONDS
+) -> Result:
     """Weights and inputs are drawn with seed 0. A part that fails or takes longer has that as its error."""
     torch.manual_seed(0)
     try:
@@ -44,6 +46,10 @@ def measure(entry: Entry, parts: Sequence[str] = PARTS, ratio: float = RATIO, se
         ),
         "quantised": (
             lambda: quantised.job(model, inputs, layers, ratio),
+            lambda text: Quantised(error=text),
+        ),
+        "best": (
+            lambda: quantised.job(model, inputs, layers, ratio, "BEST"),
             lambda text: Quantised(error=text),
         ),
     }

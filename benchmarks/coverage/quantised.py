@@ -28,9 +28,9 @@ _ROUNDING, _DRAWS = 3e-6, 4  # relative error of a layer's sums; evaluations wit
 _NOT_WEIGHTS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
 
 
-def job(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, ratio: float) -> Quantised:
+def job(model: nn.Module, inputs: tuple[Any, ...], layers: Layers, ratio: float, profile: str = "AMCT") -> Quantised:
     """Exceptions end the job and are its error."""
-    run = _Job(model, inputs, ratio)
+    run = _Job(model, inputs, ratio, profile)
     steps: dict[str, Callable[[], None]] = {
         "create": run.create,
         "training": run.train,
@@ -79,8 +79,8 @@ def shares(model: nn.Module, compressed: nn.Module, layers: Layers) -> tuple[flo
 class _Job:
     """The steps share the compressed model, its files, and its evaluation."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], ratio: float) -> None:
-        self.model, self.inputs, self.ratio = model, inputs, ratio
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], ratio: float, profile: str = "AMCT") -> None:
+        self.model, self.inputs, self.ratio, self.profile = model, inputs, ratio, profile
         self.result = Quantised()
         self.folder = Path()
         self.compressed: nn.Module = model
@@ -88,13 +88,13 @@ class _Job:
         self.wanted: list[Tensor] = []
 
     def create(self) -> None:
-        self.paths = configuration(self.folder, self.ratio)
+        self.paths = configuration(self.folder, self.ratio, profile=self.profile)
         try:
             self.compressed, seconds = timed(self._create)
         except ValueError as error:
             if not nothing_to_prune(error):
                 raise
-            self.paths = configuration(self.folder, 0.0)
+            self.paths = configuration(self.folder, 0.0, profile=self.profile)
             self.compressed, seconds = timed(self._create)
         self.result = replace(self.result, create=seconds)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-PARTS = ("ours", "peer", "quantised")
+PARTS = ("ours", "peer", "quantised", "best")  # best: quantised with `profile: BEST`
+DEFAULT_PARTS = PARTS[:3]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Result:
-    """All about one model. `asked`: channels that the ratio asks for. `error`: the model itself fails here."""
+    """All about one model. `asked`: channels that the ratio asks for. `error`: the model itself fails here.
+
+    `versions`: commit that each part was measured by; `version`: that of the line.
+    """
 
     model: str
     version: str = ""
@@ -66,6 +70,8 @@ class Result:
     ours: Pruned | None = None
     peer: Pruned | None = None
     quantised: Quantised | None = None
+    best: Quantised | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def to_line(result: Result) -> str:
@@ -75,7 +81,7 @@ def to_line(result: Result) -> str:
 def from_line(line: str) -> Result:
     """Parts that a later version adds may be missing."""
     values: dict[str, Any] = json.loads(line)
-    for name, cls in zip(PARTS, (Pruned, Pruned, Quantised), strict=True):
+    for name, cls in zip(PARTS, (Pruned, Pruned, Quantised, Quantised), strict=True):
         if values.get(name):
             known = {item.name for item in fields(cls)}
             values[name] = cls(**{key: value for key, value in values[name].items() if key in known})
@@ -96,5 +102,7 @@ def read(path: Path = RESULTS) -> dict[str, Result]:
             result = from_line(line)
             earlier = found.get(result.model, result)
             parts = {part: getattr(result, part) or getattr(earlier, part) for part in PARTS}
-            found[result.model] = replace(result, **parts)
+            own = {part: result.version for part in PARTS if getattr(result, part) is not None}
+            versions = {**earlier.versions, **own, **result.versions}
+            found[result.model] = replace(result, **parts, versions=versions)
     return found

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.coverage.measure import SECONDS, limit_process, measure
-from benchmarks.coverage.results import PARTS, RESULTS, Result, append, read
+from benchmarks.coverage.results import DEFAULT_PARTS, PARTS, RESULTS, Result, append, read
 from benchmarks.coverage.zoo.registry import ENTRIES
 from benchmarks.version import commit
 
@@ -66,7 +66,7 @@ def _measure(name: str, parts: Sequence[str], seconds: float, gigabytes: float, 
 def preload(names: Sequence[str], parts: Sequence[str]) -> None:
     """Imports what the models need, those packages that are there."""
     packages = dict.fromkeys(ENTRIES[name].package for name in names)
-    more = {"peer": "torch_pruning", "quantised": "onnxruntime"}
+    more = {"peer": "torch_pruning", "quantised": "onnxruntime", "best": "onnxruntime"}
     for package in (*packages, *(more[part] for part in parts if part in more)):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
@@ -97,8 +97,7 @@ def summary(result: Result) -> str:
         if part is not None:
             done = f"{part.pruned} of {result.asked}, {part.parameters_left:.2f} / {part.macs_left:.2f} left"
             parts.append(f"{label}: {part.error or done}")
-    job = result.quantised
-    if job is not None:
+    for job in filter(None, (result.quantised, result.best)):
         figures = f"INT8 {job.weights}, restored {job.equal}, ONNX {job.onnx} ({job.noise})"
         parts.append(f"{job.stage}: {job.error}" if job.error else figures)
     return "; ".join(parts)
@@ -107,7 +106,7 @@ def summary(result: Result) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[], help="names or patterns (default: all)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS)
     parser.add_argument("--again", action="store_true", help="also models that have a result")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit for one part of a model")

@@ -10,9 +10,12 @@ from amct_ext.explain.table import markdown_table
 from benchmarks.coverage.results import Pruned, Quantised, Result
 
 _NONE = "-"
+_LABELS = {"ours": "pruning", "peer": "Torch-Pruning", "quantised": "job"}
 _ENOUGH = 0.95  # of the asked channels
 _MAX_PROOF = 1e-5
 _MAX_REASONS = 25
+_ALMOST_ALL = 0.99  # of the weights
+_OVERSHOOT = 1.1  # times the asked channels
 _POINTS = 0.02  # of parameters or multiplications left, beside the other pruner
 
 
@@ -73,7 +76,14 @@ def totals(results: Sequence[Result]) -> list[str]:
     """Counts and sums as a table of two columns."""
     measured = [result for result in results if not result.error]
     rows = [("models measured", str(len(measured))), *_pruning_totals(measured), *_job_totals(measured)]
+    rows += [(f"measured by commit, {label}", _commits(measured, part)) for part, label in _LABELS.items()]
     return markdown_table(("", ""), rows).splitlines()
+
+
+def _commits(results: Iterable[Result], part: str) -> str:
+    """The commits that the rows of a part were measured by, the commonest first."""
+    found = Counter(result.versions.get(part) or "?" for result in results if getattr(result, part) is not None)
+    return ", ".join(f"{commit} ({count})" for commit, count in found.most_common()) or _NONE
 
 
 def _pruning_totals(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -151,10 +161,11 @@ def _job_totals(results: Sequence[Result]) -> list[tuple[str, str]]:
     restored = [job.equal for job in jobs if job.equal is not None]
     saved = [job for job in jobs if job.save is not None]
     exact = [job.onnx_equal for job in jobs if job.onnx_equal is not None]
-    almost_all = [job for job in created if (job.weights or 0) >= 0.99]
+    almost_all = [job for job in created if (job.weights or 0) >= _ALMOST_ALL]
     return [
         ("create with quantisation works", f"{len(created)} of {len(jobs)}"),
         ("99 % of the weights and more in INT8", f"{len(almost_all)} of {len(created)}"),
+        ("of the others with `profile: BEST`", _with_best(results)),
         ("restored bit for bit", f"{sum(restored)} of {len(restored)}"),
         ("saved", f"{len(saved)} of {len(created)}"),
         ("the file computes what the evaluation does", f"{sum(exact)} of {len(exact)}"),
@@ -166,6 +177,37 @@ def _job_totals(results: Sequence[Result]) -> list[tuple[str, str]]:
 def _of_times(jobs: Sequence[Quantised], take: Callable[[list[float]], float]) -> list[str]:
     columns = ([getattr(job, name) for job in jobs] for name in ("create", "restore", "save"))
     return [_seconds(take(times) if (times := [t for t in column if t is not None]) else None) for column in columns]
+
+
+def _is_short(job: Quantised | None) -> bool:
+    """Whether a model that works has less than 99 % of its weights in INT8."""
+    return job is not None and job.create is not None and (job.weights or 0) < _ALMOST_ALL
+
+
+def _with_best(results: Sequence[Result]) -> str:
+    """How many of those below 99 % are above it with `profile: BEST`."""
+    short = [result for result in results if _is_short(result.quantised)]
+    enough = [result for result in short if result.best is not None and (result.best.weights or 0) >= _ALMOST_ALL]
+    return f"{len(enough)} of {len(short)}"
+
+
+def shortfalls(results: Iterable[Result]) -> list[str]:
+    """Models below what is aimed at, with what keeps them there."""
+    lines = []
+    for result in results:
+        ours, peer, job = result.ours, result.peer, result.quantised
+        if ours is not None and peer is not None and works(peer) and not (_enough(result) and _as_small(result)):
+            told = f"{ours.pruned} of {result.asked} channels, {_left(ours)} % left"
+            beside = f"Torch-Pruning {peer.pruned}, {_left(peer)} %" + (f" ({peer.note})" if peer.note else "")
+            why = ours.error or "; ".join(list(ours.reasons)[:2])
+            if not why and peer.pruned > _OVERSHOOT * result.asked:
+                why = f"Torch-Pruning removes {peer.pruned / result.asked:.1f} times what is asked"
+            lines.append(f"* `{result.model}`: {told}; {beside}" + (f": {_plain(why)}" if why else ""))
+        if _is_short(job):
+            assert job is not None
+            best = "" if result.best is None else f"; with `profile: BEST` {_percent(result.best.weights)} %"
+            lines.append(f"* `{result.model}`: {_plain(job.first_line)}{best}")
+    return lines
 
 
 def failures(results: Iterable[Result]) -> list[str]:

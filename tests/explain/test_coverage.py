@@ -51,6 +51,7 @@ def test_a_parameter_that_is_no_layers(
     for name, shape in zip("uv", shapes, strict=False):
         assert found[name].left_alone and "multiplies by it" in found[name].not_quantised
         assert found[name].share == torch.Size(shape).numel() / total
+        assert ("a matrix for each item" in found[name].not_quantised) == (shape == (6, 4, 3))
     assert found.coverage.weights["INT8"] == 16 / total
     if len(shapes) == 1:
         assert found.coverage.macs["INT8"] == torch.Size(x).numel() * 4 / multiplied

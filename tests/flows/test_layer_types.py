@@ -34,7 +34,7 @@ def test_a_job_from_create_to_export(kind: str, config: str, tmp_path: Path) -> 
     sample = SAMPLES[kind]
     net, x = Net(sample.build()), torch.randn(sample.shape)
     settings, record, state = (str(tmp_path / name) for name in ("c.cfg", "r.txt", "s.pth"))
-    Path(settings).write_text(small.CONFIGS[config])
+    Path(settings).write_text(sample.settings + small.CONFIGS[config])
     model = amct_ext.create_compressed_retrain_model(net, x, settings, record).train()
     model(x)  # calibrates
     before = {name: value.detach().clone() for name, value in model.layer.named_parameters()}

@@ -33,7 +33,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("case", SAMPLES)
 def test_call_forms(tmp_path: Path, case: str, config: str, forward: Any) -> None:
     sample = SAMPLES[case]
-    (tmp_path / "c.cfg").write_text(small.CONFIGS[config])
+    (tmp_path / "c.cfg").write_text(sample.settings + small.CONFIGS[config])
     x = torch.randn(sample.shape)
     net = Net(sample.build(), sample.rest, sample.keywords)
     model = amct_ext.create_compressed_retrain_model(net, x, str(tmp_path / "c.cfg"), str(tmp_path / "r.txt"))

@@ -85,7 +85,7 @@ def test_members_copies_and_state(tmp_path: Path, kind: str) -> None:
     sample = SAMPLES[kind]
     user = globals()[f"My{kind}"]
     x = torch.randn(sample.shape)
-    net, job = Net(user(*sample.arguments), sample.shape[-1]), Job(tmp_path, small.QUANT)
+    net, job = Net(user(*sample.arguments), sample.shape[-1]), Job(tmp_path, sample.settings + small.QUANT)
     model = job.create(net, x)
     model.train()(x)
     want = model.eval()(x)

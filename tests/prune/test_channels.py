@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import pytest
 import torch
 import torch.nn.functional as F
 from support.checks.planned_channels import plain, planned
@@ -12,7 +13,9 @@ from support.checks.pruning_check import masked, outputs
 from support.models.net_of_function import Net, conv, image
 from torch import nn
 
+from amct_ext.prune import channels
 from amct_ext.prune.channels import apply_channels
+from amct_ext.prune.runs import Difference
 
 
 def test_parameters_keep_what_the_user_set():
@@ -116,3 +119,21 @@ def test_outputs_whose_size_depends_on_the_weights_do_not_hinder():
     found, records = planned(net, image())
     assert apply_channels(net, found, records, image()) == records
     assert net.a.out_channels == 5
+
+
+@pytest.mark.parametrize(("op", "stays"), [("index", True), ("convolution", False)])
+def test_a_threshold_that_rounding_moves_a_value_across_is_no_fault(op, stays, monkeypatch):
+    """A detector keeps scores above a number: the last bit may decide, and the outputs then have other sizes."""
+
+    def forward(m, x):
+        scores = m.out(F.relu(F.conv2d(m.a(x), m.w))).flatten()
+        return scores[scores > 0]
+
+    net = Net(forward, a=conv(3, 8), out=conv(8, 2)).eval()
+    net.w = nn.Parameter(torch.randn(8, 8, 1, 1))
+    found, records = planned(net, image())
+    (node,) = [node for node in found.graph.nodes if node.op == op]
+    monkeypatch.setattr(channels, "largest_error", lambda *_: torch.inf)
+    monkeypatch.setattr(channels, "first_divergence", lambda *_: Difference(node, "it differs"))
+    kept = apply_channels(net, found, records, image())
+    assert bool(kept) == (net.a.out_channels < 8) == stays

@@ -65,6 +65,7 @@ class CalibratedClips(KeepsPrecision):
         self.found_range: FoundRange | None = None  # with it, until it was shared and logged
         self.candidates: tuple[ClipPair, ...] = ()  # for range_search: OUTPUT, until it has chosen
         self.range_decided = self.search.method != "OUTPUT"
+        self.every_call_calibrates = False  # of a layer that runs several times: each call counts as a batch
         self._seen = CachedItem(0, stable_from=self.batch_num)
         self._calibrated_in: int | None = None  # forward of the model
 
@@ -125,14 +126,14 @@ class CalibratedClips(KeepsPrecision):
         return clips
 
     def calibrate(self, x: Tensor) -> None:
-        """Take ``x`` as a batch of the calibration, once in a forward of the model and only while training.
+        """Take ``x`` as a batch of the calibration, while training and once in a forward (`every_call_calibrates`).
 
         Errors: InvalidDataError.
         """
         if self.calibrated or x.numel() == 0 or x.is_meta or not self.may_calibrate:
             return
         forward = self.tracker.forward_id
-        if forward is None or forward != self._calibrated_in:
+        if forward is None or forward != self._calibrated_in or self.every_call_calibrates:
             self._calibrated_in = forward
             self._calibrate(x.detach())
 

@@ -87,6 +87,10 @@ class CustomForwardConvTranspose2d(CustomForward, conv_linear.CompressedConvTran
     pass
 
 
+class CustomForwardConvTranspose3d(CustomForward, conv_linear.CompressedConvTranspose3d):
+    pass
+
+
 class CustomForwardLinear(CustomForward, conv_linear.CompressedLinear):  # type: ignore[misc]  # as CompressedLinear
     pass
 

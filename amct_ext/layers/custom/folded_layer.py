@@ -58,6 +58,10 @@ class FoldedConvTranspose2d(FoldedLayer, nn.ConvTranspose2d):
     pass
 
 
+class FoldedConvTranspose3d(FoldedLayer, nn.ConvTranspose3d):
+    pass
+
+
 class FoldedLinear(FoldedLayer, nn.Linear):  # type: ignore[misc]  # torch types its bias as never None
     pass
 
@@ -68,6 +72,7 @@ _CONVOLUTIONS: dict[str, Callable[..., FoldedLayer]] = {
     "Conv3d": FoldedConv3d,
     "ConvTranspose1d": FoldedConvTranspose1d,
     "ConvTranspose2d": FoldedConvTranspose2d,
+    "ConvTranspose3d": FoldedConvTranspose3d,
 }
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from amct_ext.graph.values import Node
+from amct_ext.graph.operators import MATRIX_PRODUCTS
+from amct_ext.graph.values import Node, Value
 from amct_ext.prune.channel_map import ChannelMap, squeeze_constant_axes
 from amct_ext.prune.rules.types import CannotFollow, Context, Maps, dims_of
+
+_MOVES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "clone", "transpose", "permute", "unsqueeze")
 
 
 def statistic(node: Node, context: Context) -> Mapping[int, Maps]:
@@ -18,6 +21,29 @@ def statistic(node: Node, context: Context) -> Mapping[int, Maps]:
 def along_dims(node: Node, context: Context) -> Mapping[int, Maps]:
     """Ops whose result depends on which index a channel has: softmax, sorting, arg max, cumulative sums."""
     return _reduced(node, context, over_channels=False)
+
+
+def softmax(node: Node, context: Context) -> Mapping[int, Maps]:
+    """In attention between channels it is that of the channels that are left."""
+    value = node.inputs[0]
+    if value is None or not _are_scores(value):
+        return along_dims(node, context)
+    touched = dims_of(node, len(value.shape))
+    result = list(_reduced(node, context, over_channels=True)[0])
+    return {0: (*result, *(item for item in context.of(value) if item.axis in touched))}
+
+
+def _are_scores(value: Value) -> bool:
+    """Whether a value is a product of two activations, but for a factor or term."""
+    while value.producer is not None and value.producer.module is None:
+        made = value.producer
+        given = [source for source in made.inputs if source is not None and source.depends_on_input()]
+        if made.op in MATRIX_PRODUCTS:
+            return len(given) > 1
+        if len(given) != 1 or not (made.pointwise or made.op in _MOVES):
+            return False
+        value = given[0]
+    return False
 
 
 def _reduced(node: Node, context: Context, over_channels: bool) -> Mapping[int, Maps]:

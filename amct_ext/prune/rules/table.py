@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import re
 
-from amct_ext.graph.operators import ATTENTIONS, BATCH_NORM_OPS, GROUP_NORM, LAYER_NORMS, MATRIX_PRODUCTS, STATISTICS
+from amct_ext.graph.operators import (
+    ATTENTIONS,
+    BATCH_NORM_OPS,
+    GROUP_NORM,
+    LAYER_NORMS,
+    MATRIX_PRODUCTS,
+    SOFTMAXES,
+    STATISTICS,
+)
 from amct_ext.graph.values import Node
 from amct_ext.prune.rules import attention, elementwise, movement, norms, products, reduction
 from amct_ext.prune.rules.types import Rule
@@ -55,8 +63,8 @@ _RULES: dict[str, Rule] = {
     "stack": elementwise.stack,
     # along axes
     **dict.fromkeys(STATISTICS, reduction.statistic),
-    **dict.fromkeys(("max", "min", "prod", "logsumexp", "argmax", "argmin", "cumsum", "sort", "_softmax",
-                     "_log_softmax"), reduction.along_dims),
+    **dict.fromkeys(("max", "min", "prod", "logsumexp", "argmax", "argmin", "cumsum", "sort"), reduction.along_dims),
+    **dict.fromkeys(SOFTMAXES, reduction.softmax),
     # normalisations
     **dict.fromkeys(LAYER_NORMS, norms.layer_norm),
     GROUP_NORM: norms.group_norm,

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from support.checks.planned_channels import planned
 from support.checks.pruning_check import check_pruning, replay
+from support.jobs.any_job import AnyJob
+from support.models import small
 from torch import nn
+
+import amct_ext
 
 
 def tokens(width=6, batch=2, count=5):
@@ -99,3 +103,69 @@ def test_multihead_attention_of_torch_keeps_its_channels_and_its_neighbours_go()
 
     cut, _ = check_pruning(nn.Sequential(Block(), Block()), tokens(8), mixes=True)
     assert {"0.a", "1.a"} <= cut
+
+
+class PartlyRotated(nn.Module):
+    """Attention whose heads turn their first half by position (Phi, GPT-NeoX); fused: one layer for q, k and v."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.head_dim, self.rotary_ndims, self.fused = 16, 8, fused
+        self.qkv = nn.Linear(8, 96) if fused else nn.ModuleList(nn.Linear(8, 32) for _ in range(3))
+        self.out = nn.Linear(32, 8)
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.3, 0.1, 0.03]))
+
+    def rotated(self, x):
+        angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * self.inv_freq
+        angle = torch.cat([angle, angle], -1)
+        turned, rest = x[..., : self.rotary_ndims], x[..., self.rotary_ndims :]
+        half = turned.shape[-1] // 2
+        other = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+        return torch.cat([turned * angle.cos() + other * angle.sin(), rest], -1)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        if self.fused:
+            q, k, v = self.qkv(x).view(b, n, -1, 3 * self.head_dim).transpose(1, 2).chunk(3, -1)
+        else:
+            q, k, v = (layer(x).view(b, n, -1, self.head_dim).transpose(1, 2) for layer in self.qkv)
+        scores = self.rotated(q) @ self.rotated(k).transpose(-2, -1) * 0.3
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_of_which_a_part_is_turned_by_position(fused, tmp_path):
+    """The frequencies are common to all heads, the rest of a head is its own: both parts lose the same share."""
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Linear(6, 8), PartlyRotated(fused), nn.Linear(8, 2)).eval(), tokens()
+    job = AnyJob(tmp_path, small.FILTER)
+    pruned = amct_ext.create_compressed_retrain_model(net, data, job.config, job.record)
+    attention = pruned[1]
+    assert (attention.head_dim, attention.rotary_ndims, len(attention.inv_freq)) == (8, 4, 2)
+    assert amct_ext.verify_pruning(net, pruned, data).error < 1e-5
+    torch.save(pruned.state_dict(), tmp_path / "s.pth")
+    files = job.config, job.record, str(tmp_path / "s.pth")
+    restored = amct_ext.restore_compressed_retrain_model(net, data, *files)
+    assert torch.equal(restored(data), pruned(data))
+
+
+class BetweenChannels(nn.Module):
+    """Attention whose scores are between channels (XCiT, DaViT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.qkv, self.out = 2, nn.Linear(8, 96), nn.Linear(32, 8)
+        self.temperature = nn.Parameter(torch.rand(2, 1, 1))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 4, 1).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        return self.out((scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+def test_attention_between_channels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), BetweenChannels(), nn.Linear(8, 2))
+    cut, stays = check_pruning(net, tokens(), mixes=True)
+    assert cut >= {"0", "1.qkv"}, stays

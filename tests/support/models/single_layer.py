@@ -24,6 +24,7 @@ class Sample:
     shape: tuple[int, ...]
     rest: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
+    settings: str = ""  # that its type takes to be quantised, in front of a configuration
 
     def build(self) -> nn.Module:
         return self.cls(*self.arguments)
@@ -38,6 +39,9 @@ SAMPLES = {
     "Linear": Sample(nn.Linear, (8, 8), (4, 8)),
     "ConvTranspose1d": Sample(nn.ConvTranspose1d, (8, 8, 3, 2), (2, 8, 5), ([12],), {"output_size": [12]}),
     "ConvTranspose2d": Sample(nn.ConvTranspose2d, (8, 8, 3, 2), (2, 8, 5, 5), ([12, 11],), {"output_size": [12, 11]}),
+    "ConvTranspose3d": Sample(
+        nn.ConvTranspose3d, (8, 8, 3, 2), (2, 8, 3, 3, 3), ([8, 7, 8],), {"output_size": [8, 7, 8]}, "profile: BEST\n"
+    ),
     "LSTM": Sample(nn.LSTM, (8, 8), (5, 2, 8), (STATES,), {"hx": STATES}),
     "GRU": Sample(nn.GRU, (8, 8), (5, 2, 8), (STATES[0],), {"hx": STATES[0]}),
 }
