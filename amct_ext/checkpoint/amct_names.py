@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, read_rnn, subclass_entries, write_rnn
+from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, put_back, read_rnn, subclass_entries, write_rnn
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.layers.compressed import CompressedLayer
@@ -30,6 +30,8 @@ _ACT_BUFFERS = {
     "acts_scale": "scale",
     "acts_offset": "offset",
 }
+# AMCT's other entries of a layer's wrapper, whether they are needed here or not.
+_WRAPPER_STATE = ("wts_scales", "wts_offsets", "wts_mask", "cur_batch", "prune_cur_batch", "s_rec_flag")
 
 
 def has_amct_names(state: Mapping[str, Tensor]) -> bool:
@@ -163,6 +165,11 @@ def _write_wrapper(layer: CompressedLayer, with_activation: bool) -> dict[str, T
     return out
 
 
+def _masks_weights(mask: Tensor | None) -> bool:
+    """Whether an entry of AMCT's is a mask that drops weights; NaN: there is none."""
+    return mask is not None and bool((mask == 0).any())
+
+
 def _scalar(value: float, device: torch.device) -> Tensor:
     return torch.tensor(float(value), device=device)
 
@@ -188,6 +195,10 @@ def _read_layer(
         rest.pop(key, None)
     start = "replaced_module."
     out.update((f"{name}.{key[len(start) :]}", value) for key, value in taken.items() if key.startswith(start))
+    known = {*_ACT_PARAMS, *_ACT_BUFFERS, *_WRAPPER_STATE}
+    if layer.sparsity is None and _masks_weights(taken.get("wts_mask")):
+        known.discard("wts_mask")
+    put_back(rest, comp, taken, known, (start, "acts_comp_reuse."))
     if layer.act_quant is not None:
         # AMCT may keep the shared quantiser at another layer; every follower carries a copy.
         pre = "" if owner == name else "acts_comp_reuse."

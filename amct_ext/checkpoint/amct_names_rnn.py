@@ -87,6 +87,9 @@ def read_rnn(
     start = "replaced_module."
     members = {key[len(start) :]: value for key, value in taken.items() if key.startswith(start)}
     out |= {f"{name}.{key}": value for key, value in members.items() if key not in _NAMES}
+    known = {prefix + key for prefix, _ in _ACTS for key in (*_PARAMS, *_PREVIOUS, *_FACTORS)}
+    known |= {prefix + key for prefix, _ in _WEIGHTS for key in ("scales", "offsets")}
+    put_back(rest, comp, taken, known | {"cur_batch", "s_rec_flag"}, (start, "comp_module."))
     for prefix, child in _ACTS:
         _read_activation(out, f"{name}.{child}.", taken, prefix, getattr(layer, child))
     ran = has_run(taken)
@@ -94,6 +97,13 @@ def read_rnn(
         if f"{prefix}scales" in taken:
             _read_weight(out, f"{name}.{child}.", taken[f"{prefix}scales"], ran, getattr(layer, child), fallback)
     return out
+
+
+def put_back(
+    rest: dict[str, Tensor], prefix: str, taken: Mapping[str, Tensor], known: set[str], parts: tuple[str, ...]
+) -> None:
+    """Return to ``rest`` what is none of AMCT's entries, nor below one of ``parts``: the strict load reports it."""
+    rest |= {prefix + key: value for key, value in taken.items() if key not in known and not key.startswith(parts)}
 
 
 def is_finite(value: Tensor) -> bool:

@@ -20,6 +20,8 @@ from amct_ext.model_surgery.session import session_of
 logger = logging.getLogger("amct_ext")
 _REUSED = ".acts_comp_reuse."  # AMCT's second name of a shared quantiser; its parameters() leaves it out
 _NOT_OPTIONS = ("params", "param_names")
+# What torch's schedulers add to the options of a group.
+_SCHEDULER_OPTIONS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 Group = Mapping[str, Any]  # an entry of param_groups: parameters by number, and the optimizer's options
 Entry = Mapping[str, object]  # the state of one parameter: tensors and numbers
@@ -120,7 +122,7 @@ def from_amct_optimizer_state_dict(
             elif name not in origin:
                 fresh.append(str(name))
     if fresh:
-        logger.warning("the optimizer's state has nothing for %s: they start without a past", ", ".join(fresh))
+        logger.warning("the optimizer's state has nothing for %s: their optimizer state starts empty", ", ".join(fresh))
     return result
 
 
@@ -139,7 +141,7 @@ def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str
     positions = [position for group in groups for position in group["params"]]
     kept = [name for group in groups for name in group.get("param_names", ())]
     if names is None and len(kept) == len(positions):
-        names = [name if name in order else name.removeprefix("module.") for name in kept]
+        names = [name if name in order else name.removeprefix("module.").removeprefix("_orig_mod.") for name in kept]
     if names is None:
         if len(groups) > 1:
             raise ValueError(
@@ -197,7 +199,7 @@ def _options(number: int, group: Group, origins: set[int], groups: Sequence[Grou
             f"group {number} of the optimizer holds parameters of AMCT's groups {sorted(origins)}: group them alike"
         )
     recorded = {key: value for key, value in groups[origins.pop()].items() if key not in _NOT_OPTIONS}
-    unknown = [key for key in recorded if key not in own and key != "initial_lr"]
+    unknown = [key for key in recorded if key not in own and key not in _SCHEDULER_OPTIONS]
     if unknown:
         raise ValueError(f"the state is that of another kind of optimizer: its groups have '{unknown[0]}'")
     return own | recorded
@@ -205,9 +207,15 @@ def _options(number: int, group: Group, origins: set[int], groups: Sequence[Grou
 
 def _checked(name: str, parameter: Tensor, entry: Entry) -> dict[str, object]:
     for key, value in entry.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+        if isinstance(value, Tensor) and value.dim() and not _fits(value, parameter):
             raise CheckpointError(
                 f"optimizer state {key} of {name} has the shape {tuple(value.shape)}, the parameter "
                 f"{tuple(parameter.shape)}: it belongs to another model"
             )
     return dict(entry)
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a state can be that of a parameter: of its shape, or reduced along some axes (Adafactor)."""
+    sizes = zip(value.shape, parameter.shape, strict=False)
+    return value.dim() == parameter.dim() and all(size in (1, whole) for size, whole in sizes)

@@ -57,6 +57,8 @@ class LazyTensor(Tensor):
         self.replace(own.copy_(value.detach()))
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        if self.requires_grad:
+            raise RuntimeError("a result that requires gradients gives no numpy array: call detach() first")
         return self.writable_values().numpy(*args, **kwargs)
 
     def tolist(self) -> Any:
@@ -72,6 +74,8 @@ class LazyTensor(Tensor):
         return self.writable_values().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if not self.is_leaf:
+            raise RuntimeError("a result in a graph of gradients cannot be copied in depth: call detach() first")
         return copy.deepcopy(self.materialize(), memo)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:

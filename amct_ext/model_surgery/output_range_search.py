@@ -1,4 +1,4 @@
-"""`range_search: OUTPUT`: the model is run again on a calibration input, and its output decides between clips."""
+"""`range_search: OUTPUT`: the model is run again on calibration inputs, and its output decides between clips."""
 
 from __future__ import annotations
 
@@ -24,46 +24,52 @@ from amct_ext.model_surgery.lookup import compressed_modules
 from amct_ext.model_surgery.session import ATTRIBUTE, Session, activation_quantizers
 
 logger = logging.getLogger("amct_ext")
+_MAX_INPUTS = 8  # the last ones of the calibration
+_MAX_RUNS = 100  # of the model, each on one input
+_MIN_INPUTS = 2  # as many decide that other clips are worse; all decide that they are better
 _MAX_SINGLE_SEARCHES = 8  # quantisers tried one by one: those whose candidates differ most
 _MIN_WIDTH_RATIO = 1.05  # a candidate this close in width to the present clips is not tried
 _MAX_ERROR_RATIO = 0.999  # a candidate replaces the present clips at this error or below, relative to theirs
+_FACTORS = 1.25, 1.1  # by which a range is widened or narrowed while that lowers the error
 
 
 def keep_calibration_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a forward that may finish a calibration: copy its input, because the forward may write into it."""
+    """Before a forward of a calibration: copy its input, because the forward may write into it."""
     session: Session = getattr(model, ATTRIBUTE)
-    session.calibration_input = None
     if torch.compiler.is_compiling() or state_updates_disabled():
         return
     if any(not quantizer.range_decided and quantizer.may_calibrate for quantizer in activation_quantizers(model)):
         try:
-            session.calibration_input = Inputs(args, kwargs).copied()
+            session.calibration_inputs.append(Inputs(args, kwargs).copied())
         except Exception as error:  # such an input cannot be given again
             logger.debug("no copy of the input: %s", error)
+        del session.calibration_inputs[:-_MAX_INPUTS]
 
 
 @torch.no_grad()
 def search_output_ranges(model: nn.Module) -> None:
-    """Give quantisers that have just been calibrated the candidates with which the output is nearest to float's.
+    """Give quantisers that have just been calibrated clips with which the output is near to that of float activations.
 
-    The model runs again on the input of the forward just made, 29 times at most:
+    The model runs again on the last inputs of the calibration, 8 at most, and 100 times at most:
 
-    1. With float activations and quantised weights: the target.
+    1. With float activations and quantised weights: the targets.
     2. With each kind of candidate in all quantisers. The best kind stays.
     3. With other candidates for one quantiser at a time, those first whose candidates differ most.
+    4. With the ranges of these quantisers widened or narrowed, by 1.25 and then by 1.1, as long as that helps.
 
     The error of a run is the squared difference to the target relative to the target's squares, summed over the
-    outputs. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after
-    each training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
+    outputs. Clips are taken where the sum over all inputs falls, and dropped where the first two or more have a larger
+    one. Ranks average their candidates and add their errors, so all choose the same. Called on all of them after each
+    training forward. State changed: the clips; buffers, attributes and random state are put back. Where the model
     cannot be run again, the ranges of least absolute error stay, with a warning.
     """
     session: Session = getattr(model, ATTRIBUTE)
-    inputs, session.calibration_input = session.calibration_input, None
     every = activation_quantizers(model)
     pending = [quantizer for quantizer in every if quantizer.calibrated and not quantizer.range_decided]
     session.output_search_pending = any(not quantizer.calibrated for quantizer in every)
     if not pending:
         return
+    inputs, session.calibration_inputs = session.calibration_inputs, []
     quantizers, candidates = _candidates_of_all_ranks(pending)
     for quantizer in pending:
         quantizer.candidates, quantizer.range_decided = (), True
@@ -106,23 +112,59 @@ def _candidates_of_all_ranks(
 
 def _search(evaluator: _Evaluator, candidates: list[list[ClipPair]]) -> list[ClipPair]:
     """The clips of each quantiser: one kind of candidate for all, then changes for one quantiser at a time."""
-    target = evaluator.output(None)
-    kinds = len(candidates[0])
-    errors = [evaluator.error([each[kind] for each in candidates], target) for kind in range(kinds)]
-    best = min(range(kinds), key=errors.__getitem__)
-    least, chosen = errors[best], [each[best] for each in candidates]
+    descent = _Descent(evaluator, [each[0] for each in candidates])
+    best = 0
+    for kind in range(1, len(candidates[0])):
+        if descent.take([each[kind] for each in candidates]):
+            best = kind
     widths = [[float(clips.high - clips.low) for clips in each] for each in candidates]
     spread = [max(each) / max(min(each), math.ulp(0.0)) for each in widths]
     order = sorted(range(len(candidates)), key=lambda i: -spread[i])[:_MAX_SINGLE_SEARCHES]
     for i in order:
         present = widths[i][best]
         for clips, width in zip(candidates[i], widths[i], strict=True):
-            if max(width, present) <= _MIN_WIDTH_RATIO * min(width, present):
-                continue
-            error = evaluator.error([*chosen[:i], clips, *chosen[i + 1 :]], target)
-            if error < _MAX_ERROR_RATIO * least:
-                least, chosen[i] = error, clips
-    return chosen
+            if max(width, present) > _MIN_WIDTH_RATIO * min(width, present):
+                descent.take_for(i, clips)
+    for factor in _FACTORS:
+        for i in order:
+            descent.scale(i, factor) or descent.scale(i, 1 / factor)
+    return descent.clips
+
+
+class _Descent:
+    """The best clips so far of all quantisers, with the error that they have on each input."""
+
+    def __init__(self, evaluator: _Evaluator, clips: list[ClipPair]) -> None:
+        self.clips = clips
+        self._evaluator = evaluator
+        self._targets = [evaluator.output(number, None) for number in range(evaluator.num_inputs)]
+        self._errors = [evaluator.error(number, clips, right) for number, right in enumerate(self._targets)]
+        self._order = sorted(range(len(self._errors)), key=lambda number: -self._errors[number])
+
+    def take(self, clips: list[ClipPair]) -> bool:
+        """Take these clips for all quantisers if they are better; False where they are not or no run is left."""
+        errors = list(self._errors)
+        total = present = 0.0
+        for count, number in enumerate(self._order, 1):
+            if self._evaluator.num_runs >= _MAX_RUNS:
+                return False
+            errors[number] = self._evaluator.error(number, clips, self._targets[number])
+            total, present = total + errors[number], present + self._errors[number]
+            if count >= min(_MIN_INPUTS, len(errors)) and not total < _MAX_ERROR_RATIO * present:
+                return False
+        self.clips, self._errors = clips, errors
+        return True
+
+    def take_for(self, index: int, clips: ClipPair) -> bool:
+        """The same for one quantiser."""
+        return self.take([*self.clips[:index], clips, *self.clips[index + 1 :]])
+
+    def scale(self, index: int, factor: float) -> bool:
+        """Multiply the range of one quantiser while that is better; whether it was at all."""
+        moved = False
+        while self.take_for(index, ClipPair(*(end * factor for end in self.clips[index]))):
+            moved = True
+        return moved
 
 
 class _CannotEvaluateError(ModelError):
@@ -130,10 +172,16 @@ class _CannotEvaluateError(ModelError):
 
 
 class _Evaluator:
-    """Evaluates a model on one input with other clips."""
+    """Evaluates a model on inputs of its calibration with other clips."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs | None, quantizers: Sequence[ActivationQuantizer]) -> None:
-        self.model, self.inputs, self.quantizers = model, inputs, quantizers
+    def __init__(self, model: nn.Module, inputs: Sequence[Inputs], quantizers: Sequence[ActivationQuantizer]) -> None:
+        self.model, self.quantizers = model, quantizers
+        self.num_runs = 0
+        kept = torch.zeros(2, device=quantizers[0].clip_max.device)
+        kept[0], kept[1] = len(inputs), 1
+        all_reduce_sum_(kept)
+        self.num_inputs = max(1, int(kept[0] / kept[1]))  # of every rank; one that has fewer makes all ranks stop
+        self._inputs = inputs[-self.num_inputs :]
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
@@ -150,8 +198,9 @@ class _Evaluator:
             for quantizer in every:
                 quantizer.shared = SharedInputCache()
 
-    def output(self, clips: Sequence[ClipPair] | None) -> list[Tensor]:
-        """The floating-point tensors that the model returns; without clips those of float activations."""
+    def output(self, number: int, clips: Sequence[ClipPair] | None) -> list[Tensor]:
+        """The floating-point tensors that the model returns for an input; without clips those of float activations."""
+        self.num_runs += 1
         found: list[Tensor] = []
         problem = ""
         every = activation_quantizers(self.model)
@@ -160,11 +209,11 @@ class _Evaluator:
         try:
             for quantizer in every:
                 quantizer.bypassed = clips is None
-            if self.inputs is None:
+            if number >= len(self._inputs):
                 raise _CannotEvaluateError("it cannot be copied")
             if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
                 raise _CannotEvaluateError("its parameters are sharded")
-            inputs = self.inputs.copied()
+            inputs = self._inputs[number].copied()
             with preserved_model_state(self.model), no_state_updates():
                 output = self.model.forward(*inputs.args, **inputs.kwargs)
             found = [x.detach().double() for x in tensors_in(output) if x.is_floating_point() and x.numel()]
@@ -181,9 +230,9 @@ class _Evaluator:
         self._raise_on_any_rank(problem)
         return found
 
-    def error(self, clips: Sequence[ClipPair], target: Sequence[Tensor]) -> float:
-        """How far the output is from the target; infinite where it is not finite."""
-        output = self.output(clips)
+    def error(self, number: int, clips: Sequence[ClipPair], target: Sequence[Tensor]) -> float:
+        """How far the output for an input is from the target; infinite where it is not finite."""
+        output = self.output(number, clips)
         same = [x.shape for x in output] == [x.shape for x in target]
         self._raise_on_any_rank("" if same else "the shapes that it returns vary")
         total = target[0].new_zeros(())

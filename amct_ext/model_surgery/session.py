@@ -65,16 +65,17 @@ class Session:
     weight_uses: WeightUses = field(default_factory=WeightUses)  # of the float model, after pruning
     output_search_pending: bool = False  # range_search: OUTPUT has yet to choose between clips
     gptq_pending: bool = False  # GPTQ has yet to change weights
-    calibration_input: Inputs | None = None  # of the forward under way, for the output search
+    calibration_inputs: list[Inputs] = field(default_factory=list)  # of the last forwards, for the output search
 
     def __getstate__(self) -> dict[str, object]:
-        # identities of this process, and what belongs to one forward
-        return vars(self) | {"evaluated_state": None, "recorded_state": None, "calibration_input": None}
+        # identities of this process, and what belongs to a calibration under way
+        return vars(self) | {"evaluated_state": None, "recorded_state": None, "calibration_inputs": []}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Session:
         new = copy.copy(self)
         memo[id(self)] = new
-        new.record_file = new.written_content = new.calibration_input = None
+        new.record_file = new.written_content = None
+        new.calibration_inputs = []
         new.tracker = copy.deepcopy(self.tracker, memo)
         return new
 

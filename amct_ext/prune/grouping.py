@@ -182,7 +182,8 @@ class Grouping:
         free = may_go[self._group_of[channels]]
         if len(free.sum(1).unique()) > 1:
             return None
-        return torch.where(free, channels, 0).sort(1).values.unique(dim=0)
+        rows: Tensor = torch.where(free, channels, 0).sort(1).values.unique(dim=0)
+        return rows
 
     def _equal_shares(self, channels: Tensor) -> bool:
         """Whether rows lose equally many positions if all their parts (`_parts`) lose the same share, and some can.

@@ -60,3 +60,24 @@ def test_keys_of_neither_are_passed_on_to_the_strict_load(tmp_path: Path) -> Non
     assert "stranger.weight" in from_amct_state_dict(model, state)
     with pytest.raises(TypeError, match="stranger"):
         from_amct_state_dict(model, {"stranger": 3})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "LSTM"])
+def test_keys_of_a_layer_that_amct_does_not_write_are_reported(kind: str, tmp_path: Path) -> None:
+    recurrent = kind == "LSTM"
+    model = (rnn_job.Job(tmp_path, kind) if recurrent else Job(tmp_path, small.CONFIGS["quant"])).create()
+    state = to_amct_state_dict(model)
+    layer = next(key for key in state if ".quant_module." in key).partition(".quant_module.")[0]
+    for unknown in (f"{layer}.quant_module.acts_typo", f"{layer}.quant_module.replaced_module2.weight"):
+        assert unknown in from_amct_state_dict(model, {**state, unknown: torch.ones(7, 7)})
+
+
+def test_a_mask_for_a_layer_without_one_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "sparse").mkdir()
+    sparse = Job(tmp_path / "sparse", small.CONFIGS["sparse_quant"]).create()
+    train(sparse, optimizer_of(sparse), range(2))
+    job = Job(tmp_path, small.CONFIGS["quant"])
+    job.create()
+    torch.save(to_amct_state_dict(sparse), tmp_path / "sparse.pth")
+    with pytest.raises(RuntimeError, match=r"unexpected: conv1\.quant_module\.wts_mask"):
+        job.restore(tmp_path / "sparse.pth", None)

@@ -22,6 +22,7 @@ from amct_ext.checkpoint.optimizer import amct_parameters
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, amsgrad=True),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
 }
 
 
@@ -50,7 +51,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, kind: str, name: str) -> N
     optimizer = OPTIMIZERS[kind](whole.parameters())
     train(whole, optimizer, range(3))
     torch.save({"model": amct_ext.to_amct_state_dict(whole)}, tmp_path / "amct.pth")
-    saved = as_amct(whole, optimizer, lr=2e-3, initial_lr=0.1)
+    saved = as_amct(whole, optimizer, lr=2e-3, initial_lr=0.1, max_lr=0.1, min_lr=1e-6)  # of OneCycleLR, too
     assert len(saved["param_groups"][0]["params"]) > len(list(whole.parameters()))
     half = job.restore(tmp_path / "amct.pth")
     resumed = OPTIMIZERS[kind](half.parameters())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import amct_ext
+from amct_ext.layers.activation.range_search import ClipPair
 from amct_ext.model_surgery import output_range_search
-from amct_ext.model_surgery.session import activation_quantizers
+from amct_ext.model_surgery.session import activation_quantizers, session_of
 
 CONFIG = (
     "batch_num: {}\nretrain_data_quant_config {{ ulq_quantize {{ {} }} }} "
@@ -56,12 +57,14 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("batch_num", [1, 2])
 def test_nothing_but_the_clips_changes(tmp_path: Path, batch_num: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """State, output, random numbers and gradients are those of the same forwards with ranges by absolute error."""
+    """State, output, random numbers and gradients are those of the same forwards without the search."""
     ran, real = [], output_range_search._Evaluator.output
     monkeypatch.setattr(output_range_search._Evaluator, "output", lambda *args: ran.append(0) or real(*args))
     found = []
-    for search in ("OUTPUT", "ABSOLUTE_ERROR"):
-        model = created(tmp_path, f"range_search: {search}", batch_num).train()
+    for searched in (True, False):
+        if not searched:
+            monkeypatch.setattr(output_range_search, "_search", lambda _, candidates: [each[0] for each in candidates])
+        model = created(tmp_path, batch_num=batch_num).train()
         torch.manual_seed(1)
         for i in range(batch_num):
             assert not ran
@@ -71,7 +74,7 @@ def test_nothing_but_the_clips_changes(tmp_path: Path, batch_num: int, monkeypat
         out.square().mean().backward()
         gradients = {k: p.grad for k, p in model.named_parameters() if "clip" not in k and p.grad is not None}
         found.append((snapshot(model), out.detach(), torch.rand(3), gradients, last.detach()))
-        assert (count > 4) == (search == "OUTPUT") and count <= 29
+        assert (count > 4) == searched and count <= 100
         ran.clear()
         model(inputs(9))
         assert not ran
@@ -104,6 +107,82 @@ def test_the_output_decides(tmp_path: Path) -> None:
     model = amct_ext.create_compressed_retrain_model(Two(), x, str(tmp_path / "c.cfg"), str(tmp_path / "r.txt"))
     model.train()(x)
     assert model.uses.act_quant.clip_max > 2 * model.ignores.act_quant.clip_max
+
+
+class Copies(nn.Module):
+    """Returns what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+        nn.init.eye_(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def squared_error(model: nn.Module, batches: list[Tensor]) -> float:
+    """Of the output relative to float's, summed over the batches."""
+    with torch.no_grad():
+        return sum(float((model(x) - x).square().sum() / x.square().sum()) for x in batches)
+
+
+def heavy_tails(number: int) -> Tensor:
+    """A value in fifty is six times as large."""
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(64, 8, generator=generator)
+    return x * torch.where(torch.rand(64, 8, generator=generator) < 0.02, 6, 1)
+
+
+def calibrated(folder: Path, batches: list[Tensor]) -> nn.Module:
+    (folder / "c.cfg").write_text(CONFIG.format(len(batches), "range_search: OUTPUT"))
+    model = amct_ext.create_compressed_retrain_model(Copies(), batches[0], str(folder / "c.cfg"), str(folder / "r.txt"))
+    amct_ext.calibrate(model, batches)
+    return model.eval()
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_ranges_are_widened_and_narrowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Where all candidates are too narrow or too wide, the range found is nearly as good as that of good candidates."""
+    batches, real = [heavy_tails(i) for i in range(8)], output_range_search._search
+    monkeypatch.setattr(output_range_search, "_MAX_RUNS", 400)
+    good = squared_error(calibrated(tmp_path, batches), batches)
+
+    def scaled(evaluator: object, candidates: list[list[ClipPair]]) -> list[ClipPair]:
+        return real(evaluator, [[ClipPair(*(factor * end for end in clips)) for clips in each] for each in candidates])
+
+    monkeypatch.setattr(output_range_search, "_search", scaled)
+    found = calibrated(tmp_path, batches)
+    assert squared_error(found, batches) < 1.02 * good
+    monkeypatch.setattr(output_range_search, "_FACTORS", ())
+    assert squared_error(calibrated(tmp_path, batches), batches) > 1.3 * good
+
+
+@pytest.mark.parametrize("limit", [6, 20])
+def test_the_runs_of_a_search_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """One that is stopped early keeps what it has found."""
+    monkeypatch.setattr(output_range_search, "_MAX_RUNS", limit)
+    ran, real = [], output_range_search._Evaluator.output
+    monkeypatch.setattr(output_range_search._Evaluator, "output", lambda *args: ran.append(0) or real(*args))
+    batches = [heavy_tails(i) for i in range(3)]
+    model = calibrated(tmp_path, batches)
+    assert len(ran) == limit
+    assert squared_error(model, batches) < 1
+
+
+def test_the_last_eight_inputs_are_kept_until_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Tensor] = []
+    real = output_range_search._Evaluator.__init__
+
+    def noted(self: object, model: nn.Module, inputs: list, quantizers: list) -> None:
+        kept.extend(each.args[0] for each in inputs)
+        real(self, model, inputs, quantizers)
+
+    monkeypatch.setattr(output_range_search._Evaluator, "__init__", noted)
+    batches = [heavy_tails(i) for i in range(10)]
+    model = calibrated(tmp_path, batches)
+    assert len(kept) == 8 and all(torch.equal(one, two) for one, two in zip(kept, batches[2:], strict=True))
+    assert not session_of(model).calibration_inputs and not session_of(copy.deepcopy(model)).calibration_inputs
 
 
 @pytest.mark.parametrize("mode", ["train", "calibrate", "restored"])

@@ -86,8 +86,10 @@ class RangeSearch:
         """The clips; for a batch that is not the last of a calibration AMCT takes the extreme values."""
         if self.method == "PERCENTILE":
             return FoundRange(self._percentile(statistics.histogram(), self.percentile))
-        if self.method == "ABSOLUTE_ERROR" or (self.method == "OUTPUT" and not last):
+        if self.method == "ABSOLUTE_ERROR":
             return FoundRange(self._least_error(statistics.histogram()))
+        if self.method == "OUTPUT" and not last:  # for this batch only, and cheap
+            return FoundRange(self._percentile(statistics.histogram(), _PERCENTILES[0]))
         if self.method == "OUTPUT":
             return self._candidates(statistics.histogram())
         amct = statistics.amct_range(self.num_bits) if last else statistics.min_max()
