@@ -15,7 +15,7 @@ from amct_ext.distillation import DistillationLoss
 from amct_ext.distributed import average_gradients, replicated_parameters
 from amct_ext.errors import AmctError
 from amct_ext.explain.report import Explanation, LayerReport
-from amct_ext.explain.sensitivity import LayerSensitivity, Sensitivity
+from amct_ext.explain.sensitivity_report import LayerSensitivity, Sensitivity
 from amct_ext.explain.targets import TARGETS, Target, check_target
 from amct_ext.flows.batchnorm import reestimate_batchnorm
 from amct_ext.flows.calibrate import calibrate

@@ -24,7 +24,7 @@ def replicated_parameters(model: nn.Module) -> list[nn.Parameter]:
     session_of(inner)
     found: dict[int, nn.Parameter] = {}
     for _, layer in compressed_layers(inner):
-        for name in layer.own_children:
+        for name in layer.added_children:
             child = getattr(layer, name)
             found.update({id(p): p for p in child.parameters()} if child is not None else {})
     return list(found.values())

@@ -30,7 +30,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "explain": {
         "reasons": "explain/test_report.py",
-        "sensitivity": "flows/test_sensitivity.py",
+        "sensitivity_report": "flows/test_sensitivity.py",
     },
     "export": {
         "axes": "export/test_export_files.py",
@@ -48,7 +48,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "flows": {
         "build": "flows/test_restore.py",
-        "check": "flows/test_bad_input.py",
+        "uncompressed_check": "flows/test_bad_input.py",
         "compressed": "flows/test_restore.py",
         "explain": "explain/test_report.py",
         "prune": "flows/test_prune_flow.py",
@@ -106,7 +106,7 @@ COVERED_BY: dict[str, dict[str, str]] = {
     },
     "proto": {"descriptors": "proto/test_proto_text.py"},
     "prune": {
-        "discovery": "prune/test_discover.py",
+        "discovery": "prune/test_walk.py",
         "runs": "prune/test_equivalence.py",
         "search_space": "flows/test_channel_search.py",
     },

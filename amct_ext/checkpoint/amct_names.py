@@ -13,7 +13,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amct_ext.checkpoint.amct_names_rnn import has_run, is_finite, put_back, read_rnn, subclass_entries, write_rnn
+from amct_ext.checkpoint.amct_names_rnn import (
+    amct_entries_of_rnn,
+    has_run,
+    is_finite,
+    put_back,
+    subclass_entries,
+    take_rnn,
+)
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.layers.compressed import CompressedLayer
@@ -61,13 +68,13 @@ def to_amct_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         elif holder in layers and holder not in done:
             done.add(holder)
             norm = pairs.get(holder)
-            state.update(_write_layer(holder, layers, owners))
+            state.update(_amct_entries_of_layer(holder, layers, owners))
             if norm is not None:
-                start = norm + "."
+                bn_prefix = norm + "."
                 state.update(
-                    (f"{holder}.bn_module.{k[len(start) :]}", v.detach().clone())
+                    (f"{holder}.bn_module.{k[len(bn_prefix) :]}", v.detach().clone())
                     for k, v in own.items()
-                    if k.startswith(start)
+                    if k.startswith(bn_prefix)
                 )
     return state
 
@@ -88,11 +95,11 @@ def from_amct_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> dict[
     rest = dict(state)
     out: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        out.update(_read_layer(name, layer, owners.get(name, name), rest, fallback))
+        out.update(_take_layer(name, layer, owners.get(name, name), rest, fallback))
     for conv, norm in present_pairs(model).items():
-        start = f"{conv}.bn_module."
-        for key in [k for k in rest if k.startswith(start)]:
-            out[f"{norm}.{key[len(start) :]}"] = rest.pop(key)
+        bn_prefix = f"{conv}.bn_module."
+        for key in [k for k in rest if k.startswith(bn_prefix)]:
+            out[f"{norm}.{key[len(bn_prefix) :]}"] = rest.pop(key)
     out.update(rest)
     return out
 
@@ -116,29 +123,33 @@ def _holder(key: str, layers: Mapping[str, CompressedLayer], norms: Mapping[str,
     return None
 
 
-def _write_layer(name: str, layers: Mapping[str, CompressedLayer], owners: Mapping[str, str]) -> dict[str, Tensor]:
+def _amct_entries_of_layer(
+    name: str, layers: Mapping[str, CompressedLayer], owners: Mapping[str, str]
+) -> dict[str, Tensor]:
     layer = layers[name]
     if layer.weight_quant is None:
-        return {f"{name}.{key}": value for key, value in _write_wrapper(layer, False).items()}
+        return {f"{name}.{key}": value for key, value in _amct_entries_of_wrapper(layer, False).items()}
     quantized = sum(other.weight_quant is not None for other in layers.values())
     if isinstance(layer, CompressedRNN):
-        return write_rnn(name, layer, quantized)
+        return amct_entries_of_rnn(name, layer, quantized)
     calibrated = layer.input_quantizer is not None and layer.input_quantizer.calibrated
     ran = _ran(layer)
     present = layer.recorded_scale_w().float()
     recorded = present if ran else torch.ones_like(present)
     out = {f"{name}.scale_w": recorded.clone(), f"{name}.offset_w": torch.zeros_like(recorded)}
     owner = owners.get(name, name)
-    out.update({f"{name}.quant_module.{key}": value for key, value in _write_wrapper(layer, owner == name).items()})
+    out.update(
+        {f"{name}.quant_module.{key}": value for key, value in _amct_entries_of_wrapper(layer, owner == name).items()}
+    )
     if owner != name:
-        reuse = _write_wrapper(layers[owner], True)
+        reuse = _amct_entries_of_wrapper(layers[owner], True)
         out.update({f"{name}.quant_module.acts_comp_reuse.{key}": value for key, value in reuse.items()})
     count = quantized if calibrated and ran else 0
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(count), device=layer.weight.device)
     return out
 
 
-def _write_wrapper(layer: CompressedLayer, with_activation: bool) -> dict[str, Tensor]:
+def _amct_entries_of_wrapper(layer: CompressedLayer, with_activation: bool) -> dict[str, Tensor]:
     """The keys of AMCT's layer wrapper: parameters first, then buffers, then the layer itself."""
     device = layer.weight.device
     act, wts, sparsity = layer.input_quantizer, layer.weight_quant, layer.sparsity
@@ -179,48 +190,50 @@ def _ran(layer: CompressedLayer) -> bool:
     return wts is not None and (wts.ready if wts.learned else bool(torch.isfinite(wts.scale).all()))
 
 
-def _read_layer(
+def _take_layer(
     name: str, layer: CompressedLayer, owner: str, rest: dict[str, Tensor], fallback: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Take the layer's keys out of ``rest``; ``fallback`` supplies our state that AMCT does not have."""
     if isinstance(layer, CompressedRNN):
-        return read_rnn(name, layer, rest, fallback)
+        return take_rnn(name, layer, rest, fallback)
     quantized = layer.weight_quant is not None
-    comp = f"{name}.quant_module." if quantized else f"{name}."
+    wrapper_prefix = f"{name}.quant_module." if quantized else f"{name}."
     out: dict[str, Tensor] = {}
     taken: dict[str, Tensor] = {}
-    for key in [k for k in rest if k.startswith(comp) and not k.startswith(f"{name}.bn_module.")]:
-        taken[key[len(comp) :]] = rest.pop(key)
+    for key in [k for k in rest if k.startswith(wrapper_prefix) and not k.startswith(f"{name}.bn_module.")]:
+        taken[key[len(wrapper_prefix) :]] = rest.pop(key)
     for key in (f"{name}.scale_w", f"{name}.offset_w", f"{name}.record_module.quant_layer_num"):
         rest.pop(key, None)
-    start = "replaced_module."
-    out.update((f"{name}.{key[len(start) :]}", value) for key, value in taken.items() if key.startswith(start))
+    layer_prefix = "replaced_module."
+    out.update(
+        (f"{name}.{key[len(layer_prefix) :]}", value) for key, value in taken.items() if key.startswith(layer_prefix)
+    )
     known = {*_ACT_PARAMS, *_ACT_BUFFERS, *_WRAPPER_STATE}
     if layer.sparsity is None and _masks_weights(taken.get("wts_mask")):
         known.discard("wts_mask")
-    put_back(rest, comp, taken, known, (start, "acts_comp_reuse."))
+    put_back(rest, wrapper_prefix, taken, known, (layer_prefix, "acts_comp_reuse."))
     if layer.act_quant is not None:
         # AMCT may keep the shared quantiser at another layer; every follower carries a copy.
-        pre = "" if owner == name else "acts_comp_reuse."
-        own_prefix = f"{name}.act_quant."
+        shared_prefix = "" if owner == name else "acts_comp_reuse."
+        child_prefix = f"{name}.act_quant."
         for amct_key, key in (_ACT_PARAMS | _ACT_BUFFERS).items():
-            if pre + amct_key in taken:
-                out[own_prefix + key] = taken[pre + amct_key]
-        finite = all(pre + k in taken and is_finite(taken[pre + k]) for k in list(_ACT_BUFFERS)[:2])
-        out[own_prefix + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
-        out[own_prefix + "invalid"] = torch.tensor(False)
+            if shared_prefix + amct_key in taken:
+                out[child_prefix + key] = taken[shared_prefix + amct_key]
+        finite = all(shared_prefix + k in taken and is_finite(taken[shared_prefix + k]) for k in list(_ACT_BUFFERS)[:2])
+        out[child_prefix + "batches_seen"] = torch.tensor(layer.act_quant.batch_num if finite else 0)
+        out[child_prefix + "invalid"] = torch.tensor(False)
     if layer.weight_quant is not None and "wts_scales" in taken:
         ran = has_run(taken) and is_finite(taken["wts_scales"])
-        own_prefix = f"{name}.weight_quant."
+        child_prefix = f"{name}.weight_quant."
         if layer.weight_quant.learned:
-            out[own_prefix + "scale"] = taken["wts_scales"] if ran else fallback[own_prefix + "scale"]
-            out[own_prefix + "initialised"] = torch.tensor(ran)
+            out[child_prefix + "scale"] = taken["wts_scales"] if ran else fallback[child_prefix + "scale"]
+            out[child_prefix + "initialised"] = torch.tensor(ran)
         else:
-            out[own_prefix + "scale"] = taken["wts_scales"]
+            out[child_prefix + "scale"] = taken["wts_scales"]
         out.update((k, torch.zeros_like(fallback[k])) for k in fallback if k.startswith(f"{name}.search_n."))
     if layer.sparsity is not None and {"wts_mask", "prune_cur_batch"} <= set(taken):
-        own_prefix, mask = f"{name}.sparsity.", taken["wts_mask"]
+        child_prefix, mask = f"{name}.sparsity.", taken["wts_mask"]
         # A wrapper that never ran has no mask yet; the one made from record or weights stays.
-        out[own_prefix + "mask"] = fallback[own_prefix + "mask"] if mask.isnan().any() else mask.bool()
-        out[own_prefix + "step"] = taken["prune_cur_batch"].to(torch.int64)
+        out[child_prefix + "mask"] = fallback[child_prefix + "mask"] if mask.isnan().any() else mask.bool()
+        out[child_prefix + "step"] = taken["prune_cur_batch"].to(torch.int64)
     return out

@@ -25,7 +25,7 @@ _PREVIOUS = {"clip_max_pre": "prev_clip_max", "clip_min_pre": "prev_clip_min"}
 _FACTORS = {"scale": "scale", "offset": "offset"}
 
 
-def write_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Tensor]:
+def amct_entries_of_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Tensor]:
     """AMCT's entries of one layer, in its order; ``layer_count``: quantised layers of the model that have run."""
     ran = _ran(layer)
     device = layer.weight_ih_l0.device
@@ -34,22 +34,22 @@ def write_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Te
     for ending, scale in zip("wr", scales, strict=True):
         out[f"{name}.scale_{ending}"] = scale.clone() if ran else torch.ones_like(scale)
     out |= {f"{name}.offset_{ending}": torch.zeros_like(scale) for ending, scale in zip("wr", scales, strict=True)}
-    comp = f"{name}.quant_module."
-    acts = [(comp + prefix, getattr(layer, child)) for prefix, child in _ACTS]
+    wrapper_prefix = f"{name}.quant_module."
+    acts = [(wrapper_prefix + prefix, getattr(layer, child)) for prefix, child in _ACTS]
     _copy(out, acts, _PARAMS)
     for (prefix, child), scale in zip(_WEIGHTS, scales, strict=True):
         # What is trained, not the guarded value that is recorded: a restore must continue from it.
         own = getattr(layer, child).scale.detach().float()
         raw = own.expand_as(scale) if ran else torch.full_like(scale, float("nan"))
-        out[f"{comp}{prefix}scales"] = raw.clone()
-        out[f"{comp}{prefix}offsets"] = torch.zeros_like(raw) if ran else raw.clone()
-    out[f"{comp}cur_batch"] = torch.tensor(float(ran), device=device)
+        out[f"{wrapper_prefix}{prefix}scales"] = raw.clone()
+        out[f"{wrapper_prefix}{prefix}offsets"] = torch.zeros_like(raw) if ran else raw.clone()
+    out[f"{wrapper_prefix}cur_batch"] = torch.tensor(float(ran), device=device)
     _copy(out, acts, _PREVIOUS)
     _copy(out, acts, _FACTORS)
-    out[f"{comp}s_rec_flag"] = torch.tensor(0.0, device=device)
+    out[f"{wrapper_prefix}s_rec_flag"] = torch.tensor(0.0, device=device)
     for part in ("replaced_module", "comp_module"):
-        out |= {f"{comp}{part}.{key}": getattr(layer, key).detach().clone() for key in _present(layer)}
-    out |= {f"{comp}replaced_module.{key}": value for key, value in subclass_entries(layer).items()}
+        out |= {f"{wrapper_prefix}{part}.{key}": getattr(layer, key).detach().clone() for key in _present(layer)}
+    out |= {f"{wrapper_prefix}replaced_module.{key}": value for key, value in subclass_entries(layer).items()}
     out[f"{name}.record_module.quant_layer_num"] = torch.tensor(float(layer_count if ran else 0), device=device)
     return out
 
@@ -60,11 +60,11 @@ def subclass_entries(layer: CompressedLayer) -> dict[str, Tensor]:
     return {
         key: value.detach().clone() if isinstance(value, Tensor) else value
         for key, value in layer.state_dict().items()
-        if key not in standard and key.partition(".")[0] not in layer.own_children
+        if key not in standard and key.partition(".")[0] not in layer.added_children
     }
 
 
-def read_rnn(
+def take_rnn(
     name: str, layer: CompressedRNN, rest: dict[str, Tensor], fallback: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Take the layer's entries out of ``rest`` and give them our names; ``fallback``: our present state.
@@ -74,8 +74,8 @@ def read_rnn(
     for key in [f"{name}.{kind}_{ending}" for kind in ("scale", "offset") for ending in "wr"]:
         rest.pop(key, None)
     rest.pop(f"{name}.record_module.quant_layer_num", None)
-    comp = f"{name}.quant_module."
-    taken = {key[len(comp) :]: rest.pop(key) for key in [k for k in rest if k.startswith(comp)]}
+    wrapper_prefix = f"{name}.quant_module."
+    taken = {key[len(wrapper_prefix) :]: rest.pop(key) for key in [k for k in rest if k.startswith(wrapper_prefix)]}
     out: dict[str, Tensor] = {}
     for key in _NAMES:
         first, second = (
@@ -84,18 +84,18 @@ def read_rnn(
         value = taken.get(f"{first}.{key}", taken.get(f"{second}.{key}"))
         if value is not None:
             out[f"{name}.{key}"] = value
-    start = "replaced_module."
-    members = {key[len(start) :]: value for key, value in taken.items() if key.startswith(start)}
+    layer_prefix = "replaced_module."
+    members = {key[len(layer_prefix) :]: value for key, value in taken.items() if key.startswith(layer_prefix)}
     out |= {f"{name}.{key}": value for key, value in members.items() if key not in _NAMES}
     known = {prefix + key for prefix, _ in _ACTS for key in (*_PARAMS, *_PREVIOUS, *_FACTORS)}
     known |= {prefix + key for prefix, _ in _WEIGHTS for key in ("scales", "offsets")}
-    put_back(rest, comp, taken, known | {"cur_batch", "s_rec_flag"}, (start, "comp_module."))
+    put_back(rest, wrapper_prefix, taken, known | {"cur_batch", "s_rec_flag"}, (layer_prefix, "comp_module."))
     for prefix, child in _ACTS:
-        _read_activation(out, f"{name}.{child}.", taken, prefix, getattr(layer, child))
+        _take_activation(out, f"{name}.{child}.", taken, prefix, getattr(layer, child))
     ran = has_run(taken)
     for prefix, child in _WEIGHTS:
         if f"{prefix}scales" in taken:
-            _read_weight(out, f"{name}.{child}.", taken[f"{prefix}scales"], ran, getattr(layer, child), fallback)
+            _take_weight(out, f"{name}.{child}.", taken[f"{prefix}scales"], ran, getattr(layer, child), fallback)
     return out
 
 
@@ -123,37 +123,37 @@ def _copy(out: dict[str, Tensor], acts: list[tuple[str, ActivationQuantizer]], n
             out[prefix + "clip_min"] = -out[prefix + "clip_max"]  # AMCT's start for recurrent layers
 
 
-def _read_activation(
-    out: dict[str, Tensor], own_prefix: str, taken: Mapping[str, Tensor], prefix: str, quantizer: ActivationQuantizer
+def _take_activation(
+    out: dict[str, Tensor], child_prefix: str, taken: Mapping[str, Tensor], prefix: str, quantizer: ActivationQuantizer
 ) -> None:
     for amct_key, key in (_PARAMS | _PREVIOUS | _FACTORS).items():
         if prefix + amct_key in taken:
-            out[own_prefix + key] = taken[prefix + amct_key]
+            out[child_prefix + key] = taken[prefix + amct_key]
     finite = all(prefix + key in taken and is_finite(taken[prefix + key]) for key in _PREVIOUS)
-    if not finite and own_prefix + "clip_max" in out:  # AMCT's start is a range, ours is none
-        out[own_prefix + "clip_min"] = out[own_prefix + "clip_max"]
-    out[own_prefix + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
-    out[own_prefix + "invalid"] = torch.tensor(False)
+    if not finite and child_prefix + "clip_max" in out:  # AMCT's start is a range, ours is none
+        out[child_prefix + "clip_min"] = out[child_prefix + "clip_max"]
+    out[child_prefix + "batches_seen"] = torch.tensor(quantizer.batch_num if finite else 0)
+    out[child_prefix + "invalid"] = torch.tensor(False)
 
 
-def _read_weight(
+def _take_weight(
     out: dict[str, Tensor],
-    own_prefix: str,
+    child_prefix: str,
     scales: Tensor,
     ran: bool,
     quantizer: WeightQuantizer,
     fallback: Mapping[str, Tensor],
 ) -> None:
-    own = fallback[own_prefix + "scale"]
+    own = fallback[child_prefix + "scale"]
     # One scale for the whole weight stands once per gate in the file.
     scales = scales[:1] if own.numel() == 1 and scales.dim() else scales
     if quantizer.learned:
         # AMCT's own learned scales of recurrent layers are NaN: they start from the weight's range.
         ran = ran and is_finite(scales)
-        out[own_prefix + "initialised"] = torch.tensor(ran)
-        out[own_prefix + "scale"] = scales if ran else own
+        out[child_prefix + "initialised"] = torch.tensor(ran)
+        out[child_prefix + "scale"] = scales if ran else own
     else:
-        out[own_prefix + "scale"] = scales
+        out[child_prefix + "scale"] = scales
 
 
 def _present(layer: CompressedRNN) -> list[str]:

@@ -20,12 +20,14 @@ _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 def read_state_dict(
-    pth_file: str, state_dict_name: str | None = None, own_names: Iterable[str] = ()
+    pth_file: str, state_dict_name: str | None = None, model_names: Iterable[str] = ()
 ) -> dict[str, Tensor]:
     """Read a state dict from a checkpoint file, prefixes of DDP and torch.compile taken off.
 
-    ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict. ``own_names``: those
-    of the model's parameters and buffers; a prefix that they have themselves stays. Errors:
+    ``state_dict_name`` names the entry that holds it; without, the file itself is the state dict.
+    ``model_names``: names of the model's parameters and buffers; a prefix that all of them begin with is not taken off.
+
+    Errors:
     FileNotFoundError; UnsafeCheckpointError (a pickle.UnpicklingError) where the file holds more than tensors and
     plain containers; CheckpointKeyError (a KeyError) where the entry is missing or empty; CheckpointError (a
     RuntimeError) where it is no state dict, or holds anything but dense tensors with values.
@@ -75,8 +77,8 @@ def read_state_dict(
             f"checkpoint '{pth_file}': '{key}'{more} is {what}; save the state dict of the trained model, with dense "
             "tensors in memory"
         )
-    own = set(own_names)
-    for prefix in _WRAPPERS * 2:
+    own = set(model_names)
+    for prefix in _WRAPPERS * 2:  # either may be around the other, or twice
         if state and all(key.startswith(prefix) for key in state) and not _is_own(prefix, state, own):
             state = OrderedDict((key[len(prefix) :], value) for key, value in state.items())
             versions = _without_prefix(versions, prefix.rstrip("."))
@@ -129,7 +131,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], pth_file: str) -> 
     """Load what ``read_state_dict`` read from ``pth_file``.
 
     Errors: CheckpointError listing all missing, unexpected and misshapen entries, or what torch or a module of the
-    user's says while it loads. The model is as it was then, bit for bit.
+    user's says while it loads. The model is unchanged then, bit for bit.
     """
     if amct_names.has_amct_names(state):
         state = amct_names.from_amct_state_dict(model, state)
@@ -184,7 +186,7 @@ def mismatches(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         if key not in own and not key.endswith(_GATHERED)
     ]
     problems += [  # of an unfinished calibration, as version 0.1 kept it
-        f"shape: {key} {_shape(value)} was not gathered by this version"
+        f"shape: {key} {_shape(value)} was gathered by another version; without this entry the calibration starts anew"
         for key, value in state.items()
         if key.endswith(_GATHERED) and not is_resumable(value)
     ]

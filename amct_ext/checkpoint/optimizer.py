@@ -97,32 +97,32 @@ def from_amct_optimizer_state_dict(
     AMCT's, an optimizer of another kind or grouping); CheckpointError (no state of an optimizer, or of another shape).
     """
     inner = unwrap(model)
-    own_names = amct_parameters(inner)
+    our_names = amct_parameters(inner)
     if not _is_optimizer_state(state):
         given = type(state).__name__
         if isinstance(state, Mapping):
             given = f"a dict of {', '.join(map(str, state))[:200] or 'nothing'}"
         raise CheckpointError(f"state must be what an optimizer's state_dict() returned in AMCT's job, not {given}")
     groups = list(state["param_groups"])
-    listed = _names(groups, names, list(own_names))
-    entries, origin = _by_our_names(listed, groups, state["state"], own_names)
+    name_at = _names(groups, names, list(our_names))
+    entries, group_of = _by_our_names(name_at, groups, state["state"], our_names)
     present = {id(parameter): name for name, parameter in inner.named_parameters()}
     result: dict[str, Any] = {"state": {}, "param_groups": []}
-    fresh: list[str] = []
+    without_state: list[str] = []
     index = 0
     for number, group in enumerate(optimizer.param_groups):
-        held = [(present.get(id(parameter)), parameter) for parameter in group["params"]]
-        options = _options(number, group, {origin[name] for name, _ in held if name in origin}, groups)
-        positions = list(range(index, index + len(held)))
-        index += len(held)
+        parameters = [(present.get(id(parameter)), parameter) for parameter in group["params"]]
+        options = _options(number, group, {group_of[name] for name, _ in parameters if name in group_of}, groups)
+        positions = list(range(index, index + len(parameters)))
+        index += len(parameters)
         result["param_groups"].append({**options, "params": positions})
-        for position, (name, parameter) in zip(positions, held, strict=True):
+        for position, (name, parameter) in zip(positions, parameters, strict=True):
             if name in entries:
                 result["state"][position] = _checked(str(name), parameter, entries[name])
-            elif name not in origin:
-                fresh.append(str(name))
-    if fresh:
-        logger.warning("the optimizer's state has nothing for %s: their optimizer state starts empty", ", ".join(fresh))
+            elif name not in group_of:
+                without_state.append("a parameter that is not the model's" if name is None else name)
+    if without_state:
+        logger.warning("no state for %s: there the optimizer starts anew", ", ".join(without_state))
     return result
 
 
@@ -154,37 +154,37 @@ def _names(groups: Sequence[Group], names: Sequence[str] | None, order: list[str
             f"the optimizer's state has {len(positions)} parameters, AMCT's model {len(order)} "
             f"({len(names)} names given): it belongs to another model, or to a part of the parameters; give their names"
         )
-    strangers = [name for name in names if name not in order]
-    if strangers:
-        raise ValueError(f"'{strangers[0]}' is no parameter of AMCT's model; it has: {', '.join(order[:9])}, ...")
+    unknown = [name for name in names if name not in order]
+    if unknown:
+        raise ValueError(f"'{unknown[0]}' is no parameter of AMCT's model; it has: {', '.join(order[:9])}, ...")
     return dict(zip(positions, names, strict=True))
 
 
 def _by_our_names(
-    listed: Mapping[int, str],
+    name_at: Mapping[int, str],
     groups: Sequence[Group],
     states: Mapping[int, Entry],
-    own_names: Mapping[str, str | None],
+    our_names: Mapping[str, str | None],
 ) -> tuple[dict[str | None, Entry], dict[str | None, int]]:
     """Our parameter -> its state, and -> the number of its group."""
     entries: dict[str | None, Entry] = {}
-    origin: dict[str | None, int] = {}
-    dropped: list[str] = []
-    trained: list[str] = []
+    group_of: dict[str | None, int] = {}
+    dropped_without_state: list[str] = []
+    dropped_with_state: list[str] = []
     for number, group in enumerate(groups):
         for position in group["params"]:
-            name = own_names[listed[position]]
+            name = our_names[name_at[position]]
             if name is None:
-                (trained if states.get(position) else dropped).append(listed[position])
+                (dropped_with_state if states.get(position) else dropped_without_state).append(name_at[position])
                 continue
-            origin[name] = number
+            group_of[name] = number
             if states.get(position):
                 entries[name] = states[position]
-    if dropped:
-        logger.info("no parameters here, and without a state in AMCT: %s", ", ".join(dropped))
-    if trained:
-        logger.warning("no parameters here, their optimizer state is left out: %s", ", ".join(trained))
-    return entries, origin
+    if dropped_without_state:
+        logger.info("no parameters here, and without a state in AMCT: %s", ", ".join(dropped_without_state))
+    if dropped_with_state:
+        logger.warning("no parameters here, their optimizer state is left out: %s", ", ".join(dropped_with_state))
+    return entries, group_of
 
 
 def _options(number: int, group: Group, origins: set[int], groups: Sequence[Group]) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.config.traits import LayerTraits
 from amct_ext.errors import ConfigError, RecordError
 from amct_ext.explain.reasons import layer_reasons
-from amct_ext.flows.check import check_model
 from amct_ext.flows.create_checks import (
     check_called_once,
     check_pruned,
@@ -36,6 +35,7 @@ from amct_ext.flows.create_checks import (
     warn_of_excluded,
     warn_of_merging,
 )
+from amct_ext.flows.uncompressed_check import check_model
 from amct_ext.graph.inputs import Inputs, parse_inputs
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.graph.weight_use import weight_uses
@@ -50,10 +50,10 @@ from amct_ext.model_surgery.split_attention import split_attention
 from amct_ext.model_surgery.split_rnn import split_recurrent
 from amct_ext.model_surgery.swap import insert_layers, unreplaceable
 from amct_ext.prune.channels import apply_channels, plan_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.discovery import Discovery, EqualRemoval
 from amct_ext.prune.gate_taylor import PruningLoss
 from amct_ext.prune.permute import asks_for_permutation, permute_channels
+from amct_ext.prune.walk import discover
 from amct_ext.record.types import ChannelRecord, Record
 
 
@@ -99,7 +99,7 @@ def create(
     model: nn.Module, input_data: Any, planner: Planner, record_file: str, pruning_loss: PruningLoss | None = None
 ) -> nn.Module:
     """A compressed copy of ``model``; the record file is written once all has succeeded. Errors: see the flows."""
-    analysis = _analyse(model, input_data, planner)
+    analysis = _analyze(model, input_data, planner)
     check_pruning_loss(analysis.discovery.prunable, analysis.plan, pruning_loss, planner.config.source)
     inner = _compress(analysis, record_file, pruning_loss)
     check_pruned(session_of(inner), planner.config.source)
@@ -110,20 +110,20 @@ def create(
 
 def compress(model: nn.Module, input_data: Any, planner: Planner, record_file: str) -> nn.Module:
     """What ``create`` would return, without its wrapper and without a loss: other channels may go; writes nothing."""
-    return _compress(_analyse(model, input_data, planner), record_file)
+    return _compress(_analyze(model, input_data, planner), record_file)
 
 
 def _compress(analysis: Analysis, record_file: str, pruning_loss: PruningLoss | None = None) -> nn.Module:
     warn_of_excluded(analysis.graph)
     warn_of_merging(analysis.model, analysis.plan)
-    plan, whole = analysis.plan, analysis.model
+    plan, model = analysis.plan, analysis.model
 
     def choose(equal_removals: Sequence[EqualRemoval]) -> tuple[Discovery, Sequence[ChannelRecord]]:
-        found = discover(analysis.graph, plan, whole, equal_removals)
-        return found, plan_channels(found, plan, whole, pruning_loss)
+        found = discover(analysis.graph, plan, model, equal_removals)
+        return found, plan_channels(found, plan, model, pruning_loss)
 
-    records = plan_channels(analysis.discovery, plan, whole, pruning_loss)
-    channel = apply_channels(whole, analysis.discovery, records, analysis.inputs, choose=choose)
+    records = plan_channels(analysis.discovery, plan, model, pruning_loss)
+    channel = apply_channels(model, analysis.discovery, records, analysis.inputs, choose=choose)
     if asks_for_permutation(analysis.plan):
         graph = trace(analysis.model, analysis.inputs) if channel else analysis.graph
         permute_channels(analysis.model, graph, analysis.plan, analysis.inputs)
@@ -140,7 +140,7 @@ def restore(
     state_dict_name: str | None,
 ) -> nn.Module:
     """The compressed copy of ``model`` that ``record`` describes, with a checkpoint's state. Nothing is written."""
-    analysis = _analyse(model, input_data, planner)
+    analysis = _analyze(model, input_data, planner)
     state = read_state_dict(pth_file, state_dict_name, analysis.model.state_dict())
     excluded = _float_in_checkpoint(analysis.model, analysis.plan, state)
     try:
@@ -198,7 +198,7 @@ def traits_to_plan(
     return graph.traits(inner, goes_beyond_amct(config.profile)), config
 
 
-def _analyse(model: nn.Module, input_data: Any, planner: Planner) -> Analysis:
+def _analyze(model: nn.Module, input_data: Any, planner: Planner) -> Analysis:
     inner = float_copy(model)
     inputs = parse_inputs(inner, input_data)
     if isinstance(planner.config, JsonConfig) or quant_active(planner.config):

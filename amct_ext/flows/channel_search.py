@@ -25,7 +25,6 @@ from amct_ext.proto.text import close_matches
 from amct_ext.prune import search_space
 from amct_ext.prune.channels import apply_channels
 from amct_ext.prune.cost import layer_costs
-from amct_ext.prune.discover import discover
 from amct_ext.prune.discovery import Discovery
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.search_config import SearchConfig, dumps, read_search_config
@@ -37,6 +36,7 @@ from amct_ext.prune.search_methods import (
     TaylorLossSensitivity,
 )
 from amct_ext.prune.selection import removal_count
+from amct_ext.prune.walk import discover
 
 __all__ = [
     "GateTaylorSensitivity",

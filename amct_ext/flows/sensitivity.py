@@ -15,7 +15,7 @@ from amct_ext.common.references import copy_model
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
 from amct_ext.errors import InvalidDataError, StaleStateError
-from amct_ext.explain.sensitivity import LayerSensitivity, Sensitivity
+from amct_ext.explain.sensitivity_report import LayerSensitivity, Sensitivity
 from amct_ext.flows.calibrate import check_batches
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in

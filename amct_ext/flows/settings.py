@@ -97,7 +97,7 @@ def configure(
         layers[name].product_choice = PathChoice(path, session.tracker) if _has_path(layers[name], path) else None
     if fuse is not None:
         for layer in layers.values():
-            layer.refs.fuse = fuse == "auto"
+            layer.refs.fuse_allowed = fuse == "auto"
     for quantizer in quantizers:
         if validation is not None:
             quantizer.validate_now = validation == "eager"

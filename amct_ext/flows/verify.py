@@ -21,9 +21,9 @@ from amct_ext.graph.trace import trace
 from amct_ext.model_surgery.session import session_of
 from amct_ext.prune.channels import removal_of
 from amct_ext.prune.check import check_records
-from amct_ext.prune.discover import discover
 from amct_ext.prune.equivalence import RescaledRun, largest_error, run_masked, run_rescaled
 from amct_ext.prune.runs import Difference
+from amct_ext.prune.walk import discover
 from amct_ext.record.types import ChannelRecord
 
 _logger = logging.getLogger("amct_ext")

@@ -82,7 +82,7 @@ def to_float(layer: CompressedLayer) -> nn.Module:
     """The float layer again, of its own class, 2:4 mask folded into the weight (do not use ``layer`` afterwards)."""
     plain: nn.Module = object.__new__(custom_forward.float_class(layer))
     take_attributes(plain, layer)
-    for name in (*layer.own_children, *_INSTANCE_NAMES):
+    for name in (*layer.added_children, *_INSTANCE_NAMES):
         plain._modules.pop(name, None)
         vars(plain).pop(name, None)
     if layer.sparsity is not None:
@@ -103,4 +103,4 @@ def _own_names(layer: nn.Module, parent: type[nn.Module]) -> set[str]:
 def _reserved(base: type[CompressedLayer]) -> set[str]:
     """The names that a compressed class defines or sets on its instances."""
     names = {name for kind in base.__mro__ if issubclass(kind, CompressedLayer) for name in vars(kind)}
-    return (names | {*base.own_children} | _INSTANCE_NAMES | _COPYING) - _INHERITED
+    return (names | {*base.added_children} | _INSTANCE_NAMES | _COPYING) - _INHERITED

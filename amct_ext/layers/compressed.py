@@ -61,7 +61,7 @@ class CompressedLayer(nn.Module):
     bias: Tensor | None
     in_axis = 1  # of the weight: the axis that 2:4 sparsity works along
     channel_axis_out = 1  # of the output
-    own_children: tuple[str, ...] = ("sparsity", "weight_quant", "act_quant", "search_n")  # not of the float layer
+    added_children: tuple[str, ...] = ("sparsity", "weight_quant", "act_quant", "search_n")  # not of the float layer
 
     sparsity: Sparsity | None
     weight_quant: WeightQuantizer | None
@@ -96,7 +96,7 @@ class CompressedLayer(nn.Module):
         # Only the gradient of the weight reads the input again.
         stashes = quantizer is not None and quantizer.stash and weight.requires_grad
         memory = stashed(quantizer.num_bits, *results[0]) if stashes else nullcontext()  # type: ignore[union-attr]
-        with memory, chain_convolutions(quantized, self.refs.fuses):
+        with memory, chain_convolutions(quantized, self.refs.can_fuse):
             return self.compute_with_weight(quantized, weight, *args)
 
     def quantized_input(self, x: Tensor, results: list[FakeQuantized]) -> Tensor:
@@ -214,7 +214,7 @@ class CompressedLayer(nn.Module):
         new.layer_name = plan.name
         new.refs = UnregisteredRefs(product=product)
         new.product_choice = None
-        vars(new).update(dict.fromkeys(cls.own_children))
+        vars(new).update(dict.fromkeys(cls.added_children))
         new._add_children(plan, batch_num, fixed_min)
         return new.train(layer.training)
 

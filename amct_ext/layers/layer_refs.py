@@ -16,10 +16,10 @@ class UnregisteredRefs:
 
     shared_act_quant: ActivationQuantizer | None = None  # of the layer that runs first on the shared input
     batch_norm: _BatchNorm | None = None  # that follows, and has fixed statistics in evaluations
-    fuse: bool = True  # the BatchNorm with what follows it
+    fuse_allowed: bool = True  # the BatchNorm with what follows it
     product: Product | None = None  # in the forward of its class, where that is not torch's
 
     @property
-    def fuses(self) -> bool:
+    def can_fuse(self) -> bool:
         """Whether what follows the layer's product may be computed with it."""
-        return self.fuse and self.batch_norm is not None
+        return self.fuse_allowed and self.batch_norm is not None

@@ -21,22 +21,22 @@ def average_ranges(quantizers: Sequence[ActivationQuantizer]) -> None:
     2. ranges of finished calibrations; the calibration is then finished on all ranks;
     3. ranges of one batch.
     """
-    if not is_distributed() or all(quantizer.calibrated and not quantizer.found_clips for quantizer in quantizers):
+    if not is_distributed() or all(quantizer.calibrated and not quantizer.search_stage for quantizer in quantizers):
         return
     first = quantizers[0].clip_max
     dtype = torch.float64 if any(q.clip_max.dtype == torch.float64 for q in quantizers) else torch.float32
     # Of each quantiser: clips that are final, that are not, that are robust; how many ranks, and the sums of the clips.
     table = torch.zeros(len(quantizers), 3, 3, dtype=dtype, device=first.device)
     for row, quantizer in zip(table, quantizers, strict=True):
-        if quantizer.found_clips:
-            found = row[0 if quantizer.found_clips == "final" else 1]
+        if quantizer.search_stage:
+            found = row[0 if quantizer.search_stage == "final" else 1]
             found[0] = 1
             found[1:] = torch.stack([quantizer.clip_max, quantizer.clip_min])
         robust = None if quantizer.found_range is None else quantizer.found_range.robust
         if robust is not None and quantizer.found_range is not None and quantizer.found_range.replaced is not None:
             row[2, 0] = quantizer.found_range.replaced
             row[2, 1:] = torch.stack(robust)
-        quantizer.found_clips = ""
+        quantizer.search_stage = ""
         if not quantizer.candidates:
             quantizer.log_range()
     all_reduce_sum_(table)

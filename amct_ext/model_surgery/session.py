@@ -100,7 +100,9 @@ def present_pairs(model: nn.Module) -> dict[str, str]:
 def added_buffers(model: nn.Module) -> list[str]:
     """Names of the buffers that compressed layers add to the float model."""
     children = (
-        (f"{name}.{own}", getattr(layer, own)) for name, layer in compressed_layers(model) for own in layer.own_children
+        (f"{name}.{own}", getattr(layer, own))
+        for name, layer in compressed_layers(model)
+        for own in layer.added_children
     )
     return [f"{prefix}.{key}" for prefix, child in children if child is not None for key, _ in child.named_buffers()]
 

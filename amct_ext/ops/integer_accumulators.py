@@ -185,7 +185,7 @@ def empty_linear(codes: Tensor, sums: Tensor, dtype: torch.dtype = torch.int32, 
     return codes.new_empty((*codes.shape[:-1], sums.numel()), dtype=dtype)
 
 
-def _centred(codes: Tensor, x_offset: Tensor) -> Tensor:
+def _centered(codes: Tensor, x_offset: Tensor) -> Tensor:
     """Codes less the code of zero, float64."""
     offset = torch.where(x_offset.isnan(), torch.full_like(x_offset, -128), x_offset)
     return codes.to(torch.float64) - 128 - offset.reshape(()).to(torch.float64)
@@ -204,13 +204,13 @@ def conv2d_sums(
     """Integers in float64, (images, outputs, height, width)."""
     weight = torch.unflatten(unpacked(packed, sums.numel(), codes.shape[1]), 2, tuple(kernel_size))
     geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    return torch.nn.functional.conv2d(_centred(codes, x_offset), weight, None, *geometry)
+    return torch.nn.functional.conv2d(_centered(codes, x_offset), weight, None, *geometry)
 
 
 def linear_sums(codes: Tensor, x_offset: Tensor, packed: Tensor, sums: Tensor) -> Tensor:
     """Integers in float64, (..., outputs)."""
     weight = unpacked(packed, sums.numel(), codes.shape[-1]).squeeze(2)
-    return torch.nn.functional.linear(_centred(codes, x_offset), weight)
+    return torch.nn.functional.linear(_centered(codes, x_offset), weight)
 
 
 @reference("integer_conv2d_accumulators", check=check_conv2d, empty=empty_conv2d)

@@ -92,7 +92,7 @@ class Coupling:
             self.size += size
         return self.axis_ids[axis]
 
-    def produced_by(self, ids: Tensor, producer: AxisUse) -> None:
+    def add_producer(self, ids: Tensor, producer: AxisUse) -> None:
         """Record the layer whose output axis has these ids."""
         first = int(ids[0])
         if any(begin == first for begin, _, _ in self._producers):
@@ -154,7 +154,7 @@ class Coupling:
         if len(rows) > 1:
             self.equal_removals.append((rows, where, strict))
 
-    def start_again(self) -> None:
+    def begin_walk(self) -> None:
         """Begin another walk over the graph: nodes that are consumers already are not recorded again."""
         self._known = frozenset(self._readers)
 

@@ -15,8 +15,8 @@ from amct_ext.config.plan import Plan
 from amct_ext.config.text import FilterPrune, SparsePrune
 from amct_ext.graph.inputs import Inputs
 from amct_ext.graph.trace import Graph
-from amct_ext.prune.discover import discover
 from amct_ext.prune.groups import INITIALIZER, ChannelGroup, Member
+from amct_ext.prune.walk import discover
 
 _ROUNDS = 128
 _ROWS = 512  # of the weights that read a group; more are taken at even distances

@@ -20,8 +20,8 @@ import amct_ext
 from amct_ext.config.plan import LayerPlan, Plan
 from amct_ext.config.text import FilterPrune, parse_config
 from amct_ext.graph.trace import trace
-from amct_ext.prune.discover import discover
 from amct_ext.prune.search_space import read_group, search_records
+from amct_ext.prune.walk import discover
 
 
 @pytest.fixture

@@ -183,4 +183,4 @@ def test_compiled_model_agrees(tmp_path: Path, name: str) -> None:
 def test_names_that_compressed_layers_set_are_reserved(tmp_path: Path) -> None:
     """A user's subclass that has such a member stays float."""
     layer = make(tmp_path, small.QUANT).conv1
-    assert vars(layer).keys() - vars(nn.Conv2d(1, 1, 1)).keys() - {*layer.own_children} == classes._INSTANCE_NAMES
+    assert vars(layer).keys() - vars(nn.Conv2d(1, 1, 1)).keys() - {*layer.added_children} == classes._INSTANCE_NAMES

@@ -16,7 +16,7 @@ from amct_ext.config.plan import resolve
 from amct_ext.config.text import parse_config
 from amct_ext.graph.trace import trace
 from amct_ext.prune.cost import Cost, layer_cost, layer_costs
-from amct_ext.prune.discover import discover
+from amct_ext.prune.walk import discover
 
 
 def test_cost_counts_multiplications_on_real_feature_maps() -> None:

@@ -13,7 +13,7 @@ def producers(coupling: Coupling, *names: str, size: int = 4) -> list[torch.Tens
     result = []
     for name in names:
         ids = coupling.ids_of(ParameterAxis(f"{name}.weight", 0), size)
-        coupling.produced_by(ids, AxisUse(name, "Conv", ids))
+        coupling.add_producer(ids, AxisUse(name, "Conv", ids))
         result.append(ids)
     return result
 
@@ -43,7 +43,7 @@ def test_joined_channels_make_one_family() -> None:
 def test_a_producer_is_named_once() -> None:
     coupling = Coupling()
     (a,) = producers(coupling, "a")
-    coupling.produced_by(a, AxisUse("a", "Conv", a))
+    coupling.add_producer(a, AxisUse("a", "Conv", a))
     assert len(coupling.coupled_layers) == 1
 
 

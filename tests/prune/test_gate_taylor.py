@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from amct_ext.common.layer_kinds import BATCH_NORMS, is_depthwise, kind_of
 from amct_ext.errors import InputDataError, InvalidDataError
 from amct_ext.graph.trace import trace
-from amct_ext.prune.discover import discover
 from amct_ext.prune.gate_taylor import gate_taylor
 from amct_ext.prune.groups import ChannelGroup, Member
+from amct_ext.prune.walk import discover
 
 
 def groups_of(net: nn.Module, data: Tensor) -> tuple[ChannelGroup, ...]:

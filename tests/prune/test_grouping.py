@@ -14,7 +14,7 @@ from support.models.net_of_function import Net, conv, image
 
 from amct_ext.errors import RecordError
 from amct_ext.graph.trace import trace
-from amct_ext.prune.discover import discover
+from amct_ext.prune.walk import discover
 
 
 def groups(net, data):

@@ -12,10 +12,10 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.errors import InvalidDataError
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import plan_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.groups import ChannelGroup
 from amct_ext.prune.importance import by_input, group_norms
 from amct_ext.prune.selection import measure_of
+from amct_ext.prune.walk import discover
 
 
 def plan_of(net: nn.Module, data: Tensor, importance: dict[str, str | None]) -> Plan:

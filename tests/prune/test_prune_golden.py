@@ -14,8 +14,8 @@ from amct_ext.config.text import parse_config
 from amct_ext.graph.trace import trace
 from amct_ext.ops import filter_norms
 from amct_ext.prune.channels import apply_channels, plan_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.selection import importance, least_important, removal_count
+from amct_ext.prune.walk import discover
 from amct_ext.record.text import parse_record
 from amct_ext.record.types import ChannelRecord
 

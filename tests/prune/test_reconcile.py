@@ -12,8 +12,8 @@ from torch import nn
 from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import apply_channels, plan_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.equivalence import largest_error, run_masked
+from amct_ext.prune.walk import discover
 
 
 class Attention(nn.Module):

@@ -18,9 +18,9 @@ from amct_ext.config.plan import resolve
 from amct_ext.config.text import FilterPrune, RetrainConfig
 from amct_ext.graph.trace import trace
 from amct_ext.prune.cost import Cost, layer_costs
-from amct_ext.prune.discover import discover
 from amct_ext.prune.groups import ChannelGroup, Member
 from amct_ext.prune.search_space import SearchGraph, graph_info, read_scores, search_records, write_scores
+from amct_ext.prune.walk import discover
 
 
 @pytest.fixture

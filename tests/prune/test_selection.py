@@ -12,8 +12,8 @@ from amct_ext.config.text import FilterPrune
 from amct_ext.errors import InvalidDataError
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import plan_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.selection import importance, least_important, removal_count
+from amct_ext.prune.walk import discover
 
 
 @pytest.mark.parametrize(

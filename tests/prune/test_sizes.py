@@ -12,8 +12,8 @@ from torch import nn
 
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import apply_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.sizes import changed_attributes, expected_shape
+from amct_ext.prune.walk import discover
 
 
 def with_sizes(net, **sizes):

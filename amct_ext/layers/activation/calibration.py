@@ -61,7 +61,7 @@ class CalibratedClips(KeepsPrecision):
         self.calibration = CalibrationData()
         self.uncalibrated_range: ForwardClips | None = None  # of the last evaluation before the calibration; not state
         self.tracker = ForwardTracker()
-        self.found_clips: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
+        self.search_stage: Literal["", "provisional", "final"] = ""  # by the last forward, on this rank's data alone
         self.found_range: FoundRange | None = None  # with it, until it was shared and logged
         self.candidates: tuple[ClipPair, ...] = ()  # for range_search: OUTPUT, until it has chosen
         self.range_decided = self.search.method != "OUTPUT"
@@ -206,7 +206,7 @@ class CalibratedClips(KeepsPrecision):
         count = torch.full_like(self.batches_seen, seen + 1)
         for own, value in [*found, (self.batches_seen, count)]:
             own.copy_(_unless(self.batches_seen >= self.batch_num, own, value))
-        self.found_clips = "final" if last else "provisional"
+        self.search_stage = "final" if last else "provisional"
         self.found_range = result if last else None
         self.candidates = result.candidates if last else ()
         if not (is_distributed() or torch.compiler.is_compiling() or self.candidates):

@@ -67,7 +67,7 @@ class DeferredSource(Protocol):
 
 
 @dataclass(frozen=True)
-class HeldValues:
+class ComputedValues:
     """Values that are computed and lie channels last, whatever layout the tensor reports."""
 
     values: Tensor
@@ -90,7 +90,7 @@ class HeldValues:
 
 
 @dataclass(frozen=True)
-class PaddedValues(HeldValues):
+class PaddedValues(ComputedValues):
     """The same with zeros around each plane, which a convolution pads itself."""
 
     padding: Padding  # left, right, top, bottom; not negative

@@ -7,7 +7,7 @@ no memory; it holds the arguments that compute its values, a `DeferredSource`. A
 any use is right; only a second use computes twice.
 
 Sources are integer convolutions (`DeferredConv2d`), convolutions on packed floats (`PreparedConv2d`), and values that
-are computed and lie channels last while the model expects planes (`HeldValues`). For the latter two the ops of
+are computed and lie channels last while the model expects planes (`ComputedValues`). For the latter two the ops of
 `LAYOUT_FREE` run channels last as well, so that no copy to planes and back stands between two layers.
 """
 
@@ -29,8 +29,8 @@ from amct_ext.layers.products.deferred_source import (
     LAYOUT_FREE,
     ClipArguments,
     Codes,
+    ComputedValues,
     DeferredSource,
-    HeldValues,
     PaddedValues,
     Padding,
 )
@@ -91,8 +91,8 @@ class DeferredTensor(LazyTensor):
         """The values channels last, not to be modified; computed once for all who ask so."""
         if self.source is None:
             return self.value.contiguous(memory_format=torch.channels_last)
-        if type(self.source) is not HeldValues:
-            self.source = HeldValues(self.source.compute_channels_last(), self.source.channels_last)
+        if type(self.source) is not ComputedValues:
+            self.source = ComputedValues(self.source.compute_channels_last(), self.source.channels_last)
         return self.source.values
 
     def unpadded_values(self) -> tuple[Tensor, Padding | None]:
@@ -173,7 +173,7 @@ def _add(in_place: bool) -> Callable[..., Any]:
         if not in_place and _source_of(x) is None:
             x, other = other, x
         source = _source_of(x)
-        if isinstance(source, (PreparedConv2d, HeldValues)):
+        if isinstance(source, (PreparedConv2d, ComputedValues)):
             return _add_prepared(in_place, x, other, alpha)
         if not isinstance(source, DeferredConv2d) or not source.unclamped or alpha != 1 or other is x:
             return NotImplemented
@@ -210,7 +210,7 @@ def _add_prepared(in_place: bool, x: Tensor, other: Tensor, alpha: float) -> Any
     # The model may modify this addend next: the sum takes a copy of it, or is computed at once.
     summed: DeferredSource = source.plus(addend)
     if addend.is_contiguous(memory_format=torch.channels_last):
-        summed = HeldValues(summed.compute_channels_last(), source.channels_last)
+        summed = ComputedValues(summed.compute_channels_last(), source.channels_last)
     return _result_of(x, summed, in_place)
 
 
@@ -223,7 +223,7 @@ def _pad(x: Tensor, padding: Sequence[int], value: float = 0.0) -> Any:
     left, right, top, bottom = (*padding, 0, 0)[:4]
     values = x.channels_last_values()
     if not any(padding):
-        return DeferredTensor(HeldValues(values, source.channels_last), x.shape)
+        return DeferredTensor(ComputedValues(values, source.channels_last), x.shape)
     shape = torch.Size((*x.shape[:2], x.shape[2] + top + bottom, x.shape[3] + left + right))
     return DeferredTensor(PaddedValues(values, source.channels_last, (left, right, top, bottom)), shape)
 
@@ -255,7 +255,7 @@ def _reporting_planes(y: Tensor) -> Tensor:
     if y.is_contiguous() and y.stride() == torch.empty(y.shape, device="meta").stride():
         return y
     if y.dtype == torch.float32 and y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
-        return DeferredTensor(HeldValues(y, False), y.shape)
+        return DeferredTensor(ComputedValues(y, False), y.shape)
     return y.clone(memory_format=torch.contiguous_format)
 
 

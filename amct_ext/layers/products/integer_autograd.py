@@ -56,7 +56,7 @@ class IntegerProduct(torch.autograd.Function):
         ctx.conv = None
         if isinstance(layer, nn.Conv2d):
             ctx.conv = (layer.stride, conv_padding(layer), layer.dilation)
-        return as_chain(y, layer.refs.fuses)
+        return as_chain(y, layer.refs.can_fuse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:

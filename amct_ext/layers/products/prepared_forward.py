@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from amct_ext.layers.activation.types import FakeQuantized
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.forward_tracker import ForwardTracker
-from amct_ext.layers.products.deferred_source import DeferPolicy, EvaluationCount, HeldValues, Padding, pad_with_zeros
+from amct_ext.layers.products.deferred_source import (
+    ComputedValues,
+    DeferPolicy,
+    EvaluationCount,
+    Padding,
+    pad_with_zeros,
+)
 from amct_ext.layers.products.deferred_tensor import DeferredTensor
 from amct_ext.layers.products.fingerprint import Fingerprint
 from amct_ext.layers.products.integer_ops import ConvGeometry, conv_geometry, conv_padding, output_is_channels_last
@@ -101,7 +107,7 @@ class PreparedForward:
         shape = torch.Size((x.shape[0], layer.weight.shape[0], *size))
         if private and self.policy.allowed:
             return DeferredTensor(source, shape)
-        return DeferredTensor(HeldValues(source.compute_channels_last(), channels_last), shape)
+        return DeferredTensor(ComputedValues(source.compute_channels_last(), channels_last), shape)
 
     def _weight(self, layer: CompressedLayer, x: Tensor) -> PreparedConvWeight | Tensor:
         key = fingerprints(layer, fingerprint_samples(layer, x), with_bias=True)

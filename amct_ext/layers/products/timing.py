@@ -67,7 +67,7 @@ class _Trial:
         # On floats the quantiser takes such an input from the convolution before, with BatchNorm in the same pass.
         self.input_is_chain = with_gradients and pending_chain(x) is not None
         self.x = (x.materialize() if isinstance(x, LazyTensor) else x).detach()
-        self.stored = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
+        self.stored_x = self.x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else self.x
 
     def on_floats(self) -> None:
         quantized = ops.ulq_fake_quantize(self.x, *self.clips, self.num_bits, self.fixed_min)[0]
@@ -92,7 +92,7 @@ class _Trial:
 
     def on_prepared_floats(self) -> None:
         layer, bias = self.layer, self.layer.bias
-        x = ops.ulq_fake_quantize(self.stored, *self.clips, self.num_bits, self.fixed_min)[0]
+        x = ops.ulq_fake_quantize(self.stored_x, *self.clips, self.num_bits, self.fixed_min)[0]
         if not isinstance(layer, nn.Conv2d):
             if self.prepared is None:
                 self.prepared = pack_linear_weight(self.weight, x.numel() // x.shape[-1])

@@ -33,7 +33,7 @@ class CompressedRNN(CompressedLayer):
     AMCT's recurrent layers, which give their weights no gradient and save the biases they started with.
     """
 
-    own_children = (*CompressedLayer.own_children, "hidden_quant", "hidden_weight_quant")
+    added_children = (*CompressedLayer.added_children, "hidden_quant", "hidden_weight_quant")
     state_count: int
     onnx_order: tuple[int, ...]  # ONNX gate -> torch gate
 

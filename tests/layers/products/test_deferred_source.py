@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import amct_ext
 from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.products.deferred_conv import DeferredConv2d
-from amct_ext.layers.products.deferred_source import DeferPolicy, DeferredSource, HeldValues, PaddedValues
+from amct_ext.layers.products.deferred_source import ComputedValues, DeferPolicy, DeferredSource, PaddedValues
 from amct_ext.layers.products.deferred_tensor import DeferredTensor, materialize
 from amct_ext.layers.products.integer_ops import ConvGeometry
 from amct_ext.layers.products.prepared_conv import PreparedConv2d
@@ -41,8 +41,8 @@ def prepared_convolution(channels_last: bool) -> PreparedConv2d:
     return PreparedConv2d(x, weight, geometry, channels_last)
 
 
-def held_values(channels_last: bool) -> HeldValues:
-    return HeldValues(torch.randn(2, 4, 6, 7).contiguous(memory_format=torch.channels_last), channels_last)
+def held_values(channels_last: bool) -> ComputedValues:
+    return ComputedValues(torch.randn(2, 4, 6, 7).contiguous(memory_format=torch.channels_last), channels_last)
 
 
 def padded_values(channels_last: bool) -> PaddedValues:

@@ -8,7 +8,7 @@ from torch import nn
 
 from amct_ext.graph.trace import trace
 from amct_ext.prune.channels import plan_channels
-from amct_ext.prune.discover import discover
+from amct_ext.prune.walk import discover
 
 
 def plain():

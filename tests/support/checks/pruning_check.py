@@ -18,8 +18,8 @@ from amct_ext.graph.inputs import parse_inputs
 from amct_ext.graph.run import tensors_in
 from amct_ext.graph.trace import Graph, trace
 from amct_ext.prune.channels import apply_channels, plan_channels
-from amct_ext.prune.discover import discover
 from amct_ext.prune.equivalence import run_masked
+from amct_ext.prune.walk import discover
 from amct_ext.record.text import format_record, parse_record
 from amct_ext.record.types import ChannelRecord, Record
 

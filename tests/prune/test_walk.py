@@ -111,7 +111,7 @@ def test_a_rule_that_raises_keeps_the_channels_and_leaves_a_trace(monkeypatch, c
     def broken(node, context):
         raise KeyError("no such argument")
 
-    monkeypatch.setattr("amct_ext.prune.discover.op_rule", lambda node: broken)
+    monkeypatch.setattr("amct_ext.prune.walk.op_rule", lambda node: broken)
     net = Net(lambda m, x: m.out(m.a(x).relu()), a=conv(3, 4), out=conv(4, 2))
     with caplog.at_level(logging.DEBUG, "amct_ext"):
         reasons = unpruned_reasons(net, image())

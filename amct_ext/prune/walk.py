@@ -66,7 +66,7 @@ class _Walk:
 
     def follow(self, nodes: Sequence[Node], outputs: Sequence[Value]) -> None:
         """Walk over the nodes of one forward."""
-        self.coupling.start_again()
+        self.coupling.begin_walk()
         self._returned.update(outputs)
         self._name_parameters(nodes)
         for node in nodes:
@@ -148,7 +148,7 @@ class _Walk:
         source = ParameterAxis(f"{owner}.weight", kind.weight_axes[1])
         groups = int(getattr(self._modules[owner], "groups", 1))
         own = self.coupling.ids_of(source, len(ids))
-        self.coupling.produced_by(own, AxisUse(owner, self._operator(node, kind), own, groups if groups > 1 else None))
+        self.coupling.add_producer(own, AxisUse(owner, self._operator(node, kind), own, groups if groups > 1 else None))
 
     def mark_read(self, node: Node, parameter: Value, ids: Tensor, num_groups: int | None = None) -> None:
         owner = self._owner(parameter)
@@ -240,7 +240,7 @@ class _Walk:
         axis = kind.channel_axis % len(output.shape)
         ids = self.coupling.ids_of(ParameterAxis(f"{node.name}.weight", kind.weight_axes[1]), output.shape[axis])
         operator = onnx_operator(node, module)
-        self.coupling.produced_by(ids, AxisUse(node.name, operator, ids, groups if groups > 1 else None))
+        self.coupling.add_producer(ids, AxisUse(node.name, operator, ids, groups if groups > 1 else None))
         if groups > 1:
             self.coupling.require_equal_removal(ids.reshape(groups, -1), node.name)
         if self._fixed_shapes.get(node.name):
