@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from amct_ext.ops._checks import check_same_shape, require
+from amct_ext.ops._checks import check_float32, require
 
 
 def check_input(op: str, x: Tensor) -> None:
-    require(x.dtype == torch.float32, TypeError, lambda: f"{op}: x must be Float, not {x.dtype}")
+    check_float32(op, "x", x)
     require(x.dim() >= 2, ValueError, lambda: f"{op}: x must have at least 2 dimensions, not {x.dim()}")
 
 
@@ -38,7 +38,7 @@ def check_batch_norm(
 
 
 def check_channels(op: str, name: str, values: Tensor, x: Tensor) -> None:
-    require(values.dtype == torch.float32, TypeError, lambda: f"{op}: {name} must be Float, not {values.dtype}")
+    check_float32(op, name, values)
     fits = values.dim() == 1 and values.numel() == x.shape[1] and values.is_contiguous()
     require(
         fits,
@@ -47,11 +47,6 @@ def check_channels(op: str, name: str, values: Tensor, x: Tensor) -> None:
             f"{op}: {name} must hold {x.shape[1]} contiguous value(s), one a channel, not shape {list(values.shape)}"
         ),
     )
-
-
-def check_gradient(op: str, grad: Tensor, x: Tensor) -> None:
-    require(grad.dtype == torch.float32, TypeError, lambda: f"{op}: grad must be Float, not {grad.dtype}")
-    check_same_shape(op, "grad", grad, "x", x)
 
 
 def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

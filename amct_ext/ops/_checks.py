@@ -26,6 +26,11 @@ def check_dtype(op: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
     require(x.dtype == dtype, TypeError, lambda: f"{op}: {name} must be {word}, not {x.dtype}")
 
 
+def check_float32(op: str, name: str, x: Tensor) -> None:
+    """With the words of the kernels' check, which prints C++ types."""
+    require(x.dtype == torch.float32, TypeError, lambda: f"{op}: {name} must be Float, not {x.dtype}")
+
+
 def check_bits(op: str, num_bits: int, max_bits: int = 16) -> None:
     require(
         2 <= num_bits <= max_bits,
@@ -68,3 +73,9 @@ def check_same_shape(op: str, name: str, x: Tensor, other_name: str, other: Tens
         ValueError,
         lambda: f"{op}: {name} must have the shape of {other_name}, {tuple(other.shape)}, not {tuple(x.shape)}",
     )
+
+
+def check_float32_like(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """float32, and of the shape of another tensor."""
+    check_float32(op, name, x)
+    check_same_shape(op, name, x, other_name, other)

@@ -11,12 +11,11 @@ from amct_ext.ops._batch_norm import (
     activated,
     check_batch_norm,
     check_channels,
-    check_gradient,
     check_input,
     input_gradient,
     normalized,
 )
-from amct_ext.ops._checks import check_same_shape, require
+from amct_ext.ops._checks import check_float32_like, require
 from amct_ext.ops._registration import reference
 
 __all__ = ["batch_norm_activation", "batch_norm_activation_backward", "batch_norm_statistics_"]
@@ -131,10 +130,9 @@ def _check_statistics(op: str, x: Tensor, running_mean: Tensor | None, running_v
 def _check(op: str, x: Tensor, grad: Tensor | None = None, addend: Tensor | None = None, **others: Any) -> None:
     check_batch_norm(op, x, **others)
     if grad is not None:
-        check_gradient(op, grad, x)
+        check_float32_like(op, "grad", grad, "x", x)
     if addend is not None:
-        require(addend.dtype == torch.float32, TypeError, lambda: f"{op}: addend must be Float, not {addend.dtype}")
-        check_same_shape(op, "addend", addend, "x", x)
+        check_float32_like(op, "addend", addend, "x", x)
 
 
 def _empty_statistics(x: Tensor, **_: object) -> tuple[Tensor, Tensor]:

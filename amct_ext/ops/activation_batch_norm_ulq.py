@@ -9,8 +9,8 @@ from torch import Tensor
 
 from amct_ext.ops._activation_clips import check_activation, empty_results
 from amct_ext.ops._arithmetic import empty_scalar
-from amct_ext.ops._batch_norm import activated, check_batch_norm, check_gradient, input_gradient, normalized
-from amct_ext.ops._checks import check_bits, check_scalar
+from amct_ext.ops._batch_norm import activated, check_batch_norm, input_gradient, normalized
+from amct_ext.ops._checks import check_bits, check_float32_like, check_scalar
 from amct_ext.ops._registration import reference
 
 __all__ = ["batch_norm_ulq", "batch_norm_ulq_backward"]
@@ -128,7 +128,7 @@ def _check_backward(
     op: str, grad: Tensor, x: Tensor, clip_max: Tensor, clip_min: Tensor, num_bits: int, **others: Any
 ) -> None:
     check_batch_norm(op, x, **others)
-    check_gradient(op, grad, x)
+    check_float32_like(op, "grad", grad, "x", x)
     check_bits(op, num_bits)
     check_scalar(op, "clip_max", clip_max)
     check_scalar(op, "clip_min", clip_min)

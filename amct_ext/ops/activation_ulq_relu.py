@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amct_ext.ops._arithmetic import empty_scalar
-from amct_ext.ops._checks import check_bits, check_same_shape, check_scalar, require
+from amct_ext.ops._checks import check_bits, check_float32, check_float32_like, check_same_shape, check_scalar
 from amct_ext.ops._registration import reference
 
 __all__ = ["ulq_clip_gradients", "ulq_relu_backward"]
@@ -78,19 +78,14 @@ def _check(
 ) -> None:
     name, data = ("x", x) if y is None else ("y", y)
     assert data is not None
-    for each, value in (("grad", grad), (name, data), ("addend", addend)):
-        if value is not None:
-            _check_float(op, each, value)
+    check_float32(op, "grad", grad)
+    check_float32(op, name, data)
     check_bits(op, num_bits)
     check_scalar(op, "clip_max", clip_max)
     check_scalar(op, "clip_min", clip_min)
     check_same_shape(op, "grad", grad, name, data)
     if addend is not None:
-        check_same_shape(op, "addend", addend, name, data)
-
-
-def _check_float(op: str, name: str, value: Tensor) -> None:
-    require(value.dtype == torch.float32, TypeError, lambda: f"{op}: {name} must be Float, not {value.dtype}")
+        check_float32_like(op, "addend", addend, name, data)
 
 
 def _empty_clips(x: Tensor, clip_max: Tensor, clip_min: Tensor, **_: object) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,14 @@ inline void check_device(const char* op, const char* name, const at::Tensor& x, 
                     other.device(), ", not on ", x.device());
 }
 
+// float32, of the shape and on the device of another tensor.
+inline void check_float_like(const char* op, const char* name, const at::Tensor& x, const char* other_name,
+                             const at::Tensor& other) {
+  check_type(op, name, x, at::kFloat);
+  check_same_shape(op, name, x, other_name, other);
+  check_device(op, name, x, other_name, other);
+}
+
 inline void check_scale(const char* op, const at::Tensor& scale, const at::Tensor& w,
                         std::optional<int64_t> channel_axis) {
   const int64_t expected = channel_axis ? w.size(*channel_axis) : 1;

@@ -93,11 +93,7 @@ Tensor batch_norm_activation(const Tensor& x, const Tensor& mean, const Tensor& 
                              std::optional<double> highest, const OptionalTensor& addend) {
   const char* op = "batch_norm_activation";
   check_batch_norm(op, x, mean, invstd, weight, bias, activation, lowest, highest);
-  if (addend) {
-    check_type(op, "addend", *addend, at::kFloat);
-    check_same_shape(op, "addend", *addend, "x", x);
-    check_device(op, "addend", *addend, "x", x);
-  }
+  if (addend) check_float_like(op, "addend", *addend, "x", x);
   const ActivationParams function = activation_params(activation, lowest, highest);
   const Channels channels(mean, invstd, weight, bias);
   const Tensor source = dense(x);

@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_activation_backward(
     std::optional<double> highest, bool training) {
   const char* op = "batch_norm_activation_backward";
   check_batch_norm(op, x, mean, invstd, weight, bias, activation, lowest, highest);
-  check_batch_norm_gradient(op, grad, x);
+  check_float_like(op, "grad", grad, "x", x);
   auto [dx, d_weight, d_bias, clips] =
       run_backward(grad, x, mean, Channels(mean, invstd, weight, bias), activation_params(activation, lowest, highest),
                    std::nullopt, training);
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_ulq_backward(
     std::optional<double> highest, const Tensor& clip_max, const Tensor& clip_min, int64_t num_bits, bool training) {
   const char* op = "batch_norm_ulq_backward";
   check_batch_norm(op, x, mean, invstd, weight, bias, activation, lowest, highest);
-  check_batch_norm_gradient(op, grad, x);
+  check_float_like(op, "grad", grad, "x", x);
   check_ulq_backward(op, grad, x, clip_max, clip_min, num_bits);
   auto [dx, d_weight, d_bias, clips] =
       run_backward(grad, x, mean, Channels(mean, invstd, weight, bias), activation_params(activation, lowest, highest),

@@ -36,14 +36,14 @@ inline void check_state(const char* op, const at::Tensor& x, const at::Tensor& s
 }
 
 inline void check_ulq_backward(const char* op, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& clip_max,
-                               const at::Tensor& clip_min, int64_t num_bits) {
+                               const at::Tensor& clip_min, int64_t num_bits, const char* name = "x") {
   check_floating(op, "grad", grad);
-  check_floating(op, "x", x);
+  check_floating(op, name, x);
   check_bits(op, num_bits);
   check_value(op, "clip_max", clip_max, x);
   check_value(op, "clip_min", clip_min, x);
-  check_same_shape(op, "grad", grad, "x", x);
-  check_device(op, "grad", grad, "x", x);
+  check_same_shape(op, "grad", grad, name, x);
+  check_device(op, "grad", grad, name, x);
 }
 
 // The ops that take apart what a quantiser and a ReLU before it do backward: float32 alone.
@@ -52,12 +52,8 @@ inline void check_ulq_relu(const char* op, const at::Tensor& grad, const char* n
                            const at::Tensor& clip_min, int64_t num_bits) {
   check_type(op, "grad", grad, at::kFloat);
   check_type(op, name, x, at::kFloat);
-  check_ulq_backward(op, grad, x, clip_max, clip_min, num_bits);
-  if (addend) {
-    check_type(op, "addend", *addend, at::kFloat);
-    check_same_shape(op, "addend", *addend, name, x);
-    check_device(op, "addend", *addend, name, x);
-  }
+  check_ulq_backward(op, grad, x, clip_max, clip_min, num_bits, name);
+  if (addend) check_float_like(op, "addend", *addend, name, x);
 }
 
 // One float32 value for each index of axis 1 of x.
@@ -94,12 +90,6 @@ inline void check_batch_norm(const char* op, const at::Tensor& x, const at::Tens
   TORCH_CHECK_VALUE(activation == "none" || activation == "hardswish", op,
                     ": activation must be 'none' or 'hardswish', not '", activation, "'");
   TORCH_CHECK_VALUE(activation == "none" || !(lowest || highest), op, ": hardswish takes no bounds");
-}
-
-inline void check_batch_norm_gradient(const char* op, const at::Tensor& grad, const at::Tensor& x) {
-  check_type(op, "grad", grad, at::kFloat);
-  check_same_shape(op, "grad", grad, "x", x);
-  check_device(op, "grad", grad, "x", x);
 }
 
 }  // namespace amct_ext
