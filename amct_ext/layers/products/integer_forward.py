@@ -23,7 +23,7 @@ from amct_ext.layers.products.integer_ops import (
     integer_product,
     output_is_channels_last,
 )
-from amct_ext.layers.products.integer_support import supports
+from amct_ext.layers.products.integer_support import is_plain_float32, may_defer, unsupported_reason
 from amct_ext.layers.products.weight_sources import fingerprint_samples, fingerprints
 
 
@@ -46,7 +46,7 @@ class IntegerForward:
 
     def supports(self, layer: CompressedLayer, x: Tensor) -> bool:
         """Whether ``x`` can take it, once the layer is ready."""
-        return supports(layer, x)
+        return is_plain_float32(layer, x) and unsupported_reason(layer) is None
 
     def __call__(self, layer: CompressedLayer, x: Tensor) -> Tensor:
         """The layer's output, deferred where a convolution's may be."""
@@ -55,16 +55,9 @@ class IntegerForward:
             return self._differentiable(layer, act, x)
         weight = self._packed_weight(layer, x)
         self._keep_accumulators(layer, act, weight)
-        if self.defers(layer) and isinstance(layer, nn.Conv2d):
+        if self.policy.allowed and may_defer(layer, self.tracker) and isinstance(layer, nn.Conv2d):
             return self._deferred(layer, act, x, weight)
         return integer_product(layer, act, x, weight)
-
-    def defers(self, layer: CompressedLayer) -> bool:
-        """Whether what follows a convolution is computed with it."""
-        if layer.training or not (self.policy.allowed and isinstance(layer, nn.Conv2d)):
-            return False
-        # The shift search reads the result.
-        return self.tracker.forward_id is not None and not layer.feeds_shift_search
 
     def pop_accumulators(self) -> Tensor | None:
         """The int32 accumulators of the last forward, where the layer's shift search needs them; once."""

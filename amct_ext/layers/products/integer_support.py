@@ -1,4 +1,4 @@
-"""Which layers and inputs can take the integer forward."""
+"""Which layers and inputs can take the integer forward, and what of that holds for prepared floats, too."""
 
 from __future__ import annotations
 
@@ -7,30 +7,41 @@ from torch import Tensor, nn
 
 from amct_ext.layers.compressed import CompressedLayer
 from amct_ext.layers.forward_context import traced_or_transformed
+from amct_ext.layers.forward_tracker import ForwardTracker
 from amct_ext.layers.lazy_tensor import LazyTensor
 from amct_ext.layers.products.integer_ops import conv_padding
 
 _MAX_REDUCTION = 65793  # weights per output channel: 255 * 128 * 65793 fits a 32-bit sum
 
 
-def unsupported_reason(layer: CompressedLayer) -> str | None:
-    """Why no input can take the integer forward of ``layer``; None where one can."""
+def product_reason(layer: CompressedLayer, no_kernel: str) -> str | None:
+    """Why ``layer`` has no other path than floats, integer or prepared; ``no_kernel``: the reason of other types."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        return "no integer kernel for this type"
+        return no_kernel
     if layer.refs.product is not None:
         return "a forward of its class's own"
-    if layer.weight_quant is None or layer.input_quantizer is None:
-        return "not quantised"
+    return "not quantised" if layer.weight_quant is None or layer.input_quantizer is None else None
+
+
+def padding_reason(layer: CompressedLayer) -> str | None:
+    """Why a convolution's padding cannot be the kernels' own."""
+    fits = not isinstance(layer, nn.Conv2d) or (layer.padding_mode == "zeros" and conv_padding(layer) is not None)
+    return None if fits else "padding"
+
+
+def unsupported_reason(layer: CompressedLayer) -> str | None:
+    """Why no input can take the integer forward of ``layer``; None where one can."""
+    reason = product_reason(layer, "no integer kernel for this type")
+    if reason is not None:
+        return reason
+    assert layer.weight_quant is not None and layer.input_quantizer is not None
     if max(layer.weight_quant.num_bits, layer.input_quantizer.num_bits) > 8:
         return "more than 8 bits"
     if layer.weight[0].numel() > _MAX_REDUCTION:
         return "sums may exceed 32 bits"
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            return "groups"
-        if layer.padding_mode != "zeros" or conv_padding(layer) is None:
-            return "padding"
-    return None
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return "groups"
+    return padding_reason(layer)
 
 
 def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
@@ -46,6 +57,8 @@ def is_plain_float32(layer: CompressedLayer, x: Tensor) -> bool:
     return x.numel() > 0 and (x.dim() == 4 or not isinstance(layer, nn.Conv2d))
 
 
-def supports(layer: CompressedLayer, x: Tensor) -> bool:
-    """Whether ``x`` can take the integer forward."""
-    return is_plain_float32(layer, x) and unsupported_reason(layer) is None
+def may_defer(layer: CompressedLayer, tracker: ForwardTracker) -> bool:
+    """Whether what follows the layer can be computed with it: a convolution, in an evaluation of the model."""
+    if layer.training or not isinstance(layer, nn.Conv2d):
+        return False
+    return tracker.forward_id is not None and not layer.feeds_shift_search  # which reads the result

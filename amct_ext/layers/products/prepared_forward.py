@@ -19,8 +19,8 @@ from amct_ext.layers.products.deferred_source import (
 )
 from amct_ext.layers.products.deferred_tensor import DeferredTensor
 from amct_ext.layers.products.fingerprint import Fingerprint
-from amct_ext.layers.products.integer_ops import ConvGeometry, conv_geometry, conv_padding, output_is_channels_last
-from amct_ext.layers.products.integer_support import is_plain_float32
+from amct_ext.layers.products.integer_ops import ConvGeometry, conv_geometry, output_is_channels_last
+from amct_ext.layers.products.integer_support import is_plain_float32, may_defer, padding_reason, product_reason
 from amct_ext.layers.products.prepared_conv import PreparedConv2d
 from amct_ext.layers.products.prepared_ops import is_available, linear, pack_linear_weight
 from amct_ext.layers.products.prepared_weight import PreparedConvWeight
@@ -34,14 +34,9 @@ class _Cached(NamedTuple):
 
 def unsupported_reason(layer: CompressedLayer) -> str | None:
     """Why no input can take the prepared forward of ``layer``; None where one can."""
-    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        return "no packed product for this type"
-    if layer.refs.product is not None:
-        return "a forward of its class's own"
-    if layer.weight_quant is None or layer.input_quantizer is None:
-        return "not quantised"
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or conv_padding(layer) is None):
-        return "padding"
+    reason = product_reason(layer, "no packed product for this type") or padding_reason(layer)
+    if reason is not None:
+        return reason
     return None if is_available() else "this torch has no oneDNN"
 
 
@@ -75,13 +70,6 @@ class PreparedForward:
         assert isinstance(weight, Tensor)
         return linear(quantized, weight, layer.bias)
 
-    def defers(self, layer: CompressedLayer) -> bool:
-        """Whether what follows a convolution is computed with it."""
-        # The shift search reads the result.
-        if layer.training or not isinstance(layer, nn.Conv2d):
-            return False
-        return self.tracker.forward_id is not None and not layer.feeds_shift_search
-
     def drop_packed_weight(self) -> None:
         """Free the packed weight; the next evaluation packs it again."""
         self._cached = None
@@ -102,7 +90,7 @@ class PreparedForward:
         geometry, x = _with_padding(weight.geometry, x, padding)
         x = x.contiguous(memory_format=torch.channels_last)
         source = PreparedConv2d(x, weight, geometry, channels_last, evaluations=EvaluationCount(self.policy))
-        if not self.defers(layer) or min(size) < 1:
+        if not may_defer(layer, self.tracker) or min(size) < 1:
             return source.compute()  # raises where the kernel does not fit
         shape = torch.Size((x.shape[0], layer.weight.shape[0], *size))
         if private and self.policy.allowed:
