@@ -20,6 +20,7 @@ from amct_ext.checkpoint.amct_names_rnn import (
     put_back,
     subclass_entries,
     take_rnn,
+    weight_has_run,
 )
 from amct_ext.common.validation import check_types
 from amct_ext.common.wrapping import unwrap
@@ -133,7 +134,7 @@ def _amct_entries_of_layer(
     if isinstance(layer, CompressedRNN):
         return amct_entries_of_rnn(name, layer, quantized)
     calibrated = layer.input_quantizer is not None and layer.input_quantizer.calibrated
-    ran = _ran(layer)
+    ran = weight_has_run(layer)
     present = layer.recorded_scale_w().float()
     recorded = present if ran else torch.ones_like(present)
     out = {f"{name}.scale_w": recorded.clone(), f"{name}.offset_w": torch.zeros_like(recorded)}
@@ -154,14 +155,14 @@ def _amct_entries_of_wrapper(layer: CompressedLayer, with_activation: bool) -> d
     device = layer.weight.device
     act, wts, sparsity = layer.input_quantizer, layer.weight_quant, layer.sparsity
     scales = torch.full((1,), float("nan"), device=device) if wts is None else wts.scale.detach().clone()
-    if wts is not None and not _ran(layer):
+    if wts is not None and not weight_has_run(layer):
         scales.fill_(float("nan"))
     out: dict[str, Tensor] = {}
     if with_activation:
         out.update((amct_key, getattr(act, key).detach().clone()) for amct_key, key in _ACT_PARAMS.items())
     out["wts_scales"] = scales
     out["wts_offsets"] = torch.where(scales.isnan(), scales, torch.zeros_like(scales))
-    ran = _ran(layer) if wts is not None else sparsity is not None and int(sparsity.step) > 0
+    ran = weight_has_run(layer) if wts is not None else sparsity is not None and int(sparsity.step) > 0
     out["cur_batch"] = _scalar(ran, device)
     if with_activation:
         out.update((amct_key, getattr(act, key).detach().clone()) for amct_key, key in _ACT_BUFFERS.items())
@@ -183,11 +184,6 @@ def _masks_weights(mask: Tensor | None) -> bool:
 
 def _scalar(value: float, device: torch.device) -> Tensor:
     return torch.tensor(float(value), device=device)
-
-
-def _ran(layer: CompressedLayer) -> bool:
-    wts = layer.weight_quant
-    return wts is not None and (wts.ready if wts.learned else bool(torch.isfinite(wts.scale).all()))
 
 
 def _take_layer(

@@ -27,7 +27,7 @@ _FACTORS = {"scale": "scale", "offset": "offset"}
 
 def amct_entries_of_rnn(name: str, layer: CompressedRNN, layer_count: int) -> dict[str, Tensor]:
     """AMCT's entries of one layer, in its order; ``layer_count``: quantised layers of the model that have run."""
-    ran = _ran(layer)
+    ran = weight_has_run(layer)
     device = layer.weight_ih_l0.device
     out: dict[str, Tensor] = {}
     scales = [layer.gate_scales(recurrent).detach().float() for recurrent in (False, True)]
@@ -160,7 +160,9 @@ def _present(layer: CompressedRNN) -> list[str]:
     return [key for key in _NAMES if hasattr(layer, key)]
 
 
-def _ran(layer: CompressedRNN) -> bool:
+def weight_has_run(layer: CompressedLayer) -> bool:
+    """Whether the layer's weight quantiser has seen a forward."""
     quantizer = layer.weight_quant
-    assert quantizer is not None
+    if quantizer is None:
+        return False
     return quantizer.ready if quantizer.learned else bool(torch.isfinite(quantizer.scale).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import amct_ext
 _SCRIPT = Path(__file__).resolve().parents[1] / "support" / "ops" / "result_bits.py"
 
 
+@functools.cache
 def results(level: str) -> dict[str, list[str]]:
     """A hash for each sample call, from a process that uses the loops of ``level``."""
     done = subprocess.run(

@@ -21,6 +21,7 @@ from amct_ext.layers.chains.chain_values import (
     ChainValues,
     ResidualGradient,
     materialize,
+    pending_residual,
     read_later,
 )
 
@@ -89,11 +90,11 @@ def add_gradients(x: Tensor, other: Tensor) -> Tensor | None:
     if torch.is_grad_enabled():
         return None
     for grad, added in ((x, other), (other, x)):
-        residual = grad.chain_values.residual if isinstance(grad, ChainTensorBase) else None
+        residual = pending_residual(grad)
         if residual is None or residual.addend is not None or not isinstance(grad, ChainTensorBase):
             continue
         addend = materialize(added)
-        if not grad.chain_values.pending or addend.dtype != torch.float32:
+        if not grad.chain_values.pending or addend.dtype != torch.float32:  # the other may be an alias
             return None
         if addend.shape != grad.shape or addend.stride() != grad.stride():
             return None
@@ -107,8 +108,7 @@ def _relu_of_sum_backward(
     func: OpOverload, grad: Tensor, result: ChainTensorBase, arguments: tuple[float, ...]
 ) -> ChainTensorBase:
     """Computed at once; as a chain tensor, so that autograd adds it to what waits by a rule and not in place."""
-    waits = isinstance(grad, ChainTensorBase) and grad.chain_values.pending
-    residual = grad.chain_values.residual if waits and isinstance(grad, ChainTensorBase) else None
+    residual = pending_residual(grad)
     if residual is not None and residual.result is result.chain_values:
         return result.with_values(ChainValues(value=residual.through_relu()))
     value = func(materialize(grad), result.chain_values.get(), *arguments)

@@ -176,3 +176,8 @@ def read_later(x: Tensor) -> Callable[[], Tensor]:
 def pending_chain(x: object) -> BatchNormChain | None:
     """The chain of a tensor whose values nothing has computed yet; None: it is another tensor."""
     return x.chain_values.chain if isinstance(x, ChainTensorBase) and x.chain_values.pending else None
+
+
+def pending_residual(x: object) -> ResidualGradient | None:
+    """The gradient that waits for its ReLU behind a tensor; None: it is another tensor, or has been computed."""
+    return x.chain_values.residual if isinstance(x, ChainTensorBase) and x.chain_values.pending else None

@@ -17,6 +17,15 @@ def pair(tmp_path: Path) -> tuple[nn.Module, nn.Module]:
     return compressed_pair(ChainNet(), torch.randn(4, 3, 16, 16), tmp_path)
 
 
+def output_gradients(model: nn.Module, *names: str) -> tuple[Tensor, ...]:
+    """The gradients of these modules' outputs in a step."""
+    outputs: list[Tensor] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, i, o: outputs.append(o))
+    y = model(torch.ones(4, 3, 16, 16).cumsum(2))
+    return torch.autograd.grad(y.square().sum(), outputs)
+
+
 def test_gradients_of_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
     x = torch.randn(2, 3, 8, 8)
     found = []
@@ -31,11 +40,7 @@ def test_gradients_of_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
 def test_intermediate_gradients(pair: tuple[nn.Module, nn.Module]) -> None:
     found = []
     for model in pair:
-        outputs: list[Tensor] = []
-        for name in ("stem.bn", "first.act"):
-            model.get_submodule(name).register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
-        y = model(torch.ones(4, 3, 16, 16).cumsum(2))
-        found.append(torch.autograd.grad(y.square().sum(), outputs))
+        found.append(output_gradients(model, "stem.bn", "first.act"))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a + 0, b + 0, rtol=1e-4, atol=1e-5)
 
@@ -44,11 +49,7 @@ def test_gradients_that_are_changed(pair: tuple[nn.Module, nn.Module]) -> None:
     """Gradients of two tensors of one chain: a change of one, made before the other is read, does not reach it."""
     found = []
     for model in pair:
-        outputs: list[Tensor] = []
-        for name in ("stem.bn", "stem.act"):
-            model.get_submodule(name).register_forward_hook(lambda m, i, o, outputs=outputs: outputs.append(o))
-        y = model(torch.ones(4, 3, 16, 16).cumsum(2))
-        of_bn, of_act = torch.autograd.grad(y.square().sum(), outputs)
+        of_bn, of_act = output_gradients(model, "stem.bn", "stem.act")
         of_act.mul_(2)
         found.append((of_bn + 0, of_act + 0))
     for a, b in zip(*found, strict=True):
